@@ -1,0 +1,311 @@
+"""Every field a run can set: name, type, default, unit and meaning. Values are checked in validate.py.
+
+The classes are frozen: what was validated is what runs, and what the checkpoint's manifest records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of one Oryx model, or of a baseline with one mode only (see `modes`)."""
+
+    name: str
+    """Name of the preset, for logs and exports."""
+    mixer: Literal["gdn", "mamba2"]
+    """Recurrence of the recurrent mode: Gated DeltaNet (arXiv 2412.06464) or Mamba-2 (arXiv 2405.21060)."""
+    modes: Literal["both", "attention", "recurrent"] = "both"
+    """Modes the model has. `both` is Oryx; one mode alone builds a baseline without the other's parameters."""
+    num_layers: int
+    """Number of blocks (mixer + SwiGLU)."""
+    hidden_size: int
+    """Width d of the residual stream."""
+    ffn_hidden_size: int
+    """Hidden width of the SwiGLU (the width of each of its two input halves)."""
+    num_heads: int
+    """Number of query heads H; also the number of recurrent states per layer."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads G; divides num_heads. null: as many as num_heads."""
+    key_width: int = 128
+    """Width N of a key or query head."""
+    value_width: int = 128
+    """Width P of a value head."""
+    vocab_size: int = 32768
+    """Rows of the embedding. At least the tokenizer's size; divisible by the tensor-parallel size."""
+    conv_width: int = 4
+    """Taps of the causal depthwise convolutions over keys and values; 0: no convolution."""
+    output_gate: bool = True
+    """Gate the normalised mixer output by SiLU(W_g x) (paper eq. 2)."""
+    qk_norm: bool = True
+    """RMSNorm per head on the attention query and on the key that attention reads."""
+    rotary: Literal["attention", "both", "none"] = "attention"
+    """Which mode's queries and keys get rotary position embedding."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    shared_query: bool = False
+    """One query projection for both modes (the paper: +0.17 perplexity) instead of one each."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as output projection."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of weight initialisation; output projections use init_std / sqrt(2 num_layers)."""
+    decay_init: tuple[float, float] = (1.0, 16.0)
+    """Range of A = exp(A_log), drawn uniformly."""
+    dt_init: tuple[float, float] = (1e-3, 0.1)
+    """Range of softplus(dt_bias), drawn log-uniformly."""
+    recurrence_chunk: int = 64
+    """Tokens per chunk of the chunked recurrence kernels (a matter of speed only)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads G."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def has_attention(self) -> bool:
+        return self.modes in ("both", "attention")
+
+    @property
+    def has_recurrence(self) -> bool:
+        return self.modes in ("both", "recurrent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendEntry:
+    """One indexed dataset of a blend."""
+
+    path: str
+    """Prefix of the .bin/.idx pair."""
+    weight: float = 1.0
+    """Relative share of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataStage:
+    """A blend that takes over at a step."""
+
+    start: int
+    """First iteration of the stage."""
+    blend: tuple[BlendEntry, ...]
+    """Datasets and weights from then on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on."""
+
+    sequence_length: int
+    """Tokens per sample."""
+    tokenizer: str
+    """Folder with tokenizer files and manifest.json (see tokenizers/)."""
+    blend: tuple[BlendEntry, ...] = ()
+    """Datasets to train on; each is divided by `split` into train, validation and test."""
+    stages: tuple[DataStage, ...] = ()
+    """Blends that replace `blend` from given iterations on."""
+    split: tuple[float, float, float] = (98.0, 2.0, 0.0)
+    """Relative sizes of train, validation and test parts of every dataset, by documents."""
+    validation: dict[str, tuple[BlendEntry, ...]] = field(default_factory=dict)
+    """Further validation sets by name, used whole; the split's own part is called `valid`."""
+    documents: Literal["joined", "isolated"] = "joined"
+    """`isolated`: neither attention nor recurrence nor convolution crosses the end of a document."""
+    cache_dir: str | None = None
+    """Where sample indices are cached; null: next to the datasets."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process with one thread of prefetch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixStage:
+    """Mixing probabilities from an iteration on."""
+
+    start: int
+    """First iteration of the stage."""
+    p_attention: float
+    p_recurrent: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesConfig:
+    """How training draws the mode plan of a microbatch (paper: mixed training; details ours)."""
+
+    chunk: int = 256
+    """Tokens per run of one mode; divides the sequence length."""
+    p_attention: float = 0.25
+    """Probability that a whole microbatch is in attention mode."""
+    p_recurrent: float = 0.25
+    """Probability that a whole microbatch is in recurrent mode; else a ratio ~ U(0, 1) is drawn per microbatch."""
+    schedule: tuple[MixStage, ...] = ()
+    """Probabilities that replace the two above from given iterations on."""
+    fixed: str | None = None
+    """A plan for every microbatch instead of drawing, e.g. `ratio:0.5` (benchmarks, ablations)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    iterations: int
+    """Optimizer steps in all."""
+    global_batch_size: int
+    """Sequences per step over all ranks; divisible by micro_batch_size × data-parallel size."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass on a rank."""
+    exit_after: int | None = None
+    """Stop (with a checkpoint) after this iteration although the schedule goes on to `iterations`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer; no weight decay on norms, A_log, dt_bias, D."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: off."""
+    cpu_offload: bool = False
+    """Keep optimizer state in host memory (megatron-core's hybrid device optimizer; GPU only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over iterations."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = 0
+    """Iterations of linear warm-up from 0."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    decay: int | None = None
+    """Iterations of the final decay (wsd only); null: a tenth of the run."""
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """Shape of the final decay (wsd only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Layout. The data-parallel size is what remains of the world size."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule when above 1)."""
+    context: int = 1
+    """Context-parallel size."""
+    sequence: bool = True
+    """Sequence parallelism inside the tensor-parallel group (no effect when tensor is 1)."""
+    first_stage_layers: int | None = None
+    """Layers on the first pipeline stage; null: even."""
+    last_stage_layers: int | None = None
+    """Layers on the last pipeline stage; null: even."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with computation (megatron-core's flags)."""
+    recompute: Literal["none", "mixer", "full"] = "none"
+    """Activations recomputed in the backward pass: none, those inside the mixer, or whole blocks."""
+    distributed_timeout: float = 600.0
+    """Seconds after which a stuck collective ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats. States of the recurrence and the listed small parameters are always fp32."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Format of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """FP8 recipe of TransformerEngine for the linear layers."""
+    fp8_params: bool = False
+    """Keep the linear weights in FP8 between steps."""
+    fp8_attention: bool = False
+    """FP8 dot-product attention for whole-sequence attention plans."""
+    bf16_first_layers: int = 0
+    """First layers kept out of FP8."""
+    bf16_last_layers: int = 0
+    """Last layers kept out of FP8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving."""
+
+    interval: int = 1000
+    """Iterations between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose iteration is a multiple of this; 0: none."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    timeout: float = 1800.0
+    """Seconds a save may take before it counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation during training."""
+
+    interval: int = 0
+    """Iterations between evaluations; 0: only at the end."""
+    batches: int = 8
+    """Global batches per validation set and plan."""
+    plans: tuple[str, ...] = ("attention", "recurrent", "ratio:0.25")
+    """Mode plans to evaluate under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run reports."""
+
+    interval: int = 10
+    """Iterations between lines on the terminal; metrics.jsonl has every iteration."""
+    tensorboard: bool = True
+    """Write TensorBoard events next to the metrics."""
+    wandb_project: str | None = None
+    """Weights & Biases project; null: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Backends of the mixer parts; `auto` takes the fastest that is present and right on this machine."""
+
+    attention: Literal["auto", "reference", "sdpa", "flex", "te", "flash", "flash4"] = "auto"
+    recurrence: Literal["auto", "reference", "fla", "mamba_ssm"] = "auto"
+    convolution: Literal["auto", "reference", "causal_conv1d"] = "auto"
+    norm: Literal["auto", "reference", "fused"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One pretraining run."""
+
+    model: ModelConfig
+    """In YAML: the name of a file in configs/model, a path, or the fields themselves."""
+    data: DataConfig
+    train: TrainConfig
+    output_dir: str
+    """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
+    seed: int = 1234
+    """Seeds initialisation, sample order and mode plans."""
+    modes: ModesConfig = ModesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Training engine."""

@@ -1,0 +1,21 @@
+"""The errors a user can cause or mend. Each is shown as one line and ends the process with exit code 2."""
+
+
+class OryxError(Exception):
+    """Base of all errors whose message alone tells a user what is at fault and what to do."""
+
+
+class ConfigError(OryxError):
+    """A field of a config, or a combination of fields, is wrong."""
+
+
+class DataError(OryxError):
+    """A corpus, a tokenizer or an indexed dataset is missing, damaged or does not fit."""
+
+
+class CheckpointError(OryxError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class ConversionError(OryxError):
+    """A model could not be turned into, or read from, another format."""
