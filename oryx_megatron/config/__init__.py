@@ -1,0 +1,1 @@
+"""Typed run and model configs: schema, loading, overrides, validation. No torch."""

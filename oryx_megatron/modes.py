@@ -1,0 +1,163 @@
+"""Mode plans: which tokens of a sequence are read by attention and which by the recurrence (ORYX.md, "Mode plans").
+
+A plan is the same for all layers and all sequences of a microbatch. Pure Python and numpy.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from oryx_megatron.config.plans import PlanRuns, chunk_runs, merge_runs, parse_runs
+from oryx_megatron.config.schema import ModesConfig
+
+
+class Mode(enum.IntEnum):
+    """Which mixer reads a token's query."""
+
+    RECURRENT = 0
+    ATTENTION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens start … stop - 1, all in one mode."""
+
+    start: int
+    stop: int
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class ModePlan:
+    """Modes of the tokens 0 … length - 1 as runs: contiguous from 0, none empty, neighbours of different mode.
+
+    Immutable and hashable, so that kernels can cache what they derive from it. ValueError when the runs break the rule.
+    """
+
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        expected = 0
+        for i, run in enumerate(self.runs):
+            if run.start != expected or run.stop <= run.start:
+                raise ValueError(f"run {run} should start at {expected} and not be empty")
+            if i and self.runs[i - 1].mode == run.mode:
+                raise ValueError(f"run {run} has the mode of the run before it")
+            expected = run.stop
+
+    @classmethod
+    def _of(cls, runs: PlanRuns) -> ModePlan:
+        return cls(tuple(Run(start, stop, Mode(attends)) for start, stop, attends in runs))
+
+    @classmethod
+    def uniform(cls, mode: Mode, length: int) -> ModePlan:
+        """All tokens in one mode."""
+        return cls._of(merge_runs([(0, length, mode == Mode.ATTENTION)]))
+
+    @classmethod
+    def from_mask(cls, attention: Sequence[bool] | np.ndarray) -> ModePlan:
+        """Plan of a mask [length] that is true where a token attends."""
+        mask = np.asarray(attention, dtype=bool)
+        edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+        return cls._of(merge_runs((a, b, bool(mask[a])) for a, b in itertools.pairwise(edges) if b > a))
+
+    @classmethod
+    def from_chunks(cls, attention: Sequence[bool] | np.ndarray, chunk: int, length: int) -> ModePlan:
+        """Plan of one bool per chunk of `chunk` tokens; the last chunk may be cut off by `length`.
+
+        ValueError when the chunks are not as many as the length needs.
+        """
+        if len(attention) != -(-length // chunk):
+            raise ValueError(f"{len(attention)} chunks of {chunk} do not make {length} tokens")
+        return cls._of(chunk_runs((bool(a) for a in attention), chunk, length))
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self.runs[-1].stop if self.runs else 0
+
+    @cached_property
+    def attention_tokens(self) -> int:
+        """Tokens in attention mode."""
+        return sum(run.stop - run.start for run in self.attention_runs())
+
+    @property
+    def attention_share(self) -> float:
+        """Share of the tokens in attention mode; 0 for an empty plan."""
+        return self.attention_tokens / self.length if self.runs else 0.0
+
+    def attention_runs(self) -> tuple[Run, ...]:
+        """The runs in attention mode."""
+        return tuple(run for run in self.runs if run.mode is Mode.ATTENTION)
+
+    def is_attention(self) -> np.ndarray:
+        """Mask, bool [length]: true where a token attends."""
+        mask = np.zeros(self.length, dtype=bool)
+        for run in self.attention_runs():
+            mask[run.start : run.stop] = True
+        return mask
+
+    def mode_at(self, i: int) -> Mode:
+        """Mode of token i, 0 ≤ i < length (IndexError otherwise)."""
+        if not 0 <= i < self.length:
+            raise IndexError(f"token {i} of a plan of {self.length}")
+        return self.runs[bisect.bisect_right(self.runs, i, key=lambda run: run.start) - 1].mode
+
+    def slice(self, start: int, stop: int) -> ModePlan:
+        """The plan of tokens start … stop - 1, counted from 0 (IndexError outside the plan)."""
+        if not 0 <= start <= stop <= self.length:
+            raise IndexError(f"tokens {start} to {stop} of a plan of {self.length}")
+        return self._of(
+            merge_runs((max(r.start, start) - start, min(r.stop, stop) - start, bool(r.mode)) for r in self.runs)
+        )
+
+    def extended(self, mode: Mode, n: int) -> ModePlan:
+        """This plan with `n` more tokens of `mode` at its end."""
+        runs = [(run.start, run.stop, bool(run.mode)) for run in self.runs]
+        return self._of(merge_runs([*runs, (self.length, self.length + n, bool(mode))]))
+
+    def __str__(self) -> str:
+        """A spec that `parse_plan` reads back to this plan."""
+        if len(self.runs) > 1:
+            return "runs:" + ",".join(f"{'ra'[run.mode]}{run.start}-{run.stop}" for run in self.runs)
+        return self.runs[0].mode.name.lower() if self.runs else "recurrent"
+
+
+def parse_plan(spec: str, length: int, *, chunk: int, prompt: int | None = None) -> ModePlan:
+    """The plan that `spec` gives to a text of `length` tokens, of which the first `prompt` were given.
+
+    Forms and meaning: `config.plans.parse_runs`. Raises ConfigError with the spec and the list of forms.
+    """
+    return ModePlan._of(parse_runs(spec, length, chunk=chunk, prompt=prompt))
+
+
+def draw_plan(
+    modes: ModesConfig, *, seed: int, iteration: int, microbatch: int, data_rank: int, length: int
+) -> ModePlan:
+    """Training plan of one microbatch: a pure function of its arguments, so equal on all ranks and after a resume.
+
+    All attention with probability p_attention, all recurrent with p_recurrent, else ρ ~ U(0, 1) is drawn and every
+    chunk attends with probability ρ (mixed training, arXiv 2605.28769; the three-way draw is this project's).
+    `modes.schedule` replaces the probabilities from its stages' iterations on; `modes.fixed` replaces the draw.
+    """
+    if modes.fixed is not None:
+        return parse_plan(modes.fixed, length, chunk=modes.chunk)
+    p_attention, p_recurrent = modes.p_attention, modes.p_recurrent
+    for stage in modes.schedule:
+        if stage.start <= iteration:
+            p_attention, p_recurrent = stage.p_attention, stage.p_recurrent
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, microbatch, data_rank))))
+    u = rng.random()
+    if u < p_attention:
+        return ModePlan.uniform(Mode.ATTENTION, length)
+    if u < p_attention + p_recurrent:
+        return ModePlan.uniform(Mode.RECURRENT, length)
+    ratio = rng.random()
+    return ModePlan.from_chunks(rng.random(-(-length // modes.chunk)) < ratio, modes.chunk, length)
