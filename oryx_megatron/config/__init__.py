@@ -1,1 +1,23 @@
-"""Typed run and model configs: schema, loading, overrides, validation. No torch."""
+"""Typed run and model configs: schema, loading with overrides, validation. No torch.
+
+`python -m oryx_megatron.config` prints the reference of all fields.
+"""
+
+from oryx_megatron.config.loading import from_dict, load_model, load_run, preset_names, to_dict, to_yaml
+from oryx_megatron.config.schema import ModelConfig, ModesConfig, RunConfig
+from oryx_megatron.config.validate import Layout, check_model, validate
+
+__all__ = [
+    "Layout",
+    "ModelConfig",
+    "ModesConfig",
+    "RunConfig",
+    "check_model",
+    "from_dict",
+    "load_model",
+    "load_run",
+    "preset_names",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]

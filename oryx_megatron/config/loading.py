@@ -1,0 +1,293 @@
+"""From YAML and `key=value` overrides to the typed config, and back.
+
+Every error is one line that names the file (or override), the field, and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+
+from oryx_megatron.config.schema import BlendEntry, ModelConfig, RunConfig
+from oryx_megatron.config.validate import check_model
+from oryx_megatron.errors import ConfigError
+
+T = TypeVar("T")
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `3e-4` is a number (YAML 1.1 reads text), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a name", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML text as plain data; ConfigError with `source`, line and column when it is not YAML."""
+    try:
+        # _Loader is a SafeLoader: it makes plain data only.
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{source}{place}: not valid YAML: {why}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `name: value` lines, found {_shown(data)}")
+    return data
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean x?`, or all names when none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean `{prefix}{near[0]}`?" if near else f"; known: {', '.join(known)}"
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Resolved type of every field of a config class."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def type_name(kind: Any) -> str:
+    """A type in words, for messages and for the reference."""
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(type_name(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        if args[-1] is Ellipsis:
+            return f"list of {type_name(args[0])}"
+        return f"list of {len(args)} × {type_name(args[0])}"
+    if typing.get_origin(kind) is dict:
+        return f"mapping of names to {type_name(typing.get_args(kind)[1])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
+    return names.get(kind) or kind.__name__
+
+
+def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
+    """`value` as `kind`; ConfigError that names `source` and the field `name`."""
+
+    def wrong() -> ConfigError:
+        return ConfigError(f"{source}: {name}: expected {type_name(kind)}, got {_shown(value)}")
+
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args and isinstance(value, str):
+            return value
+        near = difflib.get_close_matches(str(value), args, 1, 0.6)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(f"{source}: {name}: expected one of {type_name(kind)}, got {_shown(value)}{hint}")
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        rest = [k for k in args if k is not types.NoneType]
+        if not isinstance(value, (str, int, float, bool)):
+            raise wrong()
+        return _convert(rest[0], value, source, name)
+    if dataclasses.is_dataclass(kind):
+        if kind is BlendEntry and isinstance(value, str):
+            value = {"path": value}
+        return from_dict(cast(type, kind), value, source=source, prefix=name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise wrong()
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            raise wrong()
+        return tuple(_convert(k, v, source, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong()
+        return {str(k): _convert(args[1], v, source, f"{name}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    raise wrong()
+
+
+def from_dict(cls: type[T], data: Any, *, source: str = "config", prefix: str = "") -> T:
+    """A config object of class `cls` from plain data, as in YAML or a manifest.
+
+    `source` names the file in messages, `prefix` the place inside it. ConfigError for unknown keys (with the nearest
+    name), missing fields and wrong types. Values are not checked against each other: see `validate`.
+    """
+    if not isinstance(data, Mapping):
+        where = f"{source}: {prefix}" if prefix else source
+        raise ConfigError(f"{where}: expected a mapping of {cls.__name__} fields, got {_shown(data)}")
+    kinds = field_types(cls)
+    dot = f"{prefix}." if prefix else ""
+    for key in data:
+        if key not in kinds:
+            raise ConfigError(f"{source}: unknown key `{dot}{key}`{_near(str(key), kinds, dot)}")
+    values = {key: _convert(kinds[key], value, source, f"{dot}{key}") for key, value in data.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise ConfigError(f"{source}: `{dot}{field.name}` is missing ({type_name(kinds[field.name])})")
+    return cls(**values)
+
+
+def to_dict(config: Any) -> Any:
+    """A config object as plain data (dicts, lists, scalars) that `from_dict` and JSON take."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """A config object as YAML text; `load_run` reads a RunConfig's back to an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def preset_folders() -> tuple[Path, ...]:
+    """Where model presets are looked up: beside the package in the repository, then under the working folder."""
+    return _REPOSITORY / "configs" / "model", Path.cwd() / "configs" / "model"
+
+
+def preset_names() -> list[str]:
+    """Names of the model presets."""
+    return sorted({path.stem for folder in preset_folders() for path in folder.glob("*.yaml")})
+
+
+def _model_file(name: str, source: str, folder: Path) -> Path:
+    """File of a preset's name, or of a path relative to `folder` or to the working folder."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        for path in (folder / name, Path(name)):
+            if path.is_file():
+                return path
+        raise ConfigError(f"{source}: model: no such config file {name} (looked in {folder} and the working folder)")
+    for presets in preset_folders():
+        if (presets / f"{name}.yaml").is_file():
+            return presets / f"{name}.yaml"
+    raise ConfigError(f"{source}: model: no preset `{name}`{_near(name, preset_names())}")
+
+
+def _model_data(value: Any, source: str, folder: Path, depth: int = 0) -> dict[str, Any]:
+    """Model fields behind a preset's name, a path, or a mapping (with `preset:` as base)."""
+    if depth > 8:
+        raise ConfigError(f"{source}: model: presets that refer to each other in a circle")
+    if isinstance(value, str):
+        path = _model_file(value, source, folder)
+        data = _model_data(_read(path), str(path), path.parent, depth + 1)
+        from_dict(ModelConfig, data, source=str(path))  # so that a fault is told with the file that has it
+        return data
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: model: expected a preset's name, a path or a mapping, got {_shown(value)}")
+    if "preset" not in value:
+        return value
+    if not isinstance(value["preset"], str):
+        raise ConfigError(f"{source}: model.preset: expected a preset's name or a path, got {_shown(value['preset'])}")
+    changed = {key: field for key, field in value.items() if key != "preset"}
+    return {**_model_data(value["preset"], source, folder, depth + 1), **changed}
+
+
+def load_model(name_or_path: str) -> ModelConfig:
+    """The model of a preset's name or of a YAML file (absolute or relative to the working folder).
+
+    ConfigError when there is none or a field is wrong; fields are checked one by one and against each other.
+    """
+    model = from_dict(ModelConfig, _model_data(name_or_path, name_or_path, Path.cwd()), source=name_or_path)
+    check_model(model)
+    return model
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in the plain data of a run; the value is YAML."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    source = f"override `{override}`"
+    if not equals or not all(keys):
+        raise ConfigError(f"{source}: expected key=value, e.g. train.iterations=100")
+    # Walk the schema first, so that a typo is told with the override's text and not the file's name.
+    kind: Any = RunConfig
+    for i, key in enumerate(keys):
+        prefix = "".join(f"{k}." for k in keys[:i])
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif dataclasses.is_dataclass(kind):
+            kinds = field_types(kind)
+            if key not in kinds and not (kind is ModelConfig and key == "preset"):
+                raise ConfigError(f"{source}: unknown key `{prefix}{key}`{_near(key, kinds, prefix)}")
+            kind = kinds.get(key, str)
+        else:
+            raise ConfigError(f"{source}: `{prefix[:-1]}` is one value ({type_name(kind)}), it has no `{key}`")
+    value = parse_yaml(text, source)
+    if not (kind is ModelConfig or (dataclasses.is_dataclass(kind) and isinstance(value, Mapping))):
+        _convert(kind, value, source, path.strip())
+    for i, key in enumerate(keys[:-1]):
+        inner = data.get(key)
+        if i == 0 and key == "model" and isinstance(inner, str):
+            inner = {"preset": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{source}: `{'.'.join(keys[: i + 1])}` is {_shown(inner)}, not a mapping")
+        data[key] = inner = dict(inner)
+        data = inner
+    data[keys[-1]] = value
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a YAML file with `key.sub=value` overrides applied in order.
+
+    Values of overrides are YAML, so lists and mappings work: `evaluation.plans=[attention, 'ratio:0.5']`. `model` may
+    be a preset's name, a path relative to the run file, the fields, or `preset:` with changed fields; an override
+    `model.num_layers=2` changes one field of whichever it is. Other paths in the run stay as written: they are
+    relative to the working folder. ConfigError for all that is wrong with one field; `validate` checks them together.
+    """
+    path = Path(path)
+    data, source = _read(path), str(path)
+    for override in overrides:
+        _override(data, override)
+    if "model" in data:
+        data["model"] = _model_data(data["model"], source, path.parent)
+    return from_dict(RunConfig, data, source=source)

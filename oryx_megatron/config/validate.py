@@ -1,0 +1,386 @@
+"""Checks across the fields of a run, and the layout of its ranks. Every error is one ConfigError line.
+
+Called before any process group or model exists, so a wrong config costs seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+
+from oryx_megatron.config.plans import parse_runs
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    DataConfig,
+    ModelConfig,
+    ModesConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from oryx_megatron.errors import ConfigError
+
+FP8_MULTIPLE = 16
+"""TransformerEngine's FP8 products need every matrix dimension to be a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run's ranks are used. world = tp × pp × cp × dp."""
+
+    tp: int
+    """Tensor-parallel size."""
+    pp: int
+    """Pipeline-parallel size."""
+    vpp: int
+    """Model chunks per pipeline rank; 1: no interleaving."""
+    cp: int
+    """Context-parallel size."""
+    dp: int
+    """Data-parallel size."""
+    microbatches: int
+    """Microbatches per step on every data-parallel rank."""
+    stage_layers: tuple[int, ...]
+    """Layers on every pipeline rank, over all its model chunks."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{name.replace('__', '.')}: {value} should be above 0")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{name.replace('__', '.')}: {value} should not be negative")
+
+
+def _divisible(name: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        near = " or ".join(str(v) for v in (value // divisor * divisor, -(-value // divisor) * divisor) if v)
+        raise ConfigError(f"{name} {value} is not divisible by {by}{f' = {divisor}' if '×' in by else ''}; use {near}")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Checks inside one model config; ConfigError names the field."""
+    _positive(
+        model__num_layers=model.num_layers,
+        model__hidden_size=model.hidden_size,
+        model__ffn_hidden_size=model.ffn_hidden_size,
+        model__num_heads=model.num_heads,
+        model__num_kv_heads=model.kv_heads,
+        model__key_width=model.key_width,
+        model__value_width=model.value_width,
+        model__vocab_size=model.vocab_size,
+        model__rotary_base=model.rotary_base,
+        model__norm_epsilon=model.norm_epsilon,
+        model__init_std=model.init_std,
+        model__recurrence_chunk=model.recurrence_chunk,
+    )
+    if model.num_heads % model.kv_heads:
+        raise ConfigError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
+    if model.conv_width < 0 or model.conv_width == 1:
+        raise ConfigError(f"model.conv_width: {model.conv_width} should be 0 (no convolution) or at least 2")
+    if model.rotary != "none" and model.key_width % 2:
+        raise ConfigError(f"model.key_width {model.key_width} should be even for rotary embedding")
+    if model.shared_query and model.modes != "both":
+        raise ConfigError(f"model.shared_query: a model with modes={model.modes} has one query; leave it false")
+    for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
+        if not 0 < low <= high:
+            raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
+
+
+def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
+    """One plan of a run: it parses at this length, is not empty by rounding, and the model has its modes."""
+    try:
+        runs = parse_runs(spec, length, chunk=modes.chunk)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    kind, _, value = spec.strip().partition(":")
+    attends = {run[2] for run in runs}
+    if True not in attends and (kind == "every" or (kind == "ratio" and float(value) > 0)):
+        chunks = -(-length // modes.chunk)
+        raise ConfigError(
+            f"{name}: `{spec}` gives no attention at all: the {length} tokens are only {chunks} chunks of modes.chunk "
+            f"{modes.chunk}; use a smaller chunk or at least ratio:{1 / chunks:g}"
+        )
+    if attends != {model.has_attention} and model.modes != "both":
+        raise ConfigError(f"{name}: `{spec}` is not all {model.modes}, the one mode of model {model.name}")
+
+
+def _check_modes(run: RunConfig) -> None:
+    model, modes, length = run.model, run.modes, run.data.sequence_length
+    _positive(modes__chunk=modes.chunk)
+    _divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
+    stages = [("modes", modes.p_attention, modes.p_recurrent)]
+    stages += [(f"modes.schedule[{i}]", s.p_attention, s.p_recurrent) for i, s in enumerate(modes.schedule)]
+    for name, p_attention, p_recurrent in stages:
+        for field, p in (("p_attention", p_attention), ("p_recurrent", p_recurrent)):
+            if not 0 <= p <= 1:
+                raise ConfigError(f"{name}.{field}: {p} should be a probability from 0 to 1")
+        if p_attention + p_recurrent > 1 + 1e-9:
+            raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent} is more than 1")
+        only = {"both": None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.modes]
+        if modes.fixed is None and only is not None and (p_attention, p_recurrent) != only:
+            raise ConfigError(
+                f"{name}: model {model.name} has only the mode {model.modes}: set p_attention: {only[0]:g} and "
+                f"p_recurrent: {only[1]:g}, or modes.fixed: {model.modes}"
+            )
+    _check_stages("modes.schedule", [stage.start for stage in modes.schedule], run.train.iterations)
+    if modes.fixed is not None:
+        if modes.schedule:
+            raise ConfigError("modes.fixed: a fixed plan and modes.schedule exclude each other; remove one")
+        _check_plan("modes.fixed", modes.fixed, model, modes, length)
+    for i, spec in enumerate(run.evaluation.plans):
+        _check_plan(f"evaluation.plans[{i}]", spec, model, modes, length)
+    if len(set(run.evaluation.plans)) != len(run.evaluation.plans):
+        raise ConfigError(f"evaluation.plans: a plan is given twice in {', '.join(run.evaluation.plans)}")
+
+
+def _check_stages(name: str, starts: list[int], iterations: int) -> None:
+    for i, start in enumerate(starts):
+        if not 0 <= start < iterations:
+            raise ConfigError(f"{name}[{i}].start: {start} is not within the run's {iterations} iterations")
+        if i and start <= starts[i - 1]:
+            raise ConfigError(f"{name}[{i}].start: {start} should be after the stage before it at {starts[i - 1]}")
+
+
+def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
+    if not blend:
+        raise ConfigError(f"{name}: no dataset; give at least one path")
+    for i, entry in enumerate(blend):
+        if not entry.path:
+            raise ConfigError(f"{name}[{i}].path: is empty")
+        if not (entry.weight > 0 and math.isfinite(entry.weight)):
+            raise ConfigError(f"{name}[{i}].weight: {entry.weight} should be above 0")
+
+
+def _check_data(data: DataConfig, iterations: int) -> None:
+    _positive(data__sequence_length=data.sequence_length)
+    _not_negative(data__num_workers=data.num_workers)
+    if not data.tokenizer:
+        raise ConfigError("data.tokenizer: is empty")
+    starts = [stage.start for stage in data.stages]
+    if data.blend or not starts or starts[0] > 0:
+        _check_blend("data.blend", data.blend)
+    for i, stage in enumerate(data.stages):
+        _check_blend(f"data.stages[{i}].blend", stage.blend)
+    _check_stages("data.stages", starts, iterations)
+    if min(data.split) < 0 or data.split[0] <= 0 or not math.isfinite(sum(data.split)):
+        raise ConfigError(
+            f"data.split: {list(data.split)} should be sizes ≥ 0 of train, validation, test; train above 0"
+        )
+    for name, blend in data.validation.items():
+        if name == "valid":
+            raise ConfigError("data.validation.valid: `valid` is the split's own part; choose another name")
+        _check_blend(f"data.validation.{name}", blend)
+
+
+def _check_training(run: RunConfig) -> None:
+    train, schedule, optimizer = run.train, run.schedule, run.optimizer
+    _positive(
+        train__iterations=train.iterations,
+        train__global_batch_size=train.global_batch_size,
+        train__micro_batch_size=train.micro_batch_size,
+    )
+    if train.exit_after is not None and not 0 < train.exit_after <= train.iterations:
+        raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
+    _check_optimizer(optimizer)
+    if not 0 <= schedule.warmup <= train.iterations:
+        raise ConfigError(f"schedule.warmup: {schedule.warmup} is not within the run's {train.iterations} iterations")
+    if not 0 <= schedule.min_lr <= optimizer.lr:
+        raise ConfigError(f"schedule.min_lr: {schedule.min_lr} should be from 0 to optimizer.lr {optimizer.lr}")
+    if schedule.decay is not None:
+        if schedule.name != "wsd":
+            raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
+        if not 0 <= schedule.decay <= train.iterations - schedule.warmup:
+            raise ConfigError(
+                f"schedule.decay: {schedule.decay} iterations after {schedule.warmup} of warm-up are not within the "
+                f"run's {train.iterations}"
+            )
+    if schedule.name == "wsd" and schedule.decay_shape == "exponential" and schedule.min_lr == 0:
+        raise ConfigError("schedule.min_lr: an exponential decay needs a minimum above 0")
+    _not_negative(
+        seed=run.seed,
+        checkpoint__interval=run.checkpoint.interval,
+        checkpoint__keep=run.checkpoint.keep,
+        checkpoint__keep_every=run.checkpoint.keep_every,
+        evaluation__interval=run.evaluation.interval,
+    )
+    _positive(
+        checkpoint__timeout=run.checkpoint.timeout,
+        evaluation__batches=run.evaluation.batches,
+        logging__interval=run.logging.interval,
+    )
+    if not run.output_dir:
+        raise ConfigError("output_dir: is empty")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _positive(optimizer__lr=optimizer.lr, optimizer__epsilon=optimizer.epsilon)
+    _not_negative(optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optimizer.{name}: {beta} should be at least 0 and below 1")
+
+
+def _check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What tensor and context parallelism must divide."""
+    tp, cp = parallel.tensor, parallel.context
+    by, divisor = (f"tensor {tp}", tp) if cp == 1 else (f"tensor {tp} × context {cp}", tp * cp)
+    _divisible("model.num_heads", model.num_heads, by, divisor)
+    _divisible("model.num_kv_heads", model.kv_heads, by, divisor)
+    _divisible("model.ffn_hidden_size", model.ffn_hidden_size, f"tensor {tp}", tp)
+    _divisible("model.vocab_size", model.vocab_size, f"tensor {tp}", tp)
+
+
+def _check_sequence(length: int, parallel: ParallelConfig) -> None:
+    tp, cp = parallel.tensor, parallel.context
+    if parallel.sequence and tp > 1:
+        by = f"context {cp} × tensor {tp}" if cp > 1 else f"tensor {tp}"
+        _divisible("data.sequence_length", length, by, cp * tp)
+    else:
+        _divisible("data.sequence_length", length, f"context {cp}", cp)
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Layers on every pipeline rank under megatron-core's rules; ConfigError when they do not come out even."""
+    pp, vpp = parallel.pipeline, parallel.virtual_pipeline
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    if vpp > 1 and pp == 1:
+        raise ConfigError(f"parallel.virtual_pipeline: {vpp} model chunks need parallel.pipeline above 1")
+    if pp == 1:
+        if first is not None or last is not None:
+            raise ConfigError("parallel.first_stage_layers and last_stage_layers need parallel.pipeline above 1")
+        return (num_layers,)
+    for name, layers in (("first_stage_layers", first), ("last_stage_layers", last)):
+        if layers is not None and not 0 < layers < num_layers:
+            raise ConfigError(f"parallel.{name}: {layers} should be from 1 to {num_layers - 1} of the model's layers")
+    rest = num_layers - (first or 0) - (last or 0)
+    ranks = pp - (first is not None) - (last is not None)
+    given = "".join(
+        f", {which} stage {layers}" for which, layers in (("first", first), ("last", last)) if layers is not None
+    )
+    if rest < ranks or (rest % ranks if ranks else rest):
+        hint = "" if given else "; or set parallel.first_stage_layers / last_stage_layers"
+        raise ConfigError(
+            f"model.num_layers {num_layers} do not divide evenly over pipeline {pp}{given}: {rest} layers are left for "
+            f"{ranks} stages{hint}"
+        )
+    middle = [rest // ranks] * ranks if ranks else []
+    stages = ([first] if first is not None else []) + middle + ([last] if last is not None else [])
+    for layers in stages:
+        if layers % vpp:
+            raise ConfigError(
+                f"parallel.virtual_pipeline: a pipeline stage of {layers} layers is not divisible into {vpp} chunks "
+                f"(model.num_layers {num_layers}, pipeline {pp}{given})"
+            )
+    return tuple(stages)
+
+
+def _alternatives(run: RunConfig, world_size: int) -> str:
+    """The nearest layouts that do use `world_size` ranks, in words."""
+    wanted = (run.parallel.tensor, run.parallel.pipeline, run.parallel.context)
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    found: list[tuple[float, str]] = []
+    for tp, pp, cp in itertools.product(divisors, repeat=3):
+        if world_size % (tp * pp * cp):
+            continue
+        parallel = dataclasses.replace(run.parallel, tensor=tp, pipeline=pp, context=cp)
+        try:
+            layout = validate(dataclasses.replace(run, parallel=parallel), world_size)
+        except ConfigError:
+            continue
+        distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp), wanted))
+        found.append((distance, f"tensor {tp} × pipeline {pp} × context {cp} × data {layout.dp}"))
+    found.sort()
+    return (
+        f"layouts that work: {'; '.join(text for _, text in found[:3])}"
+        if found
+        else f"no layout of {world_size} ranks fits the heads, layers, sequence and batch"
+    )
+
+
+def _check_precision(run: RunConfig) -> None:
+    precision, model, tp = run.precision, run.model, run.parallel.tensor
+    _not_negative(
+        precision__bf16_first_layers=precision.bf16_first_layers,
+        precision__bf16_last_layers=precision.bf16_last_layers,
+    )
+    if precision.fp8 == "none":
+        for name in ("fp8_params", "fp8_attention", "bf16_first_layers", "bf16_last_layers"):
+            if getattr(precision, name):
+                raise ConfigError(
+                    f"precision.{name}: has no effect without precision.fp8; choose a recipe or remove it"
+                )
+        return
+    if precision.dtype == "fp32":
+        raise ConfigError(f"precision.fp8: {precision.fp8} needs precision.dtype bf16, not fp32")
+    if precision.bf16_first_layers + precision.bf16_last_layers >= model.num_layers:
+        raise ConfigError(
+            f"precision.bf16_first_layers {precision.bf16_first_layers} + bf16_last_layers "
+            f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in FP8"
+        )
+    keys, values, queries = model.kv_heads * model.key_width, model.kv_heads * model.value_width, model.num_heads
+    count = 1 if model.shared_query else model.has_attention + model.has_recurrence
+    inner = keys + values + count * queries * model.key_width
+    inner += model.num_heads * model.value_width if model.output_gate else 0
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        f"model.ffn_hidden_size {model.ffn_hidden_size} / tensor {tp}": model.ffn_hidden_size // tp,
+        f"the mixer's input projection {inner} / tensor {tp}": inner // tp,
+        f"the mixer's output width {model.num_heads * model.value_width} / tensor {tp}": (
+            model.num_heads * model.value_width // tp
+        ),
+    }
+    for name, width in widths.items():
+        if width % FP8_MULTIPLE:
+            raise ConfigError(f"precision.fp8: {name} = {width} is not a multiple of {FP8_MULTIPLE}, which FP8 needs")
+    tokens = run.data.sequence_length // run.parallel.context * run.train.micro_batch_size
+    if tokens % FP8_MULTIPLE:
+        raise ConfigError(
+            f"precision.fp8: {tokens} tokens per rank and microbatch (data.sequence_length / context × "
+            f"train.micro_batch_size) are not a multiple of {FP8_MULTIPLE}, which FP8 needs"
+        )
+
+
+def validate(run: RunConfig, world_size: int) -> Layout:
+    """Check a run as a whole for `world_size` ranks and give its layout; ConfigError at the first fault."""
+    parallel = run.parallel
+    tp, pp, cp, vpp = parallel.tensor, parallel.pipeline, parallel.context, parallel.virtual_pipeline
+    check_model(run.model)
+    _positive(
+        parallel__tensor=tp,
+        parallel__pipeline=pp,
+        parallel__context=cp,
+        parallel__virtual_pipeline=vpp,
+        parallel__distributed_timeout=parallel.distributed_timeout,
+    )
+    _check_data(run.data, run.train.iterations)
+    _check_training(run)
+    _check_modes(run)
+    if world_size < 1 or world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"world size {world_size} ≠ tensor {tp} × pipeline {pp} × context {cp} × data ? "
+            f"(a multiple of {tp * pp * cp}); {_alternatives(run, world_size)}"
+        )
+    _check_widths(run.model, parallel)
+    _check_sequence(run.data.sequence_length, parallel)
+    stages = stage_layers(run.model.num_layers, parallel)
+    _check_precision(run)
+    dp = world_size // (tp * pp * cp)
+    micro, total = run.train.micro_batch_size, run.train.global_batch_size
+    _divisible("train.global_batch_size", total, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
+    microbatches = total // (micro * dp)
+    if vpp > 1:
+        # megatron-core's interleaved schedule deals microbatches out in groups of the pipeline's size.
+        _divisible("microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
+    return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
