@@ -1,0 +1,7 @@
+"""The Oryx model as megatron-core modules."""
+
+from oryx_megatron.model.build import build_meta, build_model
+from oryx_megatron.model.mixer import OryxMixer
+from oryx_megatron.model.sequence import LayerState, SequenceInfo
+
+__all__ = ["LayerState", "OryxMixer", "SequenceInfo", "build_meta", "build_model"]

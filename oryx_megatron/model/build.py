@@ -1,0 +1,61 @@
+"""Build the model of this rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
+from oryx_megatron.model.initialize import initialize_weights
+from oryx_megatron.model.spec import block_spec
+
+
+def build_chunk(
+    config: OryxTransformerConfig, *, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+) -> GPTModel:
+    """One pipeline stage (or virtual stage) as megatron-core's GPTModel, with uninitialised weights.
+
+    The mixer applies its own rotary embedding, so GPTModel gets no position embedding and no sequence limit.
+    """
+    model = config.oryx
+    if model is None:
+        raise ValueError("build_chunk needs config.oryx, the architecture")
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+        vocab_size=model.vocab_size,
+        max_sequence_length=0,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, seed: int
+) -> list[GPTModel]:
+    """All chunks of this pipeline rank (one unless stages are virtual), with the weights of `seed`."""
+    config = transformer_config(model, parallel, precision)
+    stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    chunks = []
+    for stage in stages:
+        chunk = build_chunk(
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage),
+            vp_stage=stage,
+        )
+        initialize_weights(chunk, model, seed)
+        chunks.append(chunk)
+    return chunks
+
+
+def build_meta(model: ModelConfig) -> GPTModel:
+    """The whole model without storage, to count and name its parameters."""
+    config = transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), use_cpu_initialization=True)
+    with torch.device("meta"):
+        return build_chunk(config)

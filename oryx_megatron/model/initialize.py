@@ -1,0 +1,111 @@
+"""Initial weights, equal under every layout.
+
+Each named tensor of the whole model is drawn from its own generator, seeded by (run seed, name), and every rank keeps
+its slice. So tp=1 and tp=8 start from the same model, which megatron-core's own initialisation (one random stream per
+rank) does not give. On one kind of device the draw is reproducible; CPU and GPU generators differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.model.mixer import OryxMixer
+
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+@torch.no_grad()
+def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
+    """Fill every parameter of a model chunk (a pipeline or virtual stage) in place.
+
+    Matrices: normal with `init_std`, divided by √(2 layers) where they write to the residual stream (out_proj, fc2).
+    Convolution taps: uniform in ±1/√width, torch's default. A uniform in `decay_init`, softplus(dt_bias) log-uniform in
+    `dt_init`, as in the Mamba-2 and Gated DeltaNet code bases. Norm weights and d: one.
+
+    Raises:
+        KeyError: a parameter without a rule, which would have stayed uninitialised.
+    """
+    tensor = _Slicer(parallel_state.get_tensor_model_parallel_group(), seed)
+    normal, residual = _normal(model.init_std), _normal(model.init_std / math.sqrt(2 * model.num_layers))
+    done: set[int] = set()
+
+    def fill(name: str, parameter: Tensor, draw: Draw, axis: int | None = 0, parts: dict[str, int] | None = None) -> None:
+        tensor.fill(name, parameter, draw, axis, parts)
+        done.add(id(parameter))
+
+    if hasattr(chunk, "embedding"):
+        fill("embedding", chunk.embedding.word_embeddings.weight, normal)
+    if getattr(chunk, "output_layer", None) is not None and chunk.output_layer.weight is not None:
+        fill("embedding" if model.tie_embeddings else "output_layer", chunk.output_layer.weight, normal)
+    for layer in chunk.decoder.layers:
+        prefix = f"layers.{layer.layer_number}."
+        mixer: OryxMixer = layer.self_attention
+        fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.parts)
+        fill(prefix + "out_proj", mixer.out_proj.weight, residual, axis=1)
+        if model.conv_width:
+            bound = 1 / math.sqrt(model.conv_width)
+            fill(prefix + "conv", mixer.conv.weight, _uniform(-bound, bound), parts=mixer.conv_parts)
+        if model.has_recurrence:
+            fill(prefix + "decay_proj", mixer.decay_proj.weight, normal, parts=mixer.decay_parts)
+            fill(prefix + "a_log", mixer.a_log, lambda *a: _uniform(*model.decay_init)(*a).log())
+            fill(prefix + "dt_bias", mixer.dt_bias, _inverse_softplus_log_uniform(*model.dt_init))
+            if model.mixer == "mamba2":
+                fill(prefix + "d", mixer.d, _ones)
+        half = layer.mlp.linear_fc1.weight.shape[0] // 2
+        fill(prefix + "fc1", layer.mlp.linear_fc1.weight, normal, parts={"gate": half, "up": half})
+        fill(prefix + "fc2", layer.mlp.linear_fc2.weight, residual, axis=1)
+    for name, parameter in chunk.named_parameters():
+        if "norm" in name and parameter.dim() == 1:
+            fill(name, parameter, _ones, axis=None)
+        elif id(parameter) not in done:
+            raise KeyError(f"no initialisation rule for parameter {name}")
+
+
+class _Slicer:
+    def __init__(self, group: torch.distributed.ProcessGroup, seed: int) -> None:
+        self.size, self.rank, self.seed = group.size(), group.rank(), seed
+
+    def fill(self, name: str, parameter: Tensor, draw: Draw, axis: int | None, parts: dict[str, int] | None) -> None:
+        """Draw the whole tensor `name`, or each of its parts along axis 0, and copy this rank's share."""
+        if parameter.is_meta:
+            return
+        start = 0
+        for part, rows in (parts or {"": parameter.shape[0]}).items():
+            target = parameter[start : start + rows]
+            shape = list(target.shape)
+            if axis is not None:
+                shape[axis] *= self.size
+            generator = torch.Generator(parameter.device)
+            digest = hashlib.sha256(f"{self.seed}:{name}:{part}".encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            whole = draw(tuple(shape), generator)
+            target.copy_(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
+            start += rows
+
+
+def _normal(std: float) -> Draw:
+    return lambda shape, generator: torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
+
+
+def _uniform(low: float, high: float) -> Draw:
+    return lambda shape, generator: torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)
+
+
+def _ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(shape, device=generator.device)
+
+
+def _inverse_softplus_log_uniform(low: float, high: float) -> Draw:
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        dt = _uniform(math.log(low), math.log(high))(shape, generator).exp()
+        return dt + torch.log(-torch.expm1(-dt))
+
+    return draw

@@ -1,0 +1,53 @@
+"""Start and stop torch.distributed and megatron-core's process groups."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+from oryx_megatron import platform
+from oryx_megatron.config.schema import ParallelConfig
+
+
+def initialize(parallel: ParallelConfig, *, seed: int) -> None:
+    """Join the process group described by torchrun's environment and build megatron-core's groups.
+
+    Without torchrun's environment this process becomes the only rank. Random states are seeded per megatron-core's
+    rules: equal on data-parallel ranks, distinct on tensor- and pipeline-parallel ranks.
+    """
+    platform.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        timeout = timedelta(seconds=parallel.distributed_timeout)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(platform.backend(), timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout / 60)),
+        # Between CPUs every group is gloo already; a second set would only cost start-up time.
+        create_gloo_process_groups=platform.has_gpu(),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy() -> None:
+    """Leave all process groups; harmless when none exist."""
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def is_main_rank() -> bool:
+    """True on global rank 0 and where torch.distributed is not in use."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,51 @@
+"""CPU or GPU: the one place that knows what megatron-core assumes of CUDA.
+
+`install()` must run before a megatron-core model, optimizer or schedule is built; `parallel.initialize` calls it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from oryx_megatron.platform import cpu
+
+
+def has_gpu() -> bool:
+    """True on a machine whose torch sees an NVIDIA GPU."""
+    return torch.cuda.is_available()
+
+
+def install() -> None:
+    """Prepare this process for megatron-core: choose the GPU of this local rank, or redirect CUDA calls to the CPU."""
+    if has_gpu():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    else:
+        cpu.install()
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Name of the torch.distributed backend: NCCL between GPUs, gloo between CPUs."""
+    return "cpu:gloo,cuda:nccl" if has_gpu() else "gloo"
+
+
+def local_rank() -> int:
+    """Rank within the node, from torchrun's environment; 0 outside of it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a host clock reads finished work."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes allocated on this rank's GPU; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if has_gpu() else 0

@@ -1,0 +1,94 @@
+"""Run a function on several ranks of one machine: gloo on CPUs, NCCL where there are GPUs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `function(*args)` in `world_size` new processes that see torchrun's environment.
+
+    Args:
+        function: A module-level function; it joins process groups itself (`parallel.initialize`).
+        world_size: Number of ranks.
+        args: Passed on; must pickle.
+        timeout: Seconds until all ranks are ended and the call fails.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RuntimeError: a rank raised (with its traceback), died or ran out of time.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        processes = [
+            context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _join(processes, Path(folder), timeout)
+            return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _join(processes: list[Any], folder: Path, timeout: float) -> None:
+    import time
+
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        # One failed rank leaves the others waiting in a collective: report it at once.
+        failed = [process for process in processes if process.exitcode not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"ranks ended with exit codes {codes} (None: ran longer than {timeout:g} s)")
+
+
+def _rank_main(
+    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        result = function(*args)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,80 @@
+"""Optimizer and schedule: megatron-core's, from the run config."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from oryx_megatron import platform
+from oryx_megatron.config.schema import RunConfig
+
+
+def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay (megatron-core's default)."""
+    settings = run.optimizer
+    bf16 = run.precision.dtype == "bf16"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=run.schedule.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
+        optimizer_cpu_offload=settings.cpu_offload,
+        optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=platform.has_gpu())
+
+
+def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate by iteration: linear warm-up, then cosine, WSD or constant."""
+    schedule, iterations = run.schedule, run.train.iterations
+    wsd = schedule.name == "wsd"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=run.optimizer.lr,
+        min_lr=schedule.min_lr,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=iterations,
+        lr_decay_style={"cosine": "cosine", "wsd": "WSD", "constant": "constant"}[schedule.name],
+        start_wd=run.optimizer.weight_decay,
+        end_wd=run.optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=(schedule.decay if schedule.decay is not None else iterations // 10) if wsd else None,
+        lr_wsd_decay_style=schedule.decay_shape if wsd else None,
+    )
+
+
+def optimizer_step(optimizer: MegatronOptimizer, *, loss: float) -> tuple[bool, float]:
+    """Clip and apply the gradients, unless the loss or their norm is not finite.
+
+    All ranks decide alike: the norm is reduced over model-parallel ranks and the loss is known to all.
+
+    Returns:
+        Whether parameters changed, and the gradient norm before clipping.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return False, norm
+    if optimizer.config.clip_grad > 0:
+        parameters = optimizer.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return True, norm

@@ -1,0 +1,105 @@
+"""One optimizer step and one evaluation pass through megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.model.sequence import SequenceInfo
+from oryx_megatron.modes import ModePlan
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One forward pass of one data-parallel rank; equal on all its model-parallel ranks."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    labels: Tensor
+    """int64 [b, s], the token after each."""
+    loss_mask: Tensor
+    """float32 [b, s], 0 where a label does not count."""
+    plan: ModePlan
+    """Mode of each of the s tokens."""
+    documents: Tensor | None = None
+    """int32 cumulative document starts, or None when documents are joined."""
+
+
+def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """megatron-core's forward step: next microbatch through one model chunk, and the function that makes its loss."""
+    batch = next(batches)
+    device = platform.device()
+    info = SequenceInfo.build(batch.plan, device=device, documents=batch.documents)
+    local = _context_slice(batch.tokens.shape[1])
+    output = chunk(
+        batch.tokens[:, local].to(device, non_blocking=True),
+        None,  # position_ids: the mixer makes its own
+        None,  # attention_mask: causality and documents travel in `info`
+        labels=batch.labels[:, local].to(device, non_blocking=True),
+        packed_seq_params=info,
+    )
+    return output, partial(_sum_loss, batch.loss_mask[:, local].to(device, non_blocking=True))
+
+
+def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Summed loss, number of counted tokens, and both for the report; megatron-core divides at the end of the step."""
+    total = (losses.float() * mask).sum()
+    tokens = mask.sum().to(torch.int)
+    return total, tokens, {"loss": torch.stack((total.detach(), tokens.to(total.dtype)))}
+
+
+def _context_slice(length: int) -> slice:
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    return slice(rank * length // size, (rank + 1) * length // size)
+
+
+def forward_backward(
+    run: RunConfig, chunks: list[Any], batches: list[Iterator[Microbatch]], microbatches: int, *, forward_only: bool
+) -> tuple[float, float]:
+    """Run the microbatches of one step; leaves gradients in place unless `forward_only`.
+
+    Args:
+        run: The run's config.
+        chunks: Model chunks of this rank.
+        batches: One iterator of microbatches for each chunk.
+        microbatches: How many to take.
+        forward_only: Skip the backward pass.
+
+    Returns:
+        Summed loss in nats and number of counted tokens over the global batch, the same on every rank.
+    """
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_microbatch,
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=microbatches,
+        seq_length=run.data.sequence_length,
+        micro_batch_size=run.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return _reduce([report["loss"] for report in reports])
+
+
+def _reduce(reports: list[Tensor]) -> tuple[float, float]:
+    """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
+    total = torch.zeros(2, dtype=torch.float64, device=platform.device())
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        total += torch.stack(reports).double().sum(0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            total,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    loss, tokens = total.tolist()
+    return loss, tokens
