@@ -67,10 +67,12 @@ class ModelConfig:
 
     @property
     def has_attention(self) -> bool:
+        """Whether the model has the attention mode."""
         return self.modes in ("both", "attention")
 
     @property
     def has_recurrence(self) -> bool:
+        """Whether the model has the recurrent mode."""
         return self.modes in ("both", "recurrent")
 
 
@@ -125,7 +127,9 @@ class MixStage:
     start: int
     """First iteration of the stage."""
     p_attention: float
+    """Probability that a whole microbatch is in attention mode."""
     p_recurrent: float
+    """Probability that a whole microbatch is in recurrent mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +167,17 @@ class OptimizerConfig:
     """Optimizer; no weight decay on norms, A_log, dt_bias, D."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """Update rule; muon orthogonalises the updates of weight matrices and leaves the rest to AdamW."""
     lr: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
     beta1: float = 0.9
+    """Decay of the running mean of gradients."""
     beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
+    """Added to the root of the running mean of squares."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     cpu_offload: bool = False
@@ -180,6 +189,7 @@ class ScheduleConfig:
     """Learning rate over iterations."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after warm-up: cosine to `min_lr`; warm-up, stable, decay; or constant."""
     warmup: int = 0
     """Iterations of linear warm-up from 0."""
     min_lr: float = 0.0
@@ -281,9 +291,13 @@ class KernelsConfig:
     """Backends of the mixer parts; `auto` takes the fastest that is present and right on this machine."""
 
     attention: Literal["auto", "reference", "sdpa", "flex", "te", "flash", "flash4"] = "auto"
+    """Softmax attention of attention-mode queries."""
     recurrence: Literal["auto", "reference", "fla", "mamba_ssm"] = "auto"
+    """Gated delta rule or SSD."""
     convolution: Literal["auto", "reference", "causal_conv1d"] = "auto"
+    """Causal depthwise convolution of keys and values."""
     norm: Literal["auto", "reference", "fused"] = "auto"
+    """Gated RMSNorm of the mixer's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,21 +305,32 @@ class RunConfig:
     """One pretraining run."""
 
     model: ModelConfig
-    """In YAML: the name of a file in configs/model, a path, or the fields themselves."""
+    """In YAML: the name of a file in configs/model, a path, the fields themselves, or `preset:` and changed fields."""
     data: DataConfig
+    """What to train on."""
     train: TrainConfig
+    """Length and batch of the run."""
     output_dir: str
     """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
     seed: int = 1234
     """Seeds initialisation, sample order and mode plans."""
     modes: ModesConfig = ModesConfig()
+    """How training mixes the two modes."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over iterations."""
     parallel: ParallelConfig = ParallelConfig()
+    """Layout of the ranks."""
     precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation during training."""
     logging: LoggingConfig = LoggingConfig()
+    """What the run reports."""
     kernels: KernelsConfig = KernelsConfig()
+    """Backends of the mixer parts."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
     """Training engine."""

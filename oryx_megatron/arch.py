@@ -1,0 +1,316 @@
+"""Parameters, FLOPs and decode memory of a model by arithmetic alone, and how much of it both modes share.
+
+`python -m oryx_megatron.arch 1.4b-gdn` prints them. How shares count (ORYX.md, "What the paper shows"): per mode,
+shared ÷ (used by that mode), without the embedding; the whole-model share and the shares with the embedding are
+reported beside. Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width,
+w convolution taps, V vocabulary, s sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import ModelConfig, load_model
+from oryx_megatron.errors import ConfigError
+
+User = Literal["embedding", "shared", "attention", "recurrent"]
+
+KV_BYTES = 2
+"""Bytes of a cached key or value element and of a convolution window's (bf16)."""
+STATE_BYTES = 4
+"""Bytes of an element of the recurrent state (fp32)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one kind over all layers, and which mode uses them."""
+
+    name: str
+    count: int
+    user: User
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model by part. A single-mode baseline has all but its embedding under `shared`."""
+
+    parts: tuple[Part, ...]
+
+    def of(self, *users: User) -> int:
+        """Parameters used by these."""
+        return sum(part.count for part in self.parts if part.user in users)
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def embedding(self) -> int:
+        """Embedding, and output layer when not tied."""
+        return self.of("embedding")
+
+    @property
+    def non_embedding(self) -> int:
+        return self.total - self.embedding
+
+    @property
+    def shared(self) -> int:
+        """Non-embedding parameters that both modes use."""
+        return self.of("shared")
+
+    @property
+    def attention_only(self) -> int:
+        return self.of("attention")
+
+    @property
+    def recurrent_only(self) -> int:
+        return self.of("recurrent")
+
+    def share(self, mode: Literal["attention", "recurrent", "whole"], *, embedding: bool = False) -> float:
+        """Shared ÷ used: by one mode, or by the whole model. `embedding` counts the embedding, as shared."""
+        shared = self.shared + (self.embedding if embedding else 0)
+        own = {"attention": self.attention_only, "recurrent": self.recurrent_only}
+        return shared / (shared + (sum(own.values()) if mode == "whole" else own[mode]))
+
+
+def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
+    """Output widths of the mixer's input projections, their users and formulas."""
+    keys, values = model.kv_heads * model.key_width, model.kv_heads * model.value_width
+    queries = model.num_heads * model.key_width
+    both = model.modes == "both"
+    parts: dict[str, tuple[int, User, str]] = {
+        "in_proj.key": (keys, "shared", "G N d"),
+        "in_proj.value": (values, "shared", "G P d"),
+    }
+    if model.shared_query:
+        parts["in_proj.query"] = (queries, "shared", "H N d")
+    else:
+        if model.has_attention:
+            parts["in_proj.query_attention"] = (queries, "attention" if both else "shared", "H N d")
+        if model.has_recurrence:
+            parts["in_proj.query_recurrent"] = (queries, "recurrent" if both else "shared", "H N d")
+    if model.output_gate:
+        parts["in_proj.output_gate"] = (model.num_heads * model.value_width, "shared", "H P d")
+    return parts
+
+
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
+    """Parameters of `model` by part; equal to what the built model has."""
+    d, f, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
+    heads, n, p = model.num_heads, model.key_width, model.value_width
+    both = model.modes == "both"
+    attention: User = "attention" if both else "shared"
+    recurrent: User = "recurrent" if both else "shared"
+    parts = [Part("embedding", model.vocab_size * d, "embedding", "V d")]
+    parts += [Part(name, layers * width * d, user, note) for name, (width, user, note) in _projections(model).items()]
+    if model.conv_width:
+        parts.append(Part("conv", layers * model.kv_heads * (n + p) * model.conv_width, "shared", "G (N + P) w"))
+    if model.has_recurrence:
+        gates, scalars = (1, 3) if model.mixer == "mamba2" else (2, 2)
+        parts.append(Part("decay_proj", layers * gates * heads * d, recurrent, "2 H d" if gates == 2 else "H d"))
+        names = "a_log, dt_bias, d" if model.mixer == "mamba2" else "a_log, dt_bias"
+        parts.append(Part(names, layers * scalars * heads, recurrent, f"{scalars} H"))
+    if model.has_attention and model.qk_norm:
+        parts.append(Part("query_norm, key_norm", layers * 2 * n, attention, "2 N"))
+    parts += [
+        Part("out_norm", layers * p, "shared", "P"),
+        Part("out_proj", layers * heads * p * d, "shared", "H P d"),
+        Part("mlp", layers * 3 * d * f, "shared", "3 d f"),
+        Part("layer norms", (2 * layers + 1) * d, "shared", "2 d, and d at the end"),
+    ]
+    if not model.tie_embeddings:
+        parts.append(Part("output_layer", model.vocab_size * d, "embedding", "V d"))
+    return ParameterCounts(tuple(parts))
+
+
+def flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> dict[str, float]:
+    """Forward FLOPs per token by term, over all layers; a training step needs three times the sum.
+
+    Counts what the plan needs, whatever kernels do: a multiply and an add are 2; a token's own query only; softmax
+    attention over the (s + 1) / 2 tokens that a causal row sees on average, so attention tokens are taken as evenly
+    spread; the recurrence in its step-by-step form, advanced at every token and read at recurrent tokens, and
+    nothing of it when all tokens attend, as none reads the state. Norms, activations, rotary and softmax are left out.
+    ValueError when the model lacks a mode that the share needs.
+    """
+    if not 0 <= attention_share <= 1:
+        raise ValueError(f"attention_share {attention_share} is not within 0 … 1")
+    if (attention_share > 0 and not model.has_attention) or (attention_share < 1 and not model.has_recurrence):
+        raise ValueError(f"model {model.name} has only the mode {model.modes}, not a share of {attention_share}")
+    d, layers, heads, n, p = model.hidden_size, model.num_layers, model.num_heads, model.key_width, model.value_width
+    recurs = attention_share < 1
+    terms: dict[str, float] = {}
+    for name, (width, _, _) in _projections(model).items():
+        used = {"in_proj.query_attention": attention_share, "in_proj.query_recurrent": 1 - attention_share}
+        terms[name] = layers * 2.0 * width * d * used.get(name, 1.0)
+    if model.conv_width:
+        terms["conv"] = layers * 2.0 * model.kv_heads * (n + p) * model.conv_width
+    if model.has_attention:
+        terms["attention"] = attention_share * layers * heads * 2.0 * (n + p) * (sequence + 1) / 2
+    if model.has_recurrence:
+        gates = 1 if model.mixer == "mamba2" else 2
+        terms["decay_proj"] = recurs * layers * 2.0 * gates * heads * d
+        # Decay S: N P. Add k vᵀ: 2 N P. Gated DeltaNet first reads Sᵀ k: 2 N P more.
+        update = 3.0 if model.mixer == "mamba2" else 5.0
+        terms["recurrence update"] = recurs * layers * heads * update * n * p
+        terms["recurrence read"] = (1 - attention_share) * layers * heads * 2.0 * n * p
+    terms["out_proj"] = layers * 2.0 * heads * p * d
+    terms["mlp"] = layers * 2.0 * 3 * d * model.ffn_hidden_size
+    terms["output_layer"] = 2.0 * model.vocab_size * d
+    return terms
+
+
+def training_flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> float:
+    """FLOPs per token of forward and backward: three times the forward's, nothing recomputed."""
+    return 3 * sum(flops_per_token(model, sequence, attention_share).values())
+
+
+def kv_bytes_per_token(model: ModelConfig) -> int:
+    """Bytes that one token adds to a sequence's KV cache (bf16), whatever its mode."""
+    if not model.has_attention:
+        return 0
+    return model.num_layers * model.kv_heads * (model.key_width + model.value_width) * KV_BYTES
+
+
+def state_bytes(model: ModelConfig) -> int:
+    """Bytes of one sequence's recurrent states (fp32)."""
+    if not model.has_recurrence:
+        return 0
+    return model.num_layers * model.num_heads * model.key_width * model.value_width * STATE_BYTES
+
+
+def window_bytes(model: ModelConfig) -> int:
+    """Bytes of one sequence's convolution windows (bf16)."""
+    taps = max(model.conv_width - 1, 0)
+    return model.num_layers * model.kv_heads * (model.key_width + model.value_width) * taps * KV_BYTES
+
+
+def _shares(model: ModelConfig) -> tuple[float, ...]:
+    """Attention shares to show: all, a quarter and none where the model has both modes."""
+    return {"both": (1.0, 0.25, 0.0), "attention": (1.0,), "recurrent": (0.0,)}[model.modes]
+
+
+def report(model: ModelConfig, sequence: int) -> dict[str, object]:
+    """All figures of `model` as plain data for JSON."""
+    counts = parameter_counts(model)
+    flops = {}
+    for share in _shares(model):
+        terms = flops_per_token(model, sequence, share)
+        flops[f"{share:g}"] = {"terms": terms, "forward": sum(terms.values()), "training": 3 * sum(terms.values())}
+    shares: dict[str, object] = {}
+    if model.modes == "both":
+        for name, embedding in (("non_embedding", False), ("with_embedding", True)):
+            shares[name] = {
+                mode: counts.share(mode, embedding=embedding) for mode in ("attention", "recurrent", "whole")
+            }
+    return {
+        "name": model.name,
+        "parameters": {
+            "total": counts.total,
+            "embedding": counts.embedding,
+            "non_embedding": counts.non_embedding,
+            "shared": counts.shared,
+            "attention_only": counts.attention_only,
+            "recurrent_only": counts.recurrent_only,
+            "parts": {part.name: {"count": part.count, "user": part.user} for part in counts.parts},
+        },
+        "shares": shares,
+        "sequence": sequence,
+        "flops_per_token_by_attention_share": flops,
+        "kv_bytes_per_token": kv_bytes_per_token(model),
+        "state_bytes_per_sequence": state_bytes(model),
+        "window_bytes_per_sequence": window_bytes(model),
+        "decode_bytes_per_sequence": kv_bytes_per_token(model) * sequence + state_bytes(model) + window_bytes(model),
+    }
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def table(model: ModelConfig, sequence: int) -> str:
+    """All figures of `model` as text, at most 80 columns wide."""
+    counts = parameter_counts(model)
+    both = model.modes == "both"
+    kind = f"{model.mixer} + attention" if both else "attention only" if model.has_attention else f"{model.mixer} only"
+    heads = f"{model.num_heads}" + (f"/{model.kv_heads}" if model.kv_heads != model.num_heads else "")
+    lines = [
+        f"{model.name}: {kind}, {model.num_layers} layers × {model.hidden_size}, {heads} heads, SwiGLU "
+        f"{model.ffn_hidden_size}",
+        "",
+        f"{'parameters':<26}{'count':>15}  {'used by':<11}per layer",
+    ]
+    users = {"embedding": "embedding", "shared": "both modes" if both else model.modes}
+    for part in counts.parts:
+        lines.append(f"  {part.name:<24}{part.count:>15,}  {users.get(part.user, part.user):<11}{part.note}".rstrip())
+    lines.append(f"  {'non-embedding':<24}{counts.non_embedding:>15,}")
+    lines.append(f"  {'total':<24}{counts.total:>15,}")
+    if both:
+        lines += ["", f"{'shared by both modes':<26}{'parameters':>15}{'non-embedding':>17}{'with embedding':>17}"]
+        rows: tuple[tuple[Literal["attention", "recurrent", "whole"], str, int], ...] = (
+            ("attention", "of attention mode's", counts.shared + counts.attention_only),
+            ("recurrent", "of recurrent mode's", counts.shared + counts.recurrent_only),
+            ("whole", "of the whole model's", counts.non_embedding),
+        )
+        for mode, name, used in rows:
+            plain, full = counts.share(mode), counts.share(mode, embedding=True)
+            lines.append(f"  {name:<24}{used:>15,}{plain:>16.1%} {full:>16.1%}")
+        lines.append(
+            f"  shared {counts.shared:,}, attention only {counts.attention_only:,}, recurrent only "
+            f"{counts.recurrent_only:,}"
+        )
+    shares = _shares(model)
+    head = {1.0: "all attention", 0.0: "all recurrent"}
+    lines += [
+        "",
+        f"{'MFLOPs per token, s=' + str(sequence):<26}"
+        + "".join(f"{head.get(share, f'{share:.0%} attention'):>18}" for share in shares),
+    ]
+    columns = [flops_per_token(model, sequence, share) for share in shares]
+    for name in columns[0]:
+        lines.append(f"  {name:<24}" + "".join(f"{column[name] / 1e6:>18,.2f}" for column in columns))
+    sums = [sum(column.values()) / 1e6 for column in columns]
+    lines.append(f"  {'forward':<24}" + "".join(f"{value:>18,.2f}" for value in sums))
+    lines.append(f"  {'training (3×)':<24}" + "".join(f"{3 * value:>18,.2f}" for value in sums))
+    kv, state, windows = kv_bytes_per_token(model), state_bytes(model), window_bytes(model)
+    memory = (
+        ("KV cache per token", kv, "bf16"),
+        (f"KV cache of {sequence} tokens", kv * sequence, "bf16"),
+        ("recurrent states", state, "fp32, any length"),
+        ("convolution windows", windows, "bf16, any length"),
+        ("sum per sequence", kv * sequence + state + windows, ""),
+    )
+    lines += ["", "decode memory"]
+    lines += [f"  {name:<24}{_bytes(count):>15}  {note}".rstrip() for name, count, note in memory]
+    return "\n".join(lines) + "\n"
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """Command line: print the table or JSON of one model."""
+    parser = argparse.ArgumentParser(prog="python -m oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="name of a preset in configs/model, or a YAML file")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens of context (default 2048)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if args.sequence < 1:
+        raise ConfigError(f"--sequence: {args.sequence} should be above 0")
+    model = load_model(args.model)
+    if args.json:
+        sys.stdout.write(json.dumps(report(model, args.sequence), indent=2) + "\n")
+    else:
+        sys.stdout.write(table(model, args.sequence))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
