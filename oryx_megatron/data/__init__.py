@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, indexed datasets and the loader. Only `loader` imports torch."""

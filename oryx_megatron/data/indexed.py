@@ -1,0 +1,344 @@
+"""megatron-core indexed datasets: PREFIX.bin (tokens), PREFIX.idx (where they are) and PREFIX.json (what they are).
+
+Layout of .idx, little endian (megatron-core, datasets/indexed_dataset.py):
+    9 bytes magic, u64 version = 1, u8 dtype code, u64 sequences S, u64 document bounds D + 1,
+    int32 [S] tokens per sequence, int64 [S] byte offset in .bin, int64 [D + 1] first sequence of each document, then S
+A document written here is one sequence. PREFIX.json is ours: counts, sizes and sha256 of both files, the tokenizer.
+megatron-core neither needs nor minds it; datasets without it can be read as well, with fewer checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from oryx_megatron.data.files import read_json, sha256_of, sync, write_json
+from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
+}  # fmt: skip
+TOKEN_DTYPES = (np.uint16, np.int32)
+FORMAT = "oryx-indexed-dataset"
+BLOCK = 1 << 22  # tokens or index entries handled at once
+
+
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """Smallest token format megatron-core's own tool would choose: uint16 below 65,500 tokens, else int32."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+class IndexedWriter:
+    """Writes one dataset; its files appear under their final names only when `finish` has verified them.
+
+    Use as a context manager: leaving by an exception removes what was written. Memory does not grow with the number
+    of documents: their lengths go to a temporary file.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int, *, overwrite: bool = False) -> None:
+        self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = np.dtype(token_dtype(vocab_size))
+        if not overwrite and any(_file(self.prefix, end).exists() for end in ("bin", "idx")):
+            raise DataError(f"dataset {self.prefix} exists already; choose another name or pass --overwrite")
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._bin = open(self._temporary("bin"), "wb")  # noqa: SIM115 - closed by __exit__
+            self._lengths = open(self._temporary("lengths"), "wb")  # noqa: SIM115
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}: {error.strerror}") from error
+        self._digest = hashlib.sha256()
+        self.documents = self.tokens = 0
+        self.longest = 0
+        self.max_token = -1
+
+    def _temporary(self, end: str) -> Path:
+        return self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.{end}.tmp")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        self._bin.close()
+        self._lengths.close()
+        for end in ("bin", "idx", "lengths"):
+            self._temporary(end).unlink(missing_ok=True)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: `tokens` [sum of lengths] of all of them, `lengths` [documents] of each.
+
+        Raises DataError when the disk is full, when a token is out of range or a document longer than 2^31 - 1.
+        """
+        if tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.vocab_size:
+                raise DataError(f"token {low if low < 0 else high} is outside the vocabulary [0, {self.vocab_size})")
+            self.max_token = max(self.max_token, high)
+        if lengths.size:
+            self.longest = max(self.longest, int(lengths.max()))
+            if self.longest > np.iinfo(np.int32).max:
+                raise DataError(f"a document of {self.longest} tokens is too long for the index (at most 2^31 - 1)")
+        data = np.ascontiguousarray(tokens, self.dtype).tobytes()
+        self._digest.update(data)
+        try:
+            self._bin.write(data)
+            self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from error
+        self.documents += len(lengths)
+        self.tokens += int(tokens.size)
+
+    def finish(self, tokenizer: Tokenizer, text_bytes: int, **more: Any) -> dict[str, Any]:
+        """Write the index, verify, rename into place; gives the manifest. `more` is added to it.
+
+        Raises DataError when no document was written or the disk is full.
+        """
+        if not self.tokens:
+            raise DataError(f"nothing to write to {self.prefix}: the corpus has no tokens")
+        try:
+            self._bin.close()
+            self._lengths.flush()
+            lengths = np.memmap(self._temporary("lengths"), "<i4", "r")
+            write_index(self._temporary("idx"), self.dtype, lengths)
+            del lengths
+            for end in ("bin", "idx"):
+                sync(self._temporary(end))
+            self._verify()
+            manifest = {
+                "format": FORMAT,
+                "version": 1,
+                "documents": self.documents,
+                "tokens": self.tokens,
+                "bytes": text_bytes,
+                "longest": self.longest,
+                "max_token": self.max_token,
+                "dtype": self.dtype.name,
+                "tokenizer": tokenizer.describe(),
+                "files": {
+                    "bin": {"size": self._temporary("bin").stat().st_size, "sha256": self._digest.hexdigest()},
+                    "idx": {"size": self._temporary("idx").stat().st_size, "sha256": sha256_of(self._temporary("idx"))},
+                },
+                **more,
+            }
+            # The index comes last: a dataset with an index is whole.
+            _file(self.prefix, "idx").unlink(missing_ok=True)
+            os.replace(self._temporary("bin"), _file(self.prefix, "bin"))
+            write_json(_file(self.prefix, "json"), manifest)
+            os.replace(self._temporary("idx"), _file(self.prefix, "idx"))
+            sync(self.prefix.parent)
+        except OSError as error:
+            raise DataError(f"cannot write {self.prefix}: {error.strerror}") from error
+        return manifest
+
+    def _verify(self) -> None:
+        """Read back what was written before it gets its name."""
+        index = read_index(self._temporary("idx"))
+        size = self._temporary("bin").stat().st_size
+        if index.tokens != self.tokens or size != self.tokens * self.dtype.itemsize:
+            raise DataError(f"{self.prefix}: wrote {self.tokens} tokens, the files hold {index.tokens} in {size} bytes")
+
+
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Write an .idx for documents of the given token counts, block by block.
+
+    A length of 0 is a document without a sequence, as megatron-core's tool writes empty documents.
+    """
+    sequences = sum(int(np.count_nonzero(block)) for block in _blocks(lengths))
+    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, sequences, len(lengths) + 1))
+        for block in _blocks(lengths):
+            file.write(np.ascontiguousarray(block[block > 0], "<i4").tobytes())
+        offset = 0
+        for block in _blocks(lengths):
+            ends = np.cumsum(block[block > 0], dtype="<i8") * dtype.itemsize + offset
+            if len(ends):
+                file.write(np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes())
+                offset = int(ends[-1])
+        count = 0
+        file.write(np.zeros(1, "<i8").tobytes())
+        for block in _blocks(lengths):
+            bounds = np.cumsum(block > 0, dtype="<i8") + count
+            file.write(bounds.tobytes())
+            count = int(bounds[-1])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Contents of an .idx, memory-mapped."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    """int32 [sequences]: tokens."""
+    offsets: np.ndarray
+    """int64 [sequences]: byte offset in .bin."""
+    documents: np.ndarray
+    """int64 [documents + 1]: first sequence of each document, then the number of sequences."""
+    tokens: int
+    """Tokens in all."""
+
+
+def read_index(path: Path) -> Index:
+    """Map an .idx and check that it is consistent. Raises DataError with what is wrong."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(HEADER.size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not head.startswith(MAGIC):
+        raise DataError(f"{path} is not a megatron-core index (wrong magic number)")
+    if len(head) < HEADER.size:
+        raise DataError(f"{path} is truncated: {size} bytes, the header alone has {HEADER.size}")
+    _, version, code, sequences, bounds = HEADER.unpack(head)
+    if version != 1:
+        raise DataError(f"{path} has index version {version}; only version 1 is known")
+    if code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
+        raise DataError(f"{path} has dtype code {code}, which is no token type")
+    expected = HEADER.size + 12 * sequences + 8 * bounds
+    if size != expected and size != expected + sequences:  # one more byte per sequence: modes of multimodal datasets
+        raise DataError(f"{path} is {'truncated' if size < expected else 'too long'}: {size} bytes, not {expected}")
+    if sequences == 0 or bounds < 2:
+        raise DataError(f"{path} describes an empty dataset")
+    raw = np.memmap(path, np.uint8, "r")
+    lengths = raw[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
+    offsets = raw[HEADER.size + 4 * sequences : HEADER.size + 12 * sequences].view("<i8")
+    documents = raw[HEADER.size + 12 * sequences : expected].view("<i8")
+    dtype = np.dtype(DTYPES[code])
+    tokens = 0
+    for start in range(0, sequences, BLOCK):
+        part = lengths[start : start + BLOCK]
+        if (part < 0).any():
+            raise DataError(f"{path}: sequence {start + int(np.argmax(part < 0))} has a negative length")
+        ends = np.cumsum(part, dtype=np.int64) + tokens
+        begins = np.concatenate([[tokens], ends[:-1]]) * dtype.itemsize
+        if not np.array_equal(begins, offsets[start : start + BLOCK]):
+            wrong = start + int(np.argmax(begins != offsets[start : start + BLOCK]))
+            raise DataError(f"{path}: offset of sequence {wrong} does not follow from the lengths before it")
+        tokens = int(ends[-1])
+    for start in range(0, bounds - 1, BLOCK):
+        part = documents[start : start + BLOCK + 1]
+        if (np.diff(part) < 0).any():
+            raise DataError(f"{path}: bounds of document {start + int(np.argmax(np.diff(part) < 0))} run backwards")
+    if documents[0] != 0 or documents[-1] != sequences:
+        raise DataError(f"{path}: document bounds go from {documents[0]} to {documents[-1]}, not 0 to {sequences}")
+    return Index(dtype, lengths, offsets, documents, tokens)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that passed `open_dataset`."""
+
+    prefix: Path
+    index: Index
+    manifest: dict[str, Any] | None
+    """Contents of PREFIX.json; None for datasets of other tools."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.index.documents) - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.index.tokens
+
+    def data(self) -> np.ndarray:
+        """All tokens [tokens], memory-mapped."""
+        return np.memmap(_file(self.prefix, "bin"), self.index.dtype, "r")
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document."""
+        first, last = (int(bound) for bound in self.index.documents[number : number + 2])
+        if first == last:
+            return np.zeros(0, self.index.dtype)
+        start = int(self.index.offsets[first]) // self.index.dtype.itemsize
+        stop = int(self.index.offsets[last - 1]) // self.index.dtype.itemsize + int(self.index.lengths[last - 1])
+        return self.data()[start:stop]
+
+    def identity(self) -> str:
+        """Changes when the data changes: the manifest's digests, or size and time of the files."""
+        if self.manifest is not None:
+            return f"{self.manifest['files']['bin']['sha256']}-{self.manifest['files']['idx']['sha256']}"
+        stats = [_file(self.prefix, end).stat() for end in ("bin", "idx")]
+        return "-".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+
+
+def open_dataset(prefix: str | Path, *, vocab_size: int | None = None, fingerprint: str | None = None) -> Dataset:
+    """Open a dataset and check index against data and manifest; and, when given, against a vocabulary and tokenizer.
+
+    Arguments: `vocab_size`: every token must lie below (taken from the manifest; without one, tokens are read: all of
+    them up to 2^28, else blocks spread over the file); `fingerprint` of the tokenizer it must have been made with.
+    Raises DataError naming the file and what is wrong.
+    """
+    prefix = Path(prefix)
+    for end in ("idx", "bin"):
+        if not _file(prefix, end).is_file():
+            whole = prefix.suffix in (".bin", ".idx")
+            hint = "give the prefix without ending" if whole else "make it with tools/preprocess_data.py"
+            raise DataError(f"dataset {prefix}: {_file(prefix, end)} is missing; {hint}")
+    index = read_index(_file(prefix, "idx"))
+    size, wanted = _file(prefix, "bin").stat().st_size, index.tokens * index.dtype.itemsize
+    if size != wanted:
+        state = "truncated" if size < wanted else "longer than its index says"
+        raise DataError(f"{_file(prefix, 'bin')} is {state}: {size} bytes, not {wanted}")
+    manifest = None
+    if _file(prefix, "json").is_file():
+        manifest = read_json(_file(prefix, "json"))
+        if manifest.get("format") != FORMAT:
+            raise DataError(f"{_file(prefix, 'json')} is not the manifest of a dataset; move it out of the way")
+        for end in ("bin", "idx"):
+            recorded = manifest["files"][end]["size"]
+            if recorded != (found := _file(prefix, end).stat().st_size):
+                raise DataError(f"{_file(prefix, end)} has {found} bytes, its manifest says {recorded}")
+    dataset = Dataset(prefix, index, manifest)
+    if manifest is not None and fingerprint is not None and manifest["tokenizer"]["fingerprint"] != fingerprint:
+        made = manifest["tokenizer"]
+        raise DataError(
+            f"dataset {prefix} was made with tokenizer {made['name']} ({made['vocab_size']} tokens, "
+            f"{made['fingerprint'][:12]}…), not with {fingerprint[:12]}…; tokenize it again or change data.tokenizer"
+        )
+    if vocab_size is not None:
+        highest = manifest["max_token"] if manifest is not None else _highest_token(dataset)
+        if highest >= vocab_size:
+            raise DataError(f"dataset {prefix} holds token {highest}, outside the vocabulary of {vocab_size} tokens")
+    return dataset
+
+
+def bytes_per_token(prefix: str | Path) -> float:
+    """UTF-8 bytes of text per token of a dataset, end-of-document tokens included in the tokens.
+
+    Bits per byte = nats per token / ln 2 / bytes per token. Raises DataError without PREFIX.json.
+    """
+    path = _file(Path(prefix), "json")
+    if not path.is_file():
+        raise DataError(f"{path} is missing, so the bytes per token of {prefix} are not known")
+    manifest = read_json(path)
+    return manifest["bytes"] / manifest["tokens"]
+
+
+def _highest_token(dataset: Dataset) -> int:
+    data = dataset.data()
+    starts = range(0, len(data), BLOCK)
+    if len(data) > 1 << 28:
+        starts = [int(start) for start in np.linspace(0, len(data) - BLOCK, 64)]  # type: ignore[assignment]
+    return max(int(data[start : start + BLOCK].max()) for start in starts)
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(values), BLOCK):
+        yield np.asarray(values[start : start + BLOCK])
+
+
+def _file(prefix: Path, end: str) -> Path:
+    return prefix.with_name(f"{prefix.name}.{end}")

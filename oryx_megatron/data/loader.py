@@ -1,0 +1,526 @@
+"""Samples for training and evaluation: megatron-core's GPTDataset under blends, stages, a checked cache and a stream.
+
+megatron-core cuts each dataset into samples of `sequence_length` tokens and shuffles them (GPTDataset), and its C++
+helper interleaves datasets by weight. Ours is what lies around it:
+- every dataset is verified before; one rank builds the sample indices and a failure there is every rank's failure;
+- caches are keyed by the contents of the data, and appear only whole;
+- stages: a blend that takes over at an iteration continues each dataset at the sample where the last one left it;
+- the order of samples over the run does not depend on the layout: rank r of dp reads, for microbatch m of a global
+  batch, samples consumed + (m·dp + r)·micro_batch_size + i. So `consumed` alone is the loader's state.
+Shapes: b micro batch, s sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch.utils.data import DataLoader
+
+from oryx_megatron.config.schema import BlendEntry, RunConfig
+from oryx_megatron.data.files import read_json, write_json
+from oryx_megatron.data.indexed import Dataset, open_dataset
+from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+CACHE_MANIFEST = "complete.json"
+
+
+class Batch(TypedDict):
+    """One microbatch. `documents`: per row the cumulative document starts, int32 [0, …, s]; None when joined."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    positions: torch.Tensor
+    documents: list[torch.Tensor] | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset's share of a blend."""
+
+    path: str
+    samples: int
+    """Samples the run takes from it."""
+    epochs: float
+    """How often that is its whole."""
+
+
+class Blend(torch.utils.data.Dataset):
+    """Samples of one split or validation set, in the order of the run."""
+
+    def __init__(
+        self,
+        name: str,
+        datasets: Sequence[GPTDataset],
+        order: tuple[np.ndarray, np.ndarray] | None,
+        size: int,
+        parts: tuple[Part, ...],
+        identity: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.datasets = datasets
+        self.order = order
+        self.size = size
+        self.parts = parts
+        self.identity = identity
+        """What decides the order of samples; kept in checkpoints, see `check_resume`."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """tokens and labels [s] int64, loss_mask [s] float32, position_ids [s] of one sample."""
+        if self.order is None:
+            return self.datasets[0][index]
+        return self.datasets[int(self.order[0][index])][int(self.order[1][index])]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    start: int  # sample
+    stop: int
+    blend: tuple[BlendEntry, ...]
+
+
+def sample_counts(run: RunConfig) -> dict[str, int]:
+    """Samples a run needs: `train`, `valid` when the split has a validation part, and each further validation set."""
+    evaluation = run.evaluation.batches * run.train.global_batch_size
+    counts = {"train": run.train.iterations * run.train.global_batch_size}
+    if run.data.split[1] > 0:
+        counts["valid"] = evaluation
+    return counts | dict.fromkeys(run.data.validation, evaluation)
+
+
+def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int] | None = None) -> dict[str, Blend]:
+    """Blends by name: `train`, `valid`, `test` and the names of data.validation.
+
+    Arguments: `samples` to build per name (default `sample_counts(run)`); names left out are not built.
+    Under torch.distributed all ranks must call it: rank 0 verifies and builds, the others then map the finished cache.
+    Raises DataError, on every rank, for a missing, damaged, empty or foreign dataset.
+    """
+    samples = sample_counts(run) if samples is None else samples
+    distributed = torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        failure: list[str | None] = [None]
+        blends: dict[str, Blend] = {}
+        try:
+            blends = _build(run, tokenizer, samples)
+        except (DataError, OSError) as error:
+            if not distributed:
+                raise _as_data_error(error) from error
+            failure = [str(_as_data_error(error))]
+        if distributed:
+            torch.distributed.broadcast_object_list(failure, src=0)
+            if failure[0] is not None:
+                raise DataError(failure[0])
+        return blends
+    failure = [None]
+    torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise DataError(failure[0])
+    return _build(run, tokenizer, samples)
+
+
+def _as_data_error(error: Exception) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    return DataError(f"cannot build sample indices: {error}; see data.cache_dir")
+
+
+def _build(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]) -> dict[str, Blend]:
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise DataError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, model.vocab_size is "
+            f"{run.model.vocab_size}: make the model's vocabulary at least as large"
+        )
+    unknown = set(samples) - set(SPLITS) - set(run.data.validation)
+    if unknown:
+        known = ", ".join([*SPLITS, *run.data.validation])
+        raise DataError(f"no dataset is called {sorted(unknown)[0]!r}; known: {known}")
+    opened: dict[str, Dataset] = {}
+    blends = {}
+    for name, count in samples.items():
+        if name == "train":
+            stages = _stages(run, count)
+        else:
+            entries = run.data.validation.get(name) or _first_blend(run)
+            stages = (_Stage(0, count, entries),)
+        share = (0.0, 1.0, 0.0) if name in run.data.validation else run.data.split
+        split = Split.valid if name in run.data.validation else Split[name]
+        for entry in (entry for stage in stages for entry in stage.blend):
+            if entry.path not in opened:
+                opened[entry.path] = open_dataset(
+                    entry.path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+                )
+                _check_ends(run, opened[entry.path])
+        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened)
+    return blends
+
+
+def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
+    blend = run.data.blend or next((stage.blend for stage in run.data.stages if stage.start == 0), ())
+    if not blend:
+        raise DataError("data.blend is empty: name at least one dataset")
+    return blend
+
+
+def _stages(run: RunConfig, count: int) -> tuple[_Stage, ...]:
+    """The training blend over samples. A stage's `start` is an iteration."""
+    starts = {0: _first_blend(run)} | {stage.start: stage.blend for stage in run.data.stages}
+    begins = sorted(start for start in starts if start * run.train.global_batch_size < count or start == 0)
+    ends = [begin * run.train.global_batch_size for begin in begins[1:]] + [count]
+    return tuple(
+        _Stage(begin * run.train.global_batch_size, end, starts[begin]) for begin, end in zip(begins, ends, strict=True)
+    )
+
+
+def _check_ends(run: RunConfig, dataset: Dataset) -> None:
+    unmarked = dataset.manifest is not None and not dataset.manifest.get("append_eod", True)
+    if run.data.documents == "isolated" and unmarked:
+        raise DataError(
+            f"dataset {dataset.prefix} was made without end-of-document tokens, so data.documents: isolated cannot "
+            "find its documents; tokenize it again without --no-eod"
+        )
+
+
+def _blend(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    name: str,
+    stages: tuple[_Stage, ...],
+    share: tuple[float, float, float],
+    split: Split,
+    opened: dict[str, Dataset],
+) -> Blend:
+    paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
+    size = stages[-1].stop
+    cache = Path(run.data.cache_dir) if run.data.cache_dir is not None else None
+    identity: dict[str, Any] = {
+        "sequence_length": run.data.sequence_length,
+        "seed": run.seed,
+        "share": list(share),
+        "split": split.name,
+        "eod": tokenizer.eod_id,
+        "fingerprint": tokenizer.fingerprint,
+        "stages": [
+            {"start": s.start, "stop": s.stop, "blend": [[opened[e.path].identity(), e.weight] for e in s.blend]}
+            for s in stages
+        ],
+    }
+    order = None
+    counts = {paths[0]: size}
+    if len(paths) > 1:
+        for entry in (entry for stage in stages for entry in stage.blend):
+            if not entry.weight > 0:
+                raise DataError(f"weight of dataset {entry.path} is {entry.weight}; it must be above 0")
+        folder = _cached(
+            (cache or opened[paths[0]].prefix.parent / ".cache") / "blends",
+            {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
+            lambda target: _write_order(target, stages, paths),
+        )
+        order = (np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r"))
+        counts = dict(zip(paths, np.bincount(order[0], minlength=len(paths)).tolist(), strict=True))
+    datasets, parts = [], []
+    for path in paths:
+        dataset = opened[path]
+        begin, end = _bounds(share, split, len(dataset.index.lengths))
+        tokens = int(dataset.index.lengths[begin:end].sum(dtype=np.int64))
+        if tokens == 0:
+            raise DataError(
+                f"dataset {path}: its {split.name} part is empty ({end - begin} of {dataset.documents} documents); "
+                "use more documents or change data.split"
+            )
+        config = GPTDatasetConfig(
+            random_seed=run.seed,
+            sequence_length=run.data.sequence_length,
+            blend=([path], None),
+            split=",".join(map(str, share)),
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        key = {
+            "data": dataset.identity(), "path": path, "begin": begin, "end": end, "samples": counts[path],
+            "split": split.name, "share": list(share), "sequence_length": run.data.sequence_length, "seed": run.seed,
+            "tokenizer": tokenizer.unique_identifiers,
+        }  # fmt: skip
+
+        def build(
+            target: Path,
+            config: GPTDatasetConfig = config,
+            path: str = path,
+            count: int = counts[path],
+            bounds: tuple[int, int] = (begin, end),
+        ) -> GPTDataset:
+            config.path_to_cache = str(target)
+            return GPTDataset(IndexedDataset(path), path, np.arange(*bounds, dtype=np.int32), count, split, config)
+
+        datasets.append(build(_cached((cache or dataset.prefix.parent / ".cache") / "samples", key, build)))
+        parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens))
+    identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
+    for part in parts:
+        logger.info("%s: %d samples (%.2f epochs) of %s", name, part.samples, part.epochs, part.path)
+    return Blend(name, datasets, order, size, tuple(parts), identity)
+
+
+def _bounds(share: tuple[float, float, float], split: Split, sequences: int) -> tuple[int, int]:
+    """First and last + 1 sequence of a split, rounded as megatron-core's builder does."""
+    edges = np.concatenate([[0.0], np.cumsum(np.array(share) / sum(share))])
+    begin, end = edges[split.value], edges[split.value + 1]
+    return round(float(begin) * sequences), round(float(end) * sequences)
+
+
+def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> None:
+    """Which dataset, and which of its samples, each sample of the run is."""
+    size = stages[-1].stop
+    dataset_of = np.zeros(size, np.int16)
+    sample_of = np.zeros(size, np.int64)
+    used = np.zeros(len(paths), np.int64)
+    for stage in stages:
+        number = stage.stop - stage.start
+        weights = np.array([entry.weight for entry in stage.blend], np.float64)
+        chosen, sample = np.zeros(number, np.int16), np.zeros(number, np.int64)
+        helpers.build_blending_indices(chosen, sample, (weights / weights.sum()).tolist(), len(weights), number, False)
+        names = np.array([paths.index(entry.path) for entry in stage.blend], np.int16)
+        dataset_of[stage.start : stage.stop] = names[chosen]
+        sample_of[stage.start : stage.stop] = sample + used[names[chosen]]
+        used += np.bincount(names[chosen], minlength=len(paths))
+    np.save(target / "dataset.npy", dataset_of)
+    np.save(target / "sample.npy", sample_of)
+
+
+def _cached(root: Path, key: dict[str, Any], build: Any) -> Path:
+    """Folder of `root` with the files that `build(folder)` makes for this key; made if missing or not whole.
+
+    Folders appear whole (renamed) and are checked against the sizes recorded in them. Only rank 0 may build.
+    """
+    description = json.dumps(key, sort_keys=True)
+    folder = root / hashlib.sha256(description.encode()).hexdigest()[:24]
+    if _whole(folder):
+        return folder
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        raise DataError(f"{folder}, made by rank 0, is not visible here: data.cache_dir must be on shared storage")
+    if folder.exists():
+        logger.warning("rebuilding the damaged sample index in %s", folder)
+        shutil.rmtree(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        build(temporary)
+        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        write_json(temporary / CACHE_MANIFEST, {"key": key, "files": files})
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _whole(folder):  # else another job was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    if not (folder / CACHE_MANIFEST).is_file():
+        return False
+    try:
+        files = read_json(folder / CACHE_MANIFEST)["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (DataError, OSError, KeyError, AttributeError):
+        return False
+
+
+def check_resume(state: dict[str, Any], blend: Blend) -> None:
+    """Compare a checkpoint's data state with the blend about to be read.
+
+    Raises DataError when samples before `consumed` were drawn from other data or in another order than now; warns when
+    only the length of the run changed the order of what is still to come.
+    """
+    then, now, consumed = state["identity"], blend.identity, state["consumed"]
+    for field in ("sequence_length", "seed", "share", "split", "eod", "fingerprint"):
+        if then[field] != now[field]:
+            raise DataError(
+                f"the checkpoint's {blend.name} data had {field} {then[field]}, now it is {now[field]}: "
+                "set it back, or start a new run from the weights alone"
+            )
+    started = [[s["start"], s["blend"]] for s in then["stages"] if s["start"] < max(consumed, 1)]
+    if started != [[s["start"], s["blend"]] for s in now["stages"] if s["start"] < max(consumed, 1)]:
+        raise DataError(
+            f"the {blend.name} blend of the first {consumed} samples is not the checkpoint's: restore data.blend and "
+            "data.stages up to there and put changes into a stage that starts later"
+        )
+    for data, (samples, repeats) in then["epochs"].items():
+        if data in now["epochs"] and now["epochs"][data] != [samples, repeats] and (repeats or now["epochs"][data][1]):
+            logger.warning("the run's length changed: samples still to come may repeat some of those already seen")
+            return
+
+
+class SampleStream:
+    """The microbatches of one rank, read ahead in a thread (and in `num_workers` processes when asked).
+
+    `consumed` counts samples of whole global batches handed out over all ranks; `wait_seconds` is the time that
+    `next_batches` has spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        dataset: Blend,
+        *,
+        micro_batch_size: int,
+        microbatches: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        consumed: int = 0,
+        isolated: bool = False,
+        eod: int,
+        vocab_size: int,
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        """`microbatches` per step and rank; `prefetch` steps are read ahead; `vocab_size` bounds every token."""
+        self.dataset = dataset
+        self.microbatches = microbatches
+        self.global_batch_size = micro_batch_size * microbatches * data_size
+        self.consumed = consumed
+        self.wait_seconds = 0.0
+        order = _Order(len(dataset), consumed, micro_batch_size, microbatches, data_rank, data_size)
+        collate = _Collate(isolated, eod, vocab_size, dataset.name)
+        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=max(prefetch, 1))
+        self._stop = threading.Event()
+        if num_workers:
+            loader: Any = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate)
+        else:
+            loader = (collate([dataset[i] for i in indices]) for indices in order)
+        self._thread = threading.Thread(
+            target=_read_ahead, args=(loader, microbatches, self._queue, self._stop), daemon=True, name="samples"
+        )
+        self._thread.start()
+        # The thread holds no reference to the stream: dropping the stream ends it.
+        self._finalizer = weakref.finalize(self, self._stop.set)
+
+    def next_batches(self) -> list[Batch]:
+        """The microbatches of the next step.
+
+        Raises DataError when the data is used up or holds a token outside the vocabulary.
+        """
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(item, list):
+            self.consumed += self.global_batch_size
+            return item
+        self._queue.put(item)  # the thread has ended; the next call gets the same answer
+        if item is None:
+            raise DataError(
+                f"{self.dataset.name} data is used up: {len(self.dataset)} samples, {self.consumed} consumed, "
+                f"{self.global_batch_size} wanted"
+            )
+        raise item
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on from here; see `check_resume`."""
+        return {"consumed": self.consumed, "identity": self.dataset.identity}
+
+    def close(self) -> None:
+        """End the thread and the loader processes."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+
+def _read_ahead(
+    loader: Any, microbatches: int, results: queue.Queue[list[Batch] | BaseException | None], stop: threading.Event
+) -> None:
+    def hand_over(item: list[Batch] | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    try:
+        step: list[Batch] = []
+        for batch in loader:
+            step.append(batch)
+            if len(step) == microbatches:
+                hand_over(step)
+                step = []
+            if stop.is_set():
+                return
+        hand_over(None)
+    except Exception as error:  # noqa: BLE001 - raised again by next_batches in the reader's thread
+        hand_over(error)
+
+
+class _Order:
+    """Indices of this rank's microbatches, whole global batches only."""
+
+    def __init__(self, size: int, consumed: int, mbs: int, microbatches: int, rank: int, ranks: int) -> None:
+        self.size, self.consumed, self.mbs = size, consumed, mbs
+        self.microbatches, self.rank, self.ranks = microbatches, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.mbs * self.microbatches * self.ranks
+        for start in range(self.consumed, self.size - step + 1, step):
+            for m in range(self.microbatches):
+                first = start + (m * self.ranks + self.rank) * self.mbs
+                yield list(range(first, first + self.mbs))
+
+
+class _Collate:
+    """Samples to a microbatch; a class so that loader processes can be sent it."""
+
+    def __init__(self, isolated: bool, eod: int, vocab_size: int, name: str) -> None:
+        self.isolated, self.eod, self.vocab_size, self.name = isolated, eod, vocab_size, name
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Batch:
+        tokens = torch.stack([sample["tokens"] for sample in samples])
+        labels = torch.stack([sample["labels"] for sample in samples])
+        loss_mask = torch.stack([sample["loss_mask"] for sample in samples])
+        highest = int(torch.maximum(tokens.max(), labels.max()))
+        if highest >= self.vocab_size:
+            raise DataError(f"{self.name} data holds token {highest}, outside the vocabulary of {self.vocab_size}")
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        if not self.isolated:
+            return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions, documents=None)
+        # The first token of a document cannot be told from the end of the one before: no loss there.
+        loss_mask = loss_mask * (tokens != self.eod)
+        documents = [document_starts(row, self.eod) for row in tokens]
+        begins = torch.stack([torch.repeat_interleave(starts[:-1], starts.diff()) for starts in documents])
+        return Batch(
+            tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions - begins, documents=documents
+        )
+
+
+def document_starts(tokens: torch.Tensor, eod: int) -> torch.Tensor:
+    """Cumulative document starts [0, …, s], int32, of one row [s]: a document begins after each `eod`."""
+    ends = torch.nonzero(tokens == eod).flatten() + 1
+    edges = torch.cat([torch.zeros(1, dtype=ends.dtype), ends, torch.full((1,), len(tokens), dtype=ends.dtype)])
+    return torch.unique_consecutive(edges).to(torch.int32)
