@@ -1,0 +1,67 @@
+"""Several ranks: one builds the sample indices, all read them, and a failure is everybody's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from oryx_megatron.config.schema import BlendEntry, DataConfig, ModelConfig, RunConfig, TrainConfig
+from oryx_megatron.data.indexed import IndexedWriter
+from oryx_megatron.data.loader import SampleStream, build_datasets
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import DataError
+from oryx_megatron.testing import run_distributed
+
+TOKENIZER_FOLDER = Path(__file__).parents[2] / "tokenizers" / "stdlib-8k"
+MODEL = ModelConfig(name="x", mixer="gdn", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_heads=1, vocab_size=8192)
+
+
+def read(folder: str, paths: list[str]) -> tuple[list[list[int]], str]:
+    torch.distributed.init_process_group("gloo")
+    tokenizer = load_tokenizer(TOKENIZER_FOLDER)
+    data: dict[str, Any] = {"sequence_length": 16, "tokenizer": "x", "cache_dir": folder}
+    run = RunConfig(
+        model=MODEL,
+        data=DataConfig(blend=tuple(BlendEntry(path=path) for path in paths), **data),
+        train=TrainConfig(iterations=4, global_batch_size=8),
+        output_dir="x",
+    )
+    try:
+        blend = build_datasets(run, tokenizer)["train"]
+    except DataError as error:
+        return [], str(error)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    stream = SampleStream(
+        blend,
+        micro_batch_size=2,
+        microbatches=4 // size,
+        data_rank=rank,
+        data_size=size,
+        eod=tokenizer.eod_id,
+        vocab_size=8192,
+    )
+    rows = [row for _ in range(2) for batch in stream.next_batches() for row in batch["tokens"].tolist()]
+    stream.close()
+    return rows, ""
+
+
+def test_two_ranks_read_what_one_reads(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TOKENIZER_FOLDER)
+    paths = []
+    for seed in (1, 2):
+        paths.append(str(tmp_path / f"data{seed}"))
+        with IndexedWriter(paths[-1], 8192) as writer:
+            for tokens in np.random.default_rng(seed).integers(10, 8000, (50, 40)):
+                writer.add(tokens, np.array([40]))
+            writer.finish(tokenizer, 1)
+    ((one, _),) = run_distributed(read, 1, str(tmp_path / "cache1"), paths)
+    (left, _), (right, _) = run_distributed(read, 2, str(tmp_path / "cache2"), paths)
+    pairs = zip(left[0::2], left[1::2], right[0::2], right[1::2], strict=True)
+    assert [row for pair in pairs for row in pair] == one
+    failures = run_distributed(read, 2, str(tmp_path / "cache3"), [str(tmp_path / "none")])
+    assert [message.split(";")[0] for _, message in failures] == [
+        f"dataset {tmp_path}/none: {tmp_path}/none.idx is missing"
+    ] * 2

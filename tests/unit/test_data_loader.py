@@ -1,0 +1,291 @@
+"""Blends, stages, caches and the stream of microbatches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from oryx_megatron.config.schema import BlendEntry, DataConfig, DataStage, ModelConfig, RunConfig, TrainConfig
+from oryx_megatron.data import loader
+from oryx_megatron.data.indexed import IndexedWriter
+from oryx_megatron.data.loader import Blend, SampleStream, build_datasets, check_resume, document_starts
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import DataError
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "tokenizers" / "stdlib-8k")
+EOD = TOKENIZER.eod_id
+MODEL = ModelConfig(name="x", mixer="gdn", num_layers=1, hidden_size=8, ffn_hidden_size=8, num_heads=1, vocab_size=8192)
+SEQUENCE = 16
+
+
+def dataset(prefix: Path, low: int, high: int, documents: int = 60, *, eod: bool = True) -> str:
+    """Documents of 10 to 49 tokens drawn from [low, high), each ended by EOD."""
+    draw = np.random.default_rng(low)
+    with IndexedWriter(prefix, TOKENIZER.vocab_size) as writer:
+        for _ in range(documents):
+            tokens = draw.integers(low, high, draw.integers(9, 49))
+            tokens = np.append(tokens, EOD) if eod else tokens
+            writer.add(tokens, np.array([len(tokens)]))
+        writer.finish(TOKENIZER, 100, append_eod=eod)
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    ranges = {"a": (1000, 2000), "b": (2000, 3000), "c": (3000, 4000)}
+    return {name: dataset(folder / name, *bounds) for name, bounds in ranges.items()}
+
+
+def config(blend: tuple[BlendEntry, ...], tmp_path: Path, **data: Any) -> RunConfig:
+    fields: dict[str, Any] = {"sequence_length": SEQUENCE, "tokenizer": "x", "cache_dir": str(tmp_path / "cache")}
+    return RunConfig(
+        model=MODEL,
+        data=DataConfig(blend=blend, **(fields | data)),
+        train=TrainConfig(iterations=20, global_batch_size=8),
+        output_dir="x",
+    )
+
+
+def samples(blend: Blend, count: int | None = None) -> list[list[int]]:
+    return [blend[i]["tokens"].tolist() for i in range(count or len(blend))]
+
+
+def test_one_dataset_is_megatron_cores_own_order(paths: dict[str, str], tmp_path: Path) -> None:
+    run = config((BlendEntry(path=paths["a"]),), tmp_path)
+    ours = build_datasets(run, TOKENIZER, {"train": 160, "valid": 16})
+    theirs = BlendedMegatronDatasetBuilder(
+        GPTDataset,
+        [160, 16, 0],
+        lambda: True,
+        GPTDatasetConfig(
+            random_seed=run.seed,
+            sequence_length=SEQUENCE,
+            blend=([paths["a"]], None),
+            split="98,2,0",
+            path_to_cache=str(tmp_path / "theirs"),
+            tokenizer=TOKENIZER,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        ),
+    ).build()
+    for name, reference in zip(("train", "valid"), theirs, strict=False):
+        assert samples(ours[name]) == [reference[i]["tokens"].tolist() for i in range(len(ours[name]))]
+        assert ours[name][3]["labels"].tolist() == reference[3]["labels"].tolist()
+    assert ours["train"].parts[0].epochs > 1
+
+
+def test_weights_decide_the_share(paths: dict[str, str], tmp_path: Path) -> None:
+    run = config((BlendEntry(path=paths["a"], weight=3), BlendEntry(path=paths["b"], weight=1)), tmp_path)
+    blend = build_datasets(run, TOKENIZER)["train"]
+    assert [part.samples for part in blend.parts] == [120, 40]
+    first = [max(row) // 1000 for row in samples(blend)]
+    assert first.count(1) == 120
+    assert first.count(2) == 40
+    assert first[:40].count(2) == 10  # evenly spread, not in blocks
+
+
+def test_stages_continue_each_dataset(paths: dict[str, str], tmp_path: Path) -> None:
+    a, b, c = (BlendEntry(path=paths[name]) for name in "abc")
+    stages = (DataStage(start=5, blend=(c, b)), DataStage(start=15, blend=(a,)))
+    staged = build_datasets(config((a, b), tmp_path, stages=stages), TOKENIZER)["train"]
+    kinds = [max(row) // 1000 for row in samples(staged)]
+    assert {kind: kinds[:40].count(kind) for kind in (1, 2, 3)} == {1: 20, 2: 20, 3: 0}
+    assert {kind: kinds[40:120].count(kind) for kind in (1, 2, 3)} == {1: 0, 2: 40, 3: 40}
+    assert set(kinds[120:]) == {1}
+    # Dataset a is left at its 20th sample and goes on there: it is read as one stream over the stages.
+    assert staged.order is not None
+    from_a = staged.order[1][np.asarray(staged.order[0]) == 0]
+    assert from_a.tolist() == list(range(60))
+
+
+def test_named_validation_sets_are_used_whole(paths: dict[str, str], tmp_path: Path) -> None:
+    validation = {"other": (BlendEntry(path=paths["b"]),)}
+    run = config((BlendEntry(path=paths["a"]),), tmp_path, validation=validation)
+    blends = build_datasets(run, TOKENIZER)
+    assert set(blends) == {"train", "valid", "other"}
+    assert len(blends["other"]) == run.evaluation.batches * 8
+    assert all(max(row) >= 2000 for row in samples(blends["other"]))
+    assert all(max(row) < 2000 for row in samples(blends["valid"]))
+
+
+def test_train_and_validation_share_no_document(paths: dict[str, str], tmp_path: Path) -> None:
+    blends = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path, split=(50, 50, 0)), TOKENIZER)
+    train, valid = blends["train"].datasets[0], blends["valid"].datasets[0]
+    assert set(train.indices.tolist()).isdisjoint(valid.indices.tolist())
+    assert len(train.indices) + len(valid.indices) == 60
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_order_does_not_depend_on_the_layout(
+    paths: dict[str, str], tmp_path: Path, ranks: int, workers: int
+) -> None:
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
+    streams = [
+        SampleStream(
+            blend,
+            micro_batch_size=2,
+            microbatches=4 // ranks,
+            data_rank=rank,
+            data_size=ranks,
+            consumed=8,
+            eod=EOD,
+            vocab_size=8192,
+            num_workers=workers,
+        )
+        for rank in range(ranks)
+    ]
+    seen: list[list[int]] = []
+    for _ in range(2):
+        steps = [stream.next_batches() for stream in streams]
+        for microbatch in range(4 // ranks):
+            for step in steps:
+                seen += step[microbatch]["tokens"].tolist()
+    assert seen == samples(blend)[8:24]
+    assert [stream.consumed for stream in streams] == [24] * ranks
+    for stream in streams:
+        stream.close()
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped(paths: dict[str, str], tmp_path: Path) -> None:
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
+    settings: dict[str, Any] = {"micro_batch_size": 2, "microbatches": 4, "eod": EOD, "vocab_size": 8192}
+    whole = SampleStream(blend, **settings)
+    steps = [whole.next_batches() for _ in range(4)]
+    state = json.loads(json.dumps(whole.state()))
+    assert state["consumed"] == 32
+    resumed = SampleStream(blend, consumed=16, **settings)
+    for expected in steps[2:]:
+        for ours, theirs in zip(resumed.next_batches(), expected, strict=True):
+            for field in ("tokens", "labels", "loss_mask", "positions"):
+                assert torch.equal(ours[field], theirs[field])  # type: ignore[literal-required]
+    assert whole.wait_seconds > 0
+    for stream in (whole, resumed):
+        stream.close()
+        assert not stream._thread.is_alive()
+
+
+def test_the_end_of_the_data_is_an_error_line(paths: dict[str, str], tmp_path: Path) -> None:
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER, {"train": 20})["train"]
+    stream = SampleStream(blend, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=8192)
+    stream.next_batches()
+    stream.next_batches()
+    for _ in range(2):
+        with pytest.raises(DataError, match="train data is used up: 20 samples, 16 consumed, 8 wanted"):
+            stream.next_batches()
+
+
+def test_tokens_are_checked_while_reading(paths: dict[str, str], tmp_path: Path) -> None:
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
+    stream = SampleStream(blend, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=1500)
+    with pytest.raises(DataError, match=r"train data holds token 1\d\d\d, outside the vocabulary of 1500"):
+        stream.next_batches()
+
+
+def test_isolated_documents(paths: dict[str, str], tmp_path: Path) -> None:
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
+    stream = SampleStream(blend, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=8192, isolated=True)
+    (batch,) = stream.next_batches()
+    stream.close()
+    assert batch["documents"] is not None
+    for row in range(8):
+        tokens, starts = batch["tokens"][row].tolist(), batch["documents"][row].tolist()
+        expected = [0, *(i + 1 for i, token in enumerate(tokens) if token == EOD and i + 1 < SEQUENCE), SEQUENCE]
+        assert starts == expected
+        assert batch["documents"][row].dtype == torch.int32
+        for begin, end in itertools.pairwise(starts):
+            assert batch["positions"][row, begin:end].tolist() == list(range(end - begin))
+        assert batch["loss_mask"][row].tolist() == [float(token != EOD) for token in tokens]
+    assert any(len(starts) > 2 for starts in batch["documents"])
+
+
+def test_document_starts_at_the_edges() -> None:
+    row = torch.tensor([EOD, 5, EOD, EOD, 7, EOD])
+    assert document_starts(row, EOD).tolist() == [0, 1, 3, 4, 6]
+    assert document_starts(torch.tensor([5, 5]), EOD).tolist() == [0, 2]
+
+
+def test_a_rewritten_dataset_does_not_meet_its_old_cache(tmp_path: Path) -> None:
+    path = dataset(tmp_path / "d", 1000, 2000)
+    run = config((BlendEntry(path=path),), tmp_path)
+    before = samples(build_datasets(run, TOKENIZER)["train"], 8)
+    for end in ("bin", "idx", "json"):
+        (tmp_path / f"d.{end}").unlink()
+    dataset(tmp_path / "d", 2000, 3000, documents=30)
+    after = build_datasets(run, TOKENIZER)["train"]
+    assert samples(after, 8) != before
+    assert all(min(set(row) - {EOD}) >= 2000 for row in samples(after))
+
+
+def test_a_damaged_cache_is_built_again(
+    paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config((BlendEntry(path=paths["a"]),), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+    (folder,) = {path.parent for path in (tmp_path / "cache").rglob("*train-shuffle_index.npy")}
+    file = next(folder.glob("*sample_index.npy"))
+    file.write_bytes(file.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
+    assert "rebuilding the damaged sample index" in caplog.text
+
+
+def test_errors_name_the_cause(paths: dict[str, str], tmp_path: Path) -> None:
+    entry = BlendEntry(path=paths["a"])
+    small = dataclasses.replace(config((entry,), tmp_path), model=dataclasses.replace(MODEL, vocab_size=8000))
+    unmarked = dataset(tmp_path / "unmarked", 1000, 2000, eod=False)
+    tiny = dataset(tmp_path / "tiny", 1000, 2000, documents=3)
+    cases = [
+        (small, "tokenizer stdlib-8k has 8192 tokens, model.vocab_size is 8000"),
+        (config((), tmp_path), "data.blend is empty"),
+        (config((BlendEntry(path=str(tmp_path / "none")),), tmp_path), r"none\.idx is missing"),
+        (config((BlendEntry(path=tiny),), tmp_path), "its valid part is empty .0 of 3 documents."),
+        (config((BlendEntry(path=unmarked),), tmp_path, documents="isolated"), "without end-of-document tokens"),
+        (config((entry, BlendEntry(path=paths["b"], weight=0)), tmp_path), "it must be above 0"),
+    ]
+    for run, message in cases:
+        with pytest.raises(DataError, match=message) as caught:
+            build_datasets(run, TOKENIZER)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="no dataset is called 'held'; known: train, valid, test"):
+        build_datasets(config((entry,), tmp_path), TOKENIZER, {"held": 8})
+
+
+def test_resume_is_checked(paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = BlendEntry(path=paths["a"]), BlendEntry(path=paths["b"])
+    first = build_datasets(config((a,), tmp_path), TOKENIZER)["train"]
+    state = json.loads(json.dumps({"consumed": 80, "identity": first.identity}))
+    check_resume(state, first)
+    later = config((a,), tmp_path, stages=(DataStage(start=10, blend=(b,)),))
+    with caplog.at_level(logging.WARNING):
+        check_resume(state, build_datasets(later, TOKENIZER)["train"])
+    assert "the run's length changed" in caplog.text  # dataset a was meant to be read more than once
+    earlier = config((a,), tmp_path, stages=(DataStage(start=9, blend=(b,)),))
+    with pytest.raises(DataError, match="the train blend of the first 80 samples is not the checkpoint's"):
+        check_resume(state, build_datasets(earlier, TOKENIZER)["train"])
+    with pytest.raises(DataError, match="had sequence_length 16, now it is 8"):
+        check_resume(state, build_datasets(config((a,), tmp_path, sequence_length=8), TOKENIZER)["train"])
+
+
+def test_order_files_are_made_once(paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config((BlendEntry(path=paths["a"]), BlendEntry(path=paths["b"])), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(loader, "_write_order", never)
+    assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
