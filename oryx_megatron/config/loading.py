@@ -26,7 +26,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `3e-4` is a number (YAML 1.1 reads text), and a key given twice is an error."""
+    """YAML as people mean it: `3e-4` and `-.5` are numbers (YAML 1.1 reads text), and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|[-+]\.\d+"),
     list("-+.0123456789"),
 )
 

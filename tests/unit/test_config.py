@@ -1,0 +1,526 @@
+"""Config loading, overrides, the cross-field checks and their messages, the shipped files, the reference."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oryx_megatron.config import (
+    Layout,
+    ModelConfig,
+    RunConfig,
+    from_dict,
+    load_model,
+    load_run,
+    preset_names,
+    to_dict,
+    to_yaml,
+    validate,
+)
+from oryx_megatron.config.reference import field_docs, inner_class, reference
+from oryx_megatron.config.schema import BlendEntry
+from oryx_megatron.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
+ATTENTION = ["modes.p_attention=1", "modes.p_recurrent=0", "evaluation.plans=[attention]"]
+RECURRENT = ["modes.p_attention=0", "modes.p_recurrent=1", "evaluation.plans=[recurrent]"]
+
+# Eight heads, eight layers: everything divides by 2, 4 and 8.
+RUN = """\
+model:
+  name: small
+  mixer: gdn
+  num_layers: 8
+  hidden_size: 128
+  ffn_hidden_size: 256
+  num_heads: 8
+  key_width: 16
+  value_width: 16
+  vocab_size: 512
+data:
+  sequence_length: 256
+  tokenizer: tokenizers/small
+  blend: [data/a, {path: data/b, weight: 3}]
+train:
+  iterations: 100
+  global_batch_size: 16
+modes:
+  chunk: 32
+output_dir: runs/small
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return path
+
+
+def fault(run_file, *overrides, world_size=1) -> str:
+    """The one-line message of a run that must not load or validate."""
+    with pytest.raises(ConfigError) as error:
+        validate(load_run(run_file, overrides), world_size)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# Shipped files
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_shipped_runs(path):
+    run = load_run(path)
+    for world_size in (2,) if path.stem == "quickstart" else (1, 2, 8, 64):
+        layout = validate(run, world_size)
+        assert layout.world_size == world_size
+        sequences = layout.microbatches * layout.dp * run.train.micro_batch_size
+        assert sequences == run.train.global_batch_size
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
+
+
+def test_shipped_names():
+    assert {path.stem for path in RUNS} >= {"quickstart", "pretrain-130m-gdn", "pretrain-1.4b-gdn"}
+    kinds = ("gdn", "mamba2", "transformer", "gdn-only", "mamba2-only")
+    assert set(preset_names()) >= {
+        f"{size}-{kind}" for size in ("tiny", "130m", "370m", "780m", "1.4b") for kind in kinds
+    }
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_run(name):
+    """Every preset trains under a run with its modes, on one rank and (heads allow) on two."""
+    model = load_model(name)
+    assert model.name == name
+    extra = {"both": [], "attention": ATTENTION, "recurrent": RECURRENT}[model.modes]
+    run = load_run(ROOT / "configs" / "run" / "pretrain-130m-gdn.yaml", [f"model={name}", *extra])
+    assert run.model == model
+    validate(run, 1)
+    validate(load_run(RUNS[0], [f"model={name}", *extra, "parallel.tensor=2", "parallel.pipeline=2"]), 4)
+    if not name.startswith("tiny"):
+        assert model.key_width == model.value_width == 128
+        assert model.vocab_size == 32768
+        assert model.tie_embeddings
+
+
+def test_quickstart():
+    run = load_run(ROOT / "configs" / "run" / "quickstart.yaml")
+    assert run.model == load_model("tiny-gdn")
+    assert run.model.vocab_size == 8192
+    assert validate(run, 2) == Layout(
+        tp=2,
+        pp=1,
+        vpp=1,
+        cp=1,
+        dp=1,
+        microbatches=run.train.global_batch_size // run.train.micro_batch_size,
+        stage_layers=(run.model.num_layers,),
+    )
+
+
+# Loading
+
+
+def test_values(run_file):
+    run = load_run(run_file)
+    assert run.data.blend == (BlendEntry(path="data/a"), BlendEntry(path="data/b", weight=3.0))
+    assert isinstance(run.data.blend[1].weight, float)
+    assert run.model.kv_heads == 8
+    assert run.modes.p_attention == 0.25
+
+
+def test_round_trip(run_file, tmp_path):
+    run = load_run(
+        run_file, ["data.validation={web: [data/v]}", "modes.schedule=[{start: 5, p_attention: 0, p_recurrent: 1}]"]
+    )
+    assert run.data.validation == {"web": (BlendEntry(path="data/v"),)}
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(run))
+    assert load_run(again) == run
+
+
+def test_overrides(run_file):
+    run = load_run(
+        run_file,
+        [
+            "train.iterations=7",
+            "optimizer.lr=3e-4",
+            "optimizer.weight_decay=0",
+            "evaluation.plans=[attention, 'ratio:0.5']",
+            "data.blend=[{path: x, weight: 2}, y]",
+            "model.num_layers=2",
+            "model.num_kv_heads=4",
+            "model.num_kv_heads=null",
+            "precision={dtype: fp32}",
+            "output_dir=runs/a=b",
+        ],
+    )
+    assert run.train.iterations == 7
+    assert run.optimizer.lr == 3e-4
+    assert run.optimizer.weight_decay == 0.0
+    assert run.evaluation.plans == ("attention", "ratio:0.5")
+    assert run.data.blend == (BlendEntry(path="x", weight=2.0), BlendEntry(path="y"))
+    assert run.model.num_layers == 2
+    assert run.model.num_kv_heads is None
+    assert run.precision.dtype == "fp32"
+    assert run.output_dir == "runs/a=b"
+
+
+def test_model_by_name_path_and_change(run_file, tmp_path):
+    data = yaml.safe_load(RUN)
+    (tmp_path / "mine.yaml").write_text("preset: tiny-gdn\nnum_layers: 3\n")
+
+    def model(value, *overrides):
+        run_file.write_text(yaml.safe_dump({**data, "model": value}))
+        return load_run(run_file, overrides).model
+
+    tiny = load_model("tiny-gdn")
+    assert model("tiny-gdn") == tiny
+    assert model("tiny-gdn", "model.num_layers=2") == dataclasses.replace(tiny, num_layers=2)
+    assert model("tiny-gdn", "model=tiny-mamba2", "model.num_layers=2").mixer == "mamba2"
+    assert model({"preset": "tiny-gdn", "name": "x"}) == dataclasses.replace(tiny, name="x")
+    assert model({"preset": "tiny-gdn", "name": "x"}, "model.num_layers=2").num_layers == 2
+    assert model("mine.yaml") == dataclasses.replace(tiny, num_layers=3)
+    assert model({"preset": "mine.yaml", "num_heads": 2}).num_layers == 3
+    assert load_model(str(tmp_path / "mine.yaml")) == dataclasses.replace(tiny, num_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("train:", "trian:", "unknown key `trian`; did you mean `train`?"),
+        ("iterations:", "iteratons:", "unknown key `train.iteratons`; did you mean `train.iterations`?"),
+        ("  num_heads:", "  heads: 3\n  num_heads:", "unknown key `model.heads`; did you mean `model.num_heads`?"),
+        ("weight: 3", "wieght: 3", "unknown key `data.blend[1].wieght`; did you mean `data.blend[1].weight`?"),
+        ("chunk: 32", "zzz: 32", "unknown key `modes.zzz`; known: chunk, p_attention"),
+        ("iterations: 100", "iterations: many", "train.iterations: expected integer, got 'many' (str)"),
+        ("iterations: 100", "iterations: 1.5", "train.iterations: expected integer, got 1.5 (float)"),
+        ("iterations: 100", "iterations: true", "train.iterations: expected integer, got True (bool)"),
+        ("  iterations: 100\n", "", "`train.iterations` is missing (integer)"),
+        ("weight: 3", "weight: heavy", "data.blend[1].weight: expected number, got 'heavy' (str)"),
+        ("mixer: gdn", "mixer: gnd", "model.mixer: expected one of gdn | mamba2, got 'gnd' (str); did you mean `gdn`?"),
+        ("mixer: gdn", "num_kv_heads: all", "model.num_kv_heads: expected integer, got 'all' (str)"),
+        ("mixer: gdn", "num_kv_heads: [1]", "model.num_kv_heads: expected integer or null, got [1] (list)"),
+        ("mixer: gdn", "qk_norm: 1", "model.qk_norm: expected true or false, got 1 (int)"),
+        ("mixer: gdn", "dt_init: [0.1]", "model.dt_init: expected list of 2 × number, got [0.1] (list)"),
+        ("output_dir: runs/small", "output_dir: 3", "output_dir: expected text, got 3 (int)"),
+        (
+            "blend: [data/a,",
+            "validation: 3\n  blend: [data/a,",
+            "data.validation: expected mapping of names to list of Blend",
+        ),
+        ("modes:\n  chunk: 32", "modes: 3", "modes: expected a mapping of ModesConfig fields, got 3 (int)"),
+        ("  chunk: 32", "  chunk: 32\n  chunk: 64", "line 20, column 3: not valid YAML: key `chunk` is given twice"),
+        ("  chunk: 32", "  32: 1", "line 19, column 3: not valid YAML: key 32 is not a name"),
+        ("{path: data/b", "{{path: data/b", "not valid YAML: "),
+        (RUN, "", "expected `name: value` lines, found None"),
+        (RUN, "- a\n", "expected `name: value` lines, found ['a'] (list)"),
+    ],
+)
+def test_faults_in_files(run_file, old, new, message):
+    assert old in RUN
+    run_file.write_text(RUN.replace(old, new, 1))
+    text = fault(run_file)
+    assert text.startswith(str(run_file))
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.iterations", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("train..iterations=3", "expected key=value"),
+        ("trian.iterations=3", "unknown key `trian`; did you mean `train`?"),
+        ("train.iteratons=3", "unknown key `train.iteratons`; did you mean `train.iterations`?"),
+        ("model.num_head=3", "unknown key `model.num_head`; did you mean `model.num_heads`?"),
+        ("train.iterations.x=3", "`train.iterations` is one value (integer), it has no `x`"),
+        ("train.iterations=x", "train.iterations: expected integer, got 'x' (str)"),
+        ("train=3", "train: expected a mapping of TrainConfig fields, got 3 (int)"),
+        ("evaluation.plans=attention", "evaluation.plans: expected list of text, got 'attention' (str)"),
+        ("evaluation.plans=[", "not valid YAML"),
+    ],
+)
+def test_faults_in_overrides(run_file, override, message):
+    text = fault(run_file, override)
+    assert text.startswith(f"override `{override}`")
+    assert message in text
+
+
+def test_faulty_files(tmp_path, run_file):
+    assert fault(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such config file"
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    assert "latin.yaml: cannot be read: 'utf-8' codec" in fault(tmp_path / "latin.yaml")
+    assert "run.yaml: model: no preset `tiny-gnd`; did you mean `tiny-gdn`?" in fault(run_file, "model=tiny-gnd")
+    assert "model: no such config file none.yaml" in fault(run_file, "model=none.yaml")
+    assert "model: expected a preset's name, a path or a mapping, got 3" in fault(run_file, "model=3")
+    assert "model.preset: expected a preset's name or a path, got 3" in fault(run_file, "model={preset: 3}")
+    (tmp_path / "bad.yaml").write_text("preset: tiny-gdn\nlayers: 3\n")
+    assert fault(run_file, "model=bad.yaml").startswith(f"{tmp_path}/bad.yaml: unknown key `layers`")
+    (tmp_path / "circle.yaml").write_text("preset: circle.yaml\n")
+    assert "circle" in fault(run_file, "model=circle.yaml")
+    with pytest.raises(ConfigError, match="no preset `tiny`; did you mean"):
+        load_model("tiny")
+
+
+# Cross-field checks
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "layout"),
+    [
+        (1, [], Layout(tp=1, pp=1, vpp=1, cp=1, dp=1, microbatches=16, stage_layers=(8,))),
+        (8, ["parallel.tensor=2", "parallel.pipeline=2"], Layout(2, 2, 1, 1, 2, 8, (4, 4))),
+        (8, ["parallel.tensor=2", "parallel.context=4"], Layout(2, 1, 1, 4, 1, 16, (8,))),
+        (4, ["parallel.pipeline=4", "parallel.virtual_pipeline=2"], Layout(1, 4, 2, 1, 1, 16, (2, 2, 2, 2))),
+        (4, ["parallel.pipeline=4", "parallel.first_stage_layers=2", "parallel.last_stage_layers=4",
+             "model.num_layers=10"], Layout(1, 4, 1, 1, 1, 16, (2, 2, 2, 4))),
+        (2, ["parallel.pipeline=2", "parallel.first_stage_layers=3"], Layout(1, 2, 1, 1, 1, 16, (3, 5))),
+        (2, ["parallel.pipeline=2", "parallel.first_stage_layers=3", "parallel.last_stage_layers=5"],
+         Layout(1, 2, 1, 1, 1, 16, (3, 5))),
+        (2, ["train.micro_batch_size=4"], Layout(1, 1, 1, 1, 2, 2, (8,))),
+    ],
+)  # fmt: skip
+def test_layouts(run_file, world_size, overrides, layout):
+    result = validate(load_run(run_file, overrides), world_size)
+    assert result == layout
+    assert result.world_size == world_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_layers=0"], "model.num_layers: 0 should be above 0"),
+        (["model.num_kv_heads=3"], "model.num_kv_heads 3 does not divide model.num_heads 8"),
+        (["model.conv_width=1"], "model.conv_width: 1 should be 0 (no convolution) or at least 2"),
+        (["model.key_width=15"], "model.key_width 15 should be even for rotary embedding"),
+        (
+            ["model.shared_query=true", "model.modes=attention"],
+            "model.shared_query: a model with modes=attention has one",
+        ),
+        (["model.dt_init=[0.1, 0.01]"], "model.dt_init: [0.1, 0.01] should be 0 < low ≤ high"),
+        (["model.decay_init=[0, 1]"], "model.decay_init: [0.0, 1.0] should be 0 < low ≤ high"),
+        (["modes.chunk=100"], "data.sequence_length 256 is not divisible by modes.chunk 100; use 200 or 300"),
+        (["modes.chunk=0"], "modes.chunk: 0 should be above 0"),
+        (["modes.p_attention=1.5"], "modes.p_attention: 1.5 should be a probability from 0 to 1"),
+        (["modes.p_recurrent=-.5"], "modes.p_recurrent: -0.5 should be a probability"),
+        (["modes.p_recurrent=.nan"], "modes.p_recurrent: nan should be a probability"),
+        (["modes.p_attention=0.8"], "modes: p_attention 0.8 + p_recurrent 0.25 is more than 1"),
+        (
+            ["modes.schedule=[{start: 3, p_attention: 1, p_recurrent: 1}]"],
+            "modes.schedule[0]: p_attention 1.0 + p_recurrent 1.0 is more than 1",
+        ),
+        (
+            ["modes.schedule=[{start: 100, p_attention: 1, p_recurrent: 0}]"],
+            "modes.schedule[0].start: 100 is not within the run's 100 iterations",
+        ),
+        (
+            ["modes.schedule=[{start: 9, p_attention: 1, p_recurrent: 0}, {start: 9, p_attention: 0, p_recurrent: 0}]"],
+            "modes.schedule[1].start: 9 should be after the stage before it at 9",
+        ),
+        (
+            ["modes.schedule=[{start: 9, p_attention: 1, p_recurrent: 0}]", "modes.fixed=attention"],
+            "modes.fixed: a fixed plan and modes.schedule exclude each other",
+        ),
+        (["modes.fixed=half"], "modes.fixed: mode plan `half`: unknown form"),
+        (
+            ["evaluation.plans=[attention, 'prefix:300']"],
+            "evaluation.plans[1]: mode plan `prefix:300`: 300 tokens are more",
+        ),
+        (["evaluation.plans=[attention, attention]"], "evaluation.plans: a plan is given twice"),
+        (["evaluation.plans=['prompt:attention,new:recurrent']"], "there is no prompt here"),
+        (["evaluation.plans=['ratio:0.1']"], "`ratio:0.1` gives no attention at all: the 256 tokens are only 8 chunks"),
+        (["evaluation.plans=['every:9']"], "`every:9` gives no attention at all"),
+        (
+            ["model.modes=attention"],
+            "modes: model small has only the mode attention: set p_attention: 1 and p_recurrent: 0, or modes.fixed",
+        ),
+        (["model.modes=recurrent", "modes.fixed=recurrent"], "evaluation.plans[0]: `attention` is not all recurrent"),
+        (["model.modes=recurrent", "modes.fixed=every:1"], "modes.fixed: `every:1` is not all recurrent"),
+        (["data.blend=[]"], "data.blend: no dataset"),
+        (["data.blend=[{path: a, weight: 0}]"], "data.blend[0].weight: 0.0 should be above 0"),
+        (["data.blend=['']"], "data.blend[0].path: is empty"),
+        (["data.stages=[{start: 5, blend: []}]"], "data.stages[0].blend: no dataset"),
+        (["data.stages=[{start: 200, blend: [a]}]"], "data.stages[0].start: 200 is not within the run's 100"),
+        (["data.split=[0, 1, 1]"], "data.split: [0.0, 1.0, 1.0] should be sizes"),
+        (["data.split=[2, -1, 1]"], "data.split: [2.0, -1.0, 1.0] should be sizes"),
+        (["data.validation={valid: [a]}"], "data.validation.valid: `valid` is the split's own part"),
+        (["data.validation={web: []}"], "data.validation.web: no dataset"),
+        (["data.num_workers=-1"], "data.num_workers: -1 should not be negative"),
+        (["data.tokenizer=''"], "data.tokenizer: is empty"),
+        (["train.iterations=0"], "train.iterations: 0 should be above 0"),
+        (["train.exit_after=101"], "train.exit_after: 101 is not within the run's 100 iterations"),
+        (["optimizer.lr=0"], "optimizer.lr: 0.0 should be above 0"),
+        (["optimizer.lr=.inf"], "optimizer.lr: inf should be above 0"),
+        (["optimizer.beta2=1"], "optimizer.beta2: 1.0 should be at least 0 and below 1"),
+        (["optimizer.clip_grad=-1"], "optimizer.clip_grad: -1.0 should not be negative"),
+        (["schedule.warmup=101"], "schedule.warmup: 101 is not within the run's 100 iterations"),
+        (["schedule.min_lr=1"], "schedule.min_lr: 1.0 should be from 0 to optimizer.lr 0.0003"),
+        (["schedule.decay=5"], "schedule.decay: only the wsd schedule has a final decay, not cosine"),
+        (
+            ["schedule.name=wsd", "schedule.decay=60", "schedule.warmup=50"],
+            "schedule.decay: 60 iterations after 50 of warm-up are not within the run's 100",
+        ),
+        (["schedule.name=wsd", "schedule.decay_shape=exponential"], "schedule.min_lr: an exponential decay needs"),
+        (["seed=-1"], "seed: -1 should not be negative"),
+        (["output_dir=''"], "output_dir: is empty"),
+        (["checkpoint.keep=-1"], "checkpoint.keep: -1 should not be negative"),
+        (["logging.interval=0"], "logging.interval: 0 should be above 0"),
+        (["parallel.tensor=0"], "parallel.tensor: 0 should be above 0"),
+        (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: 2 model chunks need parallel.pipeline above 1"),
+        (["parallel.first_stage_layers=2"], "last_stage_layers need parallel.pipeline above 1"),
+        (["precision.fp8_params=true"], "precision.fp8_params: has no effect without precision.fp8"),
+        (
+            ["precision.fp8=delayed", "precision.dtype=fp32"],
+            "precision.fp8: delayed needs precision.dtype bf16, not fp32",
+        ),
+        (["precision.fp8=delayed", "precision.bf16_first_layers=8"], "leave none of the 8 layers in FP8"),
+        (
+            ["precision.fp8=delayed", "model.hidden_size=120"],
+            "precision.fp8: model.hidden_size = 120 is not a multiple of 16",
+        ),
+        (
+            ["precision.fp8=delayed", "model.ffn_hidden_size=264"],
+            "model.ffn_hidden_size 264 / tensor 1 = 264 is not a mult",
+        ),
+        (["precision.fp8=delayed", "model.value_width=17"], "the mixer's output width 136 / tensor 1 = 136"),
+        (
+            ["precision.fp8=delayed", "model.value_width=17", "model.output_gate=false"],
+            "the mixer's input projection 520 / tensor 1 = 520 is not a multiple of 16",
+        ),
+        (
+            ["precision.fp8=delayed", "data.sequence_length=8", "modes.chunk=1"],
+            "precision.fp8: 8 tokens per rank and microbatch",
+        ),
+    ],
+)
+def test_faults_of_one_rank(run_file, overrides, message):
+    assert message in fault(run_file, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (3, ["parallel.tensor=3"], "model.num_heads 8 is not divisible by tensor 3; use 6 or 9"),
+        (4, ["parallel.tensor=4", "model.num_kv_heads=2"], "model.num_kv_heads 2 is not divisible by tensor 4; use 4"),
+        (
+            8,
+            ["parallel.tensor=2", "parallel.context=4", "model.num_kv_heads=4"],
+            "model.num_kv_heads 4 is not divisible by tensor 2 × context 4 = 8; use 8",
+        ),
+        (
+            16,
+            ["parallel.tensor=4", "parallel.context=4"],
+            "model.num_heads 8 is not divisible by tensor 4 × context 4 = 16",
+        ),
+        (
+            2,
+            ["parallel.tensor=2", "model.ffn_hidden_size=257"],
+            "model.ffn_hidden_size 257 is not divisible by tensor 2",
+        ),
+        (
+            2,
+            ["parallel.tensor=2", "model.vocab_size=511"],
+            "model.vocab_size 511 is not divisible by tensor 2; use 510 or 512",
+        ),
+        (
+            2,
+            ["parallel.tensor=2", "data.sequence_length=25", "modes.chunk=5"],
+            "data.sequence_length 25 is not divisible by tensor 2; use 24 or 26",
+        ),
+        (
+            4,
+            ["parallel.tensor=2", "parallel.context=2", "data.sequence_length=250", "modes.chunk=25"],
+            "data.sequence_length 250 is not divisible by context 2 × tensor 2 = 4; use 248 or 252",
+        ),
+        (
+            2,
+            ["parallel.context=2", "data.sequence_length=25", "modes.chunk=5"],
+            "data.sequence_length 25 is not divisible by context 2",
+        ),
+        (
+            3,
+            ["parallel.pipeline=3"],
+            "model.num_layers 8 do not divide evenly over pipeline 3: 8 layers are left for 3 stages",
+        ),
+        (16, ["parallel.pipeline=16"], "model.num_layers 8 do not divide evenly over pipeline 16"),
+        (
+            4,
+            ["parallel.pipeline=4", "parallel.first_stage_layers=3"],
+            "over pipeline 4, first stage 3: 5 layers are left for 3 stages",
+        ),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.last_stage_layers=8"],
+            "parallel.last_stage_layers: 8 should be from 1 to 7",
+        ),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.first_stage_layers=3", "parallel.last_stage_layers=3"],
+            "2 layers are left for 0 stages",
+        ),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=3"],
+            "parallel.virtual_pipeline: a pipeline stage of 4 layers is not divisible into 3 chunks",
+        ),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=3"],
+            "microbatches per step 3 is not divisible by pipeline 2 (parallel.virtual_pipeline 2); use 2 or 4",
+        ),
+        (
+            2,
+            ["train.global_batch_size=6", "train.micro_batch_size=2"],
+            "train.global_batch_size 6 is not divisible by train.micro_batch_size 2 × data 2 = 4; use 4 or 8",
+        ),
+        (
+            8,
+            ["precision.fp8=tensorwise", "parallel.tensor=8", "model.ffn_hidden_size=192"],
+            "model.ffn_hidden_size 192 / tensor 8 = 24 is not a multiple of 16",
+        ),
+    ],
+)
+def test_faults_of_layouts(run_file, world_size, overrides, message):
+    assert message in fault(run_file, *overrides, world_size=world_size)
+
+
+def test_world_size_that_does_not_factor(run_file):
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "train.global_batch_size=12"]
+    message = fault(run_file, *overrides, world_size=6)
+    assert message == (
+        "world size 6 ≠ tensor 2 × pipeline 2 × context 1 × data ? (a multiple of 4); layouts that work: "
+        "tensor 1 × pipeline 2 × context 1 × data 3; tensor 2 × pipeline 1 × context 1 × data 3; "
+        "tensor 1 × pipeline 1 × context 1 × data 6"
+    )
+    for proposal in message.partition("work: ")[2].split("; "):
+        sizes = [int(word) for word in proposal.split() if word.isdigit()]
+        changed = [f"parallel.{k}={v}" for k, v in zip(("tensor", "pipeline", "context"), sizes)]
+        assert validate(load_run(run_file, [*overrides, *changed]), 6).dp == sizes[3]
+    assert "no layout of 7 ranks fits" in fault(run_file, *overrides, world_size=7)
+    assert "world size 0 ≠" in fault(run_file, world_size=0)
+
+
+# The reference
+
+
+def test_every_field_is_documented():
+    def visit(cls):
+        docs = field_docs(cls)
+        for field in dataclasses.fields(cls):
+            assert docs.get(field.name), f"{cls.__name__}.{field.name} has no docstring"
+            if inner := inner_class(typing.get_type_hints(cls)[field.name]):
+                visit(inner)
+
+    visit(RunConfig)
+    assert field_docs(ModelConfig)["num_layers"] == "Number of blocks (mixer + SwiGLU)."
+
+
+def test_reference_is_current():
+    """After a change of the schema: python -m oryx_megatron.config > docs/configuration.md"""
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference()
