@@ -1,0 +1,203 @@
+"""Parameter, FLOP and memory arithmetic, against numbers worked out by hand."""
+
+import json
+
+import pytest
+
+from oryx_megatron import arch
+from oryx_megatron.config import load_model, preset_names
+from oryx_megatron.config.schema import ModelConfig
+
+SIZES = ("tiny", "130m", "370m", "780m", "1.4b")
+ORYX = [f"{size}-{mixer}" for size in SIZES for mixer in ("gdn", "mamba2")]
+
+
+def small(**changes) -> ModelConfig:
+    fields = {"name": "small", "mixer": "gdn", "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 10}
+    fields |= {"num_heads": 4, "num_kv_heads": 2, "key_width": 3, "value_width": 5, "vocab_size": 7, "conv_width": 4}
+    return ModelConfig(**(fields | changes))
+
+
+def by_name(model: ModelConfig) -> dict[str, int]:
+    return {part.name: part.count for part in arch.parameter_counts(model).parts}
+
+
+def test_counts_by_hand():
+    """H=4, G=2, N=3, P=5, d=8, f=10, w=4, two layers."""
+    assert by_name(small()) == {
+        "embedding": 7 * 8,
+        "in_proj.key": 2 * 6 * 8,
+        "in_proj.value": 2 * 10 * 8,
+        "in_proj.query_attention": 2 * 12 * 8,
+        "in_proj.query_recurrent": 2 * 12 * 8,
+        "in_proj.output_gate": 2 * 20 * 8,
+        "conv": 2 * 16 * 4,
+        "decay_proj": 2 * 8 * 8,
+        "a_log, dt_bias": 2 * 8,
+        "query_norm, key_norm": 2 * 6,
+        "out_norm": 2 * 5,
+        "out_proj": 2 * 20 * 8,
+        "mlp": 2 * 240,
+        "layer norms": 5 * 8,
+    }
+    counts = arch.parameter_counts(small())
+    assert counts.attention_only == 192 + 12
+    assert counts.recurrent_only == 192 + 128 + 16
+    assert counts.shared == 96 + 160 + 320 + 128 + 10 + 320 + 480 + 40
+    assert counts.non_embedding == 204 + 336 + 1554
+    assert counts.total == counts.non_embedding + 56
+    assert counts.share("attention") == 1554 / (1554 + 204)
+    assert counts.share("recurrent") == 1554 / (1554 + 336)
+    assert counts.share("whole") == 1554 / 2094
+    assert counts.share("whole", embedding=True) == 1610 / 2150
+
+
+def test_counts_of_other_shapes():
+    base = by_name(small())
+    mamba2 = by_name(small(mixer="mamba2"))
+    assert mamba2["decay_proj"] == 2 * 4 * 8
+    assert mamba2["a_log, dt_bias, d"] == 2 * 12
+    assert "a_log, dt_bias" not in mamba2
+    assert base.keys() - by_name(small(modes="attention")).keys() == {
+        "in_proj.query_recurrent",
+        "decay_proj",
+        "a_log, dt_bias",
+    }
+    assert base.keys() - by_name(small(modes="recurrent")).keys() == {"in_proj.query_attention", "query_norm, key_norm"}
+    assert base.keys() - by_name(small(conv_width=0, output_gate=False)).keys() == {"conv", "in_proj.output_gate"}
+    assert by_name(small(shared_query=True))["in_proj.query"] == 2 * 12 * 8
+    assert arch.parameter_counts(small(shared_query=True)).attention_only == 12
+    assert by_name(small(tie_embeddings=False))["output_layer"] == 56
+    assert arch.parameter_counts(small(tie_embeddings=False)).embedding == 112
+
+
+def test_1_4b_by_hand():
+    """The paper's size: 14 d² per layer, and the small parts."""
+    d, layers = 2048, 24
+    counts = arch.parameter_counts(load_model("1.4b-gdn"))
+    layer = 6 * d * d + 3 * d * 5504 + 2 * d * 4 + 2 * 16 * d + 2 * 16 + 2 * 128 + 128 + 2 * d
+    assert counts.non_embedding == layers * layer + d == 1_417_654_016
+    assert counts.embedding == 32768 * d
+    assert counts.attention_only == layers * (d * d + 2 * 128)
+    assert counts.recurrent_only == layers * (d * d + 2 * 16 * d + 2 * 16)
+    assert abs(counts.non_embedding / (layers * 14 * d * d) - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", ORYX)
+def test_shares(name):
+    """At least 90 % of what a mode uses is shared; the whole-model share is what ORYX.md's 12/14 says."""
+    counts = arch.parameter_counts(load_model(name))
+    for mode in ("attention", "recurrent"):
+        assert 0.90 <= counts.share(mode) < counts.share(mode, embedding=True) < 1
+    assert 0.84 < counts.share("whole") < 0.87
+
+
+@pytest.mark.parametrize("name", ORYX)
+def test_baselines_are_of_equal_size(name):
+    size, mixer = name.split("-")
+    own = arch.parameter_counts(load_model(name))
+    for baseline in (f"{size}-transformer", f"{name}-only"):
+        model = load_model(baseline)
+        counts = arch.parameter_counts(model)
+        assert abs(counts.non_embedding / own.non_embedding - 1) <= 0.02
+        assert abs(counts.total / own.total - 1) <= 0.02
+        assert model.num_layers == load_model(name).num_layers
+    assert load_model(f"{name}-only").mixer == mixer
+    assert load_model(f"{name}-only").modes == "recurrent"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_transformers_are_plain(size):
+    model = load_model(f"{size}-transformer")
+    assert (model.modes, model.conv_width, model.output_gate) == ("attention", 0, False)
+
+
+def test_flops_by_hand():
+    """Two per multiply-add; s=9, so that a causal row sees 5 tokens on average; half of the tokens attend."""
+    terms = arch.flops_per_token(small(), 9, 0.5)
+    assert terms == {
+        "in_proj.key": 2 * 96,
+        "in_proj.value": 2 * 160,
+        "in_proj.query_attention": 192,
+        "in_proj.query_recurrent": 192,
+        "in_proj.output_gate": 2 * 320,
+        "conv": 2 * 128,
+        "attention": 0.5 * 2 * 4 * 2 * 8 * 5,
+        "decay_proj": 2 * 128,
+        "recurrence update": 2 * 4 * 5 * 15,
+        "recurrence read": 0.5 * 2 * 4 * 2 * 15,
+        "out_proj": 2 * 320,
+        "mlp": 2 * 480,
+        "output_layer": 2 * 56,
+    }
+    assert arch.training_flops_per_token(small(), 9, 0.5) == 3 * sum(terms.values())
+    assert arch.flops_per_token(small(mixer="mamba2"), 9, 0.5)["recurrence update"] == 2 * 4 * 3 * 15
+    shared = arch.flops_per_token(small(shared_query=True), 9, 0.5)
+    assert shared["in_proj.query"] == 2 * 192
+
+
+def test_flops_at_the_ends():
+    attention, recurrent = (arch.flops_per_token(small(), 9, share) for share in (1.0, 0.0))
+    for name in ("decay_proj", "recurrence update", "recurrence read", "in_proj.query_recurrent"):
+        assert attention[name] == 0 < recurrent[name]
+    for name in ("attention", "in_proj.query_attention"):
+        assert recurrent[name] == 0 < attention[name]
+    plain = arch.flops_per_token(small(modes="attention"), 9, 1.0)
+    assert sum(plain.values()) == sum(attention.values())
+    plain = arch.flops_per_token(small(modes="recurrent"), 9, 0.0)
+    assert sum(plain.values()) == sum(recurrent.values())
+
+
+def test_flops_follow_parameters():
+    """Without attention's and the recurrence's own work, a forward pass is two FLOPs per parameter used."""
+    model = load_model("1.4b-gdn")
+    counts = arch.parameter_counts(model)
+    terms = arch.flops_per_token(model, 2048, 0.0)
+    work = sum(terms.values()) - terms["recurrence update"] - terms["recurrence read"]
+    assert work == pytest.approx(2 * (counts.shared + counts.recurrent_only + counts.embedding), rel=2e-4)
+
+
+def test_flops_of_missing_modes():
+    for model, share in ((small(modes="attention"), 0.5), (small(modes="recurrent"), 0.5), (small(), 1.1)):
+        with pytest.raises(ValueError):
+            arch.flops_per_token(model, 9, share)
+
+
+def test_memory_by_hand():
+    assert arch.kv_bytes_per_token(small()) == 2 * 2 * 8 * 2
+    assert arch.state_bytes(small()) == 2 * 4 * 15 * 4
+    assert arch.window_bytes(small()) == 2 * 2 * 8 * 3 * 2
+    assert arch.window_bytes(small(conv_width=0)) == 0
+    assert arch.kv_bytes_per_token(small(modes="recurrent")) == 0
+    assert arch.state_bytes(small(modes="attention")) == 0
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_table(name, capsys):
+    assert arch.main([name, "--sequence", "131072"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    total = arch.parameter_counts(load_model(name)).total
+    assert any(line.split() == ["total", f"{total:,}"] for line in lines)
+
+
+def test_json(capsys):
+    assert arch.main(["tiny-gdn", "--json", "--sequence", "512"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    counts = arch.parameter_counts(load_model("tiny-gdn"))
+    assert data["parameters"]["total"] == counts.total
+    assert sum(part["count"] for part in data["parameters"]["parts"].values()) == counts.total
+    assert data["shares"]["non_embedding"]["attention"] == counts.share("attention")
+    half = data["flops_per_token_by_attention_share"]["0.25"]
+    assert half["training"] == arch.training_flops_per_token(load_model("tiny-gdn"), 512, 0.25)
+
+
+def test_errors(tmp_path, capsys):
+    assert arch.main(["1.4b-gnd"]) == 2
+    assert "did you mean `1.4b-gdn`?" in capsys.readouterr().err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("preset: tiny-gdn\nnum_kv_heads: 3\n")
+    assert arch.main([str(bad)]) == 2
+    assert capsys.readouterr().err == "error: model.num_kv_heads 3 does not divide model.num_heads 4\n"
+    assert arch.main(["tiny-gdn", "--sequence", "0"]) == 2
+    assert "--sequence: 0 should be above 0" in capsys.readouterr().err
