@@ -198,14 +198,14 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError(f"schedule.warmup: {schedule.warmup} is not within the run's {train.iterations} iterations")
     if not 0 <= schedule.min_lr <= optimizer.lr:
         raise ConfigError(f"schedule.min_lr: {schedule.min_lr} should be from 0 to optimizer.lr {optimizer.lr}")
-    if schedule.decay is not None:
-        if schedule.name != "wsd":
-            raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
-        if not 0 <= schedule.decay <= train.iterations - schedule.warmup:
-            raise ConfigError(
-                f"schedule.decay: {schedule.decay} iterations after {schedule.warmup} of warm-up are not within the "
-                f"run's {train.iterations}"
-            )
+    if schedule.decay is not None and schedule.name != "wsd":
+        raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
+    decay = train.iterations // 10 if schedule.decay is None else schedule.decay
+    if schedule.name == "wsd" and not 0 <= decay <= train.iterations - schedule.warmup:
+        raise ConfigError(
+            f"schedule.decay: {decay} iterations after {schedule.warmup} of warm-up are not within the run's "
+            f"{train.iterations}"
+        )
     if schedule.name == "wsd" and schedule.decay_shape == "exponential" and schedule.min_lr == 0:
         raise ConfigError("schedule.min_lr: an exponential decay needs a minimum above 0")
     _not_negative(

@@ -158,6 +158,7 @@ def test_overrides(run_file):
             "model.num_kv_heads=null",
             "precision={dtype: fp32}",
             "output_dir=runs/a=b",
+            "data.validation.web=[v]",
         ],
     )
     assert run.train.iterations == 7
@@ -169,6 +170,7 @@ def test_overrides(run_file):
     assert run.model.num_kv_heads is None
     assert run.precision.dtype == "fp32"
     assert run.output_dir == "runs/a=b"
+    assert run.data.validation == {"web": (BlendEntry(path="v"),)}
 
 
 def test_model_by_name_path_and_change(run_file, tmp_path):
@@ -365,6 +367,10 @@ def test_layouts(run_file, world_size, overrides, layout):
         (
             ["schedule.name=wsd", "schedule.decay=60", "schedule.warmup=50"],
             "schedule.decay: 60 iterations after 50 of warm-up are not within the run's 100",
+        ),
+        (
+            ["schedule.name=wsd", "schedule.warmup=95"],
+            "schedule.decay: 10 iterations after 95 of warm-up are not within the run's 100",
         ),
         (["schedule.name=wsd", "schedule.decay_shape=exponential"], "schedule.min_lr: an exponential decay needs"),
         (["seed=-1"], "seed: -1 should not be negative"),
