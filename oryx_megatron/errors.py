@@ -4,6 +4,9 @@
 class OryxError(Exception):
     """Base of all errors whose message alone tells a user what is at fault and what to do."""
 
+    rank_local = False
+    """True when only one rank of a distributed run can see the fault; otherwise all ranks raise it together."""
+
 
 class ConfigError(OryxError):
     """A field of a config, or a combination of fields, is wrong."""

@@ -13,7 +13,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.sequence import SequenceInfo
 from oryx_megatron.modes import ModePlan
 
@@ -32,6 +31,8 @@ class Microbatch:
     """Mode of each of the s tokens."""
     documents: Tensor | None = None
     """int32 cumulative document starts, or None when documents are joined."""
+    text_bytes: float = 0.0
+    """UTF-8 bytes that the counted labels stand for; known in evaluation only."""
 
 
 def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -47,14 +48,17 @@ def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) ->
         labels=batch.labels[:, local].to(device, non_blocking=True),
         packed_seq_params=info,
     )
-    return output, partial(_sum_loss, batch.loss_mask[:, local].to(device, non_blocking=True))
+    # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
+    text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
+    return output, partial(_sum_loss, batch.loss_mask[:, local].to(device, non_blocking=True), text_bytes)
 
 
-def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Summed loss, number of counted tokens, and both for the report; megatron-core divides at the end of the step."""
+def _sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Summed loss, number of counted tokens, and a report; megatron-core divides at the end of the step."""
     total = (losses.float() * mask).sum()
-    tokens = mask.sum().to(torch.int)
-    return total, tokens, {"loss": torch.stack((total.detach(), tokens.to(total.dtype)))}
+    tokens = mask.sum()
+    report = torch.stack((total.detach(), tokens, tokens.new_tensor(text_bytes)))
+    return total, tokens.to(torch.int), {"totals": report}
 
 
 def _context_slice(length: int) -> slice:
@@ -62,36 +66,50 @@ def _context_slice(length: int) -> slice:
     return slice(rank * length // size, (rank + 1) * length // size)
 
 
-def forward_backward(
-    run: RunConfig, chunks: list[Any], batches: list[Iterator[Microbatch]], microbatches: int, *, forward_only: bool
-) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a global batch, the same on every rank."""
+
+    loss: float
+    """Nats."""
+    tokens: float
+    """Counted labels."""
+    text_bytes: float
+    """UTF-8 bytes of those labels; 0 in training."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per token."""
+        return self.loss / max(self.tokens, 1.0)
+
+
+def forward_backward(chunks: list[Any], batches: list[Microbatch], *, forward_only: bool) -> Totals:
     """Run the microbatches of one step; leaves gradients in place unless `forward_only`.
 
     Args:
-        run: The run's config.
         chunks: Model chunks of this rank.
-        batches: One iterator of microbatches for each chunk.
-        microbatches: How many to take.
+        batches: The microbatches of this data-parallel rank, all of one shape.
         forward_only: Skip the backward pass.
-
-    Returns:
-        Summed loss in nats and number of counted tokens over the global batch, the same on every rank.
     """
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_microbatch,
-        data_iterator=batches if len(chunks) > 1 else batches[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=microbatches,
-        seq_length=run.data.sequence_length,
-        micro_batch_size=run.train.micro_batch_size,
-        forward_only=forward_only,
-    )
-    return _reduce([report["loss"] for report in reports])
+    micro_batch_size, length = batches[0].tokens.shape
+    # Each model chunk (virtual pipeline stage) draws the same microbatches from an iterator of its own.
+    iterators = [iter(batches) for _ in chunks]
+    with torch.set_grad_enabled(not forward_only):
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_microbatch,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+    return _reduce([report["totals"] for report in reports])
 
 
-def _reduce(reports: list[Tensor]) -> tuple[float, float]:
+def _reduce(reports: list[Tensor]) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
-    total = torch.zeros(2, dtype=torch.float64, device=platform.device())
+    total = torch.zeros(3, dtype=torch.float64, device=platform.device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         total += torch.stack(reports).double().sum(0)
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -101,5 +119,4 @@ def _reduce(reports: list[Tensor]) -> tuple[float, float]:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    loss, tokens = total.tolist()
-    return loss, tokens
+    return Totals(*total.tolist())

@@ -158,22 +158,22 @@ def test_wrong_number_of_chunks():
 
 
 def draws(modes: ModesConfig, n: int = 600, iteration: int = 0) -> list[ModePlan]:
-    return [draw_plan(modes, seed=7, iteration=iteration, microbatch=i, data_rank=0, length=512) for i in range(n)]
+    return [draw_plan(modes, seed=7, iteration=iteration, microbatch=i, length=512) for i in range(n)]
 
 
 def test_draw_is_pure_and_varies_with_each_argument():
     modes = ModesConfig(chunk=8, p_attention=0.0, p_recurrent=0.0)
-    base = {"seed": 1, "iteration": 2, "microbatch": 3, "data_rank": 4, "length": 512}
+    base = {"seed": 1, "iteration": 2, "microbatch": 3, "length": 512}
     plan = draw_plan(modes, **base)
     assert plan == draw_plan(modes, **base)
-    for key in ("seed", "iteration", "microbatch", "data_rank"):
+    for key in ("seed", "iteration", "microbatch"):
         assert draw_plan(modes, **{**base, key: base[key] + 10}) != plan
 
 
 def test_draw_is_the_same_in_every_version():
     """A resumed run must see the plans of the run that it continues: this pins the generator."""
     modes = ModesConfig(chunk=2, p_attention=0.0, p_recurrent=0.0)
-    plans = [str(draw_plan(modes, seed=1, iteration=i, microbatch=0, data_rank=0, length=16)) for i in range(3)]
+    plans = [str(draw_plan(modes, seed=1, iteration=i, microbatch=0, length=16)) for i in range(3)]
     assert plans == ["runs:a0-2,r2-16", "runs:r0-10,a10-12,r12-16", "runs:r0-10,a10-12,r12-16"]
 
 

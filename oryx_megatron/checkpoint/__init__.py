@@ -1,0 +1,15 @@
+"""Checkpoints: megatron-core's distributed format plus a manifest that describes the run."""
+
+from oryx_megatron.checkpoint.manager import CheckpointManager
+from oryx_megatron.checkpoint.manifest import Manifest, read_manifest
+from oryx_megatron.checkpoint.state import load_model_weights
+from oryx_megatron.checkpoint.store import find_checkpoint, list_checkpoints
+
+__all__ = [
+    "CheckpointManager",
+    "Manifest",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_model_weights",
+    "read_manifest",
+]

@@ -1,0 +1,196 @@
+"""Saving and loading during a run: in the foreground or background, verified, with fallback to older checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+
+from oryx_megatron.checkpoint import store
+from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
+from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
+from oryx_megatron.config.schema import CheckpointConfig
+from oryx_megatron.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pending:
+    folder: Path
+    manifest: Callable[[dict[str, dict[str, Any]]], Manifest]
+    deadline: float
+
+
+class CheckpointManager:
+    """Checkpoints of one run. Every method is collective: all ranks call it together.
+
+    Args:
+        root: Folder that holds the checkpoints.
+        config: Interval, retention, background writing, timeout.
+        chunks: Model chunks of this rank.
+        optimizer: Their optimizer.
+    """
+
+    def __init__(
+        self, root: Path, config: CheckpointConfig, chunks: list[Any], optimizer: MegatronOptimizer
+    ) -> None:
+        self.root, self.config, self.chunks, self.optimizer = root, config, chunks, optimizer
+        self._queue = AsyncCallsQueue()
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        self._pending: _Pending | None = None
+
+    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
+        """Write a checkpoint and return it; when configured, only start to, and `poll` completes it.
+
+        The writers are processes of their own in either case: a writer that dies or hangs leaves this rank able to
+        notice and to go on.
+
+        Args:
+            iteration: Optimizer steps done.
+            manifest: Makes the manifest from the digests of the files.
+
+        Raises:
+            CheckpointError: the save, or an unfinished one before it, failed; older checkpoints are untouched.
+        """
+        if self._pending is not None:
+            raise RuntimeError("a save is in progress: poll or wait first")
+        folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
+        started = time.monotonic()
+        state = sharded_state(self.chunks, self.optimizer)
+        try:
+            request = dist_checkpointing.save(
+                state, str(folder), self._strategy, async_sharded_save=True, validate_access_integrity=iteration <= 1
+            )
+            self._queue.schedule_async_request(request)
+        except (CheckpointingException, OSError) as error:
+            raise CheckpointError(f"{folder}: could not start to save ({error})") from error
+        self._pending = _Pending(folder, manifest, started + self.config.timeout)
+        return None if self.config.asynchronous else self.wait()
+
+    def poll(self) -> Path | None:
+        """Complete a background save if its writers are done; returns the new checkpoint then.
+
+        Raises:
+            CheckpointError: a writer failed or the timeout passed.
+        """
+        if self._pending is None:
+            return None
+        pending = self._pending
+        try:
+            done = bool(self._queue.maybe_finalize_async_calls(blocking=False))
+        except (CheckpointingException, OSError, RuntimeError) as error:
+            self._pending = None
+            raise CheckpointError(f"{pending.folder}: a writer failed ({_cause(error)})") from error
+        if not done:
+            if self._any_rank(time.monotonic() > pending.deadline):
+                self._abandon()
+                raise CheckpointError(
+                    f"{pending.folder}: not written within checkpoint.timeout = {self.config.timeout:g} s"
+                )
+            return None
+        self._pending = None
+        return self._finish(pending)
+
+    def wait(self) -> Path | None:
+        """Complete the save in progress, if any."""
+        while self._pending is not None:
+            if final := self.poll():
+                return final
+            time.sleep(0.02)
+        return None
+
+    def load(self) -> Manifest | None:
+        """Load the newest checkpoint that is whole; None when there is none at all.
+
+        Files are compared with the manifest's checksums, each rank reading its share. A damaged checkpoint is named
+        in the log and the one before it is used.
+
+        Raises:
+            CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
+        """
+        damaged = []
+        for folder in reversed(store.list_checkpoints(self.root)):
+            try:
+                manifest = read_manifest(folder)
+                bad = self._verify(folder, manifest)
+            except CheckpointError as error:
+                bad = [str(error)]
+            if bad:
+                damaged.append(folder.name)
+                log.warning("%s is damaged (%s); trying the checkpoint before it", folder, ", ".join(bad[:3]))
+                continue
+            load_sharded_state(folder, self.chunks, self.optimizer)
+            return manifest
+        if damaged:
+            raise CheckpointError(
+                f"{self.root}: every checkpoint is damaged ({', '.join(damaged)}); "
+                "restore one, or start anew in another output_dir"
+            )
+        return None
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _finish(self, pending: _Pending) -> Path:
+        rank = torch.distributed.get_rank()
+        mine = {path.name: file_digest(path) for path in pending.folder.glob(f"__{rank}_*.distcp")}
+        digests: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, mine)
+
+        def complete() -> Path:
+            files = {name: digest for part in digests for name, digest in part.items()}
+            for path in pending.folder.iterdir():
+                files.setdefault(path.name, file_digest(path))
+            write_manifest(pending.folder, pending.manifest(dict(sorted(files.items()))))
+            final = store.commit(pending.folder)
+            store.apply_retention(self.root, self.config.keep, self.config.keep_every)
+            return final
+
+        final = self._on_main_rank(complete)
+        return final
+
+    def _verify(self, folder: Path, manifest: Manifest) -> list[str]:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(found, store.damaged_files(folder, manifest, shard=rank, shards=world))
+        return [name for part in found for name in part]
+
+    def _abandon(self) -> None:
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._pending = None
+
+    @staticmethod
+    def _any_rank(condition: bool) -> bool:
+        conditions: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(conditions, condition)
+        return any(conditions)
+
+    @staticmethod
+    def _on_main_rank(action: Callable[[], Path]) -> Path:
+        """Run on rank 0 and give its result to all; a failure there is a CheckpointError everywhere."""
+        outcome: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                outcome = [action()]
+            except OSError as error:
+                outcome = [CheckpointError(f"could not write a checkpoint: {error}")]
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _cause(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,0 +1,89 @@
+"""Between a model with its optimizer and megatron-core's sharded state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+
+from oryx_megatron.errors import CheckpointError
+
+# Flattened optimizer ranges in a form that any other layout can read.
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
+    """Sharded state of all model chunks of this rank and, if given, of the optimizer."""
+    models = [unwrap_model(chunk) for chunk in chunks]
+    state: dict[str, Any] = {_name(i): model.sharded_state_dict(metadata={}) for i, model in enumerate(models)}
+    if optimizer is not None:
+        model_state = state if len(models) > 1 else state[_name(0)]
+        state["optimizer"] = optimizer.sharded_state_dict(
+            model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
+        )
+    return state
+
+
+def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None) -> None:
+    """Fill model and, if given, optimizer from a checkpoint written under any layout.
+
+    Raises:
+        CheckpointError: its tensors do not fit the model.
+    """
+    if optimizer is not None:
+        _allocate_torch_state(optimizer)
+    state = sharded_state(chunks, optimizer, loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+    for i, chunk in enumerate(chunks):
+        unwrap_model(chunk).load_state_dict(loaded[_name(i)], strict=True)
+    if optimizer is not None:
+        _load_optimizer(optimizer, loaded["optimizer"])
+
+
+def load_model_weights(folder: Path, chunks: list[Any]) -> None:
+    """Fill the model only, for evaluation, generation and conversion."""
+    load_sharded_state(folder, chunks, None)
+
+
+def _allocate_torch_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW, the one used without TransformerEngine, its state before the first step.
+
+    megatron-core reads the step from it when it describes what to load, and fails on an optimizer that never stepped.
+    """
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = single.optimizer
+        if type(inner) is not torch.optim.AdamW or inner.state:
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                zeros = (torch.zeros_like(parameter) for _ in range(2))
+                inner.state[parameter] = {"step": torch.tensor(0.0), **dict(zip(("exp_avg", "exp_avg_sq"), zeros))}
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    singles = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(singles) > 1 or type(singles[0].optimizer) is not torch.optim.AdamW or "param_state" not in state:
+        optimizer.load_state_dict(state)
+        return
+    # megatron-core's sharded parameter state has no "step", which torch's AdamW keeps per parameter: it comes with the
+    # param_groups, and must be out of the way while the tensors are filled.
+    inner = singles[0].optimizer
+    parameters = state.pop("param_state")
+    singles[0].load_state_dict(state)
+    steps = {parameter: values.pop("step") for parameter, values in inner.state.items()}
+    singles[0].load_parameter_state_from_fully_reshardable(parameters)
+    for parameter, step in steps.items():
+        inner.state[parameter]["step"] = step.clone()
+
+
+def _name(chunk: int) -> str:
+    return "model" if chunk == 0 else f"model{chunk}"

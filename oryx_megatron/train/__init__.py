@@ -1,0 +1,1 @@
+"""Training: step, loop, optimizer and schedule, callbacks, evaluation. `python -m oryx_megatron.train RUN.yaml`."""

@@ -1,0 +1,61 @@
+"""`torchrun … -m oryx_megatron.train RUN.yaml [key=value …]`: pretrain, or resume where the run folder left off."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import load_run, validate
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, validate and train; see --help."""
+    parser = argparse.ArgumentParser(prog="oryx_megatron.train", description=__doc__)
+    parser.add_argument("config", help="run config (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
+    parser.add_argument("--dry-run", action="store_true", help="check the config for --world-size ranks and stop")
+    parser.add_argument(
+        "--world-size", type=int, help="ranks to check for (default: torchrun's, else 1); only with --dry-run"
+    )
+    arguments = parser.parse_args(argv)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size is not None and not arguments.dry_run:
+        parser.error("--world-size needs --dry-run")
+    run = load_run(arguments.config, arguments.overrides)
+    layout = validate(run, arguments.world_size or world_size)
+    if arguments.dry_run:
+        sys.stdout.write(
+            f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
+            f"context {layout.cp} × data {layout.dp}, {layout.microbatches} microbatches per step\n"
+        )
+        return 0
+    _quiet()
+    # Everything below needs torch and megatron-core: a config error above costs no import.
+    from oryx_megatron import parallel
+
+    parallel.initialize(run.parallel, seed=run.seed)
+    try:
+        from oryx_megatron.train.trainer import Trainer
+
+        Trainer(run, layout).fit()
+    finally:
+        parallel.destroy()
+    return 0
+
+
+def _quiet() -> None:
+    """Log our own messages, from rank 0; leave out warnings about optional packages, which start-up reports itself."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("oryx_megatron").setLevel(logging.INFO if main_rank else logging.ERROR)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

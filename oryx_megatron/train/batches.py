@@ -1,0 +1,59 @@
+"""From the samples of the loader to microbatches with mode plans."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oryx_megatron.config.schema import ModesConfig
+from oryx_megatron.data.loader import Batch
+from oryx_megatron.modes import ModePlan, draw_plan
+from oryx_megatron.train.step import Microbatch
+
+
+def training_batches(
+    samples: Sequence[Batch], modes: ModesConfig, *, seed: int, iteration: int, data_rank: int, data_size: int
+) -> list[Microbatch]:
+    """The microbatches of one step of this data-parallel rank, each with its drawn plan."""
+    plans = (
+        draw_plan(
+            modes,
+            seed=seed,
+            iteration=iteration,
+            microbatch=m * data_size + data_rank,
+            length=batch["tokens"].shape[1],
+        )
+        for m, batch in enumerate(samples)
+    )
+    return [_microbatch(batch, plan) for batch, plan in zip(samples, plans)]
+
+
+def evaluation_batches(samples: Sequence[Batch], plan: ModePlan, token_bytes: np.ndarray) -> list[Microbatch]:
+    """The microbatches of one evaluation step, all under `plan`; `token_bytes` [vocabulary] makes bits per byte."""
+    sizes = torch.from_numpy(token_bytes)
+    return [
+        _microbatch(batch, plan, float((sizes[batch["labels"]] * batch["loss_mask"]).sum(dtype=torch.float64)))
+        for batch in samples
+    ]
+
+
+def _microbatch(batch: Batch, plan: ModePlan, text_bytes: float = 0.0) -> Microbatch:
+    tokens, labels, mask = batch["tokens"], batch["labels"], batch["loss_mask"]
+    documents = batch["documents"]
+    if documents is None:
+        return Microbatch(tokens, labels, mask, plan, text_bytes=text_bytes)
+    # Rows end documents at different places; laid end to end they are one row of isolated documents.
+    rows, length = tokens.shape
+    tiled = ModePlan.from_mask(np.tile(plan.is_attention(), rows))
+    flat = (t.reshape(1, -1) for t in (tokens, labels, mask))
+    return Microbatch(*flat, tiled, join_documents(documents, length), text_bytes)
+
+
+def join_documents(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Cumulative document starts of rows [0, …, length] laid end to end: int32 [0, …, len(rows) · length]."""
+    starts = itertools.chain.from_iterable((row[:-1] + i * length).tolist() for i, row in enumerate(rows))
+    return torch.tensor([*starts, len(rows) * length], dtype=torch.int32)

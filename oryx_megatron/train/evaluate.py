@@ -1,0 +1,108 @@
+"""Loss and bits per byte of validation sets under several mode plans, on all ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.data.loader import Blend, SampleStream
+from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.modes import parse_plan
+from oryx_megatron.train.batches import evaluation_batches
+from oryx_megatron.train.step import Totals, forward_backward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one validation set under one plan."""
+
+    dataset: str
+    plan: str
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Bits per UTF-8 byte of text: comparable between tokenizers."""
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and perplexity."""
+        return asdict(self) | {"perplexity": self.perplexity}
+
+
+def evaluate(
+    run: RunConfig,
+    layout: Layout,
+    chunks: list[Any],
+    datasets: dict[str, Blend],
+    tokenizer: Tokenizer,
+    *,
+    data_rank: int,
+    plans: tuple[str, ...] | None = None,
+) -> list[Evaluation]:
+    """Evaluate every dataset under every plan on the same `evaluation.batches` global batches.
+
+    Args:
+        run: The run's config; `plans` replaces its evaluation.plans.
+        layout: How ranks are used.
+        chunks: Model chunks of this rank; put into eval mode and back.
+        datasets: Validation sets by name.
+        tokenizer: For the bytes behind each token.
+        data_rank: Data-parallel rank of this process.
+        plans: Plan specs.
+    """
+    token_bytes = tokenizer.token_bytes()
+    training = [chunk.training for chunk in chunks]
+    results = []
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        for name, dataset in datasets.items():
+            for spec in plans or run.evaluation.plans:
+                totals = _run(run, layout, chunks, dataset, tokenizer, token_bytes, spec, data_rank)
+                bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
+                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens)))
+    finally:
+        for chunk, mode in zip(chunks, training):
+            chunk.train(mode)
+    return results
+
+
+def _run(
+    run: RunConfig,
+    layout: Layout,
+    chunks: list[Any],
+    dataset: Blend,
+    tokenizer: Tokenizer,
+    token_bytes: np.ndarray,
+    spec: str,
+    data_rank: int,
+) -> Totals:
+    plan = parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
+    stream = SampleStream(
+        dataset,
+        micro_batch_size=run.train.micro_batch_size,
+        microbatches=layout.microbatches,
+        data_rank=data_rank,
+        data_size=layout.dp,
+        isolated=run.data.documents == "isolated",
+        eod=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    try:
+        sums = [
+            forward_backward(chunks, evaluation_batches(stream.next_batches(), plan, token_bytes), forward_only=True)
+            for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size))
+        ]
+    finally:
+        stream.close()
+    return Totals(sum(s.loss for s in sums), sum(s.tokens for s in sums), sum(s.text_bytes for s in sums))
