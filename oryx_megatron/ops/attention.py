@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oryx_megatron.modes import ModePlan
 from oryx_megatron.ops import backends
-
-if TYPE_CHECKING:
-    from oryx_megatron.modes import ModePlan
 
 
 @backends.dispatched("attention")
@@ -33,6 +31,8 @@ def mode_attention(q: Tensor, k: Tensor, v: Tensor, plan: ModePlan, *, documents
     keys = _Ranges.apply(k, [(span.first, span.last) for span in spans])
     values = _Ranges.apply(v, [(span.first, span.last) for span in spans])
     pieces, done = [], 0
+    if not spans:  # nothing, but it ties q, k and v to the output: every parameter gets a gradient under every plan
+        pieces.append(q[:, :0, :, :1] * k[:, :0, :1, :1] * v[:, :0, :1])
     for span, key, value in zip(spans, keys, values):
         pieces += [_zeros(q, v, span.start - done)] if span.start > done else []
         pieces.append(_causal(q[:, span.start : span.stop], key, value))
@@ -72,10 +72,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if 1 < s < t:
         mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, is_causal=1 < s == t, enable_gqa=q.shape[2] != k.shape[2]
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < s == t, enable_gqa=grouped)
     return o.transpose(1, 2)
 
 

@@ -41,7 +41,7 @@ class Chunks:
         """[b, s, H, ...] -> [b, H, n, c, ...]"""
         if missing := self.count * self.size - self.length:
             x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-        return x.unflatten(1, (self.count, self.size)).movedim(3, 1)
+        return x.unflatten(1, (self.count, self.size)).movedim(3, 1).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """[b, H, n, c, ...] -> [b, s, H, ...]"""
@@ -56,19 +56,40 @@ class Chunks:
         return torch.cat((numbers, numbers[-1:].expand(missing))).view(self.count, self.size)
 
 
+class _DecayProducts(torch.autograd.Function):
+    """`decay_products`. Written out to keep one [c, c] tensor for the backward pass instead of four.
+
+    Running sums and their gradients are in fp64: after one strong decay (say e^-10000) fp32 could no longer tell the
+    weak ones behind it apart.
+    """
+
+    @staticmethod
+    def forward(ctx, log_decay: Tensor, allowed: Tensor) -> Tensor:
+        running = log_decay.double().cumsum(-1)
+        difference = (running.unsqueeze(-1) - running.unsqueeze(-2)).to(log_decay.dtype)
+        products = difference.masked_fill_(~allowed, -torch.inf).exp_()
+        ctx.save_for_backward(products)
+        return products
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (products,) = ctx.saved_tensors
+        grad = grad * products
+        running = grad.sum(-1, dtype=torch.float64) - grad.sum(-2, dtype=torch.float64)
+        return running.flip(-1).cumsum(-1).flip(-1).to(grad.dtype), None
+
+
 def decay_products(log_decay: Tensor, segment: Tensor | None) -> Tensor:
     """Product of the decays of tokens j+1 … i for j ≤ i of one segment; 0 for all other pairs.
 
-    log_decay [..., c], at most 0; segment [n, c] or [c], or None -> [..., c, c] (row i, column j).
-    The differences of the running sum are taken in fp64: after one strong decay (say e^-10000) fp32 could no longer
-    tell the weak ones behind it apart. They are masked before exp, which therefore never sees a positive number.
+    log_decay [..., c], at most 0; segment [n, c] or [c], or None -> [..., c, c] (row i, column j). Other pairs are
+    masked before exp, which therefore never sees a positive number.
     """
-    running = log_decay.double().cumsum(-1)
     allowed = torch.ones(log_decay.shape[-1:] * 2, dtype=torch.bool, device=log_decay.device).tril()
     if segment is not None:
         allowed = allowed & (segment.unsqueeze(-1) == segment.unsqueeze(-2))
-    difference = (running.unsqueeze(-1) - running.unsqueeze(-2)).to(log_decay.dtype)
-    return difference.masked_fill(~allowed, -torch.inf).exp()
+    return _DecayProducts.apply(log_decay, allowed)
 
 
 def decay_from_start(log_decay: Tensor, segment: Tensor | None) -> Tensor:

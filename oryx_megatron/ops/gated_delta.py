@@ -126,24 +126,72 @@ def chunked_gated_delta_rule(
     key, value = _normalised(k), v.to(to)
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
-    key, value = chunks.split(key).contiguous(), chunks.split(value)
+    key, value = chunks.split(key), chunks.split(value)
     within = decay_products(log_decay, segment)  # [b, H, n, c, c]
     start = decay_from_start(log_decay, segment)  # [b, H, n, c]
-    # 1. U = U₀ − W S for every chunk at once; only the strict lower triangle of A is read
-    right = torch.cat((value * beta.unsqueeze(-1), key * (beta * start).unsqueeze(-1)), -1)
-    lower = (key * beta.unsqueeze(-1)) @ key.transpose(-1, -2) * within
-    solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)  # [b, H, n, c, P + N]
-    # 2. state after the chunk = added + passed · S
-    to_end = (key * within[..., -1, :, None]).transpose(-1, -2) @ solved  # [b, H, n, N, P + N]
-    added, removed = to_end.split((v.shape[-1], width), -1)
-    passed = torch.diag_embed(start[..., -1:].expand(*start.shape[:-1], width)) - removed
-    state = added.new_zeros(added[:, :, 0].shape) if initial is None else initial.to(to)
-    states = []
-    for add, carry in zip(added.unbind(2), passed.unbind(2)):
-        states.append(state)
-        state = add + carry @ state
+    # 1. U = U₀ − W S for every chunk at once
+    beta_key = key * beta.unsqueeze(-1)
+    lower = beta_key @ key.transpose(-1, -2) * within
+    own, from_state = _SolveUnitLower.apply(lower, value * beta.unsqueeze(-1), beta_key * start.unsqueeze(-1))
+    # 2. from chunk to chunk
+    to_end = key * within[..., -1, :, None]
+    state = own.new_zeros(*own.shape[:2], width, own.shape[-1]) if initial is None else initial.to(to)
+    update, states, state = _Pass.apply(own, from_state, to_end, start[..., -1], state)
     # 3. outputs, from inside the chunk and from the state before it
-    inside = (query @ key.transpose(-1, -2) * within) @ solved
-    own, correction = inside.split((v.shape[-1], width), -1)
-    o = own + (query * start.unsqueeze(-1) - correction) @ torch.stack(states, 2)
+    o = (query @ key.transpose(-1, -2) * within) @ update + (query * start.unsqueeze(-1)) @ states
     return chunks.join(o).to(q.dtype), state if final else None
+
+
+class _SolveUnitLower(torch.autograd.Function):
+    """X and Y of (I + A) [X, Y] = [R, Q], with A the strict lower triangle of the first argument [..., c, c].
+
+    By the inverse, which the backward pass uses again: torch's own backward solves anew, several times slower.
+    """
+
+    @staticmethod
+    def forward(ctx, lower: Tensor, r: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+        x, y = inverse @ r, inverse @ q
+        ctx.save_for_backward(inverse, x, y)
+        return x, y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse, x, y = ctx.saved_tensors
+        grad_r, grad_q = inverse.transpose(-1, -2) @ grad_x, inverse.transpose(-1, -2) @ grad_y
+        grad_lower = (grad_r @ x.transpose(-1, -2)).add_(grad_q @ y.transpose(-1, -2)).neg_().tril_(-1)
+        return grad_lower, grad_r, grad_q
+
+
+class _Pass(torch.autograd.Function):
+    """Hand the state on: U_i = own_i − W_i S_i and S_{i+1} = g_i S_i + E_iᵀ U_i for chunks i = 0 … n − 1.
+
+    own [b, H, n, c, P], W and E [b, H, n, c, N], g [b, H, n], S_0 [b, H, N, P]
+    -> U [b, H, n, c, P], S_0 … S_{n−1} [b, H, n, N, P], S_n. Written out to keep all but the chain itself out of the loop.
+    """
+
+    @staticmethod
+    def forward(ctx, own: Tensor, w: Tensor, e: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        update, states = torch.empty_like(own), own.new_empty(*own.shape[:3], w.shape[-1], own.shape[-1])
+        for i in range(own.shape[2]):
+            states[:, :, i] = state
+            update[:, :, i] = own[:, :, i] - w[:, :, i] @ state
+            state = g[:, :, i, None, None] * state + e[:, :, i].transpose(-1, -2) @ update[:, :, i]
+        ctx.save_for_backward(w, e, g, update, states)
+        return update, states, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_update: Tensor, grad_states: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+        w, e, g, update, states = ctx.saved_tensors
+        grad_own, grad_after = torch.empty_like(update), torch.empty_like(states)
+        for i in reversed(range(w.shape[2])):
+            grad_after[:, :, i] = grad_state
+            grad_own[:, :, i] = grad_update[:, :, i] + e[:, :, i] @ grad_state
+            grad_state = g[:, :, i, None, None] * grad_state + grad_states[:, :, i]
+            grad_state -= w[:, :, i].transpose(-1, -2) @ grad_own[:, :, i]
+        grad_w = (grad_own @ states.transpose(-1, -2)).neg_()
+        grad_e = update @ grad_after.transpose(-1, -2)
+        return grad_own, grad_w, grad_e, (grad_after * states).sum((-2, -1)), grad_state
