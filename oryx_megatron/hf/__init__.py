@@ -1,0 +1,5 @@
+"""The Hugging Face side of Oryx: the stand-alone model for transformers 5 and the two-way conversion.
+
+`configuration_oryx.py` and `modeling_oryx.py` import nothing of this package: an export copies them beside the weights,
+and `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs torch and transformers alone.
+"""

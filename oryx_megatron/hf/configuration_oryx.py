@@ -1,0 +1,147 @@
+"""Configuration of the Hugging Face Oryx model. Stands alone: it is copied into exported folders."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+
+class OryxConfig(PreTrainedConfig):
+    """Architecture of an Oryx model (arXiv 2605.28769), or of a baseline with one of its two modes.
+
+    Every token is read by softmax attention or by a linear recurrence; keys and values serve both. Raises ValueError,
+    naming the field, when fields do not fit together.
+
+    Fields (H heads, G key/value heads, N key width, P value width):
+        mixer: recurrence of the recurrent mode, `gdn` (Gated DeltaNet) or `mamba2` (SSD).
+        modes: `both`, or `attention` / `recurrent` for a baseline without the other mode's parameters.
+        num_attention_heads, num_key_value_heads: H and G; G divides H, null means G = H.
+        head_dim, value_head_dim: N and P.
+        intermediate_size: hidden width of the SwiGLU.
+        conv_width: taps of the causal convolutions over keys and values; 0 for none.
+        output_gate: gate the normalised mixer output by SiLU(W_g x).
+        qk_norm: RMSNorm per head on the attention query and on the key that attention reads.
+        rotary: whose queries and keys get rotary position embedding, `attention`, `both` or `none`; `rotary_base`.
+        shared_query: one query projection for both modes.
+        decay_init, dt_init: ranges of exp(a_log), uniform, and of softplus(dt_bias), log-uniform, at initialisation.
+        recurrence_chunk: tokens per chunk of the recurrence in plain torch; a matter of speed only.
+        mode_plan: plan used where a call gives none; null means `attention` (`recurrent` for a recurrent baseline).
+        mode_chunk: tokens per chunk of the plans `ratio:R` and `every:K`.
+        keep_kv: whether caches keep keys and values; without them attention cannot read earlier calls' tokens.
+        kernels: `auto` uses fla, mamba_ssm and causal_conv1d on a GPU where they are installed, `torch` never does.
+        max_position_embeddings: length the model was trained on; longer texts are allowed.
+    """
+
+    model_type = "oryx"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    _auto_class = "AutoConfig"  # save_pretrained copies this file into the folder
+
+    vocab_size: int = 32768
+    hidden_size: int = 2048
+    intermediate_size: int = 5504
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int = 128
+    value_head_dim: int = 128
+    mixer: str = "gdn"
+    modes: str = "both"
+    conv_width: int = 4
+    output_gate: bool = True
+    qk_norm: bool = True
+    rotary: str = "attention"
+    rotary_base: float = 10000.0
+    shared_query: bool = False
+    tie_word_embeddings: bool = True
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    decay_init: list[float] | tuple[float, ...] = (1.0, 16.0)
+    dt_init: list[float] | tuple[float, ...] = (1e-3, 0.1)
+    recurrence_chunk: int = 64
+    mode_plan: str | None = None
+    mode_chunk: int = 256
+    keep_kv: bool = True
+    kernels: str = "auto"
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.decay_init = list(self.decay_init)
+        self.dt_init = list(self.dt_init)
+        if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
+            raise ValueError(f"this is the config of a model type `{model_type}`, not of `{self.model_type}`")
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_oryx.OryxConfig",
+                "AutoModel": "modeling_oryx.OryxModel",
+                "AutoModelForCausalLM": "modeling_oryx.OryxForCausalLM",
+            },
+        )
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def has_attention(self) -> bool:
+        return self.modes != "recurrent"
+
+    @property
+    def has_recurrence(self) -> bool:
+        return self.modes != "attention"
+
+    @property
+    def default_plan(self) -> str:
+        """Plan of a call that gives none."""
+        return self.mode_plan or ("attention" if self.has_attention else "recurrent")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """As transformers names them: every layer holds keys and values beside a recurrent state."""
+        return ["hybrid"] * self.num_hidden_layers
+
+    def check(self) -> None:
+        """Raise ValueError with the field at fault."""
+        choices = {
+            "mixer": ("gdn", "mamba2"),
+            "modes": ("both", "attention", "recurrent"),
+            "rotary": ("attention", "both", "none"),
+            "kernels": ("auto", "torch"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"OryxConfig.{name} is {getattr(self, name)!r}, not one of {', '.join(allowed)}")
+        at_least = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "intermediate_size": 1,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 1,
+            "value_head_dim": 1,
+            "conv_width": 0,
+            "recurrence_chunk": 1,
+            "mode_chunk": 1,
+        }
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"OryxConfig.{name} is {value!r}, not a whole number of at least {least}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"OryxConfig.num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.rotary != "none" and self.head_dim % 2:
+            raise ValueError(f"OryxConfig.head_dim is {self.head_dim}; rotary embedding needs an even width")
+        if self.shared_query and self.modes != "both":
+            raise ValueError(f"OryxConfig.shared_query needs modes `both`, not `{self.modes}`")
+
+
+__all__ = ["OryxConfig"]

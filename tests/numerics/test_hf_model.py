@@ -1,0 +1,358 @@
+"""The Hugging Face model against a model written out token by token, and against itself in every way of calling it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hf_reference import reference_logits, tiny_config, tiny_model
+
+from oryx_megatron.hf import modeling_oryx
+from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM
+
+MIXERS = ("gdn", "mamba2")
+TOLERANCE = {"atol": 1e-9, "rtol": 0}  # the models are fp64
+
+
+def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_modes(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"conv_width": 0, "output_gate": False, "qk_norm": False},
+        {"shared_query": True, "rotary": "both"},
+        {"rotary": "none", "num_key_value_heads": 4, "tie_word_embeddings": False},
+        {"modes": "attention"},
+        {"modes": "recurrent", "conv_width": 2},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default",
+)
+def test_equals_the_written_out_model(mixer: str, changes: dict) -> None:
+    model = tiny_model(mixer, **changes)
+    for s in (1, 8, 21):
+        ids, attends = random_ids(s), random_modes(s)
+        if model.config.modes != "both":
+            attends[:] = model.config.modes == "attention"
+        with torch.no_grad():
+            logits = model(ids[None], mode_plan=attends).logits[0]
+        torch.testing.assert_close(logits, reference_logits(model, ids, attends.tolist()), **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 257])
+def test_chunked_recurrence_equals_its_steps(mixer: str, length: int) -> None:
+    """Outputs, final states and gradients, from an initial state, with gates at their extremes."""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    b, h, n, p = 2, 3, 5, 4
+    q, k, v, state = draw(b, length, h, n), draw(b, length, h, n), draw(b, length, h, p), draw(b, h, n, p)
+    k = k / k.norm(dim=-1, keepdim=True)
+    rate = draw(b, length, h).mul(4).exp()  # decays from nothing at all to everything at once
+    beta = draw(b, length, h).mul(4).sigmoid()
+    inputs = [x.requires_grad_() for x in (q, k, v, rate, beta, state)]
+    a = torch.tensor([-1.0, -16.0, -0.01], dtype=torch.float64)
+    if mixer == "gdn":
+        chunked, step = modeling_oryx.gated_delta_rule, modeling_oryx.gated_delta_step
+        gates = (-rate, beta)
+    else:
+        chunked, step = modeling_oryx.ssd, modeling_oryx.ssd_step
+        gates = (rate, a)
+    o, final = chunked(q, k, v, *gates, state, 64)
+    outs, s = [], state
+    for t in range(length):
+        here = [x[:, t : t + 1] if x.dim() > 1 else x for x in gates]
+        out, s = step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], *here, s)
+        outs.append(out)
+    torch.testing.assert_close(o, torch.cat(outs, 1), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(final, s, atol=1e-9, rtol=1e-9)
+    weight, weight_state = draw(*o.shape), draw(*final.shape)
+    grads = [
+        torch.autograd.grad((y * weight).sum() + (z * weight_state).sum(), inputs, allow_unused=True, retain_graph=True)
+        for y, z in ((o, final), (torch.cat(outs, 1), s))
+    ]
+    for ours, theirs in zip(*grads):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-7)
+    nothing, same = chunked(None, k, v, *gates, state, 64)
+    assert nothing is None
+    torch.testing.assert_close(same, final)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_token_by_token_equals_one_pass(mixer: str, form: str) -> None:
+    """fp32, random plans, in single tokens and in pieces."""
+    model = tiny_model(mixer, dtype=torch.float32)
+    ids, modes = random_ids(3, 23), random_modes(23)
+    with torch.no_grad():
+        whole = model(ids, mode_plan=modes).logits
+        for sizes in ([1] * 23, [5, 1, 9, 1, 7], [22, 1]):
+            cache = OryxCache(model.config, max_cache_len=40 if form == "static" else None)
+            parts, end = [], 0
+            for size in sizes:
+                piece = slice(end, end + size)
+                out = model(ids[:, piece], past_key_values=cache, use_cache=True, mode_plan=modes[piece])
+                parts.append(out.logits)
+                end += size
+                assert int(cache.get_seq_length()) == end
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_plan_is_causal(mixer: str) -> None:
+    model = tiny_model(mixer)
+    ids, modes = random_ids(1, 20), random_modes(20)
+    other = torch.cat([modes[:11], ~modes[11:]])
+    with torch.no_grad():
+        one, two = (model(ids, mode_plan=plan).logits for plan in (modes, other))
+    torch.testing.assert_close(one[:, :11], two[:, :11], atol=1e-12, rtol=0)
+    assert (one[:, 11:] - two[:, 11:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padding_enters_nothing(mixer: str, side: str) -> None:
+    """A padded batch gives every row what it gives alone, also in what is decoded after it."""
+    model = tiny_model(mixer)
+    lengths, width = (9, 4, 1, 13), 13
+    texts = [random_ids(n, seed=n) for n in lengths]
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 61, (4, width), generator=generator)
+    mask = torch.zeros(4, width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        n = len(text)
+        places = {"left": range(width - n, width), "right": range(n)}.get(side)
+        places = sorted(torch.randperm(width, generator=generator)[:n].tolist()) if places is None else places
+        ids[row, list(places)] = text
+        mask[row, list(places)] = 1
+    # A plan by real position is another plan by column in every row.
+    plan = lambda position: position % 3 == 1  # noqa: E731
+    extra = random_ids(4, 3, seed=9)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, mode_plan=plan, use_cache=True)
+        longer = torch.cat([mask, torch.ones(4, 3, dtype=torch.long)], 1)
+        after = model(extra, attention_mask=longer, past_key_values=out.past_key_values, mode_plan=plan).logits
+        for row, text in enumerate(texts):
+            alone = model(torch.cat([text, extra[row]])[None], mode_plan=plan).logits[0]
+            torch.testing.assert_close(out.logits[row][mask[row] == 1], alone[: len(text)], **TOLERANCE)
+            torch.testing.assert_close(after[row], alone[len(text) :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_in_single_steps_and_static_caches(mixer: str) -> None:
+    """Rows that start at different steps: the tokens before their start are padding."""
+    model = tiny_model(mixer)
+    ids = random_ids(2, 8)
+    mask = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        alone = model(ids[1:, 3:], mode_plan="recurrent").logits
+        for room in (None, 12):
+            cache = OryxCache(model.config, max_cache_len=room)
+            for t in range(8):
+                out = model(
+                    ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache, mode_plan="recurrent"
+                ).logits
+                if t >= 3:
+                    torch.testing.assert_close(out[1, 0], alone[0, t - 3], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_packed_documents_are_kept_apart(mixer: str) -> None:
+    model = tiny_model(mixer)
+    lengths, ids, modes = (5, 1, 7), random_ids(1, 13), random_modes(13)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, mode_plan=modes).logits
+        parts = [model(text, mode_plan=plan).logits for text, plan in zip(ids.split(lengths, 1), modes.split(lengths))]
+    torch.testing.assert_close(packed, torch.cat(parts, 1), **TOLERANCE)
+
+
+def test_attention_implementations_agree() -> None:
+    ids, modes = random_ids(2, 19), random_modes(19)
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[1, :5] = 0
+    logits = []
+    for name in ("eager", "sdpa"):
+        model = tiny_model("gdn", attn_implementation=name)
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask, mode_plan=modes).logits[mask == 1])
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+def test_attentions_and_hidden_states() -> None:
+    model = tiny_model("gdn", attn_implementation="eager")
+    ids, modes = random_ids(2, 7), random_modes(7)
+    with torch.no_grad():
+        out = model(ids, mode_plan=modes, output_attentions=True, output_hidden_states=True)
+    assert len(out.attentions) == 2
+    assert len(out.hidden_states) == 3
+    sums = out.attentions[1].sum(-1)  # rows of recurrent tokens are zero
+    torch.testing.assert_close(sums, modes.double().expand(2, 4, 7))
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    with pytest.raises(ValueError, match="eager"):
+        tiny_model("gdn", attn_implementation="sdpa")(ids, output_attentions=True)
+
+
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_batch_changes_of_the_cache(form: str) -> None:
+    """Reordered, selected and repeated rows go on as if they had always stood there."""
+    model = tiny_model("gdn")
+    ids, modes = random_ids(3, 6), random_modes(6)
+    nexts = random_ids(6, 1, seed=5)
+
+    def after(change, rows: list[int]) -> None:
+        cache = OryxCache(model.config, max_cache_len=9 if form == "static" else None)
+        model(ids, past_key_values=cache, mode_plan=modes)
+        change(cache)
+        for plan in ("attention", "recurrent"):
+            out = model(nexts[: len(rows)], past_key_values=copy.deepcopy(cache), mode_plan=plan).logits[:, 0]
+            for i, row in enumerate(rows):
+                text = torch.cat([ids[row], nexts[i]])[None]
+                alone = model(text, mode_plan=[*modes.tolist(), plan == "attention"]).logits[0, -1]
+                torch.testing.assert_close(out[i], alone, **TOLERANCE)
+
+    with torch.no_grad():
+        after(lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0])
+        if form == "dynamic":
+            after(lambda cache: cache.batch_select_indices(torch.tensor([1])), [1])
+            after(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_crop(form: str) -> None:
+    room = 9 if form == "static" else None
+    ids = random_ids(1, 6)
+    model = tiny_model("gdn")
+    cache = OryxCache(model.config, room)
+    with torch.no_grad():
+        first = model(ids, past_key_values=cache).logits
+        cache.crop(0)
+        assert int(cache.get_seq_length()) == 6
+        with pytest.raises(ValueError, match="2 of 6 tokens cannot be taken back out of a recurrent state"):
+            cache.crop(-2)
+        with pytest.raises(ValueError, match="0 to -6"):
+            cache.crop(-7)
+        cache.crop(-6)  # all of them: a fresh cache
+        assert int(cache.get_seq_length()) == 0
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, first)
+        # Without recurrence and convolution there is nothing that cannot be wound back.
+        plain = tiny_model("gdn", modes="attention", conv_width=0)
+        cache = OryxCache(plain.config, room)
+        plain(ids, past_key_values=cache)
+        cache.crop(-2)
+        again = plain(ids[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(again, plain(ids).logits[:, 4:], **TOLERANCE)
+
+
+def test_constant_memory_without_keys_and_values() -> None:
+    model = tiny_model("mamba2")
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        whole = model(ids, mode_plan="recurrent").logits
+        for room in (None, 3):  # a static cache needs no room for keys
+            cache = OryxCache(model.config, room, keep_kv=False)
+            parts = [
+                model(piece, past_key_values=cache, mode_plan="recurrent").logits for piece in ids.split([5, 1, 6], 1)
+            ]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, **TOLERANCE)
+            assert int(cache.get_seq_length()) == 12
+            assert cache.layers[0].keys is None
+            with pytest.raises(ValueError, match="keep_kv=False"):
+                model(ids[:, :1], past_key_values=cache, mode_plan="attention")
+        # The first call holds all its keys itself: a prompt may attend and then be forgotten but for the state.
+        cache = OryxCache(model.config, keep_kv=False)
+        model(ids[:, :8], past_key_values=cache, mode_plan="attention")
+        out = model(ids[:, 8:], past_key_values=cache, mode_plan="recurrent").logits
+        torch.testing.assert_close(out, model(ids, mode_plan="prefix:8").logits[:, 8:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("plan", ["attention", "recurrent", "every:2"])
+def test_training_reaches_every_parameter(mixer: str, plan: str) -> None:
+    model = tiny_model(mixer, dtype=torch.float32).train()
+    ids = random_ids(2, 14)
+    out = model(ids, labels=ids, mode_plan=plan)
+    assert out.past_key_values is None
+    logits = out.logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids, mode_plan=plan, use_cache=True).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_few_steps_of_training_lower_the_loss() -> None:
+    model = tiny_model("gdn", dtype=torch.float32, initializer_range=0.1).train()
+    ids = random_ids(4, 24)
+    labels = ids.masked_fill(torch.arange(24) < 2, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(12):
+        plan = ("attention", "recurrent", "ratio:0.5")[step % 3]
+        loss = model(ids, labels=labels, mode_plan=plan).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_initialisation() -> None:
+    config = tiny_config(
+        "mamba2", hidden_size=64, num_attention_heads=64, num_key_value_heads=64, initializer_range=0.02
+    )
+    torch.manual_seed(0)
+    model = OryxForCausalLM(config)
+    mixer = model.model.layers[0].mixer
+    rate, step = mixer.a_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1 <= rate.min() < 4 < 12 < rate.max() <= 16
+    assert 1e-3 <= step.min() < 3e-3 < 0.03 < step.max() <= 0.1
+    assert (mixer.d_skip == 1).all()
+    assert abs(mixer.k_proj.weight.std() / 0.02 - 1) < 0.05
+    for small in (mixer.out_proj, model.model.layers[0].mlp.down_proj):
+        assert abs(small.weight.std() / 0.01 - 1) < 0.05  # / sqrt(2 × 2 layers)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, ids: m(), "exactly one of input_ids"),
+        (lambda m, ids: m(ids[:, :0]), "text is empty"),
+        (lambda m, ids: m(ids, mode_plan="prefix:99"), "99 tokens are more than the 6"),
+        (lambda m, ids: m(ids, mode_plan="runs:a0-9"), "its runs end at 9, the text at 6"),
+        (lambda m, ids: m(ids, mode_plan=[True]), "shape \\[1\\] does not fit 6 tokens"),
+        (lambda m, ids: m(ids, attention_mask=torch.ones(2, 5)), "covers 5 tokens, not 0 cached ones and 6 new"),
+        (lambda m, ids: m(ids, attention_mask=torch.ones(2, 1, 6, 6)), "attention_mask of shape"),
+        (lambda m, ids: m(ids, past_key_values=__import__("transformers").DynamicCache()), "OryxCache"),
+        (lambda m, ids: m(ids, past_key_values=OryxCache(m.config, 4)), "room for 4 tokens, not for 0 \\+ 6"),
+    ],
+)
+def test_bad_calls_get_one_line(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        call(tiny_model("gdn"), random_ids(2, 6))
+    assert "\n" not in str(refused.value)
+
+
+def test_baselines_refuse_the_other_mode() -> None:
+    with pytest.raises(ValueError, match="recurrent mode only"):
+        tiny_model("gdn", modes="recurrent")(random_ids(1, 3), mode_plan="attention")
+    with pytest.raises(ValueError, match="attention mode only"):
+        tiny_model("gdn", modes="attention")(random_ids(1, 3), mode_plan="prefix:1")
