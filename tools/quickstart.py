@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""The whole way on one machine without a GPU: corpus → tokens → train → evaluate → resume → text → picture.
+
+Run by `make quickstart`. Every step is a command you can run yourself; each is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG, DATA, TOKENIZER = "configs/run/quickstart.yaml", "data/stdlib", "tokenizers/stdlib-8k"
+PROMPT = "def read_lines(path):\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all steps; stops at the first that fails, with its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
+    parser.add_argument("--stop", type=int, default=100, help="stop after this step, then resume (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
+    arguments = parser.parse_args(argv)
+    os.chdir(ROOT)
+    started = time.monotonic()
+    # Two processes share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    run = _unused(Path(arguments.output))
+    train = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "oryx_megatron.train", CONFIG, f"output_dir={run}", *arguments.overrides),
+    ]
+    if not all(Path(DATA + end).exists() for end in (".bin", ".idx", ".json")):
+        title = "1. The corpus: Python's standard library as tokens"
+        step(title, [sys.executable, "tools/preprocess_data.py", "--input", "stdlib",
+                     "--tokenizer", TOKENIZER, "--output", DATA])  # fmt: skip
+    else:
+        print(f"\n1. The corpus: {DATA} is there already")
+    step("2. Training on two tensor-parallel processes", [*train, f"train.exit_after={arguments.stop}"])
+    step("3. Resuming from the checkpoint", train)
+    for title, plan in (
+        ("4. Text: the prompt read in attention mode, the rest written in recurrent mode", "prompt:attention,new:recurrent"),
+        ("   … and all in attention mode", "attention"),
+    ):
+        step(title, [sys.executable, "tools/generate.py", str(run), "--prompt", PROMPT, "--plan", plan,
+                     "--new-tokens", "60"])  # fmt: skip
+    picture = run / "curves.png"
+    step("5. A picture of the run", [sys.executable, "tools/plot_run.py", str(run), "--out", str(picture)])
+    summary(run, picture, time.monotonic() - started)
+    return 0
+
+
+def step(title: str, command: list[str]) -> None:
+    """Print what is done, do it, and leave on failure."""
+    shown = ["python" if part == sys.executable else part for part in command]
+    print(f"\n{title}\n$ {shlex.join(shown)}", flush=True)
+    started = time.monotonic()
+    if code := subprocess.run(command, check=False).returncode:
+        print(f"\nerror: this step failed with exit code {code}; its messages are above", file=sys.stderr)
+        sys.exit(code)
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def summary(run: Path, picture: Path, seconds: float) -> None:
+    """What was learned, where things are, what to try next."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line["loss"] for line in lines if line["kind"] == "step")
+    last = max(line["iteration"] for line in lines)
+    print(f"\nDone in {seconds / 60:.1f} minutes. The loss of the first step was {first:.2f}; after {last} steps:")
+    for line in lines:
+        if line["kind"] == "evaluation" and line["iteration"] == last:
+            drop = 1 - line["loss"] / first
+            print(f"  {line['plan']:<12} {line['loss']:.2f}  ({drop:.0%} lower, {line['bits_per_byte']:.2f} bits/byte)")
+    print(
+        f"""
+Where things are
+  {run}/checkpoints       checkpoints, each with a manifest.json
+  {run}/metrics.jsonl     every step and evaluation; {run}/tensorboard the same
+  {picture}     training loss and the three evaluation curves
+  {DATA}.bin, .idx, .json       the tokens
+
+What to try next
+  python tools/generate.py {run} --prompt "class " --plan ratio:0.1
+  python -m oryx_megatron.arch 1.4b-gdn
+  python -m oryx_megatron.train configs/run/pretrain-130m-gdn.yaml \\
+      --dry-run --world-size 64
+(with {VENV}/bin first in PATH: source {VENV}/bin/activate)"""
+    )
+
+
+VENV = Path(sys.prefix).name
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or `path-2`, `path-3`, … when it exists: an earlier run is never touched."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
