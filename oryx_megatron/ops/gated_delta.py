@@ -81,19 +81,17 @@ def recurrent_gated_delta_rule(
     batch, s, heads, width = q.shape
     repeat, to = heads // k.shape[2], wide(q.dtype)
     log_decay, beta = _gates(a, b, dt_bias, a_log)
-    decay, beta = log_decay.exp()[..., None, None], beta.unsqueeze(-1)
-    # rows [b, s, H, 1, N] and [b, s, H, P]
-    query = _normalised(q, width**-0.5).unsqueeze(-2)
+    decay, beta = log_decay.exp()[..., None, None], beta[..., None, None]
+    query = _normalised(q, width**-0.5).unsqueeze(-2)  # queries, keys and values as rows [b, s, H, 1, N or P]
     key = _normalised(k).repeat_interleave(repeat, 2).unsqueeze(-2)
-    value = v.to(to).repeat_interleave(repeat, 2).unsqueeze(-2) * beta.unsqueeze(-1)
-    beta_key = (key * beta.unsqueeze(-1)).transpose(-1, -2)
-    column = key.transpose(-1, -2)
+    value = v.to(to).repeat_interleave(repeat, 2).unsqueeze(-2)
+    beta_column = (beta * key).transpose(-1, -2)
     starts = set() if documents is None else set(documents.tolist()[1:-1])
     state = q.new_zeros(batch, heads, width, v.shape[-1], dtype=to) if initial is None else initial.to(to)
     outputs = []
     for t in range(s):
         state = torch.zeros_like(state) if t in starts else decay[:, t] * state
-        state = state - beta_key[:, t] * (key[:, t] @ state) + column[:, t] * value[:, t]
+        state = state + beta_column[:, t] * (value[:, t] - key[:, t] @ state)
         outputs.append((query[:, t] @ state).squeeze(-2))
     return torch.stack(outputs, 1).to(q.dtype), state if final else None
 
@@ -169,7 +167,7 @@ class _Pass(torch.autograd.Function):
     """Hand the state on: U_i = own_i − W_i S_i and S_{i+1} = g_i S_i + E_iᵀ U_i for chunks i = 0 … n − 1.
 
     own [b, H, n, c, P], W and E [b, H, n, c, N], g [b, H, n], S_0 [b, H, N, P]
-    -> U [b, H, n, c, P], S_0 … S_{n−1} [b, H, n, N, P], S_n. Written out to keep all but the chain itself out of the loop.
+    -> U [b, H, n, c, P], S_0 … S_{n−1} [b, H, n, N, P], S_n. Written out to keep all but the chain out of the loop.
     """
 
     @staticmethod

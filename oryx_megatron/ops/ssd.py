@@ -69,19 +69,19 @@ def recurrent_ssd(
     final: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`ssd` step by step, as the equations stand; for decoding and to hold the chunked form against."""
-    b, s, heads, _ = q.shape
+    b, s, heads, width = q.shape
     repeat, to = heads // k.shape[2], wide(q.dtype)
     step, log_decay = _gates(dt, dt_bias, a_log)
     decay = log_decay.exp()[..., None, None]
-    wide_q, wide_k, wide_v = q.to(to), k.to(to).repeat_interleave(repeat, 2), v.to(to).repeat_interleave(repeat, 2)
-    entering = (step[..., None] * wide_k).unsqueeze(-1) * wide_v.unsqueeze(-2)
+    query, value = q.to(to).unsqueeze(-2), v.to(to).repeat_interleave(repeat, 2)
+    key = (k.to(to).repeat_interleave(repeat, 2) * step.unsqueeze(-1)).unsqueeze(-1)
     starts = set() if documents is None else set(documents.tolist()[1:-1])
-    state = q.new_zeros(b, heads, k.shape[-1], v.shape[-1], dtype=to) if initial is None else initial.to(to)
+    state = q.new_zeros(b, heads, width, v.shape[-1], dtype=to) if initial is None else initial.to(to)
     outputs = []
     for t in range(s):
-        state = entering[:, t] if t in starts else decay[:, t] * state + entering[:, t]
-        outputs.append((wide_q[:, t].unsqueeze(-2) @ state).squeeze(-2))
-    o = torch.stack(outputs, 1) + d.to(to)[:, None] * wide_v
+        state = (0.0 if t in starts else decay[:, t] * state) + key[:, t] * value[:, t].unsqueeze(-2)
+        outputs.append((query[:, t] @ state).squeeze(-2))
+    o = torch.stack(outputs, 1) + d.to(to)[:, None] * value
     return o.to(q.dtype), state if final else None
 
 

@@ -1,0 +1,90 @@
+"""Selection of backends."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from oryx_megatron.config.schema import KernelsConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.ops import backends, rms_norm
+
+ALL_REFERENCE = "attention=reference, recurrence=reference, convolution=reference, norm=reference"
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """A copy of the registry with the references alone, so that what a test registers is gone after it."""
+    monkeypatch.setattr(backends, "_backends", copy.deepcopy(backends._backends))
+    monkeypatch.setattr(backends, "_selected", dict(backends._selected))
+    for functions in backends._backends.values():
+        for function, known in functions.items():
+            functions[function] = {"reference": known["reference"]}
+    backends.select(KernelsConfig())
+
+
+def add(name: str, *, rank: int = 1, missing: str | None = None, function: str = "rms_norm") -> None:
+    backends.register("norm", function, name, lambda x, weight, eps: x + rank, missing=lambda: missing, rank=rank)
+
+
+def run() -> float:
+    return rms_norm(torch.zeros(1), torch.ones(1), 1.0).item()
+
+
+def test_reference_by_default():
+    assert backends.describe() == ALL_REFERENCE
+    backends.select(
+        KernelsConfig(attention="reference", recurrence="reference", convolution="reference", norm="reference")
+    )
+    assert backends.describe() == ALL_REFERENCE
+
+
+def test_auto_takes_the_highest_rank_present():
+    add("good", rank=1)
+    add("better", rank=2)
+    add("best", rank=3, missing="no such device")
+    backends.select(KernelsConfig())
+    assert run() == 2.0
+    # the part's other function has the reference only
+    assert backends.describe() == ALL_REFERENCE.replace("norm=reference", "norm=better+reference")
+
+
+def test_a_backend_by_name():
+    add("fused", rank=1)
+    add("better", rank=2)
+    backends.select(KernelsConfig(norm="fused"))
+    assert run() == 1.0
+    backends.select(KernelsConfig(norm="reference"))
+    assert run() == 0.0
+
+
+def test_unknown_and_missing_backends_are_named():
+    with pytest.raises(ConfigError, match=r"^kernels.recurrence: there is no backend fla here; .*reference$"):
+        backends.select(KernelsConfig(recurrence="fla"))
+    add("fused", missing="no module named fused")
+    with pytest.raises(ConfigError, match=r"^kernels.norm: fused cannot be used here \(no module named fused\)"):
+        backends.select(KernelsConfig(norm="fused"))
+    assert backends.describe() == ALL_REFERENCE
+
+
+def test_use_restores_what_was():
+    add("fused")
+    with backends.use(norm="fused"):
+        assert run() == 1.0
+        with backends.use(norm="reference"):
+            assert run() == 0.0
+        assert run() == 1.0
+    assert run() == 0.0
+    with pytest.raises(KeyError), backends.use(norm="fused"):
+        raise KeyError
+    with pytest.raises(ConfigError), backends.use(norm="absent"):
+        pass
+    assert run() == 0.0
+
+
+def test_registering_twice_is_an_error():
+    add("fused")
+    with pytest.raises(ValueError, match="fused of rms_norm"):
+        add("fused")
