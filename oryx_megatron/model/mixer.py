@@ -3,8 +3,9 @@
 Shapes: s sequence, b batch, d hidden size, H query heads, G key/value heads, N key width, P value width — H and G
 counted on this rank, that is divided by the tensor-parallel and inside the mixer by the context-parallel size too.
 
-    x [s, b, d] ── in_proj ──► key [G N] │ value [G P] │ query_attention [H N] │ query_recurrent [H N] │ output_gate [H P]
-               └── decay_proj ► mamba2: dt [H]; gdn: a [H] │ b [H]
+    x [s, b, d] ─┬─ in_proj ───► key [G N] │ value [G P] │ query_attention [H N] │ query_recurrent [H N]
+                 │               │ output_gate [H P]
+                 └─ decay_proj ► mamba2: dt [H]; gdn: a [H] │ b [H]
     key, value ── causal convolution, activation ──► k [s, b, G, N], v [s, b, G, P]        shared by both modes
     attention-mode tokens:  o = softmax(rotary(norm(q_a)) · rotary(norm(k)) / √N) v
     recurrent-mode tokens:  o = Sᵀ q_r with S advanced at every token, whatever its mode
@@ -14,7 +15,7 @@ counted on this rank, that is divided by the tensor-parallel and inside the mixe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -126,7 +127,7 @@ class OryxMixer(MegatronModule):
         # Inside the mixer, after the context-parallel exchange:
         self.heads, self.groups = model.num_heads // (tp * cp), model.kv_heads // (tp * cp)
         self.head_slice = slice(self.cp_group.rank() * self.heads, (self.cp_group.rank() + 1) * self.heads)
-        self.activation = "silu" if model.mixer == "gdn" and model.conv_width else None
+        self.activation: Literal["silu"] | None = "silu" if model.mixer == "gdn" and model.conv_width else None
 
         linear: dict[str, Any] = {
             "config": config,
@@ -213,9 +214,13 @@ class OryxMixer(MegatronModule):
         """[s/cp, b, parts] of in_proj and [s/cp, b, H or 2H] of decay_proj → [s/cp, b, H P], ready for out_proj."""
         parts = dict(zip(self.parts, projected.split(list(self.parts.values()), dim=-1)))
         gate = parts.pop("output_gate", None)
+        if decay is not None:
+            parts |= zip(self.decay_parts, decay.split(list(self.decay_parts.values()), dim=-1))
+        if self.cp_group.size() > 1:
+            parts, projected = self._exchange(parts, info)
         state = None if info.states is None else info.states.setdefault(self.layer_number, LayerState())
-        k, v = self._keys_values(parts, projected, state, info)
-        o = self._outputs(parts, decay, k, v, state, info)
+        k, v = self._keys_values(projected, state, info)
+        o = self._outputs(parts, k, v, state, info)
         # [b, s, H, P] → [s/cp, b, all H of this tensor-parallel rank, P]; the gate never left its tokens.
         o = heads_to_sequence(o.transpose(0, 1), self.cp_group)
         if gate is not None:
@@ -223,18 +228,27 @@ class OryxMixer(MegatronModule):
         y = ops.gated_rms_norm(o, gate, self.out_norm.summed_weight(), self.out_norm.eps)
         return y.flatten(2)
 
+    def _exchange(self, parts: dict[str, Tensor], info: SequenceInfo) -> tuple[dict[str, Tensor], Tensor]:
+        """Sequence shards of all heads → whole sequences of this context-parallel rank's heads, by one all-to-all.
+
+        Parts that no token of the plan reads stay out of it. Returns the parts [s, b, width/cp], and the tensor that
+        they are views of, keys and values first.
+        """
+        assert info.plan is not None
+        idle = "query_attention" if info.plan.attention_tokens == 0 else ""
+        if info.plan.attention_tokens == info.plan.length and info.states is None:
+            idle = "query_recurrent"
+        used = {name: part for name, part in parts.items() if name != idle}
+        exchanged = sequence_to_heads(list(used.values()), self.cp_group)
+        widths = [part.shape[-1] // self.cp_group.size() for part in used.values()]
+        return dict(zip(used, exchanged.split(widths, dim=-1))), exchanged
+
     def _keys_values(
-        self, parts: dict[str, Tensor], projected: Tensor, state: LayerState | None, info: SequenceInfo
+        self, projected: Tensor, state: LayerState | None, info: SequenceInfo
     ) -> tuple[Tensor, Tensor]:
         """k [b, s, G, N] and v [b, s, G, P], shared by both modes; advances the convolution window."""
-        key_rows, value_rows = self.parts["key"], self.parts["value"]
-        if self.cp_group.size() > 1:
-            key, value = (self._to_heads(parts[name], width).flatten(2)
-                          for name, width in (("key", self.model.key_width), ("value", self.model.value_width)))
-            kv = torch.cat((key, value), dim=-1)
-            key_rows, value_rows = key.shape[-1], value.shape[-1]
-        else:
-            kv = projected[..., : key_rows + value_rows].transpose(0, 1)  # [b, s, channels]
+        key_rows, value_rows = self.groups * self.model.key_width, self.groups * self.model.value_width
+        kv = projected[..., : key_rows + value_rows].transpose(0, 1)  # [b, s, channels]
         if self.model.conv_width:
             kv, window = ops.causal_conv(
                 kv,
@@ -252,7 +266,6 @@ class OryxMixer(MegatronModule):
     def _outputs(
         self,
         parts: dict[str, Tensor],
-        decay: Tensor | None,
         k: Tensor,
         v: Tensor,
         state: LayerState | None,
@@ -275,7 +288,7 @@ class OryxMixer(MegatronModule):
                 unused += [norm.weight for norm in self._query_key_norms()]
         if self.model.has_recurrence:
             if recurs or state is not None:
-                o_recurrent = self._recur(parts, decay, k, v, state, info)
+                o_recurrent = self._recur(parts, k, v, state, info)
             else:
                 unused += [self.decay_proj.weight, *self._decay_parameters()]
         if attends and recurs:
@@ -293,7 +306,8 @@ class OryxMixer(MegatronModule):
         self, parts: dict[str, Tensor], k: Tensor, v: Tensor, state: LayerState | None, info: SequenceInfo
     ) -> Tensor | None:
         plan = info.plan
-        assert plan is not None and info.positions is not None
+        assert plan is not None
+        assert info.positions is not None
         if self.model.qk_norm:
             k = self.key_norm(k)
         if self.model.rotary != "none":
@@ -302,7 +316,7 @@ class OryxMixer(MegatronModule):
             k, v = state.append(k, v)
         if plan.attention_tokens == 0:
             return None
-        q = self._to_heads(parts["query" if "query" in parts else "query_attention"], self.model.key_width)
+        q = self._query(parts, "query_attention")
         if self.model.qk_norm:
             q = self.query_norm(q)
         if self.model.rotary != "none":
@@ -312,20 +326,19 @@ class OryxMixer(MegatronModule):
     def _recur(
         self,
         parts: dict[str, Tensor],
-        decay: Tensor | None,
         k: Tensor,
         v: Tensor,
         state: LayerState | None,
         info: SequenceInfo,
     ) -> Tensor:
-        assert decay is not None and info.positions is not None
+        assert info.positions is not None
         model = self.model
-        q = self._to_heads(parts["query" if "query" in parts else "query_recurrent"], model.key_width)
+        q = self._query(parts, "query_recurrent")
         if model.rotary == "both":
             q = ops.rotary(q, info.positions, model.rotary_base)
             k = ops.rotary(k, info.positions, model.rotary_base)
         heads = self.head_slice
-        logits = [self._to_heads(part, 1).squeeze(-1) for part in decay.split(list(self.decay_parts.values()), dim=-1)]
+        logits = [parts[name].transpose(0, 1) for name in self.decay_parts]
         common: dict[str, Any] = {
             "dt_bias": self.dt_bias[heads],
             "a_log": self.a_log[heads],
@@ -342,9 +355,9 @@ class OryxMixer(MegatronModule):
             state.recurrent = final
         return o
 
-    def _to_heads(self, x: Tensor, width: int) -> Tensor:
-        """[s/cp, b, h width] of one part → [b, s, h/cp, width]."""
-        return sequence_to_heads(x.unflatten(-1, (-1, width)), self.cp_group).transpose(0, 1)
+    def _query(self, parts: dict[str, Tensor], name: str) -> Tensor:
+        """[b, s, H, N] of a mode's own query, or of the one that both share."""
+        return parts["query" if "query" in parts else name].transpose(0, 1).unflatten(-1, (self.heads, -1))
 
     def _conv_weight(self) -> Tensor:
         """Taps of the channels that this context-parallel rank holds inside the mixer."""
