@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import RunConfig
 
 
+def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
+    """Model chunks in megatron-core's data-parallel wrapper, which holds and reduces their gradients."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=run.parallel.overlap,
+        overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        # An own bucket for all parameters unless communication overlaps with the backward pass.
+        bucket_size=None if not run.parallel.overlap else 40_000_000,
+    )
+    return [
+        DistributedDataParallel(
+            config=get_model_config(chunk),
+            ddp_config=config,
+            module=chunk,
+            disable_bucketing=i > 0,
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def connect(run: RunConfig, chunks: list[DistributedDataParallel], optimizer: Any) -> None:
+    """Give megatron-core's schedules the functions they call around a step."""
+    config = get_model_config(chunks[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if run.parallel.overlap:
+        config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        if len(chunks) > 1:
+            config.grad_sync_func = [c.start_grad_sync for c in chunks]
+        if run.parallel.distributed_optimizer and len(chunks) > 1:
+            config.param_sync_func = [c.start_param_sync for c in chunks]
+
+
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay (megatron-core's default)."""
+    """AdamW with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay, as in megatron-core."""
     settings = run.optimizer
     bf16 = run.precision.dtype == "bf16"
     config = OptimizerConfig(

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.utils import get_model_config
 
 from oryx_megatron import arch, parallel, platform
 from oryx_megatron.checkpoint import CheckpointManager, Manifest
@@ -31,7 +29,7 @@ from oryx_megatron.ops import backends
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import Callback, Display, MetricsFile, StepRecord, TensorBoard, WeightsAndBiases
 from oryx_megatron.train.evaluate import Evaluation, evaluate
-from oryx_megatron.train.optimizer import build_optimizer, build_schedule, optimizer_step
+from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, optimizer_step, wrap
 from oryx_megatron.train.step import Microbatch, forward_backward
 
 log = logging.getLogger(__name__)
@@ -57,10 +55,10 @@ class Trainer:
         backends.select(run.kernels)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
-        self.chunks = _wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
+        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
         self.optimizer = build_optimizer(run, self.chunks)
         self.schedule = build_schedule(run, self.optimizer)
-        _connect(run, self.chunks, self.optimizer)
+        connect(run, self.chunks, self.optimizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", run.checkpoint, self.chunks, self.optimizer)
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
@@ -228,39 +226,6 @@ class Trainer:
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(*arguments)
-
-
-def _wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=run.parallel.overlap,
-        overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
-        # An own bucket for all parameters unless communication overlaps with the backward pass.
-        bucket_size=None if not run.parallel.overlap else 40_000_000,
-    )
-    return [
-        DistributedDataParallel(
-            config=get_model_config(chunk),
-            ddp_config=config,
-            module=chunk,
-            disable_bucketing=i > 0,
-        )
-        for i, chunk in enumerate(chunks)
-    ]
-
-
-def _connect(run: RunConfig, chunks: list[DistributedDataParallel], optimizer: Any) -> None:
-    """Give megatron-core's schedules the functions they call around a step."""
-    config = get_model_config(chunks[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if run.parallel.overlap:
-        config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
-        if len(chunks) > 1:
-            config.grad_sync_func = [c.start_grad_sync for c in chunks]
-        if run.parallel.distributed_optimizer and len(chunks) > 1:
-            config.param_sync_func = [c.start_param_sync for c in chunks]
 
 
 def _reporters(run: RunConfig, folder: Path) -> list[Callback]:
