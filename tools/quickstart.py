@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all steps; stops at the first that fails, with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
-    parser.add_argument("--stop", type=int, default=100, help="stop after this step, then resume (default: %(default)s)")
+    parser.add_argument("--stop", type=int, default=140, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
     arguments = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     step("2. Training on two tensor-parallel processes", [*train, f"train.exit_after={arguments.stop}"])
     step("3. Resuming from the checkpoint", train)
     for title, plan in (
-        ("4. Text: the prompt read in attention mode, the rest written in recurrent mode", "prompt:attention,new:recurrent"),
-        ("   … and all in attention mode", "attention"),
+        ("4. Text: prompt read in attention mode, rest written recurrently", "prompt:attention,new:recurrent"),
+        ("   … and all of it in attention mode", "attention"),
     ):
         step(title, [sys.executable, "tools/generate.py", str(run), "--prompt", PROMPT, "--plan", plan,
                      "--new-tokens", "60"])  # fmt: skip
@@ -80,10 +80,11 @@ def summary(run: Path, picture: Path, seconds: float) -> None:
     print(
         f"""
 Where things are
-  {run}/checkpoints       checkpoints, each with a manifest.json
-  {run}/metrics.jsonl     every step and evaluation; {run}/tensorboard the same
-  {picture}     training loss and the three evaluation curves
-  {DATA}.bin, .idx, .json       the tokens
+  {f"{run}/checkpoints":<32} checkpoints, each with a manifest.json
+  {f"{run}/metrics.jsonl":<32} every step and evaluation
+  {f"{run}/tensorboard":<32} the same for TensorBoard
+  {str(picture):<32} training loss and the evaluation curves
+  {f"{DATA}.bin, .idx, .json":<32} the tokens
 
 What to try next
   python tools/generate.py {run} --prompt "class " --plan ratio:0.1
