@@ -83,7 +83,7 @@ Where things are
   {f"{run}/checkpoints":<32} checkpoints, each with a manifest.json
   {f"{run}/metrics.jsonl":<32} every step and evaluation
   {f"{run}/tensorboard":<32} the same for TensorBoard
-  {str(picture):<32} training loss and the evaluation curves
+  {picture!s:<32} training loss and the evaluation curves
   {f"{DATA}.bin, .idx, .json":<32} the tokens
 
 What to try next
