@@ -37,7 +37,9 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     normal, residual = _normal(model.init_std), _normal(model.init_std / math.sqrt(2 * model.num_layers))
     done: set[int] = set()
 
-    def fill(name: str, parameter: Tensor, draw: Draw, axis: int | None = 0, parts: dict[str, int] | None = None) -> None:
+    def fill(
+        name: str, parameter: Tensor, draw: Draw, axis: int | None = 0, parts: dict[str, int] | None = None
+    ) -> None:
         tensor.fill(name, parameter, draw, axis, parts)
         done.add(id(parameter))
 
@@ -75,6 +77,12 @@ class _Slicer:
 
     def fill(self, name: str, parameter: Tensor, draw: Draw, axis: int | None, parts: dict[str, int] | None) -> None:
         """Draw the whole tensor `name`, or each of its parts along axis 0, and copy this rank's share."""
+        if axis is not None:
+            # megatron-core's linears get these marks from its own initialisation, which is off; without them the
+            # gradient norm would count the shards of one tensor-parallel rank only.
+            marks = {"tensor_model_parallel": True, "partition_dim": axis, "partition_stride": 1}
+            for mark, value in marks.items():
+                setattr(parameter, mark, value)
         if parameter.is_meta:
             return
         start = 0

@@ -1,0 +1,191 @@
+"""Tiny runs under any layout, several layouts in one set of processes: equal losses are the proof of right sharding."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oryx_megatron import parallel
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    DataConfig,
+    ModelConfig,
+    ModesConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
+from oryx_megatron.config.validate import validate
+
+EOD = 0
+"""End-of-document token of `SyntheticText`."""
+
+
+def tiny_run(mixer: str = "gdn", *, parallel: ParallelConfig | None = None, **changes: Any) -> RunConfig:
+    """A run of a few thousand parameters whose heads, layers, sequence and batch divide by all small layouts.
+
+    Keyword arguments replace fields of the run (`optimizer=…`) or, as `model__num_layers=2`, of its parts.
+    """
+    run = RunConfig(
+        model=ModelConfig(
+            name=f"tiny-{mixer}",
+            mixer=mixer,  # type: ignore[arg-type]
+            num_layers=4,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            num_heads=8,
+            num_kv_heads=4,
+            key_width=8,
+            value_width=16,
+            vocab_size=96,
+            recurrence_chunk=16,
+        ),
+        data=DataConfig(sequence_length=32, tokenizer="synthetic", blend=(BlendEntry(path="synthetic"),)),
+        train=TrainConfig(iterations=100, global_batch_size=4),
+        output_dir="unused",
+        modes=ModesConfig(chunk=8, p_attention=0.2, p_recurrent=0.2),
+        optimizer=OptimizerConfig(lr=3e-3),
+        parallel=parallel or ParallelConfig(),
+        precision=PrecisionConfig(dtype="fp32"),
+    )
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        run = dataclasses.replace(
+            run, **{part: dataclasses.replace(getattr(run, part), **{field: value}) if field else value}
+        )
+    return run
+
+
+class SyntheticText(torch.utils.data.Dataset):
+    """Random samples with a document end in every tenth place; sample i is a function of (seed, i)."""
+
+    name = "synthetic"
+    identity: dict[str, Any] = {"name": "synthetic"}  # noqa: RUF012 - what a Blend has
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def __len__(self) -> int:
+        return self.run.train.iterations * self.run.train.global_batch_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        length, vocab = self.run.data.sequence_length, self.run.model.vocab_size
+        generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + index)
+        text = torch.randint(1, vocab, (length + 1,), generator=generator)
+        text[torch.rand(length + 1, generator=generator) < 0.1] = EOD
+        # Half of the text repeats its past, so that both mixers have something to learn.
+        text[length // 2 :] = text[: length + 1 - length // 2].clone()
+        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(length)}
+
+
+class Session:
+    """Model, optimizer and data of one run on this rank, without files: what Trainer holds, for tests and benchmarks.
+
+    Process groups are made (over all ranks of torch.distributed's world); `close` leaves the model-parallel ones.
+    """
+
+    def __init__(self, run: RunConfig, *, iteration: int = 0) -> None:
+        parallel.initialize(run.parallel, seed=run.seed)
+        from megatron.core import parallel_state
+
+        from oryx_megatron.data.loader import SampleStream
+        from oryx_megatron.model import build_model
+        from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, wrap
+
+        self.run, self.layout = run, validate(run, torch.distributed.get_world_size())
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
+        self.optimizer = build_optimizer(run, self.chunks)
+        self.schedule = build_schedule(run, self.optimizer)
+        connect(run, self.chunks, self.optimizer)
+        self.iteration = iteration
+        self.schedule.step(increment=iteration)
+        self.stream = SampleStream(
+            SyntheticText(run),  # type: ignore[arg-type]
+            micro_batch_size=run.train.micro_batch_size,
+            microbatches=self.layout.microbatches,
+            data_rank=self.data_rank,
+            data_size=self.layout.dp,
+            consumed=iteration * run.train.global_batch_size,
+            isolated=run.data.documents == "isolated",
+            eod=EOD,
+            vocab_size=run.model.vocab_size,
+        )
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step; mean loss and gradient norm, equal on all ranks."""
+        from oryx_megatron.train.batches import training_batches
+        from oryx_megatron.train.optimizer import optimizer_step
+        from oryx_megatron.train.step import forward_backward
+
+        batches = training_batches(
+            self.stream.next_batches(),
+            self.run.modes,
+            seed=self.run.seed,
+            iteration=self.iteration,
+            data_rank=self.data_rank,
+            data_size=self.layout.dp,
+        )
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        totals = forward_backward(self.chunks, batches, forward_only=False)
+        _, norm = optimizer_step(self.optimizer, loss=totals.loss)
+        self.schedule.step(increment=1)
+        self.iteration += 1
+        return totals.mean_loss, norm
+
+    def steps(self, count: int) -> list[tuple[float, float]]:
+        """`step`, `count` times."""
+        return [self.step() for _ in range(count)]
+
+    def close(self) -> None:
+        """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
+        from megatron.core import parallel_state
+
+        self.stream.close()
+        parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def session(run: RunConfig, *, iteration: int = 0) -> Iterator[Session]:
+    """A `Session`, closed at the end."""
+    opened = Session(run, iteration=iteration)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+class Worlds:
+    """The processes of one `run_distributed` call as several smaller worlds in turn, so that they start only once.
+
+    Inside `with worlds.of(2) as number:` torch.distributed's world has 2 ranks; four processes make worlds 0 and 1.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._entered = 0
+        self._store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.size, is_master=self.rank == 0
+        )
+
+    @contextlib.contextmanager
+    def of(self, size: int) -> Iterator[int]:
+        """Join a world of `size` ranks; yields its number, 0 … processes / size − 1."""
+        self._entered += 1
+        number, rank = divmod(self.rank, size)
+        store = torch.distributed.PrefixStore(f"{self._entered}.{number}", self._store)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        try:
+            yield number
+        finally:
+            torch.distributed.destroy_process_group()
