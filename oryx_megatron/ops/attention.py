@@ -28,14 +28,14 @@ def mode_attention(q: Tensor, k: Tensor, v: Tensor, plan: ModePlan, *, documents
     """
     s, t = q.shape[1], k.shape[1]
     spans = _spans(plan, t - s, None if documents is None else documents.tolist())
-    keys = _Ranges.apply(k, [(span.first, span.last) for span in spans])
-    values = _Ranges.apply(v, [(span.first, span.last) for span in spans])
+    queries = _Ranges.apply(q, [(span.start, span.stop) for span in spans])
+    seen = [(span.first, span.last) for span in spans]
     pieces, done = [], 0
     if not spans:  # nothing, but it ties q, k and v to the output: every parameter gets a gradient under every plan
         pieces.append(q[:, :0, :, :1] * k[:, :0, :1, :1] * v[:, :0, :1])
-    for span, key, value in zip(spans, keys, values):
+    for span, query, key, value in zip(spans, queries, _Ranges.apply(k, seen), _Ranges.apply(v, seen)):
         pieces += [_zeros(q, v, span.start - done)] if span.start > done else []
-        pieces.append(_causal(q[:, span.start : span.stop], key, value))
+        pieces.append(_causal(query, key, value))
         done = span.stop
     pieces += [_zeros(q, v, s - done)] if s > done else []
     return torch.cat(pieces, 1)
@@ -84,14 +84,12 @@ class _Ranges(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
         ctx.shape, ctx.ranges = x.shape, ranges
-        ctx.save_for_backward(x.new_empty(0))
         return tuple(x[:, first:last] for first, last in ranges)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        (like,) = ctx.saved_tensors
-        total = like.new_zeros(ctx.shape)
+        total = grads[0].new_zeros(ctx.shape)
         for (first, last), grad in zip(ctx.ranges, grads):
             total[:, first:last] += grad
         return total, None

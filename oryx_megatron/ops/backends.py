@@ -1,8 +1,8 @@
 """Which implementation runs behind each function of ops/: chosen once, at start-up, from KernelsConfig.
 
 A public function is decorated with `dispatched(part)`; its own body is the reference backend. Another backend adds
-itself with `register` and says by `missing` why it cannot serve on this machine. `select` applies the configuration;
-until it is called everything runs on the reference.
+itself with `register`, in a module that ops/__init__.py imports, and says by `missing` why it cannot serve on this
+machine. `select` applies the configuration; until it is called everything runs on the reference.
 """
 
 from __future__ import annotations

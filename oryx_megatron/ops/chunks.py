@@ -17,10 +17,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def segments(documents: Tensor, length: int) -> Tensor:
-    """Document number of every token [length], from cumulative starts [0, ..., length]."""
-    lengths = documents.diff().long()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=documents.device), lengths, output_size=length)
+def segments(documents: Tensor, length: int, device: torch.device) -> Tensor:
+    """Document number of every token [length], from cumulative starts [0, ..., length] on any device."""
+    lengths = documents.to(device).diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=length)
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Chunks:
         """[b, H, n, c, ...] -> [b, s, H, ...]"""
         return x.movedim(1, 3).flatten(1, 2)[:, : self.length]
 
-    def segments(self, documents: Tensor | None) -> Tensor | None:
+    def segments(self, documents: Tensor | None, device: torch.device) -> Tensor | None:
         """Document numbers [n, c]; padding belongs to the last document, so that it hands the state on."""
         if documents is None:
             return None
-        numbers = segments(documents, self.length)
+        numbers = segments(documents, self.length, device)
         missing = self.count * self.size - self.length
         return torch.cat((numbers, numbers[-1:].expand(missing))).view(self.count, self.size)
 

@@ -40,7 +40,7 @@ def causal_conv(
         y = _depthwise(padded, weight)
     else:  # with w − 1 zeros before every further document, where token t comes to row place[t]
         last = int(documents[-2])
-        place = torch.arange(length, device=x.device) + past * (1 + segments(documents, length))
+        place = torch.arange(length, device=x.device) + past * (1 + segments(documents, length, x.device))
         rows = torch.cat((torch.arange(past, device=x.device), place))
         apart = padded.new_zeros(x.shape[0], past * (len(documents) - 1) + length, x.shape[2])
         y = _depthwise(apart.index_copy(1, rows, padded), weight).index_select(1, place - past)

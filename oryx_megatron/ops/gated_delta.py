@@ -118,7 +118,7 @@ def chunked_gated_delta_rule(
     _, s, heads, width = q.shape
     repeat, to = heads // k.shape[2], wide(q.dtype)
     chunks = Chunks.of(s, chunk)
-    segment = chunks.segments(documents)
+    segment = chunks.segments(documents, q.device)
     log_decay, beta = (chunks.split(gate) for gate in _gates(a, b, dt_bias, a_log))  # [b, H, n, c]
     query = chunks.split(_normalised(q, width**-0.5))
     key, value = _normalised(k), v.to(to)

@@ -102,7 +102,7 @@ def chunked_ssd(
     """`ssd` by matrix products over chunks (the paper's block decomposition, its section 6)."""
     repeat, to = q.shape[2] // k.shape[2], wide(q.dtype)
     chunks = Chunks.of(q.shape[1], chunk)
-    segment = chunks.segments(documents)
+    segment = chunks.segments(documents, q.device)
     step, log_decay = (chunks.split(gate) for gate in _gates(dt, dt_bias, a_log))  # [b, H, n, c]
     query, key, value = (chunks.split(x.to(to)) for x in (q, k, v))
     if repeat > 1:

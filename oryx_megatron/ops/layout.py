@@ -1,0 +1,164 @@
+"""Where the tokens of a microbatch lie in memory while a fast mixer runs, and the tables that its kernels read.
+
+Everything outside the mixers acts on tokens one by one, so the tokens of a microbatch may lie in any order. The fast
+path sorts them by mode, attention tokens first. Then the rows that need an attention query are one contiguous block,
+and so are those that need a recurrent query: neither projection is computed for a row that nobody reads, and nothing is
+gathered or scattered for it. The kernels inside the mixer look up each token's row.
+
+    token: place in the sequence, 0 … s − 1        row: place in memory        tables: int32 tensors on the device
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oryx_megatron.modes import ModePlan
+
+BLOCK = 128
+"""Queries and keys per block of the block-sparse attention kernels."""
+
+
+class BlockTable(NamedTuple):
+    """For every block on one side, how many blocks on the other side it meets, and which (int32, unused places last).
+
+    A `mask` block needs the mask for each pair of a query and a key, in a `full` block every pair counts.
+    """
+
+    mask_count: Tensor
+    mask_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+
+@dataclass(eq=False)
+class TokenLayout:
+    """Order of one microbatch's tokens in memory, for one plan; equal for all sequences of the microbatch."""
+
+    plan: ModePlan
+    tokens: Tensor
+    """[s] token of each row."""
+    rows: Tensor
+    """[s] row of each token."""
+    starts: Tensor
+    """[s] first token of each token's document; 0 everywhere when documents are joined."""
+    isolated: bool
+    """Whether there is more than one document."""
+    _rotary: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, plan: ModePlan, *, device: torch.device, documents: Tensor | None = None) -> TokenLayout:
+        """Sort the tokens of `plan` by mode; `documents`: cumulative starts [0, …, s] or None.
+
+        Attention blocks lie from the last to the first one: a late block sees more keys, and the longest work should
+        start first. Built on the host from the plan's runs and sent in one copy.
+        """
+        attends = plan.is_attention()
+        attention, recurrent = np.flatnonzero(attends), np.flatnonzero(~attends)
+        if len(recurrent) and len(attention) % BLOCK == 0:
+            attention = attention.reshape(-1, BLOCK)[::-1].reshape(-1)
+        tokens = np.concatenate((attention, recurrent))
+        rows = np.empty_like(tokens)
+        rows[tokens] = np.arange(len(tokens))
+        starts = np.zeros_like(tokens)
+        isolated = documents is not None and len(documents) > 2
+        if isolated:
+            bounds = documents.cpu().numpy()  # type: ignore[union-attr]
+            starts = np.repeat(bounds[:-1], np.diff(bounds))
+        tables = torch.from_numpy(np.stack((tokens, rows, starts)).astype(np.int32)).to(device, non_blocking=True)
+        return cls(plan, *tables.unbind(0), isolated=isolated)
+
+    @property
+    def length(self) -> int:
+        """Tokens s of a sequence."""
+        return self.plan.length
+
+    @property
+    def attention(self) -> int:
+        """Tokens in attention mode: they are the first rows."""
+        return self.plan.attention_tokens
+
+    @property
+    def recurrent(self) -> int:
+        """Tokens in recurrent mode: they are the last rows."""
+        return self.length - self.attention
+
+    @cached_property
+    def identity(self) -> Tensor:
+        """0 … s − 1, for kernels that take a table where there is nothing to look up."""
+        return torch.arange(self.length, dtype=torch.int32, device=self.tokens.device)
+
+    @cached_property
+    def opens_document(self) -> Tensor | None:
+        """[s] True at the first token of every document but the first; None when documents are joined."""
+        return (self.starts == self.identity) & (self.identity > 0) if self.isolated else None
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """[b, s] in the order of tokens → in the order of rows."""
+        if self.attention in (0, self.length):
+            return x
+        return x.index_select(1, self.tokens)
+
+    def rotary(self, base: float, width: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [s, width / 2] of each token's angles, fp32; positions restart at every document."""
+        if (base, width) not in self._rotary:
+            exponent = torch.arange(width // 2, dtype=torch.float32, device=self.tokens.device) / (-width // 2)
+            angle = (self.identity - self.starts).float().unsqueeze(-1) * base**exponent
+            self._rotary[base, width] = angle.cos(), angle.sin()
+        return self._rotary[base, width]
+
+    @cached_property
+    def query_tokens(self) -> Tensor:
+        """Tokens of the attention rows, the last one repeated up to a whole number of blocks."""
+        tokens = self.tokens[: self.attention]
+        missing = -self.attention % BLOCK
+        return torch.cat((tokens, tokens[-1:].expand(missing))) if missing else tokens.contiguous()
+
+    @cached_property
+    def query_starts(self) -> Tensor:
+        """First visible token of each of `query_tokens`."""
+        return self.starts[self.query_tokens]
+
+    @cached_property
+    def diagonal(self) -> bool:
+        """Whether every block of attention rows is one block of neighbouring tokens, and documents are joined.
+
+        Then a block of queries meets exactly one block of keys in part, its own, and the mask needs no table.
+        """
+        return not self.isolated and all(
+            run.start % BLOCK == 0 == run.stop % BLOCK for run in self.plan.attention_runs()
+        )
+
+    @cached_property
+    def _visible(self) -> tuple[Tensor, Tensor]:
+        """Masks [query blocks, key blocks]: blocks with some visible pair but not all, blocks where every pair is."""
+        tokens, starts = self.query_tokens.view(-1, BLOCK), self.query_starts.view(-1, BLOCK)
+        first = torch.arange(0, self.length, BLOCK, dtype=torch.int32, device=tokens.device)
+        last = first + BLOCK - 1  # past the end in a cut-off block, which is therefore never full
+        some = (first <= tokens.amax(1, keepdim=True)) & (last >= starts.amin(1, keepdim=True))
+        full = (last <= tokens.amin(1, keepdim=True)) & (first >= starts.amax(1, keepdim=True))
+        return some & ~full, full
+
+    @cached_property
+    def keys_of_queries(self) -> BlockTable:
+        """For every block of attention rows, the blocks of keys that it meets."""
+        return _table(*self._visible)
+
+    @cached_property
+    def queries_of_keys(self) -> BlockTable:
+        """For every block of keys, the blocks of attention rows that meet it."""
+        mask, full = self._visible
+        return _table(mask.T, full.T)
+
+
+def _table(mask: Tensor, full: Tensor) -> BlockTable:
+    def lists(met: Tensor) -> tuple[Tensor, Tensor]:
+        index = met.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        return met.sum(1, dtype=torch.int32), index.int().contiguous()
+
+    return BlockTable(*lists(mask), *lists(full))
