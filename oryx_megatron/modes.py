@@ -141,8 +141,8 @@ def parse_plan(spec: str, length: int, *, chunk: int, prompt: int | None = None)
 def draw_plan(modes: ModesConfig, *, seed: int, iteration: int, microbatch: int, length: int) -> ModePlan:
     """Training plan of one microbatch: a pure function of its arguments, so equal on all ranks and after a resume.
 
-    `microbatch` counts over the whole global batch: microbatch m of data-parallel rank r of dp is number m · dp + r, the
-    place of its samples in the batch. So the plan belongs to the samples, and is the same under any layout.
+    `microbatch` counts over the whole global batch: microbatch m of data-parallel rank r of dp is number m · dp + r,
+    the place of its samples in the batch. So the plan belongs to the samples, and is the same under any layout.
 
     All attention with probability p_attention, all recurrent with p_recurrent, else ρ ~ U(0, 1) is drawn and every
     chunk attends with probability ρ (mixed training, arXiv 2605.28769; the three-way draw is this project's).

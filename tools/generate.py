@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
-    parser.add_argument("--plan", default="attention", help="mode plan (default: %(default)s); see docs/architecture.md")
+    parser.add_argument("--plan", default="attention", help="mode plan (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=100, help="most tokens to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: most likely token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default: %(default)s)")

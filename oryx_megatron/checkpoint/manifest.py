@@ -33,7 +33,7 @@ class Manifest:
     layout: dict[str, int]
     """Parallel sizes it was written under; it loads under any other."""
     rng: dict[str, Any]
-    """How randomness continues. Every draw is a function of (seed, iteration, microbatch), so there is no other state."""
+    """How randomness continues. Every draw is a function of (seed, iteration, microbatch): there is no other state."""
     data: dict[str, Any]
     """Fingerprints of tokenizer and datasets."""
     evaluations: list[dict[str, Any]]
@@ -82,8 +82,10 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numerics."""
-    names = ("oryx-megatron", "torch", "megatron-core", "numpy", "transformer-engine", "flash-linear-attention")
-    names += ("mamba-ssm", "causal-conv1d", "flash-attn", "triton", "deepspeed")
+    names = (
+        *("oryx-megatron", "torch", "megatron-core", "numpy", "transformer-engine", "flash-linear-attention"),
+        *("mamba-ssm", "causal-conv1d", "flash-attn", "triton", "deepspeed"),
+    )
     versions = {"python": python_platform.python_version()}
     for name in names:
         try:

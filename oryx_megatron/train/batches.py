@@ -49,8 +49,8 @@ def _microbatch(batch: Batch, plan: ModePlan, text_bytes: float = 0.0) -> Microb
     # Rows end documents at different places; laid end to end they are one row of isolated documents.
     rows, length = tokens.shape
     tiled = ModePlan.from_mask(np.tile(plan.is_attention(), rows))
-    flat = (t.reshape(1, -1) for t in (tokens, labels, mask))
-    return Microbatch(*flat, tiled, join_documents(documents, length), text_bytes)
+    tokens, labels, mask = (t.reshape(1, -1) for t in (tokens, labels, mask))
+    return Microbatch(tokens, labels, mask, tiled, join_documents(documents, length), text_bytes)
 
 
 def join_documents(rows: Sequence[Tensor], length: int) -> Tensor:
