@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
@@ -70,7 +76,12 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         optimizer_cpu_offload=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=platform.has_gpu())
+    # The parameters that stay fp32 in a bf16 model get a group of their own: in one with bf16 parameters, megatron-core
+    # (0.16.1, DistributedOptimizer) saves and loads the state of each as another's. `is_decoupled_lr` only tells the
+    # groups of a checkpoint apart.
+    overrides = get_standard_config_overrides(config)
+    overrides[ParamKey(name=("*.a_log", "*.dt_bias", "*.self_attention.d"))] = {"wd_mult": 0.0, "is_decoupled_lr": True}
+    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
 
 
 def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
