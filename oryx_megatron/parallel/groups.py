@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 
 import torch
+from torch.distributed import distributed_c10d
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ParallelConfig
@@ -39,12 +40,23 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def release() -> None:
+    """Give up megatron-core's groups and stay in the default one, for instance before another layout.
+
+    megatron-core only forgets them; each gloo group would keep its threads until the process ends.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    default = distributed_c10d._get_default_group()
+    for group in [group for group in distributed_c10d._world.pg_map if group is not default]:
+        torch.distributed.destroy_process_group(group)
+
+
 def destroy() -> None:
     """Leave all process groups; harmless when none exist."""
     if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        release()
         torch.distributed.destroy_process_group()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.config.validate import validate
+
+T = TypeVar("T")
 
 EOD = 0
 """End-of-document token of `SyntheticText`."""
@@ -149,10 +151,8 @@ class Session:
 
     def close(self) -> None:
         """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
-        from megatron.core import parallel_state
-
         self.stream.close()
-        parallel_state.destroy_model_parallel()
+        parallel.release()
 
 
 @contextlib.contextmanager
@@ -168,24 +168,29 @@ def session(run: RunConfig, *, iteration: int = 0) -> Iterator[Session]:
 class Worlds:
     """The processes of one `run_distributed` call as several smaller worlds in turn, so that they start only once.
 
-    Inside `with worlds.of(2) as number:` torch.distributed's world has 2 ranks; four processes make worlds 0 and 1.
+    Four processes make two worlds of two ranks, 0 and 1, that run different cases side by side:
+
+        for name, run in worlds.share(2, cases):
+            with worlds.of(2, name), session(run) as opened: …
     """
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._entered = 0
         self._store = torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.size, is_master=self.rank == 0
         )
 
+    def share(self, size: int, cases: Iterable[T]) -> list[T]:
+        """The cases that fall to this process's world, dealt out in turn to all worlds of `size` ranks."""
+        return list(cases)[self.rank // size :: self.size // size]
+
     @contextlib.contextmanager
-    def of(self, size: int) -> Iterator[int]:
-        """Join a world of `size` ranks; yields its number, 0 … processes / size − 1."""
-        self._entered += 1
+    def of(self, size: int, name: str) -> Iterator[None]:
+        """torch.distributed's world has `size` ranks inside; `name` is used once only per world."""
         number, rank = divmod(self.rank, size)
-        store = torch.distributed.PrefixStore(f"{self._entered}.{number}", self._store)
+        store = torch.distributed.PrefixStore(f"{size}.{number}.{name}", self._store)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
         try:
-            yield number
+            yield
         finally:
-            torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()  # all groups: left alone, their threads add up over the cases
