@@ -1,0 +1,36 @@
+"""The same run under every layout gives the same losses: the test that catches wrong sharding."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import BF16_STEPS, SPECIAL, STEPS, VARIANTS, Runs
+
+pytestmark = pytest.mark.timeout(1000)  # whichever test is first makes all runs
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [(variant, name) for variant in VARIANTS for name in ("2x1x1", "1x2x1", "1x1x2", "2x2x1", SPECIAL[variant])],
+)
+def test_losses_do_not_depend_on_the_layout(runs: Runs, variant: str, layout: str) -> None:
+    """fp32, 1e-4, distributed optimizer, drawn plans: training, gradient norms and evaluation under three plans."""
+    one, other = f"{variant} 1x1x1", f"{variant} {layout}"
+    losses = runs.losses(one)
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.2  # it is no comparison of standing still
+    assert sum(0 < share < 1 for share in runs.steps(one, "attention_share")) > 0  # plans of both modes were drawn
+    assert runs.losses(other) == pytest.approx(losses, rel=1e-4)
+    assert runs.steps(other, "grad_norm") == pytest.approx(runs.steps(one, "grad_norm"), rel=1e-3)
+    for field in ("attention_share", "lr", "consumed_samples", "tokens", "model_flops"):
+        assert runs.steps(other, field) == pytest.approx(runs.steps(one, field), rel=1e-6)
+    assert runs.evaluations(other) == pytest.approx(runs.evaluations(one), rel=1e-4)
+    assert set(runs.evaluations(one)) == {"attention", "recurrent", "ratio:0.25"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_learns(runs: Runs, variant: str) -> None:
+    losses = runs.losses(f"{variant} bf16")
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
+    fp32 = runs.losses(f"{variant} 2x1x1")
+    assert losses[0] == pytest.approx(fp32[0], rel=5e-3)
+    assert max(runs.evaluations(f"{variant} bf16", BF16_STEPS).values()) < 0.8 * losses[0]

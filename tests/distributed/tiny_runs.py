@@ -1,0 +1,124 @@
+"""Real training runs under many layouts, all in one set of four processes; their folders are what the tests read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.config import load_run, validate
+from oryx_megatron.testing.layouts import Worlds
+
+VARIANTS = ("gdn", "mamba2")
+LAYOUTS = {
+    "1x1x1": (),
+    "2x1x1": ("parallel.tensor=2",),
+    "2x1x1 whole sequence": ("parallel.tensor=2", "parallel.sequence=false"),
+    "1x2x1": ("parallel.pipeline=2",),
+    "1x1x2": (),
+    "1x1x2 whole optimizer": ("parallel.distributed_optimizer=false",),
+    "2x2x1": ("parallel.tensor=2", "parallel.pipeline=2"),
+}
+"""tp × pp × dp: overrides (what is left of the world is dp)."""
+STEPS, HALF, BF16_STEPS, BF16_HALF = 6, 3, 24, 12
+BF16 = ("precision.dtype=bf16", f"train.iterations={BF16_STEPS}", f"checkpoint.interval={BF16_HALF}")
+FIELDS = {"gdn": (), "mamba2": ("model.mixer=mamba2", "data.documents=isolated")}
+"""The variants differ in more than their mixer, so that the same runs cover joined and isolated documents."""
+SPECIAL = {"gdn": "2x1x1 whole sequence", "mamba2": "1x1x2 whole optimizer"}
+RESUMED = {"gdn": "2x1x1", "mamba2": "1x1x2 whole optimizer"}
+"""Layouts stopped half-way and resumed as they were, saved in the background."""
+CHANGED = {
+    "gdn": (("2x1x1", "1x2x1"), ("1x1x2", "2x1x1"), ("2x1x1", "1x1x1")),
+    "mamba2": (("2x1x1", "1x2x1"), ("1x2x1", "1x1x2"), ("2x1x1", "1x1x1")),
+}
+"""Layouts stopped half-way and resumed under another."""
+
+
+def train(config: Path, name: str, *overrides: str) -> None:
+    """Run the real Trainer to its end in `config`'s folder / `name`; what it loads is evaluated into loaded.json."""
+    warnings.simplefilter("ignore")
+    platform.install()
+    from oryx_megatron.train.trainer import Trainer
+
+    run = load_run(config, [*overrides, f"output_dir={config.parent / name}"])
+    parallel.initialize(run.parallel, seed=run.seed)
+    try:
+        trainer = Trainer(run, validate(run, torch.distributed.get_world_size()))
+        if trainer.iteration:
+            loaded = {result.plan: result.loss for result in trainer.evaluate()}
+            (config.parent / name / "loaded.json").write_text(json.dumps(loaded))
+        trainer.fit()
+    finally:
+        parallel.release()
+
+
+def copy_checkpoint(root: Path, source: str, target: str, iteration: int = HALF) -> None:
+    """Give a new run the checkpoint of another (its rank 0 does)."""
+    if torch.distributed.get_rank() == 0:
+        name = f"checkpoints/iteration_{iteration:07d}"
+        shutil.copytree(root / source / name, root / target / name)
+    torch.distributed.barrier()
+
+
+def train_all(config: Path) -> None:
+    """Everything that the tests look at; worlds of one size work side by side."""
+    worlds, root = Worlds(), config.parent
+    with worlds.of(4, "four"):
+        for variant in VARIANTS:
+            train(config, f"{variant} 2x2x1", *FIELDS[variant], *LAYOUTS["2x2x1"])
+    (variant,) = worlds.share(2, VARIANTS)
+    with worlds.of(2, "two"):
+        fields = FIELDS[variant]
+        for name in ("2x1x1", "1x2x1", "1x1x2", SPECIAL[variant]):
+            half = (f"checkpoint.interval={HALF}", f"evaluation.interval={HALF}")
+            train(config, f"{variant} {name}", *fields, *LAYOUTS[name], *half)
+        half = (*fields, *LAYOUTS[RESUMED[variant]], "checkpoint.asynchronous=true")
+        train(config, f"{variant} resumed", *half, f"train.exit_after={HALF}")
+        train(config, f"{variant} resumed", *half)
+        for source, target in CHANGED[variant]:
+            copy_checkpoint(root, f"{variant} {source}", f"{variant} {source} to {target}")
+            if target != "1x1x1":
+                train(config, f"{variant} {source} to {target}", *fields, *LAYOUTS[target])
+        train(config, f"{variant} bf16", *fields, *BF16, *LAYOUTS["2x1x1"])
+        copy_checkpoint(root, f"{variant} bf16", f"{variant} bf16 resumed", BF16_HALF)
+        train(config, f"{variant} bf16 resumed", *fields, *BF16, *LAYOUTS["2x1x1" if variant == "gdn" else "1x1x2"])
+    for variant, name in worlds.share(1, itertools.product(VARIANTS, ("1x1x1", "2x1x1 to 1x1x1"))):
+        with worlds.of(1, "one"):
+            train(config, f"{variant} {name}", *FIELDS[variant])
+
+
+class Runs:
+    """What the runs in `root` wrote down."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _lines(self, name: str, kind: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, (self.root / name / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["kind"] == kind]
+
+    def steps(self, name: str, field: str) -> list[float]:
+        """One value per step."""
+        lines = self._lines(name, "step")
+        assert not any(line["skipped"] for line in lines)
+        return [line[field] for line in lines]
+
+    def losses(self, name: str) -> list[float]:
+        """Training loss of every step."""
+        return self.steps(name, "loss")
+
+    def evaluations(self, name: str, iteration: int = STEPS) -> dict[str, float]:
+        """Validation loss by plan."""
+        lines = [line for line in self._lines(name, "evaluation") if line["iteration"] == iteration]
+        assert len(lines) == 3
+        return {line["plan"]: line["loss"] for line in lines}
+
+    def loaded(self, name: str) -> dict[str, float]:
+        """Validation loss by plan right after loading a checkpoint."""
+        return json.loads((self.root / name / "loaded.json").read_text())
