@@ -290,14 +290,16 @@ class LoggingConfig:
 class KernelsConfig:
     """Backends of the mixer parts; `auto` takes the fastest that is present and right on this machine."""
 
-    attention: Literal["auto", "reference", "sdpa", "flex", "te", "flash", "flash4"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "flex", "te", "flash4"] = "auto"
     """Softmax attention of attention-mode queries."""
-    recurrence: Literal["auto", "reference", "fla", "mamba_ssm"] = "auto"
-    """Gated delta rule or SSD."""
+    recurrence: Literal["auto", "reference", "fla", "triton", "mamba_ssm"] = "auto"
+    """Gated delta rule (reference, fla) or SSD (reference, triton, mamba_ssm)."""
     convolution: Literal["auto", "reference", "causal_conv1d"] = "auto"
-    """Causal depthwise convolution of keys and values."""
-    norm: Literal["auto", "reference", "fused"] = "auto"
-    """Gated RMSNorm of the mixer's output."""
+    """Causal depthwise convolution of keys and values, where the mixer is not fused."""
+    norm: Literal["auto", "reference", "fla"] = "auto"
+    """Gated RMSNorm of the mixer's output, where the mixer is not fused."""
+    mixer: Literal["auto", "reference", "fused"] = "auto"
+    """Steps between the mixer's products, attention and recurrence: one by one, or fused over tokens sorted by mode."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,28 @@
 """Mixer kernels, one function each: a reference in plain torch, and faster backends chosen by `backends.select`."""
 
+from oryx_megatron.ops import fused, packages
+from oryx_megatron.ops.attend import attend
 from oryx_megatron.ops.attention import mode_attention
 from oryx_megatron.ops.conv import causal_conv
 from oryx_megatron.ops.gated_delta import gated_delta_rule
+from oryx_megatron.ops.layout import TokenLayout
 from oryx_megatron.ops.norm import gated_rms_norm, rms_norm
 from oryx_megatron.ops.rotary import rotary
+from oryx_megatron.ops.scans import delta_scan, ssd_scan
 from oryx_megatron.ops.ssd import ssd
 
-__all__ = ["causal_conv", "gated_delta_rule", "gated_rms_norm", "mode_attention", "rms_norm", "rotary", "ssd"]
+__all__ = [
+    "TokenLayout",
+    "attend",
+    "causal_conv",
+    "delta_scan",
+    "fused",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "mode_attention",
+    "packages",
+    "rms_norm",
+    "rotary",
+    "ssd",
+    "ssd_scan",
+]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import ParamSpec, TypeVar
 
-from oryx_megatron.config.schema import KernelsConfig
+from oryx_megatron.config.schema import KernelsConfig, ModelConfig
 from oryx_megatron.errors import ConfigError
 
 A = ParamSpec("A")
@@ -33,6 +33,23 @@ class Backend:
     """`auto` takes the highest rank that is present; the reference has 0."""
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What the kernels of a run must serve."""
+
+    model: ModelConfig
+    dtype: str
+    """bf16 or fp32"""
+
+    @property
+    def recurrence(self) -> str:
+        """Function of the model's recurrence."""
+        return "ssd" if self.model.mixer == "mamba2" else "gated_delta_rule"
+
+
+FUSED_RECURRENCE = {"gated_delta_rule": "fla", "ssd": "triton"}
+"""Backends that the fused mixer can hand ready gates to."""
+_workload: Workload | None = None
 _backends: dict[str, dict[str, dict[str, Backend]]] = {part: {} for part in PARTS}
 """part -> function -> backend name -> backend"""
 _selected: dict[str, Backend] = {}
@@ -66,15 +83,39 @@ def register(
     known[backend] = Backend(backend, call, missing, rank)
 
 
-def select(kernels: KernelsConfig) -> None:
-    """Choose the backends of all functions.
+def workload() -> Workload | None:
+    """What `select` was last told to serve; None when nothing is known, for instance in tests of single kernels."""
+    return _workload
 
-    A backend asked for by name must be present and serve at least one function of its part; the part's other
-    functions then stay on the reference. Raises ConfigError.
+
+def selected(function: str) -> str:
+    """Name of the backend that calls of `function` go to."""
+    return _selected[function].name
+
+
+def select(kernels: KernelsConfig, work: Workload | None = None) -> None:
+    """Choose the backends of all functions, such that they serve `work`.
+
+    A backend asked for by name must be present and serve at least one function of its part (for recurrences, the
+    model's own); the part's other functions then stay on the reference. Raises ConfigError.
     """
+    global _workload
+    _workload = work
+    if work is not None and kernels.recurrence not in ("auto", *_backends["recurrence"][work.recurrence]):
+        known = ", ".join(sorted(_backends["recurrence"][work.recurrence]))
+        raise ConfigError(
+            f"kernels.recurrence: {kernels.recurrence} does not serve model.mixer {work.model.mixer}; "
+            f"choose auto or one of {known}"
+        )
     chosen: dict[str, Backend] = {}
     for part in PARTS:
         chosen |= _choose(part, getattr(kernels, part))
+    if work is not None and work.model.has_recurrence and chosen["mixer_steps"].name == "fused":
+        wanted, found = FUSED_RECURRENCE[work.recurrence], chosen[work.recurrence].name
+        if wanted != found and kernels.mixer == "fused":
+            raise ConfigError(f"kernels.mixer: fused needs kernels.recurrence {wanted}, not {found}")
+        if wanted != found:
+            chosen["mixer_steps"] = _backends["mixer"]["mixer_steps"]["reference"]
     _selected.update(chosen)
 
 
@@ -99,9 +140,11 @@ def _choose(part: str, asked: str) -> dict[str, Backend]:
 
 
 def describe() -> str:
-    """The selection in one line, e.g. `attention=reference, recurrence=fla+mamba_ssm, …`."""
+    """The selection in one line, e.g. `attention=flash4, recurrence=fla, …`; of both mixers while no model is known."""
     names = {part: sorted({_selected[function].name for function in _backends[part]}) for part in PARTS}
-    return ", ".join(f"{part}={'+'.join(backends)}" for part, backends in names.items())
+    if _workload is not None:
+        names["recurrence"] = [selected(_workload.recurrence)] if _workload.model.has_recurrence else []
+    return ", ".join(f"{part}={'+'.join(backends)}" for part, backends in names.items() if backends)
 
 
 @contextmanager

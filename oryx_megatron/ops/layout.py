@@ -136,13 +136,19 @@ class TokenLayout:
 
     @cached_property
     def _visible(self) -> tuple[Tensor, Tensor]:
-        """Masks [query blocks, key blocks]: blocks with some visible pair but not all, blocks where every pair is."""
-        tokens, starts = self.query_tokens.view(-1, BLOCK), self.query_starts.view(-1, BLOCK)
-        first = torch.arange(0, self.length, BLOCK, dtype=torch.int32, device=tokens.device)
-        last = first + BLOCK - 1  # past the end in a cut-off block, which is therefore never full
-        some = (first <= tokens.amax(1, keepdim=True)) & (last >= starts.amin(1, keepdim=True))
-        full = (last <= tokens.amin(1, keepdim=True)) & (first >= starts.amax(1, keepdim=True))
-        return some & ~full, full
+        return _met(self.query_tokens.view(-1, BLOCK), self.query_starts.view(-1, BLOCK), self.length)
+
+    @cached_property
+    def by_token(self) -> BlockTable:
+        """For every block of tokens in order, the blocks of keys that its attention tokens meet."""
+        blocks, padded = -(-self.length // BLOCK), -self.length % BLOCK
+        tokens, starts = self.identity, self.starts
+        if padded:
+            tokens, starts = (torch.cat((x, x[-1:].expand(padded))) for x in (tokens, starts))
+        used = torch.zeros(blocks, dtype=torch.bool, device=tokens.device)
+        used[self.tokens[: self.attention] // BLOCK] = True
+        mask, full = _met(tokens.view(-1, BLOCK), starts.view(-1, BLOCK), self.length)
+        return _table(mask & used[:, None], full & used[:, None])
 
     @cached_property
     def keys_of_queries(self) -> BlockTable:
@@ -154,6 +160,15 @@ class TokenLayout:
         """For every block of keys, the blocks of attention rows that meet it."""
         mask, full = self._visible
         return _table(mask.T, full.T)
+
+
+def _met(tokens: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """For queries [blocks, BLOCK]: blocks of keys [blocks, key blocks] with some visible pairs, and with all."""
+    first = torch.arange(0, length, BLOCK, dtype=torch.int32, device=tokens.device)
+    last = first + BLOCK - 1  # past the end in a cut-off block, which is therefore never full
+    some = (first <= tokens.amax(1, keepdim=True)) & (last >= starts.amin(1, keepdim=True))
+    full = (last <= tokens.amin(1, keepdim=True)) & (first >= starts.amax(1, keepdim=True))
+    return some & ~full, full
 
 
 def _table(mask: Tensor, full: Tensor) -> BlockTable:

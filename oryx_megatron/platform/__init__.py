@@ -10,11 +10,33 @@ import os
 import torch
 
 from oryx_megatron.platform import cpu
+from oryx_megatron.platform.gpu import (
+    capability,
+    has_gpu,
+    installed,
+    missing_package,
+    multiprocessors,
+    transformer_engine_missing,
+    version,
+    wrong_triton_for_fla,
+)
 
-
-def has_gpu() -> bool:
-    """True on a machine whose torch sees an NVIDIA GPU."""
-    return torch.cuda.is_available()
+__all__ = [
+    "backend",
+    "capability",
+    "device",
+    "has_gpu",
+    "install",
+    "installed",
+    "local_rank",
+    "missing_package",
+    "multiprocessors",
+    "peak_memory_bytes",
+    "synchronize",
+    "transformer_engine_missing",
+    "version",
+    "wrong_triton_for_fla",
+]
 
 
 def install() -> None:

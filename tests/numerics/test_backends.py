@@ -11,7 +11,7 @@ from oryx_megatron.config.schema import KernelsConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends, rms_norm
 
-ALL_REFERENCE = "attention=reference, recurrence=reference, convolution=reference, norm=reference"
+ALL_REFERENCE = "attention=reference, recurrence=reference, convolution=reference, norm=reference, mixer=reference"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,13 @@ def run() -> float:
 def test_reference_by_default():
     assert backends.describe() == ALL_REFERENCE
     backends.select(
-        KernelsConfig(attention="reference", recurrence="reference", convolution="reference", norm="reference")
+        KernelsConfig(
+            attention="reference",
+            recurrence="reference",
+            convolution="reference",
+            norm="reference",
+            mixer="reference",
+        )
     )
     assert backends.describe() == ALL_REFERENCE
 
@@ -73,7 +79,7 @@ def test_use_restores_what_was():
     add("fused")
     with backends.use(norm="fused"):
         assert run() == 1.0
-        with backends.use(norm="reference"):
+        with backends.use(norm="reference", mixer="reference"):
             assert run() == 0.0
         assert run() == 1.0
     assert run() == 0.0

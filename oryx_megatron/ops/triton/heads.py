@@ -138,7 +138,7 @@ def backward(
     batch = tl.program_id(1).to(tl.int64)
     inside = t < length
     cols = tl.arange(0, HALF)
-    c = s = norm_lo = norm_hi = 0.0
+    c, s, norm_lo, norm_hi = 0.0, 0.0, 0.0, 0.0
     if ROTARY:
         angle = tl.load(angles + t, mask=inside, other=0)[:, None] * HALF + cols[None, :]
         c = tl.load(cos + angle, mask=inside[:, None], other=0.0)
@@ -157,7 +157,8 @@ def backward(
         lo = tl.load(x + at + head * (2 * HALF), mask=mask, other=0.0).to(tl.float32)
         hi = tl.load(x + at + head * (2 * HALF) + HALF, mask=mask, other=0.0).to(tl.float32)
         out = ((batch * length + t.to(tl.int64)) * heads + head)[:, None] * (2 * HALF) + cols[None, :]
-        a_lo = a_hi = r_lo = r_hi = tl.zeros([BLOCK, HALF], tl.float32)
+        none = tl.zeros([BLOCK, HALF], tl.float32)
+        a_lo, a_hi, r_lo, r_hi = none, none, none, none
         if OUT_A:
             a_lo = tl.load(grad_a + out, mask=mask, other=0.0).to(tl.float32)
             a_hi = tl.load(grad_a + out + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -211,7 +212,7 @@ def backward_taps(
     w2_lo, w3_lo = tl.load(w + 2).to(tl.float32), tl.load(w + 3).to(tl.float32)
     w0_hi, w1_hi = tl.load(u).to(tl.float32), tl.load(u + 1).to(tl.float32)
     w2_hi, w3_hi = tl.load(u + 2).to(tl.float32), tl.load(u + 3).to(tl.float32)
-    norm_lo = norm_hi = 0.0
+    norm_lo, norm_hi = 0.0, 0.0
     if NORM:
         norm_lo = tl.load(norm + cols).to(tl.float32)
         norm_hi = tl.load(norm + HALF + cols).to(tl.float32)
@@ -222,17 +223,18 @@ def backward_taps(
     x1_lo, x1_hi = _token(x, _row(rows, t - 1, 0, t - 1 < length), x_row, t - 1 < length, cols, HALF)
     x2_lo, x2_hi = _token(x, _row(rows, t - 2, 0, t - 2 < length), x_row, t - 2 < length, cols, HALF)
     # gradients of z at the three tokens after, and the starts of their documents
-    z1_lo = z1_hi = z2_lo = z2_hi = z3_lo = z3_hi = zero
-    s1 = s2 = s3 = length
-    sum0_lo = sum0_hi = sum1_lo = sum1_hi = sum2_lo = sum2_hi = sum3_lo = sum3_hi = zero
-    sumn_lo = sumn_hi = zero
+    z1_lo, z1_hi, z2_lo, z2_hi, z3_lo, z3_hi = zero, zero, zero, zero, zero, zero
+    s1, s2, s3 = length, length, length
+    sum0_lo, sum0_hi, sum1_lo, sum1_hi = zero, zero, zero, zero
+    sum2_lo, sum2_hi, sum3_lo, sum3_hi = zero, zero, zero, zero
+    sumn_lo, sumn_hi = zero, zero
     for _ in range(BLOCK + 3):
         known = t < length
         earlier = (t >= 3) & (t - 3 < length)
         x3_lo, x3_hi = _token(x, _row(rows, t - 3, 0, earlier), x_row, earlier, cols, HALF)
         start = tl.load(starts + t, mask=known, other=0)
         at = ((batch * length + t) * heads + head) * (2 * HALF) + cols
-        a_lo = a_hi = r_lo = r_hi = c = s = zero
+        a_lo, a_hi, r_lo, r_hi, c, s = zero, zero, zero, zero, zero, zero
         if OUT_A:
             a_lo = tl.load(grad_a + at, mask=known, other=0.0).to(tl.float32)
             a_hi = tl.load(grad_a + at + HALF, mask=known, other=0.0).to(tl.float32)

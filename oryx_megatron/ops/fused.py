@@ -1,0 +1,499 @@
+"""The fast mixer's steps between its matrix products, as autograd functions over the kernels of ops/triton.
+
+Everything here takes projections in rows, [s, b, …] sorted by mode (ops/layout.py), and gives attention and recurrence
+what they read, [b, s or n, heads, width]. Needs Triton: ask `missing()` first.
+
+Shapes: b batch, s tokens, n of them in attention mode, H query heads, G key/value heads, N key width, P value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.ops import backends
+from oryx_megatron.ops.gated_delta import NORM_EPSILON
+from oryx_megatron.ops.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+TAPS = 4
+"""The one convolution width that the kernels know, besides none."""
+RESET = 80.0
+"""Taken off the log decay where a document opens: e⁻⁸⁰ of the old state is none in fp32."""
+_TILE = {"BLOCK": 16, "num_warps": 4}
+
+
+def missing() -> str | None:
+    """Why these kernels cannot be used here, or serve the run's model, or None."""
+    if reason := platform.missing_package("triton", gpu=True):
+        return reason
+    need = backends.workload()
+    if need is None:
+        return None
+    model = need.model
+    for name, width in (("key_width", model.key_width), ("value_width", model.value_width)):
+        if width not in (16, 32, 64, 128, 256):
+            return f"model.{name} {width} is not a power of two from 16 to 256"
+    if model.conv_width not in (0, TAPS):
+        return f"model.conv_width is {model.conv_width}, not {TAPS} or 0"
+    if model.rotary == "both" or (model.shared_query and model.modes == "both"):
+        return "it knows neither model.rotary: both nor model.shared_query"
+    return None
+
+
+def in_use() -> bool:
+    """Whether the run's mixers are fused."""
+    return backends.selected("mixer_steps") == "fused"
+
+
+def _named() -> None:
+    """Stands for the steps in the registry: they are chosen as a whole, by the model."""
+
+
+backends.register("mixer", "mixer_steps", "reference", _named, missing=lambda: None, rank=0)
+backends.register("mixer", "mixer_steps", "fused", _named, missing=missing, rank=10)
+
+
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from oryx_megatron.ops.triton import heads, rows
+
+    return heads, rows
+
+
+@dataclass(frozen=True)
+class HeadSteps:
+    """What happens to keys and queries, fixed for a model."""
+
+    silu: bool
+    """SiLU after the convolution."""
+    norm: bool
+    """RMSNorm of what attention reads."""
+    rotary_base: float | None
+    """Rotary of what attention reads; None: none."""
+    l2: bool
+    """L2 norm of what the recurrence reads."""
+    epsilon: float
+
+
+class KeysValues(NamedTuple):
+    """What both modes read. Values are given once for each mode, so that their gradients come back apart."""
+
+    attention_keys: Tensor | None
+    recurrent_keys: Tensor | None
+    attention_values: Tensor | None
+    recurrent_values: Tensor | None
+    gate: Tensor | None
+
+
+def keys_values(
+    projected: Tensor,
+    groups: int,
+    widths: tuple[int, int],
+    conv: Tensor | None,
+    key_norm: Tensor | None,
+    layout: TokenLayout,
+    steps: HeadSteps,
+    *,
+    gated: bool,
+) -> KeysValues:
+    """Keys and values of all tokens from the projection, in what form each mode that occurs reads them.
+
+    projected [s, b, G N + G P (+ H P)] in rows: keys, values, output gate. widths (N, P), conv [G (N + P), 4] or None,
+    key_norm [N]. Returns keys [b, s, G, N], values [b, s, G, P], both None for a mode that no token has, and the gate,
+    a view [s, b, H P] of the projection.
+    """
+    return KeysValues(*_KeysValues.apply(projected, conv, key_norm, groups, widths, layout, steps, gated))
+
+
+class _KeysValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        conv: Tensor | None,
+        key_norm: Tensor | None,
+        groups: int,
+        widths: tuple[int, int],
+        layout: TokenLayout,
+        steps: HeadSteps,
+        gated: bool,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(projected, conv, key_norm)
+        ctx.groups, ctx.widths, ctx.layout, ctx.steps = groups, widths, layout, steps
+        ctx.set_materialize_grads(False)
+        attends, recurs = layout.attention > 0, layout.recurrent > 0
+        batch = projected.shape[1]
+        shapes = [(batch, layout.length, groups, width) for width in widths]
+        key_a = projected.new_empty(shapes[0]) if attends else None
+        key_r = projected.new_empty(shapes[0]) if recurs else None
+        value = projected.new_empty(shapes[1])
+        split = groups * widths[0]
+        taps = (None, None) if conv is None else (conv[:split], conv[split:])
+        _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r)
+        plain = HeadSteps(steps.silu, norm=False, rotary_base=None, l2=False, epsilon=steps.epsilon)
+        values = projected[..., split:]
+        _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value)
+        gate = projected[..., split + groups * widths[1] :] if gated else None
+        return key_a, key_r, value if attends else None, value.view_as(value) if recurs else None, gate
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        projected, conv, key_norm = ctx.saved_tensors
+        layout, steps, groups, (key_width, value_width) = ctx.layout, ctx.steps, ctx.groups, ctx.widths
+        key_a, key_r, value_a, value_r, gate = grads
+        split = groups * key_width
+        end = split + groups * value_width
+        dx = _around(gate, projected) if gate is not None else torch.empty_like(projected)
+        if gate is None:
+            dx[..., end:] = 0
+        shares = []
+        plain = HeadSteps(steps.silu, norm=False, rotary_base=None, l2=False, epsilon=steps.epsilon)
+        for columns, taps, norm, grad_a, grad_r, how in (
+            (slice(0, split), slice(0, split), key_norm, key_a, key_r, steps),
+            (slice(split, end), slice(split, end), None, value_a, value_r, plain),
+        ):
+            weight = None if conv is None else conv[taps]
+            shares.append(
+                _heads_backward(
+                    projected[..., columns], layout.rows, 0, weight, norm, layout, layout.identity, how,
+                    grad_a, grad_r, dx[..., columns], first_row=0,
+                )
+            )  # fmt: skip
+        dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)
+        dnorm = None if key_norm is None else _zero_if_none(shares[0][1], key_norm)
+        return dx, dconv, dnorm, None, None, None, None, None
+
+
+def attention_query(
+    projected: Tensor, width: int, norm: Tensor | None, layout: TokenLayout, steps: HeadSteps
+) -> Tensor:
+    """[≥ n, b, H N] of the first rows → q [b, n, H, N] as attention reads it; rows past n are not read."""
+    return _Query.apply(projected, norm, width, layout, steps, "attention")
+
+
+def recurrent_query(projected: Tensor, width: int, layout: TokenLayout, steps: HeadSteps) -> Tensor:
+    """[≥ s − n, b, H N] of the last rows → q [b, s, H, N] by token, zero for attention tokens."""
+    return _Query.apply(projected, None, width, layout, steps, "recurrent")
+
+
+class _Query(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        norm: Tensor | None,
+        width: int,
+        layout: TokenLayout,
+        steps: HeadSteps,
+        mode: Literal["attention", "recurrent"],
+    ) -> Tensor:
+        ctx.save_for_backward(projected, norm)
+        ctx.layout, ctx.steps, ctx.mode = layout, steps, mode
+        rows, batch, channels = projected.shape
+        heads = channels // width
+        if mode == "attention":
+            query = projected.new_empty(batch, layout.attention, heads, width)
+            _heads_forward(projected, layout.identity, 0, None, norm, layout, layout.tokens, steps, query, None)
+        else:
+            query = projected.new_empty(batch, layout.length, heads, width)
+            place, offset = _recurrent_rows(layout, rows)
+            _heads_forward(projected, place, offset, None, None, layout, layout.identity, steps, None, query)
+        return query
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        projected, norm = ctx.saved_tensors
+        layout, steps = ctx.layout, ctx.steps
+        used = layout.attention if ctx.mode == "attention" else layout.recurrent
+        # Rows past those in use exist only to fill up a multiple that FP8 needs.
+        dx = torch.empty_like(projected) if projected.shape[0] == used else torch.zeros_like(projected)
+        if ctx.mode == "attention":
+            place, offset, angles, a, r = layout.identity, 0, layout.tokens, grads[0], None
+        else:
+            place, offset = _recurrent_rows(layout, projected.shape[0])
+            angles, a, r = layout.identity, None, grads[0]
+        _, dnorm = _heads_backward(
+            projected, place, offset, None, norm, layout, angles, steps, a, r, dx, first_row=0
+        )
+        return dx, None if norm is None else _zero_if_none(dnorm, norm), None, None, None, None
+
+
+def _recurrent_rows(layout: TokenLayout, rows: int) -> tuple[Tensor, int]:
+    """Table and offset that lead from a token to its row among the last `rows`; below 0 for attention tokens."""
+    if rows == layout.recurrent:
+        return layout.rows, layout.attention
+    # More rows than recurrent tokens: the first ones belong to attention tokens and must not be read.
+    offset = layout.length - rows
+    return torch.where(layout.rows < layout.attention, -1, layout.rows - offset), 0
+
+
+def _steps_used(steps: HeadSteps, out_a: Any, out_r: Any) -> dict[str, Any]:
+    """The flags of one call: a step whose result nobody takes is left out."""
+    return {
+        "NORM": steps.norm and out_a is not None,
+        "ROTARY": steps.rotary_base is not None and out_a is not None,
+        "L2": steps.l2 and out_r is not None,
+        "OUT_A": out_a is not None,
+        "OUT_R": out_r is not None,
+    }
+
+
+def _angles(steps: HeadSteps, layout: TokenLayout, width: int, used: bool) -> tuple[Tensor | None, Tensor | None]:
+    return layout.rotary(steps.rotary_base, width) if used and steps.rotary_base is not None else (None, None)
+
+
+def _heads_forward(
+    x: Tensor,
+    rows: Tensor,
+    offset: int,
+    taps: Tensor | None,
+    norm: Tensor | None,
+    layout: TokenLayout,
+    angles: Tensor,
+    steps: HeadSteps,
+    out_a: Tensor | None,
+    out_r: Tensor | None,
+) -> None:
+    """Fill out_a and out_r [b, entries, h, N] from x [rows, b, ≥ h N]; see ops/triton/heads.py."""
+    kernels, _ = _kernels()
+    out = out_a if out_a is not None else out_r
+    assert out is not None
+    batch, entries, heads, width = out.shape
+    flags = _steps_used(steps, out_a, out_r)
+    cos, sin = _angles(steps, layout, width, flags["ROTARY"])
+    scale = width**-0.5 if taps is None else 1.0  # a query is scaled, a key is not
+    if entries:
+        kernels.forward[(-(-entries // _TILE["BLOCK"]), batch)](
+            x, rows, layout.starts, taps, norm, angles, cos, sin, out_a, out_r,
+            entries, offset, heads, x.stride(0), x.stride(1), steps.epsilon, NORM_EPSILON, scale,
+            TAPS=TAPS if taps is not None else 0, SILU=steps.silu and taps is not None, HALF=width // 2,
+            **flags, **_TILE,
+        )  # fmt: skip
+
+
+def _heads_backward(
+    x: Tensor,
+    rows: Tensor,
+    offset: int,
+    taps: Tensor | None,
+    norm: Tensor | None,
+    layout: TokenLayout,
+    angles: Tensor,
+    steps: HeadSteps,
+    grad_a: Tensor | None,
+    grad_r: Tensor | None,
+    dx: Tensor,
+    *,
+    first_row: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill dx, of x's shape; returns the gradients of taps and norm."""
+    kernels, _ = _kernels()
+    grad = grad_a if grad_a is not None else grad_r
+    if grad is None:  # nothing was read
+        dx.zero_()
+        return None if taps is None else torch.zeros_like(taps), None
+    batch, entries, heads, width = grad.shape
+    grad_a, grad_r = (None if g is None else g.contiguous() for g in (grad_a, grad_r))
+    flags = _steps_used(steps, grad_a, grad_r)
+    cos, sin = _angles(steps, layout, width, flags["ROTARY"])
+    dnorm = dtaps = None
+    if taps is None:
+        blocks = -(-entries // _TILE["BLOCK"])
+        if flags["NORM"]:
+            dnorm = x.new_empty(blocks * batch, width, dtype=torch.float32)
+        if entries:
+            kernels.backward[(blocks, batch)](
+                x, rows, norm, angles, cos, sin, grad_a, grad_r, dx, dnorm,
+                entries, offset, first_row, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+                steps.epsilon, NORM_EPSILON, width**-0.5,
+                HALF=width // 2, **flags, **_TILE,
+            )  # fmt: skip
+    else:
+        blocks = -(-entries // _WALK["BLOCK"])
+        dtaps = x.new_empty(blocks * batch, heads * width, TAPS, dtype=torch.float32)
+        if flags["NORM"]:
+            dnorm = x.new_empty(blocks * batch * heads, width, dtype=torch.float32)
+        kernels.backward_taps[(blocks, batch * heads)](
+            x, rows, layout.starts, taps, norm, cos, sin, grad_a, grad_r, dx, dtaps, dnorm,
+            entries, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), steps.epsilon, NORM_EPSILON,
+            SILU=steps.silu, HALF=width // 2, **flags, **_WALK,
+        )  # fmt: skip
+        dtaps = dtaps.sum(0)
+    return dtaps, None if dnorm is None else dnorm.sum(0)
+
+
+_WALK = {"BLOCK": 64, "num_warps": 1}
+
+
+def _zero_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+
+
+def _around(gate: Tensor, projected: Tensor) -> Tensor:
+    """The buffer of `projected`'s shape whose last columns `gate` already is, else a new one with `gate` copied in.
+
+    The norm's backward pass writes the gate's gradient where the whole projection's will lie, which saves a
+    concatenation; whether autograd handed that very tensor on is checked here.
+    """
+    offset = projected.shape[-1] - gate.shape[-1]
+    inside = gate.untyped_storage().nbytes() == projected.numel() * projected.element_size()
+    if inside and gate.stride() == projected.stride() and gate.storage_offset() == offset and projected.is_contiguous():
+        return gate.as_strided(projected.shape, projected.stride(), 0)
+    whole = torch.empty_like(projected)
+    whole[..., offset:] = gate
+    return whole
+
+
+def gated_norm(
+    o_a: Tensor | None, o_r: Tensor | None, gate: Tensor | None, weight: Tensor, layout: TokenLayout, epsilon: float
+) -> Tensor:
+    """RMSNorm of each row's output in its own mode, times weight and SiLU(gate), in rows.
+
+    o_a [b, n, H, P] of the first rows, o_r [b, s, H, P] by token, gate [s, b, H P] in rows, weight [P] → [s, b, H P].
+    """
+    return _GatedNorm.apply(o_a, o_r, gate, weight, layout, epsilon)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        o_a: Tensor | None,
+        o_r: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor,
+        layout: TokenLayout,
+        epsilon: float,
+    ) -> Tensor:
+        _, kernels = _kernels()
+        o_a, o_r = (None if o is None else o.contiguous() for o in (o_a, o_r))
+        ctx.save_for_backward(o_a, o_r, gate, weight)
+        ctx.layout, ctx.epsilon = layout, epsilon
+        some = o_a if o_a is not None else o_r
+        assert some is not None
+        batch, _, heads, width = some.shape
+        y = some.new_empty(layout.length, batch, heads * width)
+        strides = (0, 0) if gate is None else gate.stride()[:2]
+        kernels.gated_norm_forward[(-(-layout.length // _TILE["BLOCK"]), batch)](
+            o_a, o_r, gate, weight, layout.tokens, y, layout.length, layout.attention, heads, *strides, epsilon,
+            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_TILE,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, kernels = _kernels()
+        o_a, o_r, gate, weight = ctx.saved_tensors
+        layout, dy = ctx.layout, grads[0].contiguous()
+        some = o_a if o_a is not None else o_r
+        batch, _, heads, width = some.shape
+        do_a, do_r = (None if o is None else torch.empty_like(o) for o in (o_a, o_r))
+        dgate, strides = None, (0, 0, 0, 0)
+        if gate is not None:
+            dgate = torch.empty_like(gate)
+            if gate.stride(1) > gate.shape[2]:  # the last columns of a projection: see `_around`
+                dgate = gate.new_empty(*gate.shape[:2], gate.stride(1))[..., -gate.shape[2] :]
+            strides = (*gate.stride()[:2], *dgate.stride()[:2])
+        blocks = -(-layout.length // _TILE["BLOCK"])
+        dweight = weight.new_empty(blocks * batch, width, dtype=torch.float32)
+        kernels.gated_norm_backward[(blocks, batch)](
+            o_a, o_r, gate, weight, layout.tokens, dy, do_a, do_r, dgate, dweight,
+            layout.length, layout.attention, heads, *strides, ctx.epsilon,
+            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_TILE,
+        )  # fmt: skip
+        return do_a, do_r, dgate, dweight.sum(0).to(weight.dtype), None, None
+
+
+def gates(
+    logits: Tensor, a_log: Tensor, dt_bias: Tensor, layout: TokenLayout, kind: Literal["gdn", "mamba2"]
+) -> tuple[Tensor, Tensor]:
+    """Log decay and rate (gdn: β, mamba2: Δ), both [b, s, H] fp32 by token, of logits [s, b, 2 H or H] in rows."""
+    return _Gates.apply(logits, a_log, dt_bias, layout, kind == "gdn")
+
+
+class _Gates(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, a_log: Tensor, dt_bias: Tensor, layout: TokenLayout, delta: bool
+    ) -> tuple[Tensor, Tensor]:
+        _, kernels = _kernels()
+        logits = logits.contiguous()
+        ctx.save_for_backward(logits, a_log, dt_bias)
+        ctx.layout, ctx.delta = layout, delta
+        heads, batch = a_log.shape[0], logits.shape[1]
+        decay = logits.new_empty(batch, layout.length, heads, dtype=torch.float32)
+        rate = torch.empty_like(decay)
+        block = _GATES["BLOCK"]
+        kernels.gates_forward[(-(-layout.length // block), batch)](
+            logits, layout.rows, layout.opens_document, a_log, dt_bias, decay, rate, layout.length, heads,
+            DELTA=delta, DOCUMENTS=layout.isolated, RESET=RESET, HEADS=_power_of_two(heads), **_GATES,
+        )  # fmt: skip
+        return decay, rate
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, kernels = _kernels()
+        logits, a_log, dt_bias = ctx.saved_tensors
+        heads, batch, length = a_log.shape[0], logits.shape[1], ctx.layout.length
+        padded, blocks = _power_of_two(heads), -(-length // _GATES["BLOCK"])
+        d_logits = torch.empty_like(logits)
+        d_a_log = logits.new_empty(blocks * batch, padded, dtype=torch.float32)
+        d_bias = torch.empty_like(d_a_log)
+        d_decay, d_rate = (grad.float().contiguous() for grad in grads)
+        kernels.gates_backward[(blocks, batch)](
+            logits, ctx.layout.rows, a_log, dt_bias, d_decay, d_rate, d_logits, d_a_log, d_bias, length, heads,
+            DELTA=ctx.delta, HEADS=padded, **_GATES,
+        )  # fmt: skip
+        d_a, d_b = (share.sum(0)[:heads].to(a_log.dtype) for share in (d_a_log, d_bias))
+        return d_logits, d_a, d_b, None, None
+
+
+_GATES = {"BLOCK": 32, "num_warps": 4}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) · up of [..., gate │ up]; in the place of megatron-core's activation. Arguments are ignored."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2 f] → [..., f]"""
+        return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _, kernels = _kernels()
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        width = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], width)
+        kernels.swiglu_forward[(y.numel() // width, -(-width // _SWIGLU["BLOCK"]))](x, y, WIDTH=width, **_SWIGLU)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
+        _, kernels = _kernels()
+        (x,) = ctx.saved_tensors
+        dy, dx = grads[0].contiguous(), torch.empty_like(x)
+        width = x.shape[-1] // 2
+        grid = (dy.numel() // width, -(-width // _SWIGLU["BLOCK"]))
+        kernels.swiglu_backward[grid](x, dy, dx, WIDTH=width, **_SWIGLU)
+        return (dx,)
+
+
+_SWIGLU = {"BLOCK": 1024, "num_warps": 4}

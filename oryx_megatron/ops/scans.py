@@ -1,0 +1,300 @@
+"""Fast recurrences on GPUs: the gated delta rule by flash-linear-attention, Mamba-2 by Triton kernels or mamba_ssm.
+
+`delta_scan` and `ssd_scan` take ready gates, for the fast mixer; the backends of `gated_delta_rule` and `ssd` make the
+gates from logits first. Documents are isolated by the gates alone: a decay of e⁻⁸⁰ where one opens empties the state,
+so that no kernel needs a table of lengths and none is compiled for one.
+
+Shapes: b batch, s tokens, H heads, G key/value heads (H % G == 0), N key width, P value width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.ops import backends
+from oryx_megatron.ops.chunks import segments
+from oryx_megatron.ops.fused import RESET
+from oryx_megatron.ops.gated_delta import NORM_EPSILON, STEPWISE, recurrent_gated_delta_rule
+from oryx_megatron.ops.ssd import recurrent_ssd
+
+CHUNK = 64
+
+
+def delta_scan(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, *, initial: Tensor | None = None, final: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gated delta rule for L2-normed q (scaled) [b, s, H, N] and k [b, s, G, N], v [b, s, G, P], gates [b, s, H] fp32.
+
+    By flash-linear-attention, which hands heads of 128 in bf16 on to flash_qla where that is installed.
+    Returns o [b, s, H, P] and, with `final`, the last state [b, H, N, P] fp32.
+    """
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    k, v = _per_head(k, q.shape[2]), _per_head(v, q.shape[2])
+    return chunk_gated_delta_rule(
+        q, k, v, g=decay, beta=beta, scale=1.0, initial_state=initial, output_final_state=final
+    )
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """[b, s, G, w] → [b, s, H, w]: grouped keys and values once for every query head."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def ssd_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    rate: Tensor,
+    d: Tensor,
+    *,
+    initial: Tensor | None = None,
+    final: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2's recurrence for q [b, s, H, N], k [b, s, G, N], v [b, s, G, P], gates [b, s, H] fp32, d [H].
+
+    By the kernels of ops/triton/ssd.py. Returns o [b, s, H, P] and, with `final`, the last state [b, H, N, P] fp32.
+    """
+    return _Scan.apply(q, k, v, decay, rate, d, initial, final)
+
+
+@cache
+def _columns(programs: int, width: int) -> int:
+    """Columns of the state that one program carries along the sequence: fewer where batch and heads are few."""
+    columns = min(width, 64)
+    while columns > 16 and programs * (width // columns) < 2 * platform.multiprocessors():
+        columns //= 2
+    return columns
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        rate: Tensor,
+        d: Tensor,
+        initial: Tensor | None,
+        final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from oryx_megatron.ops.triton import ssd as kernels
+
+        q, k, v, decay, rate = (x.contiguous() for x in (q, k, v, decay, rate))
+        initial = None if initial is None else initial.float().contiguous()
+        batch, length, heads, _ = q.shape
+        states, last = _states(k, v, decay, rate, initial, heads, final)
+        o = q.new_empty(batch, length, heads, v.shape[-1])
+        sizes, chunks = _sizes(q, v), -(-length // CHUNK)
+        kernels.outputs[(chunks, batch * heads)](
+            q, k, v, decay, rate, d, states, o, length, heads, k.shape[2], **sizes, num_warps=8
+        )
+        ctx.save_for_backward(q, k, v, decay, rate, d, initial)
+        ctx.set_materialize_grads(False)
+        return o, last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from oryx_megatron.ops.triton import ssd as kernels
+
+        q, k, v, decay, rate, d, initial = ctx.saved_tensors
+        batch, length, heads, _ = q.shape
+        groups, value_width = k.shape[2], v.shape[3]
+        do, d_last = grads
+        do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], value_width) if do is None else do
+        do = do.contiguous()
+        states, _ = _states(k, v, decay, rate, initial, heads, False)
+        d_states = torch.empty_like(states)
+        d_initial = None if initial is None else torch.empty_like(initial)
+        sizes, chunks = _sizes(q, v), -(-length // CHUNK)
+        columns = _columns(batch * heads, value_width)
+        kernels.grad_states[(value_width // columns, batch * heads)](
+            q, decay, rate, do, d_last, d_states, d_initial, length, heads,
+            FINAL=d_last is not None, INITIAL=initial is not None, COLS=columns, **sizes, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        dq, dk = torch.empty_like(q), torch.empty_like(q)
+        dv = v.new_empty(batch, length, heads, value_width)
+        d_decay, d_rate = torch.empty_like(decay), torch.empty_like(rate)
+        dd = decay.new_empty(batch, chunks, heads)
+        kernels.grad_inputs[(chunks, batch * heads)](
+            q, k, v, decay, rate, d, states, d_states, do, dq, dk, dv, d_decay, d_rate, dd, length, heads, groups,
+            **sizes, num_warps=8, num_stages=1,
+        )  # fmt: skip
+        if groups != heads:
+            dk, dv = (x.unflatten(2, (groups, -1)).sum(3) for x in (dk, dv))
+        return dq, dk, dv, d_decay, d_rate, dd.sum((0, 1)).to(d.dtype), d_initial, None
+
+
+def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
+    precision = "ieee" if q.dtype is torch.float32 else "tf32"
+    return {"N": q.shape[-1], "P": v.shape[-1], "CHUNK": CHUNK, "PRECISION": precision}
+
+
+def _states(
+    k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, initial: Tensor | None, heads: int, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States before every chunk [b, H, chunks, N, P] in the inputs' format, and the last one in fp32."""
+    from oryx_megatron.ops.triton import ssd as kernels
+
+    batch, length, groups, key_width = k.shape
+    width = v.shape[-1]
+    states = k.new_empty(batch, heads, -(-length // CHUNK), key_width, width)
+    last = k.new_empty(batch, heads, key_width, width, dtype=torch.float32) if final else None
+    columns = _columns(batch * heads, width)
+    kernels.states[(width // columns, batch * heads)](
+        k, v, decay, rate, initial, states, last, length, heads, groups,
+        INITIAL=initial is not None, FINAL=final, COLS=columns, **_sizes(k, v), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return states, last
+
+
+# ------------------------------------------------------------------------- backends of the functions that take logits
+
+
+def _opens(documents: Tensor | None, length: int) -> Tensor | None:
+    """fp32 [s, 1]: RESET where a document after the first opens."""
+    if documents is None or len(documents) <= 2:
+        return None
+    number = segments(documents, length)
+    return F.pad(number.diff(), (1, 0)).clamp(max=1).float().unsqueeze(-1) * RESET
+
+
+def _decay(step: Tensor, a_log: Tensor, documents: Tensor | None) -> Tensor:
+    log_decay = -a_log.float().exp() * step
+    opens = _opens(documents, step.shape[1])
+    return log_decay if opens is None else log_decay - opens
+
+
+def _normed(x: Tensor, scale: float) -> Tensor:
+    wide = x.float()
+    return (wide * (torch.rsqrt(wide.square().sum(-1, keepdim=True) + NORM_EPSILON) * scale)).to(x.dtype)
+
+
+def _delta_by_fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    initial: Tensor | None = None,
+    documents: Tensor | None = None,
+    final: bool = False,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """`gated_delta_rule` by flash-linear-attention; a few tokens, as in decoding, by the step-by-step form."""
+    if q.shape[1] <= STEPWISE:
+        gates = {"dt_bias": dt_bias, "a_log": a_log}
+        return recurrent_gated_delta_rule(q, k, v, a, b, **gates, initial=initial, documents=documents, final=final)
+    step = F.softplus(a.float() + dt_bias.float())
+    return delta_scan(
+        _normed(q, q.shape[-1] ** -0.5),
+        _normed(k, 1.0),
+        v.contiguous(),
+        _decay(step, a_log, documents),
+        b.float().sigmoid(),
+        initial=None if initial is None else initial.float(),
+        final=final,
+    )
+
+
+def _ssd_by_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    initial: Tensor | None = None,
+    documents: Tensor | None = None,
+    final: bool = False,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """`ssd` by the Triton kernels; a few tokens, as in decoding, by the step-by-step form."""
+    if q.shape[1] <= STEPWISE:
+        gates = {"dt_bias": dt_bias, "a_log": a_log, "d": d}
+        return recurrent_ssd(q, k, v, dt, **gates, initial=initial, documents=documents, final=final)
+    step = F.softplus(dt.float() + dt_bias.float())
+    return ssd_scan(q, k, v, _decay(step, a_log, documents), step, d, initial=initial, final=final)
+
+
+def _ssd_by_mamba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    *,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    initial: Tensor | None = None,
+    documents: Tensor | None = None,
+    final: bool = False,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """`ssd` by mamba_ssm's kernels; a few tokens, as in decoding, by the step-by-step form."""
+    if q.shape[1] <= STEPWISE:
+        gates = {"dt_bias": dt_bias, "a_log": a_log, "d": d}
+        return recurrent_ssd(q, k, v, dt, **gates, initial=initial, documents=documents, final=final)
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    number = None
+    if documents is not None and len(documents) > 2:
+        number = segments(documents, q.shape[1]).int().expand(q.shape[0], -1).contiguous()
+    out = mamba_chunk_scan_combined(
+        _per_head(v, q.shape[2]),
+        dt,
+        -a_log.float().exp(),
+        _per_head(k, q.shape[2]),
+        q,
+        chunk_size=128,
+        D=d.float(),
+        dt_bias=dt_bias.float(),
+        initial_states=None if initial is None else initial.transpose(-1, -2).to(q.dtype),
+        seq_idx=number,
+        dt_softplus=True,
+        return_final_states=final,
+    )
+    return (out[0], out[1].transpose(-1, -2).float()) if final else (out, None)
+
+
+def _fla_missing() -> str | None:
+    if reason := platform.missing_package("fla", gpu=True):
+        return reason
+    need = backends.workload()
+    if need is not None and need.dtype == "fp32":
+        return "it computes in bf16; set precision.dtype: bf16 or kernels.recurrence: reference"
+    return platform.wrong_triton_for_fla(need is not None and need.model.key_width == need.model.value_width == 128)
+
+
+def _triton_missing() -> str | None:
+    if reason := platform.missing_package("triton", gpu=True):
+        return reason
+    need = backends.workload()
+    if need is not None:
+        for name, width in (("key_width", need.model.key_width), ("value_width", need.model.value_width)):
+            if width not in (16, 32, 64, 128):
+                return f"model.{name} {width} is not 16, 32, 64 or 128"
+    return None
+
+
+def _mamba_missing() -> str | None:
+    return platform.missing_package("mamba_ssm", gpu=True)
+
+
+backends.register("recurrence", "gated_delta_rule", "fla", _delta_by_fla, missing=_fla_missing, rank=20)
+backends.register("recurrence", "ssd", "triton", _ssd_by_triton, missing=_triton_missing, rank=20)
+backends.register("recurrence", "ssd", "mamba_ssm", _ssd_by_mamba, missing=_mamba_missing, rank=10)

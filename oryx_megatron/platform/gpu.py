@@ -1,0 +1,81 @@
+"""What this machine's GPU and its optional packages can do. Nothing here imports those packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+from functools import cache
+
+import torch
+
+WRONG_TRITON = ((3, 4, 0), (3, 7, 1))
+"""From the first (included) to the second, FLA's gated backward kernels give wrong gradients on Hopper (its #640)."""
+
+
+def has_gpu() -> bool:
+    """True on a machine whose torch sees an NVIDIA GPU."""
+    return torch.cuda.is_available()
+
+
+@cache
+def capability() -> tuple[int, int]:
+    """Compute capability of this rank's GPU, e.g. (9, 0) for Hopper; (0, 0) without one."""
+    return torch.cuda.get_device_capability() if has_gpu() else (0, 0)
+
+
+@cache
+def multiprocessors() -> int:
+    """Number of multiprocessors of this rank's GPU; 1 without one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if has_gpu() else 1
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether `import package` would find something; a part of a package as `flash_attn.cute`."""
+    parent, _, _ = package.rpartition(".")
+    return (not parent or installed(parent)) and importlib.util.find_spec(package) is not None
+
+
+def missing_package(package: str, *, gpu: bool = False) -> str | None:
+    """Why `package` cannot be used here, or None; with `gpu`, it needs one."""
+    if gpu and not has_gpu():
+        return "there is no GPU"
+    return None if installed(package) else f"{package} is not installed"
+
+
+def version(distribution: str) -> tuple[int, ...]:
+    """Numbers of an installed distribution's version, e.g. (3, 6, 0); empty when it is not installed."""
+    try:
+        text = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    numbers = []
+    for part in text.split("+")[0].split(".")[:3]:
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def wrong_triton_for_fla(flash_qla_serves: bool) -> str | None:
+    """Why FLA's gated backward kernels would be wrong on this GPU with these versions, or None.
+
+    flash_qla replaces them where it serves (heads of 128), and tilelang replaces the wrong one of them.
+    """
+    low, high = WRONG_TRITON
+    if capability()[0] != 9 or not low <= version("triton") < high:
+        return None
+    tilelang = installed("tilelang") and shutil.which("nvcc") is not None
+    if tilelang or (flash_qla_serves and installed("flash_qla") and installed("tilelang")):
+        return None
+    found, fixed = (".".join(map(str, v)) for v in (version("triton"), high))
+    return (
+        f"Triton {found} on a Hopper GPU gives wrong gradients in FLA's gated kernels; "
+        f"install tilelang (and have nvcc on the PATH), or Triton {fixed} or later"
+    )
+
+
+def transformer_engine_missing() -> str | None:
+    """Why TransformerEngine cannot be used here, or None."""
+    return missing_package("transformer_engine.pytorch", gpu=True)
