@@ -61,7 +61,7 @@ def _join(processes: list[Any], folder: Path, timeout: float) -> None:
     if errors:
         raise RuntimeError("\n".join(errors))
     codes = [process.exitcode for process in processes]
-    if any(codes):
+    if any(code != 0 for code in codes):
         raise RuntimeError(f"ranks ended with exit codes {codes} (None: ran longer than {timeout:g} s)")
 
 
@@ -80,7 +80,7 @@ def _rank_main(
     try:
         result = function(*args)
         torch.save(result, Path(folder, f"{rank}.pt"))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent process reports it
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise SystemExit(1) from None
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ def tiny_run(mixer: str = "gdn", *, parallel: ParallelConfig | None = None, **ch
         train=TrainConfig(iterations=100, global_batch_size=4),
         output_dir="unused",
         modes=ModesConfig(chunk=8, p_attention=0.2, p_recurrent=0.2),
-        optimizer=OptimizerConfig(lr=3e-3),
+        optimizer=OptimizerConfig(lr=1e-2),
         parallel=parallel or ParallelConfig(),
         precision=PrecisionConfig(dtype="fp32"),
     )
@@ -152,7 +153,21 @@ class Session:
     def close(self) -> None:
         """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
         self.stream.close()
+        _forget_hooks(self.chunks)
+        del self.chunks, self.optimizer, self.schedule
         parallel.release()
+        gc.collect()
+
+
+def _forget_hooks(chunks: list[Any]) -> None:
+    """Let go of chunks for good.
+
+    The hooks of these nodes hold the chunk through torch's C++ objects, where no collector looks; and the chunk holds
+    its process groups, three threads each.
+    """
+    for chunk in chunks:
+        for node in chunk.grad_accs:
+            node.register_hook(lambda *_: None).hooks_dict_ref().clear()
 
 
 @contextlib.contextmanager
