@@ -50,6 +50,10 @@ def build_model(
             vp_stage=stage,
         )
         initialize_weights(chunk, model, seed)
+        if config.te_linears:
+            from oryx_megatron.model.te import accumulate_into_main_gradients
+
+            accumulate_into_main_gradients(chunk)
         chunks.append(chunk)
     return chunks
 

@@ -11,6 +11,8 @@ from megatron.core.transformer import TransformerConfig
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.ops import fused
 
 
 @dataclass
@@ -20,6 +22,10 @@ class OryxTransformerConfig(TransformerConfig):
     oryx: ModelConfig | None = None
     recompute_mixer: bool = False
     """Recompute what happens between the mixer's projections in the backward pass."""
+    fused_mixer: bool = False
+    """Mixers are fused: tokens lie sorted by mode through the whole model (ops/layout.py)."""
+    te_linears: bool = False
+    """Linears and norms are TransformerEngine's."""
 
 
 def transformer_config(
@@ -30,7 +36,11 @@ def transformer_config(
 ) -> OryxTransformerConfig:
     """The megatron-core config of this model under this layout and precision; `overrides` win."""
     dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
-    gpu = platform.has_gpu()
+    gpu = platform.has_gpu() and not overrides.get("use_cpu_initialization", False)
+    te_missing = platform.transformer_engine_missing() if gpu else "there is no GPU"
+    # Sorting would leave context-parallel ranks with unequal shares of each mode.
+    sorts = gpu and fused.in_use() and parallel.context == 1
+    interleaves = gpu and parallel.virtual_pipeline > 1
     fields: dict[str, Any] = {
         "oryx": model,
         "num_layers": model.num_layers,
@@ -59,15 +69,41 @@ def transformer_config(
         "sequence_parallel": parallel.sequence and parallel.tensor > 1,
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
-        "batch_p2p_comm": gpu,
+        "batch_p2p_comm": gpu and not interleaves,
+        "overlap_p2p_comm": interleaves,
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": gpu,
-        "bias_dropout_fusion": gpu,
+        "bias_activation_fusion": gpu and not sorts,
+        "use_te_activation_func": sorts,  # megatron-core's switch for an activation of one's own
+        "bias_dropout_fusion": False,  # without bias and dropout it is one addition
         "masked_softmax_fusion": False,
         "persist_layer_norm": gpu,
+        "cross_entropy_loss_fusion": te_missing is None,
+        "cross_entropy_fusion_impl": "te",
         "recompute_mixer": parallel.recompute == "mixer",
+        "fused_mixer": sorts,
+        "te_linears": te_missing is None,
     }
+    if precision.fp8 != "none":
+        if te_missing is not None:
+            raise ConfigError(f"precision.fp8: {precision.fp8} needs TransformerEngine: {te_missing}")
+        fields |= _fp8(precision)
     if parallel.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return OryxTransformerConfig(**(fields | overrides))
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    """megatron-core's fields of an FP8 recipe: e4m3 forward and e5m2 for gradients, in blocks e4m3 for both."""
+    kept = precision.bf16_first_layers or precision.bf16_last_layers
+    return {
+        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
+        "fp8_recipe": precision.fp8,
+        "fp8_param": precision.fp8_params,
+        "fp8_dot_product_attention": precision.fp8_attention,
+        "fp8_amax_history_len": 1024 if precision.fp8 == "delayed" else 1,
+        "fp8_amax_compute_algo": "max" if precision.fp8 == "delayed" else "most_recent",
+        "first_last_layers_bf16": bool(kept),
+        "num_layers_at_start_in_bf16": precision.bf16_first_layers,
+        "num_layers_at_end_in_bf16": precision.bf16_last_layers,
+    }

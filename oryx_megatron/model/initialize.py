@@ -50,7 +50,9 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     for layer in chunk.decoder.layers:
         prefix = f"layers.{layer.layer_number}."
         mixer: OryxMixer = layer.self_attention
-        fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.parts)
+        fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.in_proj_rows)
+        for part, linear in mixer.query_projections().items():  # the same draw as for rows of in_proj
+            fill(prefix + "in_proj", linear.weight, normal, parts={part: linear.weight.shape[0]})
         fill(prefix + "out_proj", mixer.out_proj.weight, residual, axis=1)
         if model.conv_width:
             bound = 1 / math.sqrt(model.conv_width)
@@ -85,18 +87,17 @@ class _Slicer:
                 setattr(parameter, mark, value)
         if parameter.is_meta:
             return
-        start = 0
+        shares = []
         for part, rows in (parts or {"": parameter.shape[0]}).items():
-            target = parameter[start : start + rows]
-            shape = list(target.shape)
+            shape = [rows, *parameter.shape[1:]]
             if axis is not None:
                 shape[axis] *= self.size
             generator = torch.Generator(parameter.device)
             digest = hashlib.sha256(f"{self.seed}:{name}:{part}".encode()).digest()
             generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             whole = draw(tuple(shape), generator)
-            target.copy_(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
-            start += rows
+            shares.append(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
+        parameter.copy_(torch.cat(shares))  # in one piece, as weights kept in FP8 need it
 
 
 def _normal(std: float) -> Draw:

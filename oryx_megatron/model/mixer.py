@@ -83,6 +83,8 @@ class OryxMixerSubmodules:
     """Column-parallel and never in FP8: its width is no multiple of 16 and gates need the precision."""
     out_proj: ModuleSpec | type
     """Row-parallel."""
+    query_proj: ModuleSpec | type | None = None
+    """For the fused mixer, whose queries are projections of their own: its inputs are on every rank already."""
 
 
 class ConvWeight(torch.nn.Module):
@@ -122,6 +124,7 @@ class OryxMixer(MegatronModule):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
         self.parts = in_proj_parts(model, tp)
+        self.in_proj_rows = self._in_proj_rows(tp)
         self.decay_parts = decay_proj_parts(model, tp)
         self.conv_parts = conv_parts(model, tp)
         # Inside the mixer, after the context-parallel exchange:
@@ -140,7 +143,7 @@ class OryxMixer(MegatronModule):
         self.in_proj = build_module(
             submodules.in_proj,
             model.hidden_size,
-            sum(in_proj_parts(model).values()),
+            sum(self._in_proj_rows(1).values()),
             gather_output=False,
             tp_comm_buffer_name="qkv",
             **linear,
@@ -176,6 +179,14 @@ class OryxMixer(MegatronModule):
                 setattr(self, name, torch.nn.Parameter(value))
                 _mark_tensor_parallel(getattr(self, name))
 
+    def _in_proj_rows(self, shards: int) -> dict[str, int]:
+        """Name → rows of each part of `in_proj.weight` on one of `shards` equal shards of the heads."""
+        return in_proj_parts(self.model, shards)
+
+    def query_projections(self) -> dict[str, torch.nn.Module]:
+        """Queries that are no rows of `in_proj`, by the name of their part."""
+        return {}
+
     # ------------------------------------------------------------------------------------------------ forward
 
     def forward(
@@ -200,8 +211,7 @@ class OryxMixer(MegatronModule):
         if not isinstance(info, SequenceInfo) or info.plan is None:
             raise TypeError("OryxMixer needs packed_seq_params=SequenceInfo(plan=…)")
         recurs = info.states is not None or info.plan.attention_tokens < info.plan.length
-        projected, _ = self.in_proj(hidden_states)
-        decay = self.decay_proj(hidden_states)[0] if self.model.has_recurrence and recurs else None
+        projected, decay = self._project(hidden_states, recurs)
         if self.config.recompute_mixer and self.training:
             mixed = checkpoint(lambda p, *d: self._mix(p, d[0] if d else None, info), False, projected,
                                *(() if decay is None else (decay,)))
@@ -209,6 +219,11 @@ class OryxMixer(MegatronModule):
             mixed = self._mix(projected, decay, info)
         output, _ = self.out_proj(mixed)
         return output, None
+
+    def _project(self, hidden_states: Tensor, recurs: bool) -> tuple[Tensor, Tensor | None]:
+        """All parts of in_proj [s/cp, b, parts], and the logits of the gates [s/cp, b, H or 2 H] if the plan recurs."""
+        projected, _ = self.in_proj(hidden_states)
+        return projected, self.decay_proj(hidden_states)[0] if self.model.has_recurrence and recurs else None
 
     def _mix(self, projected: Tensor, decay: Tensor | None, info: SequenceInfo) -> Tensor:
         """[s/cp, b, parts] of in_proj and [s/cp, b, H or 2H] of decay_proj → [s/cp, b, H P], ready for out_proj."""
@@ -300,7 +315,7 @@ class OryxMixer(MegatronModule):
             if chosen is None:
                 raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {plan}")
             o = chosen
-        return _WithZeroGradients.apply(o, *unused) if unused and torch.is_grad_enabled() else o
+        return WithZeroGradients.apply(o, *unused) if unused and torch.is_grad_enabled() else o
 
     def _attend(
         self, parts: dict[str, Tensor], k: Tensor, v: Tensor, state: LayerState | None, info: SequenceInfo
@@ -396,7 +411,8 @@ class OryxMixer(MegatronModule):
                     module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
                 )
             result.update(sharded)
-        for name, parts in (("in_proj", self.parts), ("decay_proj", self.decay_parts), ("conv", self.conv_parts)):
+        fused = (("in_proj", self.in_proj_rows), ("decay_proj", self.decay_parts), ("conv", self.conv_parts))
+        for name, parts in fused:
             if parts:
                 key = f"{prefix}{name}.weight"
                 result[key] = _split_tensor_factory(result[key], list(parts.values()), list(parts), 0)
@@ -410,17 +426,17 @@ class OryxMixer(MegatronModule):
             linear.backward_dw()
 
 
-class _WithZeroGradients(torch.autograd.Function):
+class WithZeroGradients(torch.autograd.Function):
     """Identity on the first tensor that gives the others zero gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
+        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return (grads[0], *(torch.zeros_like(other) for other in ctx.saved_tensors))
+        return (grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others))
 
 
 def _mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:

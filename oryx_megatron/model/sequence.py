@@ -9,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from oryx_megatron.modes import ModePlan
+from oryx_megatron.ops import TokenLayout
 
 
 @dataclass
@@ -66,6 +67,8 @@ class SequenceInfo(PackedSeqParams):
     """By layer number when decoding; None in training. Updated in place."""
     attention_rows: Tensor | None = field(default=None, repr=False)
     """bool [s], True where a token is in attention mode; None when the plan has one mode only."""
+    layout: TokenLayout | None = None
+    """Order in which the tokens lie, sorted by mode, for fused mixers; None: in the order of the sequence."""
 
     @classmethod
     def build(
@@ -76,8 +79,14 @@ class SequenceInfo(PackedSeqParams):
         documents: Tensor | None = None,
         offset: int = 0,
         states: dict[int, LayerState] | None = None,
+        sort: bool = False,
     ) -> SequenceInfo:
-        """For `plan.length` tokens that follow `offset` earlier ones; positions restart at each isolated document."""
+        """For `plan.length` tokens that follow `offset` earlier ones; positions restart at each isolated document.
+
+        With `sort` the tokens are expected sorted by mode: pass whatever is per token through `arrange`.
+        """
+        if sort:
+            return cls(plan=plan, documents=documents, layout=TokenLayout.of(plan, device=device, documents=documents))
         positions = torch.arange(offset, offset + plan.length, device=device)
         if documents is not None:
             starts = documents.to(device=device, dtype=torch.long)
@@ -87,3 +96,7 @@ class SequenceInfo(PackedSeqParams):
         if 0 < plan.attention_tokens < plan.length:
             rows = torch.from_numpy(plan.is_attention()).to(device)
         return cls(plan=plan, documents=documents, positions=positions, states=states, attention_rows=rows)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """[b, s] in the order of the sequence → in the order in which the tokens lie."""
+        return x if self.layout is None else self.layout.arrange(x)

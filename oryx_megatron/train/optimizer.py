@@ -29,6 +29,7 @@ def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
         overlap_grad_reduce=run.parallel.overlap,
         overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
         use_distributed_optimizer=run.parallel.distributed_optimizer,
+        fp8_param_gather=run.precision.fp8_params,
         # An own bucket for all parameters unless communication overlaps with the backward pass.
         bucket_size=None if not run.parallel.overlap else 40_000_000,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from oryx_megatron import platform
@@ -39,18 +40,22 @@ def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) ->
     """megatron-core's forward step: next microbatch through one model chunk, and the function that makes its loss."""
     batch = next(batches)
     device = platform.device()
-    info = SequenceInfo.build(batch.plan, device=device, documents=batch.documents)
+    sort = get_model_config(chunk).fused_mixer
+    info = SequenceInfo.build(batch.plan, device=device, documents=batch.documents, sort=sort)
     local = _context_slice(batch.tokens.shape[1])
+    tokens, labels, mask = (
+        info.arrange(x[:, local].to(device, non_blocking=True)) for x in (batch.tokens, batch.labels, batch.loss_mask)
+    )
     output = chunk(
-        batch.tokens[:, local].to(device, non_blocking=True),
+        tokens,
         None,  # position_ids: the mixer makes its own
         None,  # attention_mask: causality and documents travel in `info`
-        labels=batch.labels[:, local].to(device, non_blocking=True),
+        labels=labels,
         packed_seq_params=info,
     )
     # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
     text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
-    return output, partial(_sum_loss, batch.loss_mask[:, local].to(device, non_blocking=True), text_bytes)
+    return output, partial(_sum_loss, mask, text_bytes)
 
 
 def _sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

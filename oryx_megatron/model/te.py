@@ -1,0 +1,60 @@
+"""TransformerEngine's linears as the fused mixer needs them. Import only where TransformerEngine is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TELinear
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+from oryx_megatron.model.config import OryxTransformerConfig
+
+
+class TELocalLinear(TELinear):
+    """Column shard of a linear layer whose input is whole on every tensor-parallel rank; FP8 where the layer is."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: OryxTransformerConfig,
+        init_method: Any,
+        tp_group: torch.distributed.ProcessGroup,
+        **unused: Any,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size // tp_group.size(),
+            parallel_mode="duplicated",  # no communication
+            config=config,
+            init_method=init_method,
+            bias=False,
+            skip_bias_add=False,
+            skip_weight_param_allocation=False,
+        )
+        # "duplicated" marks the weight as the same on all tensor-parallel ranks, but each holds its own rows.
+        self.weight.sequence_parallel = False
+        self.shards = tp_group
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The weight with its place in the whole one."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        groups = {"tp_group": self.shards, "dp_cp_group": metadata["dp_cp_group"]}
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+def accumulate_into_main_gradients(chunk: torch.nn.Module) -> None:
+    """Let every TransformerEngine linear add its weight gradient to the fp32 buffer inside its matrix product.
+
+    megatron-core's `gradient_accumulation_fusion` asks the same of its own linears (the output layer), which need an
+    apex extension for it; hence module by module. Call before the chunk is wrapped for data parallelism.
+    """
+    for module in chunk.modules():
+        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True

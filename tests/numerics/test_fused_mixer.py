@@ -1,0 +1,140 @@
+"""The fused mixer and its Triton kernels, in Triton's interpreter on a CPU, against the separate steps.
+
+Skipped where Triton is not installed (it comes with torch for CUDA). tests/gpu runs the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oryx_megatron import ops, parallel, platform
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.model import SequenceInfo
+from oryx_megatron.model.build import build_chunk
+from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.initialize import initialize_weights
+from oryx_megatron.modes import parse_plan
+from oryx_megatron.ops import scans
+from oryx_megatron.ops.chunks import segments
+from oryx_megatron.ops.ssd import recurrent_ssd
+
+if not platform.has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels")
+
+PLANS = ("attention", "recurrent", "ratio:0.5", "runs:a0-13,r13-30,a30-37")
+LENGTH, ROWS, VOCABULARY = 37, 2, 31
+DOCUMENTS = (0, 9, 10, 26, 37)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    parallel.initialize(ParallelConfig(), seed=1)
+    yield
+    parallel.destroy()
+
+
+def config(**changes) -> ModelConfig:
+    fields = {"name": "t", "mixer": "gdn", "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 40, "num_heads": 2}
+    fields |= {"key_width": 16, "value_width": 32, "vocab_size": VOCABULARY, "init_std": 0.2}
+    return ModelConfig(**(fields | changes))
+
+
+def delta_by_steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, None]:
+    """`ops.delta_scan`, written out."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        state = state * decay[:, t].exp()[..., None, None]
+        new = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhn,bhnp->bhp", k[:, t], state))
+        state = state + k[:, t].unsqueeze(-1) * new.unsqueeze(-2)
+        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
+    return torch.stack(out, 1), None
+
+
+def gradients(model: ModelConfig, plan: str, *, fused: bool, documents: Tensor | None) -> dict[str, Tensor]:
+    """Loss and gradients by parameter name, queries under the names that both mixers share."""
+    extra = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False} if fused else {}
+    chunk = build_chunk(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), **extra))
+    initialize_weights(chunk, model, seed=3)
+    rows = 1 if documents is not None else ROWS
+    tokens = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    where = {"device": platform.device(), "documents": documents, "sort": fused}
+    info = SequenceInfo.build(parse_plan(plan, LENGTH, chunk=8), **where)
+    inputs, labels = info.arrange(tokens[:, :-1]), info.arrange(tokens[:, 1:])
+    losses = chunk(inputs, None, None, labels=labels, packed_seq_params=info)
+    weights = torch.linspace(0.5, 1.5, LENGTH).expand(rows, -1)
+    loss = (losses * info.arrange(weights)).sum()
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, parameter in chunk.named_parameters():
+        assert parameter.grad is not None, name
+        if name.endswith("in_proj.weight"):
+            mixer = chunk.get_submodule(name.removesuffix(".in_proj.weight"))
+            parts = parameter.grad.split(list(mixer.in_proj_rows.values()))
+            found |= {f"{name}.{part}": grad for part, grad in zip(mixer.in_proj_rows, parts)}
+        elif ".query_attention" in name or ".query_recurrent" in name:
+            part = name.split(".")[-2]
+            found[name.replace(f"{part}.weight", f"in_proj.weight.{part}")] = parameter.grad
+        else:
+            found[name] = parameter.grad
+    return found
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixer": "mamba2"},
+        {"mixer": "mamba2", "num_heads": 4, "num_kv_heads": 2, "qk_norm": False, "rotary": "none"},
+        {"num_heads": 4, "num_kv_heads": 2, "conv_width": 0, "output_gate": False},
+    ],
+    ids=["gdn", "mamba2", "mamba2 grouped, plain keys", "gdn grouped, no convolution, no gate"],
+)
+def test_fused_equals_separate(monkeypatch, changes, plan):
+    monkeypatch.setattr(ops, "delta_scan", delta_by_steps)
+    for documents in (None, torch.tensor(DOCUMENTS, dtype=torch.int32)):
+        separate = gradients(config(**changes), plan, fused=False, documents=documents)
+        fused = gradients(config(**changes), plan, fused=True, documents=documents)
+        assert fused.keys() == separate.keys()
+        for name, want in separate.items():
+            error = (fused[name] - want).norm() / want.norm().clamp(min=1e-3)
+            assert error < 2e-4, (name, error)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 130])
+def test_ssd_scan(length):
+    """Outputs, last state and all gradients against the step-by-step form, with an initial state and documents."""
+    b, heads, groups, n, p = 2, 4, 2, 16, 16
+    generator = torch.Generator().manual_seed(length)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    q, k, v = random(b, length, heads, n), random(b, length, groups, n), random(b, length, groups, p)
+    dt, dt_bias, a_log, d = random(b, length, heads), random(heads), random(heads), random(heads)
+    initial = random(b, heads, n, p)
+    documents = torch.tensor([0, length // 3, length], dtype=torch.int32) if length > 3 else None
+    inputs = (q, k, v, dt, dt_bias, a_log, d, initial)
+    given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": True}
+    want = recurrent_ssd(q, k, v, dt, **given)
+    step = F.softplus(dt + dt_bias)
+    decay = -a_log.exp() * step
+    if documents is not None:
+        opens = F.pad(segments(documents, length).diff(), (1, 0)).unsqueeze(-1)
+        decay = decay - opens * ops.fused.RESET
+    found = scans.ssd_scan(q, k, v, decay, step, d, initial=initial, final=True)
+    seeds = [torch.randn(x.shape, generator=generator) for x in want]
+    wanted = torch.autograd.grad(want, inputs, seeds)
+    got = torch.autograd.grad(found, inputs, seeds)
+    for x, y in zip((*found, *got), (*want, *wanted), strict=True):
+        assert (x - y).norm() / y.norm() < 1e-4
