@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron.checkpoint import store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
@@ -73,8 +75,8 @@ class CheckpointManager:
                 state, str(folder), self._strategy, async_sharded_save=True, validate_access_integrity=iteration <= 1
             )
             self._queue.schedule_async_request(request)
-        except (CheckpointingException, OSError) as error:
-            raise CheckpointError(f"{folder}: could not start to save ({error})") from error
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            raise CheckpointError(f"{folder}: could not start to save ({_cause(error)})") from error
         self._pending = _Pending(folder, manifest, started + self.config.timeout)
         return None if self.config.asynchronous else self.wait()
 
@@ -89,7 +91,8 @@ class CheckpointManager:
         pending = self._pending
         try:
             done = bool(self._queue.maybe_finalize_async_calls(blocking=False))
-        except (CheckpointingException, OSError, RuntimeError) as error:
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            # CheckpointException, torch's report of what the writers ran into, is no subclass of Exception.
             self._pending = None
             raise CheckpointError(f"{pending.folder}: a writer failed ({_cause(error)})") from error
         if not done:
@@ -110,17 +113,20 @@ class CheckpointManager:
             time.sleep(0.02)
         return None
 
-    def load(self) -> Manifest | None:
+    def load(self, check: Callable[[Manifest], None] = lambda manifest: None) -> Manifest | None:
         """Load the newest checkpoint that is whole; None when there is none at all.
 
         Files are compared with the manifest's checksums, each rank reading its share. A damaged checkpoint is named
         in the log and the one before it is used.
 
+        Args:
+            check: Raises when the run cannot go on from this manifest; called before any tensor is read.
+
         Raises:
             CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
         """
         damaged = []
-        for folder in reversed(store.list_checkpoints(self.root)):
+        for folder in reversed(store.list_folders(self.root)):
             try:
                 manifest = read_manifest(folder)
                 bad = self._verify(folder, manifest)
@@ -130,12 +136,17 @@ class CheckpointManager:
                 damaged.append(folder.name)
                 log.warning("%s is damaged (%s); trying the checkpoint before it", folder, ", ".join(bad[:3]))
                 continue
+            check(manifest)
             load_sharded_state(folder, self.chunks, self.optimizer)
             return manifest
         if damaged:
             raise CheckpointError(
                 f"{self.root}: every checkpoint is damaged ({', '.join(damaged)}); "
                 "restore one, or start anew in another output_dir"
+            )
+        if foreign := store.foreign_files(self.root):
+            raise CheckpointError(
+                f"{self.root} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
             )
         return None
 
@@ -156,8 +167,7 @@ class CheckpointManager:
             store.apply_retention(self.root, self.config.keep, self.config.keep_every)
             return final
 
-        final = self._on_main_rank(complete)
-        return final
+        return self._on_main_rank(complete)
 
     def _verify(self, folder: Path, manifest: Manifest) -> list[str]:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -170,6 +180,10 @@ class CheckpointManager:
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()
         self._pending = None
+        # A writer that did finish has reported to this queue, where the next save would take it for its own.
+        results = filesystem_async._results_queue
+        while results is not None and not results.empty():
+            results.get_nowait()
 
     @staticmethod
     def _any_rank(condition: bool) -> bool:
@@ -193,4 +207,5 @@ class CheckpointManager:
 
 
 def _cause(error: BaseException) -> str:
+    """The last line of a message: there torch's reports name the error itself."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 # Flattened optimizer ranges in a form that any other layout can read.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -33,25 +38,38 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
 def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None) -> None:
     """Fill model and, if given, optimizer from a checkpoint written under any layout.
 
+    A checkpoint of weights alone (a conversion) leaves the optimizer with its initial state.
+
     Raises:
-        CheckpointError: its tensors do not fit the model.
+        CheckpointError: its tensors do not fit the model or the optimizer.
     """
-    if optimizer is not None:
-        _allocate_torch_state(optimizer)
-    state = sharded_state(chunks, optimizer, loading=True)
+    kept = optimizer
+    if optimizer is not None and not _has_optimizer(folder):
+        log.warning("%s has no optimizer state: the optimizer starts anew", folder)
+        kept = None
+    if kept is not None:
+        _allocate_torch_state(kept)
+    state = sharded_state(chunks, kept, loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except CheckpointingException as error:
+    except (CheckpointException, CheckpointingException) as error:
         raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
     for i, chunk in enumerate(chunks):
         unwrap_model(chunk).load_state_dict(loaded[_name(i)], strict=True)
-    if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
+    if kept is not None:
+        _load_optimizer(kept, loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
 
 
 def load_model_weights(folder: Path, chunks: list[Any]) -> None:
     """Fill the model only, for evaluation, generation and conversion."""
     load_sharded_state(folder, chunks, None)
+
+
+def _has_optimizer(folder: Path) -> bool:
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.") for name in names)
 
 
 def _allocate_torch_state(optimizer: MegatronOptimizer) -> None:

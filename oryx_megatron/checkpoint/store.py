@@ -18,8 +18,19 @@ PREFIX, WRITING = "iteration_", ".writing_"
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first."""
+    return [folder for folder in list_folders(root) if (folder / NAME).is_file()]
+
+
+def list_folders(root: str | Path) -> list[Path]:
+    """Folders under `root` with the name of a checkpoint, complete or not, oldest first."""
     folders = Path(root).glob(f"{PREFIX}*")
-    return sorted((f for f in folders if (f / NAME).is_file()), key=iteration_of)
+    return sorted((f for f in folders if f.name.removeprefix(PREFIX).isdecimal()), key=iteration_of)
+
+
+def foreign_files(root: Path) -> list[str]:
+    """Names under `root` that no run of this project put there."""
+    known = (PREFIX, WRITING)
+    return sorted(f.name for f in root.iterdir() if not f.name.startswith(known)) if root.is_dir() else []
 
 
 def iteration_of(folder: Path) -> int:

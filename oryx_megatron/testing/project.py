@@ -46,7 +46,7 @@ def tiny_project(folder: Path) -> Path:
         "model": {
             "name": "tiny",
             "mixer": "gdn",
-            "num_layers": 2,
+            "num_layers": 4,
             "hidden_size": 32,
             "ffn_hidden_size": 48,
             "num_heads": 4,

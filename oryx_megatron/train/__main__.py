@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.world_size is not None and not arguments.dry_run:
         parser.error("--world-size needs --dry-run")
     run = load_run(arguments.config, arguments.overrides)
-    layout = validate(run, arguments.world_size or world_size)
+    layout = validate(run, world_size if arguments.world_size is None else arguments.world_size)
     if arguments.dry_run:
         sys.stdout.write(
             f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "

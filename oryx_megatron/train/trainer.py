@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
@@ -52,7 +53,8 @@ class Trainer:
         self.data_rank = parallel_state.get_data_parallel_rank()
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
-        backends.select(run.kernels)
+        backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
+        log.info("kernels: %s", backends.describe())
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
         self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
@@ -63,6 +65,7 @@ class Trainer:
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         self._saved: int | None = None
+        self._save_error: CheckpointError | None = None
         self._resume()
         self.stream = SampleStream(
             self.datasets["train"],
@@ -79,7 +82,11 @@ class Trainer:
         self.callbacks: Sequence[Callback] = _reporters(run, self.folder) if parallel.is_main_rank() else ()
 
     def fit(self) -> None:
-        """Train until train.iterations (or train.exit_after), evaluating and saving on the way and at the end."""
+        """Train until train.iterations (or train.exit_after), evaluating and saving on the way and at the end.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written. (Failures before are reported only.)
+        """
         run = self.run
         last = min(run.train.iterations, run.train.exit_after or run.train.iterations)
         self._call("on_start", run, self.iteration)
@@ -92,6 +99,8 @@ class Trainer:
                     self.save()
                 self._complete_save(self.checkpoints.poll)
             self._complete_save(self.checkpoints.wait)
+            if self._save_error is not None:
+                raise self._save_error
         finally:
             # No collectives here: after an error, other ranks may never arrive.
             self.stream.close()
@@ -149,43 +158,59 @@ class Trainer:
         if self._saved == self.iteration:
             return
         self._complete_save(self.checkpoints.wait)
-        try:
-            path = self.checkpoints.save(self.iteration, self._manifest())
-        except CheckpointError as error:
-            log.error("%s; the run goes on, the last good checkpoint stays", error)
-            return
         self._saved = self.iteration
-        if path is not None:
-            self._call("on_checkpoint", path)
+        self._complete_save(lambda: self.checkpoints.save(self.iteration, self._manifest()))
 
     # ------------------------------------------------------------------------------------------------- internals
 
     def _complete_save(self, complete: Callable[[], Path | None]) -> None:
-        """Finish a background save, or report that it failed."""
+        """Make or finish a checkpoint, or report that it failed."""
         try:
             path = complete()
         except CheckpointError as error:
             log.error("%s; the run goes on, the last good checkpoint stays", error)
+            self._save_error = error
             return
         if path is not None:
+            self._save_error = None
             self._call("on_checkpoint", path)
 
     def _resume(self) -> None:
-        manifest = self.checkpoints.load()
+        manifest = self.checkpoints.load(self._check_manifest)
         if manifest is None:
             return
-        if manifest.config["model"] != to_dict(self.run)["model"]:
-            name = manifest.config["model"].get("name")
-            changed = [k for k, v in to_dict(self.run)["model"].items() if manifest.config["model"].get(k) != v]
-            raise CheckpointError(
-                f"{self.checkpoints.root}: belongs to model {name}, which differs in {', '.join(changed)}; "
-                "choose another output_dir"
-            )
-        check_resume(manifest.data["train"], self.datasets["train"])
         self.iteration = self._saved = manifest.iteration
         self.schedule.step(increment=manifest.iteration)
         self.evaluations = manifest.evaluations
         log.info("resumed from iteration %d of %s", manifest.iteration, self.checkpoints.root)
+
+    def _check_manifest(self, manifest: Manifest) -> None:
+        """Refuse to go on from the checkpoint of another model, or of other data or batches so far."""
+        root, run = self.checkpoints.root, self.run
+        written = manifest.run()
+        then, now = written.model, run.model
+        changed = [
+            f"{field.name} (there {getattr(then, field.name)}, here {getattr(now, field.name)})"
+            for field in dataclasses.fields(now)
+            if field.name not in _OF_NO_MATTER and getattr(then, field.name) != getattr(now, field.name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
+                "choose another output_dir"
+            )
+        if manifest.consumed_samples != manifest.iteration * run.train.global_batch_size:
+            raise CheckpointError(
+                f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
+                f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
+            )
+        if (sharded := written.parallel.distributed_optimizer) != run.parallel.distributed_optimizer:
+            raise CheckpointError(
+                f"{root}: written with parallel.distributed_optimizer {str(sharded).lower()}, whose state the other "
+                "optimizer cannot read; set it back"
+            )
+        if manifest.data["train"] is not None:  # a converted checkpoint knows of no data
+            check_resume(manifest.data["train"], self.datasets["train"])
 
     def _manifest(self) -> Any:
         iteration, evaluations, stream = self.iteration, self.evaluations, self.stream.state()
@@ -242,6 +267,10 @@ def _reporters(run: RunConfig, folder: Path) -> list[Callback]:
     if run.logging.wandb_project:
         reporters.append(WeightsAndBiases(run.logging.wandb_project, run, to_dict(run)))
     return reporters
+
+
+_OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")
+"""Fields of a model that may change on the way: they alter neither its parameters nor what it computes."""
 
 
 def _due(iteration: int, interval: int, last: int) -> bool:

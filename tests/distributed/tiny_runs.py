@@ -46,7 +46,7 @@ def train(config: Path, name: str, *overrides: str) -> None:
     platform.install()
     from oryx_megatron.train.trainer import Trainer
 
-    run = load_run(config, [*overrides, f"output_dir={config.parent / name}"])
+    run = load_run(config, ["model.num_layers=2", *overrides, f"output_dir={config.parent / name}"])
     parallel.initialize(run.parallel, seed=run.seed)
     try:
         trainer = Trainer(run, validate(run, torch.distributed.get_world_size()))
@@ -64,6 +64,25 @@ def copy_checkpoint(root: Path, source: str, target: str, iteration: int = HALF)
         name = f"checkpoints/iteration_{iteration:07d}"
         shutil.copytree(root / source / name, root / target / name)
     torch.distributed.barrier()
+
+
+def train_with_broken_writer(config: Path) -> None:
+    """Three steps with a save each; the second fails on the last rank only."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written = FileSystemWriterAsync.write_preloaded_data
+
+    def broken(*arguments: Any, **keywords: Any) -> None:
+        path = Path(keywords["write_bucket"][0])
+        if path.parent.name == ".writing_0000002" and torch.distributed.get_rank() == 1:
+            path.mkdir()  # so that it cannot be opened
+        written(*arguments, **keywords)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(broken)
+    try:
+        train(config, "gdn broken writer", *LAYOUTS["2x1x1"], "train.iterations=3", "checkpoint.interval=1")
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(written)
 
 
 def train_all(config: Path) -> None:
@@ -88,6 +107,8 @@ def train_all(config: Path) -> None:
         train(config, f"{variant} bf16", *fields, *BF16, *LAYOUTS["2x1x1"])
         copy_checkpoint(root, f"{variant} bf16", f"{variant} bf16 resumed", BF16_HALF)
         train(config, f"{variant} bf16 resumed", *fields, *BF16, *LAYOUTS["2x1x1" if variant == "gdn" else "1x1x2"])
+        if variant == "gdn":
+            train_with_broken_writer(config)
     for variant, name in worlds.share(1, itertools.product(VARIANTS, ("1x1x1", "2x1x1 to 1x1x1"))):
         with worlds.of(1, "one"):
             train(config, f"{variant} {name}", *FIELDS[variant])
