@@ -7,12 +7,14 @@ import dataclasses
 import gc
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from oryx_megatron import parallel
+from oryx_megatron.config import to_dict
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
@@ -25,6 +27,9 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.config.validate import validate
+
+if TYPE_CHECKING:
+    from oryx_megatron.checkpoint import CheckpointManager, Manifest
 
 T = TypeVar("T")
 
@@ -149,6 +154,29 @@ class Session:
     def steps(self, count: int) -> list[tuple[float, float]]:
         """`step`, `count` times."""
         return [self.step() for _ in range(count)]
+
+    def checkpoints(self, root: Path) -> CheckpointManager:
+        """A manager of this session's checkpoints under `root`."""
+        from oryx_megatron.checkpoint import CheckpointManager
+
+        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
+
+    def manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
+        """A manifest with what loading needs, for `CheckpointManager.save`."""
+        from oryx_megatron.checkpoint import Manifest
+
+        return Manifest(
+            iteration=self.iteration,
+            consumed_samples=self.iteration * self.run.train.global_batch_size,
+            config=to_dict(self.run),
+            layout={name: getattr(self.layout, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
+            rng={"seed": self.run.seed},
+            data={"train": self.stream.state()},
+            evaluations=[],
+            versions={},
+            commit=None,
+            files=files,
+        )
 
     def close(self) -> None:
         """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
