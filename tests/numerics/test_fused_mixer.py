@@ -1,6 +1,9 @@
 """The fused mixer and its Triton kernels, in Triton's interpreter on a CPU, against the separate steps.
 
-Skipped where Triton is not installed (it comes with torch for CUDA). tests/gpu runs the compiled kernels.
+    TRITON_INTERPRET=1 python -m pytest tests/numerics/test_fused_mixer.py
+
+Needs Triton, which torch for CPUs does not bring, and NumPy below 2.4 (Triton 3.6's interpreter). tests/gpu runs the
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from oryx_megatron.ops import scans
 from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.ssd import recurrent_ssd
 
-if not platform.has_gpu():
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels")
+pytestmark = pytest.mark.skipif(
+    not platform.installed("triton") or os.environ.get("TRITON_INTERPRET") != "1" or platform.has_gpu(),
+    reason="needs Triton and TRITON_INTERPRET=1 on a machine without a GPU",
+)
 
 PLANS = ("attention", "recurrent", "ratio:0.5", "runs:a0-13,r13-30,a30-37")
 LENGTH, ROWS, VOCABULARY = 37, 2, 31
