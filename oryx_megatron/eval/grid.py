@@ -1,0 +1,172 @@
+"""Retrieval accuracy over tasks × lengths × mode plans: run, table, JSON and plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.generation import LoadedModel
+from oryx_megatron.eval.retrieval import RetrievalBatch, RetrievalTask, Score, score
+from oryx_megatron.model import SequenceInfo
+from oryx_megatron.modes import ModePlan, parse_plan
+
+Predict = Callable[[Tensor, ModePlan], Tensor]
+"""(tokens [n, s], plan) → most likely next token after each, [n, s]."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one length under one plan."""
+
+    task: str
+    length: int
+    plan: str
+    attention_share: float
+    """Share of the tokens in attention mode."""
+    accuracy: float
+    """Share of answers found in full."""
+    token_accuracy: float
+    answers: int
+
+
+def run_grid(
+    predict: Predict,
+    tasks: Sequence[RetrievalTask],
+    lengths: Sequence[int],
+    plans: Sequence[str],
+    *,
+    chunk: int,
+    examples: int = 64,
+    batch_size: int = 16,
+    seed: int = 0,
+    on_cell: Callable[[Cell], None] | None = None,
+) -> list[Cell]:
+    """Score every combination on the same texts per task and length.
+
+    Args:
+        predict: The model.
+        tasks: What to ask.
+        lengths: Tokens per text.
+        plans: Mode plan specs; `chunk` is the chunk of `ratio:R` and `every:K`.
+        examples: Texts per task and length.
+        batch_size: Texts per call of `predict`.
+        seed: Of the texts.
+        on_cell: Called with every result.
+
+    Raises:
+        ConfigError: a plan that does not parse at a length, or a length too small for a task.
+    """
+    parsed = {(spec, length): parse_plan(spec, length, chunk=chunk) for spec in plans for length in lengths}
+    cells = []
+    for task in tasks:
+        for length in lengths:
+            batch = task.sample(length, examples, seed)
+            for spec in plans:
+                plan = parsed[spec, length]
+                total = Score(0, 0, 0, 0)
+                for part in _parts(batch, batch_size):
+                    total += score(predict(part.tokens, plan), part)
+                cells.append(
+                    Cell(
+                        task.name,
+                        length,
+                        spec,
+                        plan.attention_share,
+                        total.accuracy,
+                        total.token_accuracy,
+                        total.answers,
+                    )
+                )
+                if on_cell is not None:
+                    on_cell(cells[-1])
+    return cells
+
+
+def _parts(batch: RetrievalBatch, size: int) -> list[RetrievalBatch]:
+    parts = []
+    for start in range(0, len(batch.tokens), size):
+        rows = slice(start, start + size)
+        inside = (batch.answers[:, 0] >= start) & (batch.answers[:, 0] < start + size)
+        answers = batch.answers[inside] - torch.tensor([start, 0, 0])
+        parts.append(RetrievalBatch(batch.tokens[rows], batch.labels[rows], answers))
+    return parts
+
+
+def predict_with_checkpoint(model: LoadedModel) -> Predict:
+    """Predictions of a training checkpoint; under tensor parallelism every rank calls it alike."""
+
+    @torch.inference_mode()
+    def predict(tokens: Tensor, plan: ModePlan) -> Tensor:
+        info = SequenceInfo.build(plan, device=platform.device())
+        logits = model.chunk(
+            tokens.to(platform.device()), None, None, packed_seq_params=info, runtime_gather_output=True
+        )
+        return logits.argmax(-1).cpu()
+
+    return predict
+
+
+def predict_with_export(model: Any) -> Predict:
+    """Predictions of a Hugging Face Oryx model (or any causal model there, when the plan is all attention)."""
+
+    @torch.inference_mode()
+    def predict(tokens: Tensor, plan: ModePlan) -> Tensor:
+        options: dict[str, Any] = {}
+        if model.config.model_type == "oryx":
+            options["mode_plan"] = torch.from_numpy(plan.is_attention())
+        elif plan.attention_tokens < plan.length:
+            raise ConfigError(f"a {model.config.model_type} model attends to all tokens; its only plan is `attention`")
+        return model(tokens.to(model.device), use_cache=False, **options).logits.argmax(-1).cpu()
+
+    return predict
+
+
+def write_cells(cells: Sequence[Cell], path: str | Path, **about: Any) -> None:
+    """Write results as JSON, with what `about` says of the model and settings."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({**about, "cells": [asdict(cell) for cell in cells]}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def plot_cells(cells: Sequence[Cell], path: str | Path, title: str = "") -> None:
+    """Plot accuracy against the share of attention tokens, one panel per task, one line per length (PNG)."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    lengths = sorted({cell.length for cell in cells})
+    figure = Figure(figsize=(4.2 * len(tasks) + 0.6, 3.6), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks):
+        for number, length in enumerate(lengths):
+            points = sorted(
+                (cell.attention_share, cell.accuracy, cell.plan)
+                for cell in cells
+                if cell.task == task and cell.length == length
+            )
+            colour = f"C{number}"
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], "o-", color=colour, label=f"{length} tokens")
+            if length == lengths[-1]:
+                for x, y, plan in points:
+                    axes.annotate(plan, (x, y), xytext=(3, 4), textcoords="offset points", fontsize=6)
+        axes.set(title=task, xlabel="share of attention tokens", xlim=(-0.04, 1.12), ylim=(-0.04, 1.08))
+        axes.grid(alpha=0.3)
+    first = figure.axes[0]
+    first.set_ylabel("answers found")
+    first.legend(fontsize=7, loc="best")
+    if title:
+        figure.suptitle(title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
+    figure.savefig(temporary, dpi=140)
+    os.replace(temporary, path)

@@ -1,0 +1,338 @@
+"""Retrieval tasks with exact lengths, drawn by seed: multi-query associative recall, needle in a haystack, phone book.
+
+Each task makes batches of texts in which some tokens are answers that stand earlier in the text. The same batches
+train (labels are -100 elsewhere) and evaluate (`score`). Torch and numpy only; nothing is read from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oryx_megatron.errors import ConfigError
+
+IGNORED = -100
+"""Label of tokens that are not scored."""
+
+
+@dataclass(frozen=True)
+class RetrievalBatch:
+    """Texts of one length with answers to find."""
+
+    tokens: Tensor
+    """int64 [n, s]"""
+    labels: Tensor
+    """int64 [n, s]: the token to predict after each, IGNORED where nothing is asked."""
+    answers: Tensor
+    """int64 [m, 3]: text, first and last + 1 position of the labels that make one answer."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers were found."""
+
+    answers: int
+    exact: int
+    """Answers of which every token is right."""
+    tokens: int
+    right_tokens: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of answers found in full."""
+        return self.exact / self.answers if self.answers else 0.0
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of answer tokens found."""
+        return self.right_tokens / self.tokens if self.tokens else 0.0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.answers + other.answers,
+            self.exact + other.exact,
+            self.tokens + other.tokens,
+            self.right_tokens + other.right_tokens,
+        )
+
+
+def score(predictions: Tensor, batch: RetrievalBatch) -> Score:
+    """Compare the most likely next tokens [n, s] with the labels.
+
+    Answers of several tokens are scored with the true earlier tokens in the text, which for exact match is the same
+    as letting the model write greedily.
+    """
+    asked = batch.labels != IGNORED
+    right = (predictions.to(batch.labels.device) == batch.labels) & asked
+    exact = sum(bool(right[row, start:stop].all()) for row, start, stop in batch.answers.tolist())
+    return Score(len(batch.answers), exact, int(asked.sum()), int(right.sum()))
+
+
+class RetrievalTask(Protocol):
+    """A kind of text with answers in it."""
+
+    name: str
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """`count` texts of exactly `length` tokens, a function of the arguments alone.
+
+        Raises ConfigError when the length is too small for the task.
+        """
+        ...
+
+
+class Codec(Protocol):
+    """Text to token ids, as tokenizers of this project do it."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+
+class ByteCodec:
+    """UTF-8 bytes as tokens: for models trained on these tasks alone."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return list(text.encode())
+
+
+# ------------------------------------------------------------------------------------------------------------ recall
+
+
+@dataclass(frozen=True)
+class AssociativeRecall:
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs first, then their keys again among filler.
+
+    The first half of the vocabulary are keys, the second half values. After the `pairs` key-value pairs every key comes
+    once more, at a place drawn with a power law (most soon after the pairs, some late); the token to predict there is
+    its value. All other places hold random tokens that are no key of this text.
+    """
+
+    vocab_size: int = 8192
+    pairs: int = 8
+    power: float = 0.1
+    """Exponent of the gaps between queries; 1 is uniform."""
+    name: str = "mqar"
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """See RetrievalTask."""
+        keys_known = self.vocab_size // 2
+        if length < 3 * self.pairs or keys_known < 2 * self.pairs:
+            raise ConfigError(
+                f"{self.name}: {self.pairs} pairs need a length of at least {3 * self.pairs} (got {length}) and a "
+                f"vocabulary of at least {4 * self.pairs} (got {self.vocab_size})"
+            )
+        rng = _generator(self.name, seed, length)
+        tokens = np.zeros((count, length), np.int64)
+        labels = np.full((count, length), IGNORED, np.int64)
+        answers = []
+        start = 2 * self.pairs
+        places = np.arange(1, length - start + 1, dtype=np.float64)
+        chance = places ** (self.power - 1.0)
+        chance /= chance.sum()
+        for row in range(count):
+            known = rng.permutation(keys_known)
+            keys, others = known[: self.pairs], known[self.pairs :]
+            values = keys_known + rng.choice(self.vocab_size - keys_known, self.pairs, replace=False)
+            tokens[row, start:] = np.where(
+                rng.random(length - start) < 0.5,
+                rng.choice(others, length - start),
+                rng.integers(keys_known, self.vocab_size, length - start),
+            )
+            tokens[row, 0:start:2], tokens[row, 1:start:2] = keys, values
+            where = start + rng.choice(length - start, self.pairs, replace=False, p=chance)
+            order = rng.permutation(self.pairs)
+            tokens[row, where], labels[row, where] = keys[order], values[order]
+            answers += [(row, place, place + 1) for place in sorted(where.tolist())]
+        return _batch(tokens, labels, answers)
+
+
+# ------------------------------------------------------------------------------------------------------- text tasks
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_FIRST = _words("Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Lea Max Nia Oto Pia Ray Sue Tom Uma Vic Wyn Yan Zoe")
+_LAST = _words("Abel Bauer Costa Diaz Evans Fonda Gupta Hahn Ito Jones Khan Lopez Meyer Novak Olsen Perez Quinn Rossi")
+_NOUNS = _words("river market garden winter letter engine window mountain teacher station harbour picture kitchen")
+_VERBS = _words("follows leaves watches remembers builds carries crosses paints repairs answers visits measures")
+_CITIES = _words("Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One fact at a drawn depth of a text of plain sentences, asked for at its end."""
+
+    codec: Codec
+    digits: int = 5
+    depth: float | None = None
+    """Where the fact stands, from 0 (start) to 1 (end); None: drawn for every text."""
+    name: str = "needle"
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """See RetrievalTask."""
+        rng = _generator(self.name, seed, length)
+        texts, labels, answers = [], [], []
+        for row in range(count):
+            city = _pick(rng, _CITIES)
+            number = _number(rng, self.digits)
+            asked = f"The secret number of {city} is"
+            needle = self.codec.encode(f"{asked} {number}.\n")
+            question, answer = self.codec.encode(f"Question: {asked}"), _continuation(self.codec, asked, f" {number}")
+            room = length - len(needle) - len(question) - len(answer)
+            if room < 0:
+                raise ConfigError(f"{self.name}: length {length} is too small; {length - room} tokens are needed")
+            hay = _filled(lambda: self.codec.encode(_sentence(rng)), room)
+            at = _line_start(hay, round((self.depth if self.depth is not None else rng.random()) * room))
+            _finish(hay.upto(at) + needle + hay.after(at) + question, answer, row, texts, labels, answers)
+        return _batch(np.array(texts), np.array(labels), answers)
+
+
+@dataclass(frozen=True)
+class PhoneBook:
+    """A list of names with numbers that fills the text, and at its end one name whose number is asked for.
+
+    As in "Repeat After Me" (arXiv 2402.01032), without its examples: models here are base models.
+    """
+
+    codec: Codec
+    digits: int = 5
+    name: str = "phonebook"
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """See RetrievalTask."""
+        rng = _generator(self.name, seed, length)
+        texts, labels, answers = [], [], []
+        for row in range(count):
+            entries: list[tuple[str, str]] = []
+            seen: set[str] = set()
+            used = 0
+            while True:
+                who, number = _person(rng, seen), _number(rng, self.digits)
+                seen.add(who)
+                line = self.codec.encode(f"{who}: {number}\n")
+                # Room for the longest question; the rest is filled by an opening line of another kind.
+                if (
+                    used + len(line) + max(len(self.codec.encode(f"{w}: {n}\n")) for w, n in [*entries, (who, number)])
+                    > length
+                ):
+                    break
+                entries.append((who, number))
+                used += len(line)
+            if not entries:
+                raise ConfigError(f"{self.name}: length {length} is too small for one entry and one question")
+            who, number = entries[int(rng.integers(len(entries)))]
+            lines = [token for name, digits in entries for token in self.codec.encode(f"{name}: {digits}\n")]
+            question, answer = self.codec.encode(f"{who}:"), _continuation(self.codec, f"{who}:", f" {number}")
+            room = length - len(lines) - len(question) - len(answer)
+            opening = _filled(lambda: self.codec.encode(_sentence(rng)), room).tokens
+            _finish(opening + lines + question, answer, row, texts, labels, answers)
+        return _batch(np.array(texts), np.array(labels), answers)
+
+
+@dataclass(frozen=True)
+class _Filler:
+    tokens: list[int]
+    starts: tuple[int, ...]
+    """Where its lines begin."""
+
+    def upto(self, at: int) -> list[int]:
+        return self.tokens[:at]
+
+    def after(self, at: int) -> list[int]:
+        return self.tokens[at:]
+
+
+def _filled(make: Callable[[], list[int]], room: int) -> _Filler:
+    """Exactly `room` tokens of lines; the first line is cut at its front so that lines end where they should."""
+    lines: list[list[int]] = []
+    total = 0
+    while total < room:
+        lines.append(make())
+        total += len(lines[-1])
+    if lines:
+        lines[0] = lines[0][total - room :]
+    starts = np.cumsum([0, *(len(line) for line in lines)]).tolist()
+    return _Filler([token for line in lines for token in line], tuple(starts))
+
+
+def _line_start(hay: _Filler, wanted: int) -> int:
+    """The start (or end) of a line nearest to `wanted`."""
+    return min(hay.starts, key=lambda start: abs(start - wanted))
+
+
+def _continuation(codec: Codec, before: str, answer: str) -> list[int]:
+    """Tokens of an answer as they follow what stands before it in the text."""
+    together, alone = codec.encode(before + answer), codec.encode(before)
+    return together[len(alone) :] if together[: len(alone)] == alone else codec.encode(answer)
+
+
+def _finish(
+    text: list[int],
+    answer: list[int],
+    row: int,
+    texts: list[list[int]],
+    labels: list[list[int]],
+    answers: list[tuple[int, int, int]],
+) -> None:
+    """Append one text: the question's last token predicts the answer's first, and so on; the last is not put in."""
+    start = len(text) - 1
+    texts.append(text + answer)
+    labels.append([IGNORED] * start + answer + [IGNORED])
+    answers.append((row, start, start + len(answer)))
+
+
+def _batch(tokens: np.ndarray, labels: np.ndarray, answers: list[tuple[int, int, int]]) -> RetrievalBatch:
+    return RetrievalBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.tensor(answers).reshape(-1, 3))
+
+
+def _generator(name: str, seed: int, length: int) -> np.random.Generator:
+    return np.random.default_rng([seed, length, *name.encode()])
+
+
+def _pick(rng: np.random.Generator, words: list[str]) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def _number(rng: np.random.Generator, digits: int) -> str:
+    return "".join(str(digit) for digit in rng.integers(0, 10, digits))
+
+
+def _person(rng: np.random.Generator, seen: set[str]) -> str:
+    """A name not in `seen`; the second initial comes into use when the short ones run out."""
+    for attempt in range(10_000):
+        middle = (
+            "" if attempt < 50 else "".join(chr(65 + int(i)) for i in rng.integers(0, 26, 1 + attempt // 200)) + ". "
+        )
+        name = f"{_pick(rng, _FIRST)} {middle}{_pick(rng, _LAST)}"
+        if name not in seen:
+            return name
+    raise ConfigError("phonebook: the text is too long for this many different names")
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    return f"The {_pick(rng, _NOUNS)} {_pick(rng, _VERBS)} the {_pick(rng, _NOUNS)} near the {_pick(rng, _NOUNS)}.\n"
+
+
+def retrieval_task(name: str, codec: Codec) -> RetrievalTask:
+    """The task of a name, in its usual form, for a model with this tokenizer. ConfigError lists the names."""
+    tasks: dict[str, Callable[[], RetrievalTask]] = {
+        "mqar": lambda: AssociativeRecall(codec.vocab_size),
+        "needle": lambda: Needle(codec),
+        "phonebook": lambda: PhoneBook(codec),
+    }
+    if name not in tasks:
+        raise ConfigError(f"retrieval task `{name}` is unknown; known: {', '.join(tasks)}")
+    return tasks[name]()

@@ -1,0 +1,498 @@
+"""Between training checkpoints and Hugging Face folders, tensor by tensor, with every name accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
+from oryx_megatron.checkpoint.manifest import file_digest, git_commit, package_versions, write_manifest
+from oryx_megatron.config import check_model, to_dict
+from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
+from oryx_megatron.hf import configuration_oryx, modeling_oryx
+from oryx_megatron.hf.card import model_card
+from oryx_megatron.hf.configuration_oryx import OryxConfig
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.hf.tables import (
+    EXTRA_STATE,
+    FP32,
+    Rule,
+    check_names,
+    extra_states,
+    from_hf_config,
+    to_hf_config,
+    weight_rules,
+)
+from oryx_megatron.hf.tensors import CheckpointReader, SafetensorsReader, Shape, write_checkpoint, write_safetensors
+from oryx_megatron.hf.tokenizer import export_tokenizer
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "oryx_manifest.json"
+"""The checkpoint's manifest, kept in an export so that it can become a checkpoint again."""
+
+Format = Literal["keep", "bf16", "fp32"]
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NOT_WEIGHTS = ("optimizer.", "rng_state")
+"""Starts of the names of what a checkpoint holds besides the model."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote."""
+
+    source: Path
+    target: Path
+    tensors: int
+    bytes: int
+    model: ModelConfig
+
+
+# ------------------------------------------------------------------------------------------------- to Hugging Face
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: Format = "keep",
+    shard_bytes: int = 5_000_000_000,
+    mode_plan: str | None = None,
+    tokenizer: str | Path | None = None,
+    with_tokenizer: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write a checkpoint, of any layout, as a folder that transformers loads without this package.
+
+    Args:
+        source: Checkpoint, or run folder (its newest checkpoint).
+        target: Folder to make; it appears when it is whole.
+        dtype: Format of the weights; gates' small parameters stay fp32 in any case.
+        shard_bytes: Largest size of one safetensors file.
+        mode_plan: Default plan of the exported model.
+        tokenizer: Tokenizer folder; default the run's.
+        with_tokenizer: False leaves the tokenizer out.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+        DataError: the tokenizer is missing or not the run's.
+        ConversionError: a tensor is missing, left over or of a wrong shape; the target exists.
+    """
+    source, target = find_checkpoint(source), Path(target)
+    manifest = read_manifest(source)
+    run = manifest.run()
+    model = run.model
+    spoken = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
+    config = to_hf_config(
+        model,
+        mode_plan=mode_plan,
+        mode_chunk=run.modes.chunk,
+        max_position_embeddings=run.data.sequence_length,
+        architectures=["OryxForCausalLM"],
+        eos_token_id=manifest.data["tokenizer"]["eod"],
+    )
+    reader = CheckpointReader(source)
+    rules = weight_rules(model)
+    wanted = hf_shapes(config)
+    found = {name: shape for name, shape in reader.shapes().items() if not _beside_weights(name)}
+    check_names(checkpoint_shapes(rules, wanted, model.num_layers), found, f"{source}:")
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
+    places: dict[str, tuple[Rule, int | None]] = {}
+    for rule, layer in _unrolled(rules, model.num_layers):
+        for name in (_named(hf, layer) for hf in rule.hf):
+            own = reader.dtype(rule.checkpoint[0]) if dtype == "keep" else _DTYPES[dtype]
+            tensors[name] = (wanted[name], torch.float32 if name.split(".")[-1] in FP32 else own)
+            places[name] = rule, layer
+    config.dtype = tensors["model.embed_tokens.weight"][1]
+
+    def produce(name: str) -> Tensor:
+        rule, layer = places[name]
+        names = [_named(hf, layer) for hf in rule.hf]
+        start = sum(wanted[other][0] for other in names[: names.index(name)])
+        rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in rule.checkpoint])
+        return rows[start : start + wanted[name][0]].to(tensors[name][1])
+
+    with _appearing(target, overwrite) as folder:
+        write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
+        config.save_pretrained(folder)
+        for module in (configuration_oryx, modeling_oryx):
+            shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
+        end = manifest.data["tokenizer"]["eod"]
+        GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False).save_pretrained(folder)
+        if spoken is not None:
+            export_tokenizer(spoken, folder, run.data.sequence_length)
+        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(manifest, target.name), encoding="utf-8")
+    size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
+    return Conversion(source, target, len(tensors), size, model)
+
+
+def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None) -> Tokenizer:
+    tokenizer = load_tokenizer(folder or run.data.tokenizer)
+    if tokenizer.fingerprint != manifest.data["tokenizer"]["fingerprint"]:
+        raise ConversionError(
+            f"{tokenizer.folder} is not the tokenizer of the checkpoint ({manifest.data['tokenizer']['name']}, "
+            f"{manifest.data['tokenizer']['fingerprint'][:12]}…); give the right one with --tokenizer"
+        )
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------- from Hugging Face
+
+
+def import_(
+    source: str | Path, target: str | Path, run: RunConfig | None = None, *, overwrite: bool = False
+) -> Conversion:
+    """Turn an Oryx folder of Hugging Face's form into a checkpoint that loads under any layout.
+
+    Args:
+        source: Folder with config.json and safetensors.
+        target: Run folder to make; the checkpoint lies in its checkpoints/.
+        run: Run config that the manifest shall hold (its model is replaced); default: the one in the folder's
+            oryx_manifest.json.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        ConversionError: not an Oryx folder, damaged, or a tensor is missing, left over or of a wrong shape.
+    """
+    source = Path(source)
+    config = _oryx_config(source)
+    kept = _kept_manifest(source)
+    if run is None and kept is None:
+        raise ConversionError(f"{source} has no {MANIFEST} that says how it was trained; give a run config with --run")
+    name = kept.config["model"]["name"] if kept is not None else source.resolve().name
+    model = from_hf_config(config, name)
+    _check(model, source)
+    reader = SafetensorsReader(source)
+    shapes = hf_shapes(config)
+    found = {name: shape for name, shape in reader.shapes().items() if not _tied(name, config)}
+    check_names(shapes, found, f"{source}:")
+    if run is None:
+        assert kept is not None
+        run = kept.run()
+    if kept is None or to_dict(run) != kept.config:
+        kept = None  # another run: it starts from these weights, at its own first step
+    return _write(source, Path(target), model, shapes, reader.dtype, reader.read, run, kept, overwrite)
+
+
+def import_llama(
+    source: str | Path,
+    target: str | Path,
+    run: RunConfig,
+    *,
+    mixer: Literal["gdn", "mamba2"] = "mamba2",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Conversion:
+    """Start an Oryx model from a Transformer in Llama's layout. This is our own extension, not the paper's.
+
+    Copied: embedding, norms, SwiGLU, key, value, query and output projections, rotary base. The recurrent query starts
+    as a copy of the attention query (keys and values are shared anyway); gates and their biases start as in a new
+    model; a Mamba-2 start gets convolutions that pass their input through, a Gated DeltaNet start gets none, because
+    its activation would change keys and values; there is no output gate and no qk_norm. What attention reads is then
+    exactly Llama's; only the RMSNorm behind the mixer, which Llama lacks, has to be learned.
+
+    Args as in `import_`; `seed` of the new gates.
+
+    Raises:
+        ConversionError: not a Llama folder, or one with biases, another activation or scaled rotary embedding.
+    """
+    source = Path(source)
+    theirs = _json(source / "config.json")
+    model = _llama_model(source, theirs, mixer)
+    _check(model, source)
+    config = to_hf_config(model)
+    reader = SafetensorsReader(source)
+    shapes = hf_shapes(config)
+    copied = {_named(ours, i): _named(llama, i) for i in range(model.num_layers) for ours, llama in LLAMA.items()}
+    copied = {ours: llama for ours, llama in copied.items() if ours in shapes}
+    found = {name: shape for name, shape in reader.shapes().items() if not _tied(name, config)}
+    check_names({llama: shapes[ours] for ours, llama in copied.items()}, found, f"{source}:")
+    dtype = reader.dtype("model.embed_tokens.weight")
+
+    def produce(name: str) -> Tensor:
+        if name in copied:
+            return reader.read(copied[name])
+        return _new_tensor(name, shapes[name], model, seed).to(dtype_of(name))
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.split(".")[-1] in FP32 else dtype
+
+    return _write(source, Path(target), model, shapes, dtype_of, produce, run, None, overwrite)
+
+
+LLAMA = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "model.layers.{i}.input_layernorm.weight": "model.layers.{i}.input_layernorm.weight",
+    "model.layers.{i}.pre_mlp_layernorm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+    "model.layers.{i}.mixer.k_proj.weight": "model.layers.{i}.self_attn.k_proj.weight",
+    "model.layers.{i}.mixer.v_proj.weight": "model.layers.{i}.self_attn.v_proj.weight",
+    "model.layers.{i}.mixer.q_attention_proj.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "model.layers.{i}.mixer.q_recurrent_proj.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "model.layers.{i}.mixer.out_proj.weight": "model.layers.{i}.self_attn.o_proj.weight",
+    "model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.mlp.gate_proj.weight",
+    "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.mlp.up_proj.weight",
+    "model.layers.{i}.mlp.down_proj.weight": "model.layers.{i}.mlp.down_proj.weight",
+}
+"""Oryx name → the Llama tensor it is copied from."""
+
+
+def _llama_model(source: Path, theirs: dict[str, Any], mixer: Literal["gdn", "mamba2"]) -> ModelConfig:
+    if theirs.get("model_type") != "llama":
+        raise ConversionError(f"{source}: model type {theirs.get('model_type')!r}; known: oryx, llama")
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    for field, value, wanted in (
+        ("hidden_act", theirs.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", theirs.get("attention_bias", False), False),
+        ("mlp_bias", theirs.get("mlp_bias", False), False),
+        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
+    ):
+        if value != wanted:
+            raise ConversionError(f"{source}: {field} is {value!r}; only {wanted!r} can become an Oryx model")
+    try:
+        heads = theirs["num_attention_heads"]
+        width = theirs.get("head_dim") or theirs["hidden_size"] // heads
+        return ModelConfig(
+            name=f"{source.resolve().name}-{mixer}",
+            mixer=mixer,
+            num_layers=theirs["num_hidden_layers"],
+            hidden_size=theirs["hidden_size"],
+            ffn_hidden_size=theirs["intermediate_size"],
+            num_heads=heads,
+            num_kv_heads=theirs.get("num_key_value_heads") or heads,
+            key_width=width,
+            value_width=width,
+            vocab_size=theirs["vocab_size"],
+            conv_width=4 if mixer == "mamba2" else 0,
+            output_gate=False,
+            qk_norm=False,
+            rotary_base=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
+            tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
+            norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
+            init_std=theirs.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise ConversionError(f"{source / 'config.json'} lacks {error}") from None
+
+
+def _new_tensor(name: str, shape: Shape, model: ModelConfig, seed: int) -> Tensor:
+    """First value of a tensor that Llama lacks."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    kind = name.removesuffix(".weight").split(".")[-1]
+    if kind in ("out_norm", "d_skip"):
+        return torch.ones(shape)
+    if kind == "conv":
+        taps = torch.zeros(shape)
+        taps[:, -1] = 1.0
+        return taps
+    if kind == "a_log":
+        return torch.empty(shape).uniform_(*model.decay_init, generator=generator).log()
+    if kind == "dt_bias":
+        low, high = (math.log(bound) for bound in model.dt_init)
+        dt = torch.empty(shape).uniform_(low, high, generator=generator).exp()
+        return dt + torch.log(-torch.expm1(-dt))
+    if kind == "decay_proj":
+        return torch.empty(shape).normal_(0, model.init_std, generator=generator)
+    raise ConversionError(f"no first value is known for {name}")
+
+
+def _write(
+    source: Path,
+    target: Path,
+    model: ModelConfig,
+    shapes: dict[str, Shape],
+    dtype_of: Callable[[str], torch.dtype],
+    read: Callable[[str], Tensor],
+    run: RunConfig,
+    kept: Manifest | None,
+    overwrite: bool,
+) -> Conversion:
+    """Write the checkpoint of a model given by its Hugging Face tensors."""
+    rules = weight_rules(model)
+    run = dataclasses.replace(run, model=model)
+    wanted = checkpoint_shapes(rules, shapes, model.num_layers)
+    places = {part: (rule, number) for rule in rules for number, part in enumerate(rule.checkpoint)}
+    stacked = {part for part, (rule, _) in places.items() if rule.layered}
+    dtypes = {part: dtype_of(_named(rule.hf[0], 0)) for part, (rule, _) in places.items()}
+
+    def produce(part: str, layer: int | None) -> Tensor:
+        rule, number = places[part]
+        rows = torch.cat([read(_named(hf, layer)) for hf in rule.hf])
+        start = sum(rule.rows[:number])
+        return rows[start : start + rule.rows[number]].clone() if rule.rows else rows
+
+    with _appearing(target, overwrite) as folder:
+        writing = store.begin(folder / "checkpoints", kept.iteration if kept else 0)
+        write_checkpoint(writing, wanted, dtypes, stacked, produce, extra_states(model))
+        files = {path.name: file_digest(path) for path in sorted(writing.iterdir())}
+        if kept is not None:
+            manifest = dataclasses.replace(kept, files=files)
+        else:
+            manifest = Manifest(
+                iteration=0,
+                consumed_samples=0,
+                config=to_dict(run),
+                layout={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
+                rng={"seed": run.seed},
+                data={"train": None, "tokenizer": _described(run)},
+                evaluations=[],
+                versions=package_versions(),
+                commit=git_commit(),
+                files=files,
+            )
+        write_manifest(writing, manifest)
+        store.commit(writing)
+    size = sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
+    return Conversion(source, target, len(wanted), size, model)
+
+
+def _described(run: RunConfig) -> dict[str, Any]:
+    return dict(load_tokenizer(run.data.tokenizer).describe())
+
+
+def _kept_manifest(source: Path) -> Manifest | None:
+    if not (source / MANIFEST).is_file():
+        return None
+    try:
+        return Manifest(**_json(source / MANIFEST))
+    except TypeError as error:
+        raise ConversionError(f"{source / MANIFEST} is damaged ({error})") from None
+
+
+def _oryx_config(source: Path) -> OryxConfig:
+    fields = _json(source / "config.json")
+    if fields.get("model_type") != OryxConfig.model_type:
+        raise ConversionError(f"{source}: model type {fields.get('model_type')!r}; known: oryx, llama")
+    try:
+        return OryxConfig.from_dict(fields)
+    except ValueError as error:
+        raise ConversionError(f"{source / 'config.json'}: {error}") from None
+
+
+def hf_model_type(source: str | Path) -> str | None:
+    """`model_type` of a folder's config.json. Raises ConversionError when there is none to read."""
+    return _json(Path(source) / "config.json").get("model_type")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}); is this a Hugging Face folder?") from None
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds no JSON object")
+    return value
+
+
+def _check(model: ModelConfig, source: Path) -> None:
+    try:
+        check_model(model)
+    except ConfigError as error:
+        raise ConversionError(f"{source / 'config.json'}: {error}") from None
+
+
+def _tied(name: str, config: OryxConfig) -> bool:
+    """Whether a file repeats the embedding under the output layer's name."""
+    return name == "lm_head.weight" and bool(config.tie_word_embeddings)
+
+
+# ---------------------------------------------------------------------------------------------------------- common
+
+
+def hf_shapes(config: OryxConfig) -> dict[str, Shape]:
+    """Name → shape of every tensor of the Hugging Face model."""
+    with torch.device("meta"):
+        model = OryxForCausalLM(config)
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if not _tied(name, config)}
+
+
+def checkpoint_shapes(rules: tuple[Rule, ...], hf: dict[str, Shape], layers: int) -> dict[str, Shape]:
+    """Name → shape of every weight of a checkpoint, from the shapes of the other side."""
+    shapes: dict[str, Shape] = {}
+    for rule in rules:
+        parts = [hf[_named(name, 0)] for name in rule.hf]
+        rows = rule.rows or (sum(part[0] for part in parts),)
+        for name, count in zip(rule.checkpoint, rows):
+            shape = (count, *parts[0][1:])
+            shapes[name] = (layers, *shape) if rule.layered else shape
+    return shapes
+
+
+def _unrolled(rules: tuple[Rule, ...], layers: int) -> Iterator[tuple[Rule, int | None]]:
+    for rule in rules:
+        yield from ((rule, i) for i in range(layers)) if rule.layered else ((rule, None),)
+
+
+def _named(name: str, layer: int | None) -> str:
+    return name.format(i=layer)
+
+
+def _by_layer(item: tuple[str, Any]) -> tuple[int, str]:
+    """Sort key: embedding, then layer by layer, then the rest."""
+    name = item[0].split(".")
+    if name[:2] == ["model", "layers"]:
+        return int(name[2]), item[0]
+    return (-1 if name[1] == "embed_tokens" else 1 << 30), item[0]
+
+
+def _beside_weights(name: str) -> bool:
+    return name.startswith(_NOT_WEIGHTS) or EXTRA_STATE in name
+
+
+@contextlib.contextmanager
+def _appearing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder under a temporary name that becomes `target` when all went well."""
+    if target.exists() and not overwrite:
+        raise ConversionError(f"{target} exists already; choose another name or pass --overwrite")
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConversionError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        yield folder
+        _sync(folder)
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+        _sync(target.parent, contents=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path, contents: bool = True) -> None:
+    for path in [*(p for p in folder.rglob("*") if contents and p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+__all__ = ["CheckpointError", "Conversion", "export", "hf_model_type", "import_", "import_llama"]

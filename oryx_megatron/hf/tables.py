@@ -1,0 +1,147 @@
+"""How the two sides name things: config fields and weights, each as one table that is read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.errors import ConversionError
+from oryx_megatron.hf.configuration_oryx import OryxConfig
+from oryx_megatron.model.mixer import conv_parts, decay_proj_parts, in_proj_parts
+
+CONFIG = {
+    "mixer": "mixer",
+    "modes": "modes",
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "key_width": "head_dim",
+    "value_width": "value_head_dim",
+    "vocab_size": "vocab_size",
+    "conv_width": "conv_width",
+    "output_gate": "output_gate",
+    "qk_norm": "qk_norm",
+    "rotary": "rotary",
+    "rotary_base": "rotary_base",
+    "shared_query": "shared_query",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "decay_init": "decay_init",
+    "dt_init": "dt_init",
+    "recurrence_chunk": "recurrence_chunk",
+}
+"""Field of ModelConfig → field of OryxConfig. `name` has no counterpart; it travels in the manifest."""
+
+
+def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
+    """The Hugging Face config of a model; `more` sets fields that the model config does not have."""
+    fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
+    return OryxConfig(**fields, **more)
+
+
+def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
+    """The model config of a Hugging Face config; G = H becomes null, as the presets write it."""
+    fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG.items()}
+    fields |= {key: tuple(fields[key]) for key in ("decay_init", "dt_init")}
+    if fields["num_kv_heads"] == fields["num_heads"]:
+        fields["num_kv_heads"] = None
+    return ModelConfig(name=name, **fields)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors that hold the same rows: those of `hf` end to end are those of `checkpoint` end to end.
+
+    `{i}` stands for the number of the layer; a checkpoint stacks the layers of such a tensor along a new first axis.
+    """
+
+    hf: tuple[str, ...]
+    checkpoint: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    """Rows of each of several `checkpoint` tensors."""
+
+    @property
+    def layered(self) -> bool:
+        return "{i}" in self.hf[0]
+
+
+_IN_PROJ = {
+    "key": "k_proj",
+    "value": "v_proj",
+    "query": "q_proj",
+    "query_attention": "q_attention_proj",
+    "query_recurrent": "q_recurrent_proj",
+    "output_gate": "gate_proj",
+}
+
+_LAYER, _STACK = "model.layers.{i}.", "decoder.layers."
+_MIXER, _ATTENTION = _LAYER + "mixer.", _STACK + "self_attention."
+
+_WHOLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
+    ("model.embed_tokens.weight", "embedding.word_embeddings.weight", lambda m: True),
+    ("model.norm.weight", "decoder.final_layernorm.weight", lambda m: True),
+    ("lm_head.weight", "output_layer.weight", lambda m: not m.tie_embeddings),
+    (_LAYER + "input_layernorm.weight", _STACK + "input_layernorm.weight", lambda m: True),
+    (_LAYER + "pre_mlp_layernorm.weight", _STACK + "pre_mlp_layernorm.weight", lambda m: True),
+    (_LAYER + "mlp.down_proj.weight", _STACK + "mlp.linear_fc2.weight", lambda m: True),
+    (_MIXER + "out_proj.weight", _ATTENTION + "out_proj.weight", lambda m: True),
+    (_MIXER + "out_norm.weight", _ATTENTION + "out_norm.weight", lambda m: True),
+    (_MIXER + "query_norm.weight", _ATTENTION + "query_norm.weight", lambda m: m.has_attention and m.qk_norm),
+    (_MIXER + "key_norm.weight", _ATTENTION + "key_norm.weight", lambda m: m.has_attention and m.qk_norm),
+    (_MIXER + "a_log", _ATTENTION + "a_log", lambda m: m.has_recurrence),
+    (_MIXER + "dt_bias", _ATTENTION + "dt_bias", lambda m: m.has_recurrence),
+    (_MIXER + "d_skip", _ATTENTION + "d", lambda m: m.has_recurrence and m.mixer == "mamba2"),
+)
+"""Tensors that are the same on both sides: Hugging Face name, checkpoint name, whether a model has it."""
+
+FP32 = ("a_log", "dt_bias", "d_skip")
+"""Last part of the names of tensors that stay fp32 in every export."""
+
+EXTRA_STATE = "_extra_state"
+"""Objects that megatron-core's linear layers put into checkpoints for FP8: scaling state, no weights."""
+
+_LINEARS = ("self_attention.in_proj", "self_attention.out_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def weight_rules(model: ModelConfig) -> tuple[Rule, ...]:
+    """All weights of this model."""
+    rules = [Rule((hf,), (checkpoint,)) for hf, checkpoint, present in _WHOLE if present(model)]
+    rules += [
+        Rule((f"{_MIXER}{_IN_PROJ[part]}.weight",), (f"{_ATTENTION}in_proj.weight.{part}",))
+        for part in in_proj_parts(model)
+    ]
+    rules.append(
+        Rule((_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"), (_STACK + "mlp.linear_fc1.weight",))
+    )
+    for name, parts in (("conv", conv_parts(model)), ("decay_proj", decay_proj_parts(model))):
+        if parts:
+            names = tuple(f"{_ATTENTION}{name}.weight.{part}" for part in parts)
+            rules.append(Rule((f"{_MIXER}{name}.weight",), names, tuple(parts.values())))
+    return tuple(rules)
+
+
+def extra_states(model: ModelConfig) -> list[str]:
+    """Names of the (empty) extra states that megatron-core expects in a checkpoint of this model."""
+    linears = [*_LINEARS, *(["self_attention.decay_proj"] if model.has_recurrence else [])]
+    names = [f"{_STACK}{linear}.{EXTRA_STATE}/shard_{i}_{model.num_layers}" for linear in linears
+             for i in range(model.num_layers)]  # fmt: skip
+    return names if model.tie_embeddings else [*names, f"output_layer.{EXTRA_STATE}/shard_0_1"]
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise ConversionError when tensors are missing, left over or of another shape."""
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - found.keys())),
+        ("holds tensors that nothing maps:", sorted(found.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConversionError(f"{what} {problem} {', '.join(names[:3])}{more}")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise ConversionError(f"{what}: {name} has shape {list(found[name])}, the config asks for {list(shape)}")

@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Turn a Hugging Face folder into a checkpoint: an Oryx export, or a Llama as the start of an Oryx model.
+
+    python tools/convert_from_hf.py EXPORT RUN --verify
+    python tools/convert_from_hf.py EXPORT RUN --run configs/run/quickstart.yaml train.iterations=500
+    python tools/convert_from_hf.py LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml --mixer mamba2
+
+The checkpoint lies in RUN/checkpoints and loads under any layout. An export made by convert_to_hf.py knows its run;
+for others, and for another run, --run (with key=value overrides) gives it, its model replaced by the folder's.
+Of a Llama, the attention path is copied and the recurrent path initialised (our own extension; docs/huggingface.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConfigError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors")
+    parser.add_argument("output", help="run folder to make")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to --run")
+    parser.add_argument("--run", help="run config that the checkpoint shall belong to")
+    parser.add_argument(
+        "--mixer",
+        choices=("gdn", "mamba2"),
+        default="mamba2",
+        help="recurrence of a Llama start (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the new gates of a Llama start (default: %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="compare logits of both sides in fp32 and bf16")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    return parser
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, convert, verify, report."""
+    arguments = _parser().parse_args(argv)
+    if arguments.overrides and arguments.run is None:
+        raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from oryx_megatron.config import load_run
+    from oryx_megatron.hf.convert import hf_model_type, import_, import_llama
+    from oryx_megatron.hf.verify import verify
+
+    run = load_run(arguments.run, arguments.overrides) if arguments.run is not None else None
+    llama = hf_model_type(arguments.folder) == "llama"
+    if llama:
+        if run is None:
+            raise ConfigError("a Llama folder says nothing of a run to come; give a run config with --run")
+        if arguments.verify:
+            raise ConfigError("--verify compares equal models; a Llama and the Oryx that starts from it are not equal")
+        done = import_llama(
+            arguments.folder,
+            arguments.output,
+            run,
+            mixer=arguments.mixer,
+            seed=arguments.seed,
+            overwrite=arguments.overwrite,
+        )
+    else:
+        done = import_(arguments.folder, arguments.output, run, overwrite=arguments.overwrite)
+    print(f"{done.source} → {done.target}: {done.model.name}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+    if arguments.verify:
+        for result in verify(done.target, done.source):
+            print(f"verified {result.dtype} under {result.plan}: difference {result.difference:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Write a checkpoint as a Hugging Face folder that needs only torch and transformers.
+
+    python tools/convert_to_hf.py RUN OUT --verify
+    python tools/convert_to_hf.py RUN/checkpoints/iteration_0001000 OUT --dtype bf16 --shard-gb 2
+
+RUN is a run folder (its newest checkpoint) or a checkpoint, written under any layout. One process suffices; memory
+beyond the libraries' own stays far below the size of the model (--verify loads it whole).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConfigError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="run folder or checkpoint")
+    parser.add_argument("output", help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="format of the weights (default: %(default)s)"
+    )
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)g)")
+    parser.add_argument("--mode-plan", help="plan used where a caller gives none (default: attention)")
+    parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--verify", action="store_true", help="compare logits of both sides in fp32 and bf16")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    return parser
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, convert, verify, report."""
+    arguments = _parser().parse_args(argv)
+    if arguments.shard_gb <= 0:
+        raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from oryx_megatron.hf.convert import export
+    from oryx_megatron.hf.verify import verify
+
+    done = export(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=arguments.dtype,
+        shard_bytes=int(arguments.shard_gb * 1e9),
+        mode_plan=arguments.mode_plan,
+        tokenizer=arguments.tokenizer,
+        with_tokenizer=not arguments.no_tokenizer,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{done.source} → {done.target}: {done.model.name}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+    if arguments.verify:
+        for result in verify(done.source, done.target):
+            print(f"verified {result.dtype} under {result.plan}: difference {result.difference:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
