@@ -1,46 +1,190 @@
 #!/usr/bin/env python
-"""Turn text into a megatron-core indexed dataset.
+"""Turn text into a megatron-core indexed dataset: PREFIX.bin, PREFIX.idx, and PREFIX.json that describes them.
 
 Examples:
     python tools/preprocess_data.py --input stdlib --tokenizer tokenizers/stdlib-8k --output data/stdlib
-    python tools/preprocess_data.py --input pages.jsonl --text-key content --tokenizer … --output data/pages
+    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key content --tokenizer T --output data/pages
+    python tools/preprocess_data.py --input s3://bucket/corpus --tokenizer T --output data/part --shard 3/16
+
+Input is `stdlib` (the sources of the running Python's standard library), files, folders or fsspec URLs: .jsonl,
+.parquet, or text; .gz, .zst, .bz2 and .xz too. A run that was stopped or killed goes on when started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import time
+
+from tqdm import tqdm
 
 from oryx_megatron.cli import main_guard
-from oryx_megatron.data.corpus import STDLIB, read_documents
-from oryx_megatron.data.preprocess import tokenize_corpus
-from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.data.corpus import ReadOptions
+from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
+from oryx_megatron.errors import DataError
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help=f"`{STDLIB}`, a .txt or .jsonl file, or a folder of files")
-    parser.add_argument("--text-key", default="text", help="key of the text in .jsonl lines (default: text)")
-    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
-    parser.add_argument("--output", required=True, help="prefix of the dataset: PREFIX.bin, PREFIX.idx, PREFIX.json")
-    parser.add_argument("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    args = parser.parse_args(argv)
-    manifest = tokenize_corpus(
-        read_documents(args.input, text_key=args.text_key),
-        load_tokenizer(args.tokenizer),
-        args.output,
+    args = parse_args(argv)
+    job = Job(
+        inputs=tuple(args.input),
+        tokenizer=args.tokenizer,
+        read=ReadOptions(
+            format=args.format,
+            text_key=args.text_key,
+            separator=args.separator,
+            endings=tuple(args.endings),
+            max_document_bytes=args.max_document_bytes,
+            keep_empty=args.keep_empty,
+            keep_nul=args.keep_nul,
+        ),
         append_eod=not args.no_eod,
-        overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
-        source=args.input,
+        on_error=args.on_error,
+        max_bad=args.max_bad,
+        fast=args.fast == "auto",
+        verify_fraction=args.verify_fraction,
+        shard=args.shard,
     )
-    print(
-        f"{args.output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({manifest['dtype']}), "
-        f"{manifest['bytes'] / manifest['tokens']:.2f} bytes per token"
-    )
+    prefix = shard_prefix(args.output, args.shard)
+    start = time.perf_counter()
+    with Bar(args.quiet) as bar:
+        manifest = preprocess(
+            job,
+            prefix,
+            processes=args.processes,
+            overwrite=args.overwrite,
+            restart=args.restart,
+            report=bar.show,
+        )
+    seconds = time.perf_counter() - start
+    if args.json:
+        summary = {"prefix": str(prefix), "seconds": round(seconds, 3), **manifest}
+        print(json.dumps(summary | {"bytes_per_token": manifest["bytes"] / manifest["tokens"]}, ensure_ascii=False))
+    else:
+        print(summarize(str(prefix), manifest, seconds))
     return 0
+
+
+class Bar:
+    """Progress on a terminal: bytes of input with what is left of the time, documents, tokens per second."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.bar: tqdm | None = None
+        self.quiet = quiet or not sys.stderr.isatty()
+        self.start = time.perf_counter()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        if self.bar is None:
+            self.bar = tqdm(
+                total=progress.total,
+                initial=progress.before,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                dynamic_ncols=True,
+            )
+        seconds = time.perf_counter() - self.start
+        rate = tqdm.format_sizeof(progress.tokens / seconds)
+        self.bar.set_postfix_str(f"{tqdm.format_sizeof(progress.documents)} docs, {rate} tok/s", refresh=False)
+        self.bar.update(progress.bytes - self.bar.n)
+
+
+def summarize(prefix: str, manifest: dict, seconds: float) -> str:
+    """The result for people, within 80 columns."""
+    size, tokens = manifest["bytes"], manifest["tokens"]
+    lines = [
+        f"{prefix}.bin, .idx, .json",
+        f"  documents        {manifest['documents']:,} (longest {manifest['longest']:,} tokens)",
+        f"  tokens           {tokens:,} ({manifest['dtype']})",
+        f"  text             {size / 1e6:,.1f} MB, {size / tokens:.2f} bytes per token",
+        f"  time             {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s",
+    ]
+    paths = dict(manifest["paths"])
+    why = [f"{text.removeprefix('because: ')}: {n:,}" for text, n in paths.items() if text.startswith("because: ")]
+    verified = paths.get("verified", 0)
+    ways = [
+        f"{n:,} by {name}" for name, n in paths.items() if n and name != "verified" and not name.startswith("because")
+    ]
+    lines.append(f"  encoded          {', '.join(ways)}" + (f"; {verified:,} of them compared" if verified else ""))
+    lines += [f"                     ({line})" for line in why]
+    if manifest["skipped"]:
+        lines.append(f"  left out         {', '.join(f'{n:,} {reason}' for reason, n in manifest['skipped'].items())}")
+        lines.append(f"                   see {prefix}.skipped.jsonl")
+    return "\n".join(lines)
+
+
+def shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    return int(number), int(count)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, nargs="+", help="`stdlib`, files, folders, URLs; in this order")
+    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the dataset without ending")
+    parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument("--restart", action="store_true", help="forget an unfinished run instead of going on with it")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="do the I-th of N parts only")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("documents")
+    group.add_argument(
+        "--format", choices=["auto", "text", "jsonl", "parquet"], default="auto", help="default: by ending"
+    )
+    group.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    group.add_argument("--separator", help="text between documents of a text file; default: a file is one document")
+    group.add_argument("--endings", nargs="+", default=[], help="endings of the files that folders contribute")
+    group.add_argument("--no-eod", action="store_true", help="do not end documents with the end-of-document token")
+    group.add_argument("--keep-empty", action="store_true", help="keep empty documents, as megatron's tool does")
+    group = parser.add_argument_group("bad input")
+    group.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: stop at the first")
+    group.add_argument(
+        "--max-bad", type=float, default=0.01, metavar="SHARE", help="with skip, at most (default: 0.01)"
+    )
+    group.add_argument("--keep-nul", action="store_true", help="keep documents with NUL characters")
+    group.add_argument(
+        "--max-document-bytes", type=positive, default=1 << 28, metavar="N", help="longer ones are bad (default: 2^28)"
+    )
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--fast", choices=["auto", "off"], default="auto", help="gigatoken, where its tokens are the same"
+    )
+    group.add_argument(
+        "--verify-fraction",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
+        help="of its documents compared (default: 0.001)",
+    )
+    args = parser.parse_args(argv)
+    if args.separator is not None:
+        try:
+            args.separator = args.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            raise DataError(f"--separator {args.separator!r}: {error}") from error
+        if not args.separator:
+            raise DataError("--separator is empty")
+    return args
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ megatron-core neither needs nor minds it; datasets without it can be read as wel
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from typing import Any, Self
 import numpy as np
 
 from oryx_megatron.data.files import read_json, sha256_of, sync, write_json
-from oryx_megatron.data.tokenizer import Tokenizer
 from oryx_megatron.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -42,79 +43,142 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 class IndexedWriter:
     """Writes one dataset; its files appear under their final names only when `finish` has verified them.
 
-    Use as a context manager: leaving by an exception removes what was written. Memory does not grow with the number
-    of documents: their lengths go to a temporary file.
+    Use as a context manager: leaving by an exception removes what was written, unless `folder` is given: that one is
+    kept, and a later writer goes on from the last `checkpoint`. Memory does not grow with the number of documents.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        vocab_size: int,
+        *,
+        overwrite: bool = False,
+        folder: str | Path | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin, or go on from `state`, what `checkpoint` gave for this `folder`. Raises DataError."""
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.dtype = np.dtype(token_dtype(vocab_size))
-        if not overwrite and any(_file(self.prefix, end).exists() for end in ("bin", "idx")):
+        if not overwrite and any(file_of(self.prefix, end).exists() for end in ("bin", "idx")):
             raise DataError(f"dataset {self.prefix} exists already; choose another name or pass --overwrite")
+        self.keep = folder is not None
+        default = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
+        self.folder = Path(folder) if folder is not None else default
+        self.documents = self.sequences = self.tokens = self.longest = 0
+        self.max_token = -1
+        self._digest = hashlib.sha256()
         try:
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temporary("bin"), "wb")  # noqa: SIM115 - closed by __exit__
-            self._lengths = open(self._temporary("lengths"), "wb")  # noqa: SIM115
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if state is not None:
+                self.documents, self.sequences, self.tokens = (state[k] for k in ("documents", "sequences", "tokens"))
+                self.longest, self.max_token = state["longest"], state["max_token"]
+                self._rewind()
+            mode = "wb" if state is None else "ab"
+            self._bin, self._lengths, self._counts = (
+                open(self.folder / name, mode)  # noqa: SIM115 - closed by __exit__
+                for name in ("tokens", "lengths", "counts")
+            )
         except OSError as error:
             raise DataError(f"cannot write {self.prefix}: {error.strerror}") from error
-        self._digest = hashlib.sha256()
-        self.documents = self.tokens = 0
-        self.longest = 0
-        self.max_token = -1
 
-    def _temporary(self, end: str) -> Path:
-        return self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.{end}.tmp")
+    def _rewind(self) -> None:
+        """Cut the files to the checkpoint, and hash what stays."""
+        sizes = {
+            "tokens": self.tokens * self.dtype.itemsize,
+            "lengths": 4 * self.sequences,
+            "counts": 4 * self.documents,
+        }
+        for name, size in sizes.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise DataError(f"{path} is damaged; pass --restart to begin again")
+            os.truncate(path, size)
+        with open(self.folder / "tokens", "rb") as file:
+            while block := file.read(1 << 22):
+                self._digest.update(block)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        self._bin.close()
-        self._lengths.close()
-        for end in ("bin", "idx", "lengths"):
-            self._temporary(end).unlink(missing_ok=True)
+        for file in (self._bin, self._lengths, self._counts):
+            with contextlib.suppress(OSError):  # a full disk has been reported already
+                file.close()
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `tokens` [sum of lengths] of all of them, `lengths` [documents] of each.
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Append documents: `tokens` [sum of lengths] of all, `lengths` [sequences] of each sequence.
 
-        Raises DataError when the disk is full, when a token is out of range or a document longer than 2^31 - 1.
+        Arguments: `counts` [documents] sequences of each document; None: a document per length, and a length of 0 is a
+        document without a sequence, as megatron's tool writes empty documents.
+        Raises DataError when the disk is full, a token is out of range or a sequence longer than 2^31 - 1.
         """
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
                 raise DataError(f"token {low if low < 0 else high} is outside the vocabulary [0, {self.vocab_size})")
             self.max_token = max(self.max_token, high)
-        if lengths.size:
-            self.longest = max(self.longest, int(lengths.max()))
-            if self.longest > np.iinfo(np.int32).max:
-                raise DataError(f"a document of {self.longest} tokens is too long for the index (at most 2^31 - 1)")
-        data = np.ascontiguousarray(tokens, self.dtype).tobytes()
-        self._digest.update(data)
+        self._append(np.ascontiguousarray(tokens, self.dtype).tobytes(), lengths, counts)
+
+    def add_file(self, path: Path, lengths: np.ndarray, max_token: int) -> None:
+        """Append documents whose tokens, in this dataset's format and checked before, are the bytes of a file."""
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                self._append(block)
+        self.max_token = max(self.max_token, max_token)
+        self._append(b"", lengths)
+
+    def _append(self, data: bytes, lengths: np.ndarray | None = None, counts: np.ndarray | None = None) -> None:
         try:
             self._bin.write(data)
+            self._digest.update(data)
+            self.tokens += len(data) // self.dtype.itemsize
+            if lengths is None:
+                return
+            counts = (lengths > 0) if counts is None else counts
+            lengths = lengths[lengths > 0] if len(lengths) != int(counts.sum()) else lengths
+            self.longest = max(self.longest, int(lengths.max(initial=0)))
+            if self.longest > np.iinfo(np.int32).max:
+                raise DataError(f"a document of {self.longest} tokens is too long for the index (at most 2^31 - 1)")
             self._lengths.write(np.ascontiguousarray(lengths, "<i4").tobytes())
+            self._counts.write(np.ascontiguousarray(counts, "<i4").tobytes())
+            self.documents += len(counts)
+            self.sequences += len(lengths)
         except OSError as error:
-            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from error
-        self.documents += len(lengths)
-        self.tokens += int(tokens.size)
+            raise DataError(f"cannot write {self.folder}: {error.strerror}") from error
 
-    def finish(self, tokenizer: Tokenizer, text_bytes: int, **more: Any) -> dict[str, Any]:
-        """Write the index, verify, rename into place; gives the manifest. `more` is added to it.
+    def checkpoint(self) -> dict[str, Any]:
+        """Force what was added to disk; gives what a later writer needs to go on from here."""
+        try:
+            for file in (self._bin, self._lengths, self._counts):
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"cannot write {self.folder}: {error.strerror}") from error
+        fields = ("documents", "sequences", "tokens", "longest", "max_token")
+        return {field: getattr(self, field) for field in fields}
 
-        Raises DataError when no document was written or the disk is full.
+    def finish(self, tokenizer: dict[str, Any], text_bytes: int | None, **more: Any) -> dict[str, Any]:
+        """Write the index, verify, rename into place; gives the manifest.
+
+        Arguments: `tokenizer` is `Tokenizer.describe()`; `text_bytes` of UTF-8 (None: not known); `more` is added.
+        Raises DataError when there are no tokens, the files do not hold what was added, or the disk is full.
         """
         if not self.tokens:
             raise DataError(f"nothing to write to {self.prefix}: the corpus has no tokens")
+        tokens, index = self.folder / "tokens", self.folder / "index"
         try:
-            self._bin.close()
-            self._lengths.flush()
-            lengths = np.memmap(self._temporary("lengths"), "<i4", "r")
-            write_index(self._temporary("idx"), self.dtype, lengths)
-            del lengths
-            for end in ("bin", "idx"):
-                sync(self._temporary(end))
-            self._verify()
+            for file in (self._bin, self._lengths, self._counts):
+                file.close()
+            lengths = np.memmap(self.folder / "lengths", "<i4", "r")
+            counts = np.memmap(self.folder / "counts", "<i4", "r")
+            write_index(index, self.dtype, lengths, counts)
+            del lengths, counts
+            sync(tokens)
+            sync(index)
+            self._verify(tokens, index)
             manifest = {
                 "format": FORMAT,
                 "version": 1,
@@ -124,54 +188,56 @@ class IndexedWriter:
                 "longest": self.longest,
                 "max_token": self.max_token,
                 "dtype": self.dtype.name,
-                "tokenizer": tokenizer.describe(),
+                "tokenizer": tokenizer,
                 "files": {
-                    "bin": {"size": self._temporary("bin").stat().st_size, "sha256": self._digest.hexdigest()},
-                    "idx": {"size": self._temporary("idx").stat().st_size, "sha256": sha256_of(self._temporary("idx"))},
+                    "bin": {"size": tokens.stat().st_size, "sha256": self._digest.hexdigest()},
+                    "idx": {"size": index.stat().st_size, "sha256": sha256_of(index)},
                 },
                 **more,
             }
             # The index comes last: a dataset with an index is whole.
-            _file(self.prefix, "idx").unlink(missing_ok=True)
-            os.replace(self._temporary("bin"), _file(self.prefix, "bin"))
-            write_json(_file(self.prefix, "json"), manifest)
-            os.replace(self._temporary("idx"), _file(self.prefix, "idx"))
-            sync(self.prefix.parent)
+            file_of(self.prefix, "idx").unlink(missing_ok=True)
+            os.replace(tokens, file_of(self.prefix, "bin"))
+            write_json(file_of(self.prefix, "json"), manifest)
+            os.replace(index, file_of(self.prefix, "idx"))
+            sync(self.prefix.absolute().parent)
         except OSError as error:
             raise DataError(f"cannot write {self.prefix}: {error.strerror}") from error
+        shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 
-    def _verify(self) -> None:
+    def _verify(self, tokens: Path, index: Path) -> None:
         """Read back what was written before it gets its name."""
-        index = read_index(self._temporary("idx"))
-        size = self._temporary("bin").stat().st_size
-        if index.tokens != self.tokens or size != self.tokens * self.dtype.itemsize:
-            raise DataError(f"{self.prefix}: wrote {self.tokens} tokens, the files hold {index.tokens} in {size} bytes")
+        found, size = read_index(index), tokens.stat().st_size
+        if (found.tokens, len(found.documents) - 1, size) != (
+            self.tokens,
+            self.documents,
+            self.tokens * self.dtype.itemsize,
+        ):
+            raise DataError(
+                f"{self.prefix}: wrote {self.documents} documents of {self.tokens} tokens, the files hold "
+                f"{len(found.documents) - 1} of {found.tokens} in {size} bytes; is the disk sound?"
+            )
 
 
-def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
-    """Write an .idx for documents of the given token counts, block by block.
-
-    A length of 0 is a document without a sequence, as megatron-core's tool writes empty documents.
-    """
-    sequences = sum(int(np.count_nonzero(block)) for block in _blocks(lengths))
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray) -> None:
+    """Write an .idx block by block. `lengths` [sequences]: tokens of each; `counts` [documents]: sequences of each."""
     code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
     with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, sequences, len(lengths) + 1))
+        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(counts) + 1))
         for block in _blocks(lengths):
-            file.write(np.ascontiguousarray(block[block > 0], "<i4").tobytes())
+            file.write(block.tobytes())
         offset = 0
         for block in _blocks(lengths):
-            ends = np.cumsum(block[block > 0], dtype="<i8") * dtype.itemsize + offset
-            if len(ends):
-                file.write(np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes())
-                offset = int(ends[-1])
-        count = 0
+            ends = np.cumsum(block, dtype="<i8") * dtype.itemsize + offset
+            file.write(np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes())
+            offset = int(ends[-1])
+        last = 0
         file.write(np.zeros(1, "<i8").tobytes())
-        for block in _blocks(lengths):
-            bounds = np.cumsum(block > 0, dtype="<i8") + count
+        for block in _blocks(counts):
+            bounds = np.cumsum(block, dtype="<i8") + last
             file.write(bounds.tobytes())
-            count = int(bounds[-1])
+            last = int(bounds[-1])
 
 
 @dataclass(frozen=True)
@@ -255,7 +321,7 @@ class Dataset:
 
     def data(self) -> np.ndarray:
         """All tokens [tokens], memory-mapped."""
-        return np.memmap(_file(self.prefix, "bin"), self.index.dtype, "r")
+        return np.memmap(file_of(self.prefix, "bin"), self.index.dtype, "r")
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document."""
@@ -270,7 +336,7 @@ class Dataset:
         """Changes when the data changes: the manifest's digests, or size and time of the files."""
         if self.manifest is not None:
             return f"{self.manifest['files']['bin']['sha256']}-{self.manifest['files']['idx']['sha256']}"
-        stats = [_file(self.prefix, end).stat() for end in ("bin", "idx")]
+        stats = [file_of(self.prefix, end).stat() for end in ("bin", "idx")]
         return "-".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
@@ -283,24 +349,24 @@ def open_dataset(prefix: str | Path, *, vocab_size: int | None = None, fingerpri
     """
     prefix = Path(prefix)
     for end in ("idx", "bin"):
-        if not _file(prefix, end).is_file():
+        if not file_of(prefix, end).is_file():
             whole = prefix.suffix in (".bin", ".idx")
             hint = "give the prefix without ending" if whole else "make it with tools/preprocess_data.py"
-            raise DataError(f"dataset {prefix}: {_file(prefix, end)} is missing; {hint}")
-    index = read_index(_file(prefix, "idx"))
-    size, wanted = _file(prefix, "bin").stat().st_size, index.tokens * index.dtype.itemsize
+            raise DataError(f"dataset {prefix}: {file_of(prefix, end)} is missing; {hint}")
+    index = read_index(file_of(prefix, "idx"))
+    size, wanted = file_of(prefix, "bin").stat().st_size, index.tokens * index.dtype.itemsize
     if size != wanted:
         state = "truncated" if size < wanted else "longer than its index says"
-        raise DataError(f"{_file(prefix, 'bin')} is {state}: {size} bytes, not {wanted}")
+        raise DataError(f"{file_of(prefix, 'bin')} is {state}: {size} bytes, not {wanted}")
     manifest = None
-    if _file(prefix, "json").is_file():
-        manifest = read_json(_file(prefix, "json"))
+    if file_of(prefix, "json").is_file():
+        manifest = read_json(file_of(prefix, "json"))
         if manifest.get("format") != FORMAT:
-            raise DataError(f"{_file(prefix, 'json')} is not the manifest of a dataset; move it out of the way")
+            raise DataError(f"{file_of(prefix, 'json')} is not the manifest of a dataset; move it out of the way")
         for end in ("bin", "idx"):
             recorded = manifest["files"][end]["size"]
-            if recorded != (found := _file(prefix, end).stat().st_size):
-                raise DataError(f"{_file(prefix, end)} has {found} bytes, its manifest says {recorded}")
+            if recorded != (found := file_of(prefix, end).stat().st_size):
+                raise DataError(f"{file_of(prefix, end)} has {found} bytes, its manifest says {recorded}")
     dataset = Dataset(prefix, index, manifest)
     if manifest is not None and fingerprint is not None and manifest["tokenizer"]["fingerprint"] != fingerprint:
         made = manifest["tokenizer"]
@@ -320,10 +386,12 @@ def bytes_per_token(prefix: str | Path) -> float:
 
     Bits per byte = nats per token / ln 2 / bytes per token. Raises DataError without PREFIX.json.
     """
-    path = _file(Path(prefix), "json")
+    path = file_of(Path(prefix), "json")
     if not path.is_file():
         raise DataError(f"{path} is missing, so the bytes per token of {prefix} are not known")
     manifest = read_json(path)
+    if manifest["bytes"] is None:
+        raise DataError(f"{path} does not say how many bytes of text the dataset holds")
     return manifest["bytes"] / manifest["tokens"]
 
 
@@ -340,5 +408,6 @@ def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(values[start : start + BLOCK])
 
 
-def _file(prefix: Path, end: str) -> Path:
+def file_of(prefix: Path, end: str) -> Path:
+    """PREFIX.end"""
     return prefix.with_name(f"{prefix.name}.{end}")

@@ -1,59 +1,508 @@
-"""Corpus to indexed dataset."""
+"""Corpus to indexed dataset: by several processes, in order, resumable, with bounded memory.
+
+The corpus is cut into pieces of work that depend on nothing but the corpus (`corpus.plan`). Processes tokenize pieces
+into files in PREFIX.work/; the main process appends them in order and now and then writes down how far it got. What
+is in that folder after a kill is used by the next run with the same arguments. The bytes of the dataset are the same
+for any number of processes and any number of kills.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from oryx_megatron.data.corpus import Document
-from oryx_megatron.data.indexed import IndexedWriter
-from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.data.corpus import Bad, Reading, ReadOptions, Segment, Text, describe, may_skip, plan, read
+from oryx_megatron.data.fast import Encoder
+from oryx_megatron.data.files import read_json, replacing, write_json
+from oryx_megatron.data.indexed import IndexedWriter, file_of, token_dtype
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import DataError
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 21
+"""Text encoded in one call of a library."""
+CHECKPOINT_SECONDS = 10.0
+"""At most so much merging is done again after a kill; finished pieces are kept anyhow."""
+LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "gigatoken")
 
 
-def tokenize_corpus(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides the contents of a dataset."""
+
+    inputs: tuple[str, ...]
+    """`stdlib`, files, folders or URLs, in this order."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    append_eod: bool = True
+    """End every document with the tokenizer's end-of-document token."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with bad input: stop at the first, or leave it out and count it."""
+    max_bad: float = 0.01
+    """With `skip`: largest share of documents that may be bad."""
+    fast: bool = True
+    """Use gigatoken where it gives the same tokens."""
+    verify_fraction: float = 0.001
+    """Share of gigatoken's documents that the original library encodes too."""
+    shard: tuple[int, int] = (1, 1)
+    """(i, n): do the i-th of n parts of the corpus."""
+    unit_bytes: int | None = None
+    """Input bytes per piece of work; None: chosen by the size of the corpus."""
+
+
+@dataclass
+class Progress:
+    """What `preprocess` tells while it works."""
+
+    total: int
+    """Bytes of input in all."""
+    before: int = 0
+    """Of these done by earlier runs."""
+    bytes: int = 0
+    """Input bytes done."""
+    documents: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Part:
+    """What a process reports of its piece of work."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    max_token: int = -1
+    blank: int = 0
+    paths: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    stop: str | None = None
+    """The line to stop with."""
+
+
+def preprocess(
+    job: Job,
     prefix: str | Path,
     *,
-    append_eod: bool = True,
+    processes: int = 1,
     overwrite: bool = False,
-    progress: bool = False,
-    source: str = "",
+    restart: bool = False,
+    report: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokenize documents into PREFIX.bin/.idx/.json; gives the manifest.
+    """Tokenize a corpus into PREFIX.bin/.idx/.json; gives the manifest.
 
-    Raises DataError when the corpus is bad or empty, or the dataset exists and `overwrite` is off.
+    Arguments: `restart` forgets what an unfinished run left; `report` is called a few times per second.
+    Raises DataError for bad input (see Job.on_error), an existing dataset, a full disk, or a process that died.
     """
-    text_bytes = 0
+    prefix = Path(prefix)
+    tokenizer = load_tokenizer(job.tokenizer)
+    job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
+    if not overwrite and file_of(prefix, "idx").exists():
+        raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
+    units = _shard(plan(job.inputs, job.read, job.unit_bytes), job.shard)
+    folder = file_of(prefix, "work")
+    with _locked(folder):
+        state = _resume(folder, _key(job, units, tokenizer.fingerprint), restart)
+        workers = min(processes, len(units)) if processes > 1 else None
+        manifest = _run(job, units, prefix, folder, state, workers, report)
+    shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _shard(units: list[tuple[Segment, ...]], shard: tuple[int, int]) -> list[tuple[Segment, ...]]:
+    """The pieces of work of one shard: contiguous, and about equal in input bytes."""
+    number, count = shard
+    if not 1 <= number <= count:
+        raise DataError(f"shard {number}/{count}: count shards from 1 to {count}")
+    ends = np.cumsum([sum(segment.size for segment in unit) for unit in units])
+    mine = [u for u, end in zip(units, ends, strict=True) if (end - 1) * count // max(ends[-1], 1) == number - 1]
+    if not mine:
+        raise DataError(f"shard {number}/{count} has no input: the corpus has {len(units)} pieces of work; use fewer")
+    return mine
+
+
+def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:
+    """Name of a shard's dataset."""
+    number, count = shard
+    return Path(prefix) if count == 1 else Path(f"{prefix}-{number:05d}-of-{count:05d}")
+
+
+def _key(job: Job, units: list[tuple[Segment, ...]], fingerprint: str) -> dict[str, Any]:
+    """What must be the same for an unfinished run to be gone on with."""
+    times = {
+        segment.path: os.stat(segment.path).st_mtime_ns
+        for unit in units
+        for segment in unit
+        if "://" not in segment.path and os.path.exists(segment.path)
+    }
+    pieces = json.dumps([[asdict(segment) for segment in unit] for unit in units]) + json.dumps(times)
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
+    options = asdict(job) | {"max_bad": None, "tokenizer": fingerprint}
+    if job.on_error == "skip":
+        del options["on_error"]  # whoever stopped at bad input may go on and leave it out
+    return {
+        "options": json.loads(json.dumps(options)),
+        "versions": versions,
+        "input": hashlib.sha256(pieces.encode()).hexdigest(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold PREFIX.work for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"another process is writing to {folder}") from error
+        yield
+
+
+def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
+    """State of an unfinished run in `folder`; a fresh one when there is none."""
+    fresh: dict[str, Any] = {"merged": 0, "writer": None, "log": 0, "totals": asdict(_Part())}
+    begun = (folder / "key.json").exists()
+    if begun and (folder / "state.json").exists() and not (folder / "tokens").exists():
+        begun = False  # killed while the finished files were being renamed
+    if begun and not restart:
+        found = read_json(folder / "key.json")
+        if found["input"] != key["input"]:
+            raise DataError(f"{folder} is of a run whose input files were others; pass --restart to begin again")
+        for name in ("options", "versions"):
+            changed = [field for field, value in key[name].items() if found[name].get(field) != value]
+            if changed:
+                raise DataError(f"{folder} is of a run with other {', '.join(changed)}; pass --restart to begin again")
+        return read_json(folder / "state.json") if (folder / "state.json").exists() else fresh
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "parts").mkdir()
+    write_json(folder / "key.json", key)
+    return fresh
+
+
+def _run(
+    job: Job,
+    units: list[tuple[Segment, ...]],
+    prefix: Path,
+    folder: Path,
+    state: dict[str, Any],
+    processes: int | None,
+    report: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer(job.tokenizer)
+    sizes = [sum(segment.size for segment in unit) for unit in units]
+    done = [number < state["merged"] or _part_file(folder, number, "json").exists() for number in range(len(units))]
+    progress = Progress(sum(sizes), before=sum(size for size, finished in zip(sizes, done, strict=True) if finished))
+    totals = _Part(**state["totals"])
+    todo = [number for number, finished in enumerate(done) if not finished]
+    merged, saved = state["merged"], time.monotonic()
     with (
-        IndexedWriter(prefix, tokenizer.vocab_size, overwrite=overwrite) as writer,
-        tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=not progress, dynamic_ncols=True) as bar,
+        IndexedWriter(prefix, tokenizer.vocab_size, overwrite=True, folder=folder, state=state["writer"]) as writer,
+        _log(folder, state["log"]) as log,
+        _workers(job, units, folder, todo, processes) as workers,
     ):
-        for batch, size in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            if append_eod:
-                encoded = [[*ids, tokenizer.eod_id] for ids in encoded]
-            lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-            writer.add(np.fromiter((i for ids in encoded for i in ids), np.int64, int(lengths.sum())), lengths)
-            text_bytes += size
-            bar.update(size)
-            bar.set_postfix(documents=writer.documents, tokens=writer.tokens)
-        return writer.finish(tokenizer, text_bytes, append_eod=append_eod, source=source)
+
+        def save() -> None:
+            nonlocal saved
+            log.flush()
+            os.fsync(log.fileno())
+            fields = {"merged": merged, "writer": writer.checkpoint(), "log": log.tell(), "totals": asdict(totals)}
+            write_json(folder / "state.json", fields)
+            for number in range(state["merged"], merged):
+                for end in ("bin", "len", "bad", "json"):
+                    _part_file(folder, number, end).unlink(missing_ok=True)
+            state["merged"], saved = merged, time.monotonic()
+
+        def tell() -> None:
+            if report is not None:
+                bytes_, documents, tokens = workers.counts()
+                progress.bytes = progress.before + bytes_
+                progress.documents, progress.tokens = documents, tokens
+                report(progress)
+
+        for number in range(merged, len(units)):
+            while not workers.finished(number, 0.2):
+                tell()
+            part = _Part(**read_json(_part_file(folder, number, "json")))
+            if part.stop is not None:
+                _part_file(folder, number, "json").unlink()
+                raise DataError(part.stop)
+            writer.add_file(
+                _part_file(folder, number, "bin"),
+                np.fromfile(_part_file(folder, number, "len"), "<i8"),
+                part.max_token,
+            )
+            log.write(_part_file(folder, number, "bad").read_bytes())
+            _add(totals, part)
+            merged += 1
+            _check_share(job, totals, final=False)
+            tell()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save()
+        _check_share(job, totals, final=True)
+        save()
+        skipped = dict(sorted(totals.bad.items()))
+        more: dict[str, Any] = {
+            "append_eod": job.append_eod,
+            "source": list(job.inputs),
+            "skipped": skipped,
+            "paths": dict(sorted(totals.paths.items())),
+        }
+        if job.shard[1] > 1:
+            more["shard"] = list(job.shard)
+        bad_file = file_of(prefix, "skipped.jsonl")
+        if log.tell():
+            with replacing(bad_file) as temporary:
+                shutil.copyfile(folder / "skipped.jsonl", temporary)
+        else:
+            bad_file.unlink(missing_ok=True)
+        return writer.finish(tokenizer.describe(), totals.text_bytes, **more)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text.encode())
-        if size >= BATCH_BYTES:
-            yield batch, size
-            batch, size = [], 0
-    if batch:
-        yield batch, size
+def _add(totals: _Part, part: _Part) -> None:
+    totals.documents += part.documents
+    totals.tokens += part.tokens
+    totals.text_bytes += part.text_bytes
+    totals.blank += part.blank
+    totals.max_token = max(totals.max_token, part.max_token)
+    totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
+    totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
+
+
+def _check_share(job: Job, totals: _Part, *, final: bool) -> None:
+    if job.on_error == "stop":
+        return
+    bad = sum(number for reason, number in totals.bad.items() if reason != "empty")
+    seen = totals.documents + bad
+    if bad > job.max_bad * seen and (final or seen >= 100_000):
+        worst = max((n, reason) for reason, n in totals.bad.items() if reason != "empty")
+        raise DataError(
+            f"{bad:,} of {seen:,} documents are bad ({bad / seen:.2%}, mostly: {worst[1]}), more than --max-bad "
+            f"{job.max_bad:.2%}; nothing was written. Raise --max-bad and run again to go on"
+        )
+
+
+def _log(folder: Path, size: int) -> Any:
+    """The list of what was left out, cut to its length at the last checkpoint."""
+    path = folder / "skipped.jsonl"
+    path.touch()
+    os.truncate(path, size)
+    return open(path, "ab")
+
+
+def _part_file(folder: Path, number: int, end: str) -> Path:
+    return folder / "parts" / f"{number:08d}.{end}"
+
+
+# Processes
+
+
+class _InProcess:
+    """Does the work when it is asked for."""
+
+    def __init__(self, job: Job, units: list[tuple[Segment, ...]], folder: Path, todo: list[int]) -> None:
+        self.work = _Worker(job, folder, np.zeros(3, np.int64))
+        self.units, self.todo = units, set(todo)
+
+    def finished(self, number: int, _: float) -> bool:
+        if number in self.todo:
+            self.work(number, self.units[number])
+        return True
+
+    def counts(self) -> tuple[int, int, int]:
+        return tuple(int(count) for count in self.work.counts)  # type: ignore[return-value]
+
+
+class _Pool:
+    """Does the work in processes."""
+
+    def __init__(
+        self,
+        pool: concurrent.futures.ProcessPoolExecutor,
+        units: list[tuple[Segment, ...]],
+        todo: list[int],
+        shared: Any,
+    ) -> None:
+        self.shared = shared
+        self.units = units
+        self.futures = {number: pool.submit(_in_worker, number, units[number]) for number in todo}
+
+    def finished(self, number: int, seconds: float) -> bool:
+        future = self.futures.get(number)
+        if future is None:
+            return True
+        try:
+            future.result(timeout=seconds)
+        except concurrent.futures.TimeoutError:
+            return False
+        except BrokenProcessPool as error:
+            first = self.units[number][0].path
+            raise DataError(
+                f"a process died at or after {first}, perhaps for want of memory; run the same command again to go on, "
+                "with fewer --processes"
+            ) from error
+        del self.futures[number]
+        return True
+
+    def counts(self) -> tuple[int, int, int]:
+        table = np.frombuffer(self.shared, np.int64).reshape(-1, 3).sum(0)
+        return int(table[0]), int(table[1]), int(table[2])
+
+
+@contextlib.contextmanager
+def _workers(
+    job: Job, units: list[tuple[Segment, ...]], folder: Path, todo: list[int], processes: int | None
+) -> Iterator[_InProcess | _Pool]:
+    if processes is None:
+        yield _InProcess(job, units, folder, todo)
+        return
+    # A fresh interpreter each: fork would copy threads and locks of the libraries.
+    context = multiprocessing.get_context("spawn")
+    shared = context.RawArray("q", 3 * processes)
+    slot = context.Value("i", 0)
+    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (job, folder, shared, slot))
+    try:
+        yield _Pool(pool, units, todo, shared)
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: _Worker
+
+
+def _start_worker(job: Job, folder: Path, shared: Any, slot: Any) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with slot.get_lock():
+        mine = slot.value
+        slot.value += 1
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    _worker = _Worker(job, folder, np.frombuffer(shared, np.int64).reshape(-1, 3)[mine])
+
+
+def _follow_parent(parent: int) -> None:
+    """A killed main process must not leave workers waiting for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _in_worker(number: int, unit: tuple[Segment, ...]) -> None:
+    _worker(number, unit)
+
+
+class _Worker:
+    """Tokenizes pieces of work into files of their own."""
+
+    def __init__(self, job: Job, folder: Path, counts: np.ndarray) -> None:
+        self.job, self.folder = job, folder
+        self.counts = counts
+        """Input bytes, documents and tokens so far, where the main process sees them."""
+        self.tokenizer = load_tokenizer(job.tokenizer)
+        self.encoder = Encoder(self.tokenizer, fast=job.fast, verify_fraction=job.verify_fraction)
+        self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
+
+    def __call__(self, number: int, unit: tuple[Segment, ...]) -> None:
+        part, self.encoder.counts = _Part(), Counter()
+        reading, base = Reading(), int(self.counts[0])
+        files = {end: _part_file(self.folder, number, end) for end in ("bin", "len", "bad")}
+        try:
+            with (
+                open(files["bin"], "wb", buffering=1 << 20) as bin_,
+                open(files["len"], "wb") as len_,
+                open(files["bad"], "wb") as bad,
+            ):
+                open_length = 0  # tokens of a document of which more parts follow
+                for batch in self._batches(unit, reading, part, bad):
+                    open_length = self._write(batch, part, bin_, len_, open_length)
+                    self.counts[0] = base + reading.done + reading.position()
+                    self.counts[1] += sum(text.last for text in batch)
+                for file in (bin_, len_, bad):
+                    file.flush()
+                    os.fsync(file.fileno())
+            part.blank = reading.blank
+            part.paths = dict(self.encoder.counts)
+            self.counts[0] = base + sum(segment.size for segment in unit)
+            write_json(_part_file(self.folder, number, "json"), asdict(part))
+        except OSError as error:
+            raise DataError(f"cannot write {self.folder}: {error.strerror}; run again to go on") from error
+
+    def _batches(self, unit: Sequence[Segment], reading: Reading, part: _Part, log: Any) -> Iterator[list[Text]]:
+        """Documents in batches of about BATCH_BYTES; what is bad is counted, logged, or stops the piece of work."""
+        batch: list[Text] = []
+        size = 0
+        for item in read(unit, self.job.read, reading):
+            if isinstance(item, Bad):
+                skippable = item.reason == "empty" or may_skip(item, self.job.inputs)
+                if self.job.on_error == "stop" and not skippable:
+                    part.stop = f"{describe(item)}; --on-error skip leaves such input out"
+                    return
+                part.bad[item.reason] = part.bad.get(item.reason, 0) + 1
+                log.write((json.dumps(asdict(item), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+                continue
+            batch.append(item)
+            size += len(item.data)
+            if size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _write(self, batch: list[Text], part: _Part, bin_: Any, len_: Any, open_length: int) -> int:
+        tokens, lengths = self.encoder.encode(batch)
+        ends = np.array([text.last for text in batch])
+        totals = np.add.reduceat(lengths, np.flatnonzero(np.concatenate([[True], ends[:-1]])))
+        if not batch[0].first:
+            totals[0] += open_length
+        if self.job.append_eod:
+            # As megatron's tool: nothing, not even an end, for a document without tokens.
+            document = np.cumsum(np.concatenate([[0], ends[:-1]]))
+            marked = ends & (totals[document] > 0)
+            tokens = np.insert(tokens, np.cumsum(lengths)[marked], self.tokenizer.eod_id)
+            totals[document[marked]] += 1
+        if tokens.size:
+            part.max_token = max(part.max_token, int(tokens.max()))
+            if part.max_token >= self.tokenizer.vocab_size:
+                raise DataError(f"{batch[0].place}: token {part.max_token} is outside the vocabulary")
+        bin_.write(tokens.astype(self.dtype).tobytes())
+        left = 0
+        if not ends[-1]:
+            left, totals = int(totals[-1]), totals[:-1]
+        len_.write(totals.astype("<i8").tobytes())
+        part.documents += len(totals)
+        part.tokens += len(tokens)
+        part.text_bytes += sum(len(text.data) for text in batch)
+        self.counts[2] += len(tokens)
+        return left

@@ -1,17 +1,23 @@
 """Tokenizers: one folder each, with manifest.json that names its files and their sha256.
 
-A folder holds `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face `tokenizers`). `load_tokenizer`
-refuses a folder whose files are not those of the manifest, so that a dataset, a checkpoint and a tokenizer that claim
-to belong together do. The objects are what megatron-core's GPTDatasetConfig asks for: `vocab_size`, `eod` and
-`unique_identifiers`.
+A folder holds `tokenizer.model` (SentencePiece), `tokenizer.json` (Hugging Face `tokenizers`) or `tokenizer.tiktoken`
+(ranks of tiktoken; the pattern and the special tokens are in the manifest, see docs/data.md). `load_tokenizer` refuses
+a folder whose files are not those of the manifest, so that a dataset, a checkpoint and a tokenizer that claim to belong
+together do. The objects are what megatron-core's GPTDatasetConfig asks for: `vocab_size`, `eod`, `unique_identifiers`.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import importlib
+import importlib.util
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,20 +25,58 @@ from oryx_megatron.data.files import read_json, sha256_of, write_json
 from oryx_megatron.errors import DataError
 
 MANIFEST = "manifest.json"
-MODEL_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+MODEL_FILES = {
+    "sentencepiece": "tokenizer.model",
+    "huggingface": "tokenizer.json",
+    "tiktoken": "tokenizer.tiktoken",
+}
+KINDS = ", ".join(MODEL_FILES)
+PRE_TOKENIZERS = (
+    # GPT-2
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # cl100k, also Llama 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+",
+    # Qwen 2 and 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    # Qwen 3.5
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    # o200k
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Nemotron 3
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    # OLMo 2 and 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+)
+"""Regular expressions of `Split` pre-tokenisers known here: a space between two ASCII letters begins a new part."""
 
 
 class Tokenizer(ABC):
     """Text to token ids and back. Made by `load_tokenizer`."""
 
     kind: str
-    """`sentencepiece` or `huggingface`."""
+    """`sentencepiece`, `huggingface` or `tiktoken`."""
     vocab_size: int
     """Number of ids; every id lies in [0, vocab_size)."""
     eod_id: int
     """Id that ends a document."""
     fingerprint: str
     """sha256 (hex) of the model file: the same tokenizer has the same fingerprint wherever its folder lies."""
+    before: tuple[int, ...] = ()
+    """Special tokens the tokenizer puts before every text (a begin of sequence, say)."""
+    after: tuple[int, ...] = ()
+    """Special tokens it puts after every text."""
+    dummy_prefix: bool = False
+    """It reads every text as if a space stood before it."""
+    splittable: bool = False
+    """A text may be cut in `letter space letter` before the space: the parts' tokens are the whole's."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
@@ -40,12 +84,16 @@ class Tokenizer(ABC):
         self.fingerprint = fingerprint
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text, with those special tokens the tokenizer itself puts around every text (if any)."""
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts without `before` and `after`, by the library's own batch call on one thread."""
 
-    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, between the special tokens the tokenizer puts around every text (if any)."""
+        return self.encode_batch([text])[0]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, by the library's own batch call."""
+        """`encode` of each text."""
+        return [[*self.before, *ids, *self.after] for ids in self.encode_plain(texts)]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -101,12 +149,27 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eod_id < 0 or (eod is not None and self.processor.id_to_piece(self.eod_id) != eod):
             wanted = "an end-of-sequence piece" if eod is None else f"the piece {eod!r}"
             raise DataError(f"{folder}: the vocabulary lacks {wanted} to end documents; set `eod` in {MANIFEST}")
+        self.dummy_prefix, self.splittable = self._spaces()
 
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+    def proto(self) -> tuple[Any, Any]:
+        """The model as its protocol buffer message, and the module with the schema."""
+        schema: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+        model = schema.ModelProto()
+        model.ParseFromString(self.processor.serialized_model_proto())
+        return model, schema
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.processor.encode(list(texts))
+    def _spaces(self) -> tuple[bool, bool]:
+        """Whether there is a dummy prefix, and whether no token can reach from a letter over a space."""
+        model, schema = self.proto()
+        normalizer = model.normalizer_spec
+        plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+        crossing = any("▁" in piece.piece.lstrip("▁") for piece in model.pieces)
+        bpe = model.trainer_spec.model_type == schema.TrainerSpec.BPE
+        escaped = normalizer.escape_whitespaces and not model.trainer_spec.treat_whitespace_as_suffix
+        return normalizer.add_dummy_prefix, bpe and plain and escaped and not crossing
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts), num_threads=1) if texts else []
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids])
@@ -147,12 +210,36 @@ class HuggingFaceTokenizer(Tokenizer):
         if name not in vocabulary:
             raise DataError(f"{folder}: the vocabulary lacks the end-of-document piece {name!r} named in {MANIFEST}")
         self.eod_id = vocabulary[name]
+        # What a file says of truncation and padding is for batches of a model, not for a corpus.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.before, self.after = self._template(path)
+        self.splittable = self._is_splittable()
 
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+    def _template(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens the post-processor puts around a text."""
+        plain = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a").ids
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        raise DataError(f"{path}: its post-processor does more than add tokens around a text")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
+    def _is_splittable(self) -> bool:
+        """Byte-level BPE over a known pre-tokeniser, and no added token that reaches over a space."""
+        config = json.loads(self.backend.to_str())
+        added = config["added_tokens"]
+        return (
+            config["model"]["type"] == "BPE"
+            and not config["model"]["dropout"]
+            and not config["model"]["byte_fallback"]
+            and (config["normalizer"] is None or config["normalizer"]["type"] == "NFC")
+            and knows_pre_tokenizer(config["pre_tokenizer"])
+            and not any(token["lstrip"] or token["rstrip"] or " " in token["content"] for token in added)
+        )
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -179,6 +266,52 @@ class HuggingFaceTokenizer(Tokenizer):
         return sizes
 
 
+class TiktokenTokenizer(Tokenizer):
+    """A rank file of tiktoken; `pattern` and `special_tokens` come from the manifest. Specials in a text are text."""
+
+    kind = "tiktoken"
+
+    def __init__(self, folder: Path, fingerprint: str, eod: str | None) -> None:
+        super().__init__(folder, fingerprint)
+        if importlib.util.find_spec("tiktoken") is None:
+            raise DataError(f"tokenizer {folder} needs the package tiktoken: pip install tiktoken")
+        import tiktoken
+
+        path = folder / MODEL_FILES[self.kind]
+        manifest = read_json(folder / MANIFEST)
+        pattern, special = manifest.get("pattern"), manifest.get("special_tokens")
+        if not isinstance(pattern, str) or not isinstance(special, dict):
+            raise DataError(f"{folder / MANIFEST}: kind tiktoken needs `pattern` and `special_tokens` (name: id)")
+        try:
+            lines = (line.split() for line in path.read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            self.encoding = tiktoken.Encoding(
+                folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
+        except (ValueError, binascii.Error) as error:
+            raise DataError(f"{path} is no rank file of tiktoken: {_line(error)}") from error
+        if eod is None or eod not in special:
+            raise DataError(f"{folder / MANIFEST}: `eod` must name one of special_tokens, it is {eod!r}")
+        self.vocab_size = self.encoding.n_vocab
+        self.eod_id = special[eod]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encoding.encode_ordinary(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        special = self.encoding._special_tokens.values()
+        return self.encoding.decode([int(i) for i in ids if int(i) not in special])
+
+    def piece(self, token: int) -> str:
+        return self.encoding.decode_single_token_bytes(int(token)).decode("utf-8", "backslashreplace")
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for piece, token in self.encoding._mergeable_ranks.items():
+            sizes[token] = len(piece)
+        return sizes
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load and verify the tokenizer of a folder.
 
@@ -195,7 +328,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     manifest = read_json(folder / MANIFEST)
     kind = manifest.get("kind")
     if kind not in MODEL_FILES:
-        raise DataError(f"{folder / MANIFEST}: kind is {kind!r}; known: {', '.join(MODEL_FILES)}")
+        raise DataError(f"{folder / MANIFEST}: kind is {kind!r}; known: {KINDS}")
     files = manifest.get("files")
     if not isinstance(files, dict) or MODEL_FILES[kind] not in files:
         raise DataError(f"{folder / MANIFEST}: `files` does not name {MODEL_FILES[kind]} and its sha256")
@@ -238,11 +371,39 @@ def write_manifest(folder: str | Path, *, source: str, eod: str | None = None, *
 
 
 def _open(folder: Path, kind: str, fingerprint: str, eod: str | None, vocab_size: int | None) -> Tokenizer:
-    loader = SentencePieceTokenizer if kind == "sentencepiece" else HuggingFaceTokenizer
-    tokenizer = loader(folder, fingerprint, eod)
+    loaders: dict[str, type[SentencePieceTokenizer | HuggingFaceTokenizer | TiktokenTokenizer]] = {
+        "sentencepiece": SentencePieceTokenizer,
+        "huggingface": HuggingFaceTokenizer,
+        "tiktoken": TiktokenTokenizer,
+    }
+    tokenizer = loaders[kind](folder, fingerprint, eod)
     if vocab_size is not None and vocab_size != tokenizer.vocab_size:
         raise DataError(f"{folder}: the vocabulary has {tokenizer.vocab_size} pieces, {MANIFEST} says {vocab_size}")
     return tokenizer
+
+
+def knows_pre_tokenizer(config: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokeniser of tokenizer.json is byte-level with one of the known ways to divide a text."""
+    steps = flatten(config, "pretokenizers")
+    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return False
+    if len(steps) == 1:
+        return steps[0]["use_regex"]
+    return (
+        len(steps) == 2
+        and steps[0]["type"] == "Split"
+        and steps[0]["pattern"].get("Regex") in PRE_TOKENIZERS
+        and steps[0]["behavior"] == "Isolated"
+        and not steps[0]["invert"]
+        and not steps[1]["use_regex"]
+    )
+
+
+def flatten(step: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
+    """The steps of a normaliser or pre-tokeniser that may be a sequence."""
+    if step is None:
+        return []
+    return step[children] if step["type"] == "Sequence" else [step]
 
 
 def _eos_of_config(folder: Path) -> str | None:

@@ -56,7 +56,7 @@ def test_two_ranks_read_what_one_reads(tmp_path: Path) -> None:
         with IndexedWriter(paths[-1], 8192) as writer:
             for tokens in np.random.default_rng(seed).integers(10, 8000, (50, 40)):
                 writer.add(tokens, np.array([40]))
-            writer.finish(tokenizer, 1)
+            writer.finish(tokenizer.describe(), 1)
     ((one, _),) = run_distributed(read, 1, str(tmp_path / "cache1"), paths)
     (left, _), (right, _) = run_distributed(read, 2, str(tmp_path / "cache2"), paths)
     pairs = zip(left[0::2], left[1::2], right[0::2], right[1::2], strict=True)

@@ -23,7 +23,7 @@ def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, vocab_size: int 
     with IndexedWriter(prefix, vocab_size) as writer:
         for part in (documents[:1], documents[1:]):
             writer.add(np.concatenate([*map(np.array, part), []]).astype(np.int64), np.array([len(d) for d in part]))
-        writer.finish(TOKENIZER, text_bytes=321)
+        writer.finish(TOKENIZER.describe(), text_bytes=321)
     return prefix
 
 
@@ -57,7 +57,7 @@ def test_nothing_stays_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="outside"), IndexedWriter(tmp_path / "a", 100) as writer:
         writer.add(np.array([1, 100]), np.array([2]))
     with pytest.raises(DataError, match="the corpus has no tokens"), IndexedWriter(tmp_path / "a", 100) as writer:
-        writer.finish(TOKENIZER, 0)
+        writer.finish(TOKENIZER.describe(), 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -67,7 +67,7 @@ def test_existing_datasets_are_kept_unless_told(tmp_path: Path) -> None:
         IndexedWriter(prefix, 100)
     with IndexedWriter(prefix, 100, overwrite=True) as writer:
         writer.add(np.array([1, 2]), np.array([2]))
-        writer.finish(TOKENIZER, 2)
+        writer.finish(TOKENIZER.describe(), 2)
     assert open_dataset(prefix).tokens == 2
 
 

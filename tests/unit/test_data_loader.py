@@ -36,7 +36,7 @@ def dataset(prefix: Path, low: int, high: int, documents: int = 60, *, eod: bool
             tokens = draw.integers(low, high, draw.integers(9, 49))
             tokens = np.append(tokens, EOD) if eod else tokens
             writer.add(tokens, np.array([len(tokens)]))
-        writer.finish(TOKENIZER, 100, append_eod=eod)
+        writer.finish(TOKENIZER.describe(), 100, append_eod=eod)
     return str(prefix)
 
 

@@ -98,7 +98,7 @@ def test_megatron_core_takes_it() -> None:
         (lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.model is missing"),
         (lambda folder: (folder / "tokenizer.model").open("ab").write(b"x"), "is not the file of manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not valid JSON"),
-        (lambda folder: edit(folder, kind="bpe"), "kind is 'bpe'; known: sentencepiece, huggingface"),
+        (lambda folder: edit(folder, kind="bpe"), "kind is 'bpe'; known: sentencepiece, huggingface, tiktoken"),
         (lambda folder: edit(folder, vocab_size=9), "has 8192 pieces, manifest.json says 9"),
         (lambda folder: edit(folder, eod="<none>"), "lacks the piece '<none>'"),
         (lambda folder: edit(folder, files={}), "does not name tokenizer.model"),
@@ -120,7 +120,7 @@ def edit(folder: Path, **fields: object) -> None:
 def test_missing_folder_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(DataError, match=r"holds neither tokenizer.model nor tokenizer.json"):
+    with pytest.raises(DataError, match=r"holds neither tokenizer.model nor tokenizer.json nor tokenizer.tiktoken"):
         write_manifest(tmp_path, source="x")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(DataError, match="is no SentencePiece model"):
