@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Show what a checkpoint holds, without building its model: tree of tensors, shapes, sizes, config, evaluations.
+
+Examples:
+    python tools/inspect_checkpoint.py runs/quickstart
+    python tools/inspect_checkpoint.py runs/quickstart/checkpoints/iteration_0000100 --part all --depth 3
+    python tools/inspect_checkpoint.py runs/quickstart --config
+    python tools/inspect_checkpoint.py runs/quickstart --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import yaml
+
+from oryx_megatron.checkpoint import find_checkpoint
+from oryx_megatron.checkpoint.inspect import Summary, summarize, tree
+from oryx_megatron.checkpoint.store import damaged_files
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import CheckpointError
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse and print; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
+    parser.add_argument("--part", choices=("model", "optimizer", "all"), default="model", help="tensors to list")
+    parser.add_argument("--depth", type=int, help="levels of the tree to show; deeper tensors are summed")
+    parser.add_argument("--config", action="store_true", help="print the resolved run config (YAML) instead")
+    parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    arguments = parser.parse_args(argv)
+    summary = summarize(find_checkpoint(arguments.path))
+    if arguments.verify:
+        return _verify(summary)
+    if arguments.json:
+        text = json.dumps(summary.to_dict(), indent=1)
+    elif arguments.config:
+        text = yaml.safe_dump(summary.manifest.config, sort_keys=False, allow_unicode=True, width=120).rstrip()
+    else:
+        text = _report(summary, arguments.part, arguments.depth)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _verify(summary: Summary) -> int:
+    if bad := damaged_files(summary.folder, summary.manifest):
+        raise CheckpointError(f"{summary.folder} is damaged: {', '.join(bad)} differ from the manifest or are missing")
+    sys.stdout.write(f"{summary.folder}: all {len(summary.manifest.files)} files are as they were written\n")
+    return 0
+
+
+def _report(summary: Summary, part: str, depth: int | None) -> str:
+    manifest = summary.manifest
+    model, layout = manifest.config["model"], manifest.layout
+    lines = [
+        str(summary.folder),
+        f"  iteration {manifest.iteration:,}, {manifest.consumed_samples:,} samples read",
+        f"  model {model['name']}: {model['mixer']}, modes {model['modes']}, {model['num_layers']} layers × "
+        f"{model['hidden_size']}",
+        f"  written under {' × '.join(f'{name} {size}' for name, size in layout.items())}; loads under any layout",
+        f"  {_size(summary.file_bytes)} in {len(manifest.files) + 1} files; commit {manifest.commit or 'unknown'}",
+    ]
+    for result in manifest.evaluations:
+        lines.append(f"  {result['dataset']} under {result['plan']}: loss {result['loss']:.4f}")
+    lines += ["", f"{'part':<22}{'tensors':>8}{'elements':>18}{'size':>12}"]
+    for name, (tensors, elements, size) in summary.parts().items():
+        lines.append(f"{name:<22}{tensors:>8,}{elements:>18,}{_size(size):>12}")
+    shown = tuple(e for e in summary.entries if part == "all" or e.part.split(".")[0] == part)
+    lines += ["", f"{'tensor':<58}{'shape':<20}{'type':<9}{'size':>10}"]
+    for level, name, group in tree(shown, depth=depth):
+        shape, dtype = ("", "")
+        if len(group) == 1:
+            shape, dtype = " × ".join(map(str, group[0].shape)) or "scalar", group[0].dtype
+        lines.append(f"{'  ' * level + name:<58}{shape:<20}{dtype:<9}{_size(sum(e.bytes for e in group)):>10}")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
