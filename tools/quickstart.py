@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG, DATA, TOKENIZER = "configs/run/quickstart.yaml", "data/stdlib", "tokenizers/stdlib-8k"
+CONFIG, TOKENIZER = "configs/run/quickstart.yaml", "tokenizers/stdlib-8k"
 PROMPT = "def read_lines(path):\n"
 
 
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run all steps; stops at the first that fails, with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
+    parser.add_argument("--data", default="data/stdlib", help="prefix of the tokens; made when missing")
     parser.add_argument("--stop", type=int, default=140, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
     arguments = parser.parse_args(argv)
@@ -34,14 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     run = _unused(Path(arguments.output))
     train = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "oryx_megatron.train", CONFIG, f"output_dir={run}", *arguments.overrides),
+        *("-m", "oryx_megatron.train", CONFIG, f"output_dir={run}"),
+        *(f"data.blend=[{arguments.data}]", *arguments.overrides),
     ]
-    if not all(Path(DATA + end).exists() for end in (".bin", ".idx", ".json")):
+    if not all(Path(arguments.data + end).exists() for end in (".bin", ".idx", ".json")):
         title = "1. The corpus: Python's standard library as tokens"
         step(title, [sys.executable, "tools/preprocess_data.py", "--input", "stdlib",
-                     "--tokenizer", TOKENIZER, "--output", DATA])  # fmt: skip
+                     "--tokenizer", TOKENIZER, "--output", arguments.data])  # fmt: skip
     else:
-        print(f"\n1. The corpus: {DATA} is there already")
+        print(f"\n1. The corpus: {arguments.data} is there already")
     step("2. Training on two tensor-parallel processes", [*train, f"train.exit_after={arguments.stop}"])
     step("3. Resuming from the checkpoint", train)
     for title, plan in (
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                      "--new-tokens", "60"])  # fmt: skip
     picture = run / "curves.png"
     step("5. A picture of the run", [sys.executable, "tools/plot_run.py", str(run), "--out", str(picture)])
-    summary(run, picture, time.monotonic() - started)
+    summary(run, arguments.data, picture, time.monotonic() - started)
     return 0
 
 
@@ -67,7 +69,7 @@ def step(title: str, command: list[str]) -> None:
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
-def summary(run: Path, picture: Path, seconds: float) -> None:
+def summary(run: Path, data: str, picture: Path, seconds: float) -> None:
     """What was learned, where things are, what to try next."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(line["loss"] for line in lines if line["kind"] == "step")
@@ -84,7 +86,7 @@ Where things are
   {f"{run}/metrics.jsonl":<32} every step and evaluation
   {f"{run}/tensorboard":<32} the same for TensorBoard
   {picture!s:<32} training loss and the evaluation curves
-  {f"{DATA}.bin, .idx, .json":<32} the tokens
+  {f"{data}.bin, .idx, .json":<32} the tokens
 
 What to try next
   python tools/generate.py {run} --prompt "class " --plan ratio:0.1
