@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import sys
 import time
@@ -19,8 +18,7 @@ from typing import Any, TextIO
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train.evaluate import Evaluation
-
-log = logging.getLogger(__name__)
+from oryx_megatron.train.metrics import read_lines
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,6 @@ class MetricsFile(Callback):
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            log.warning("%s: left out a damaged line", path)
-    return lines
 
 
 class Display(Callback):

@@ -1,0 +1,186 @@
+"""Plot the training loss of runs and their loss under every evaluation plan, as PNG, SVG, PDF or HTML."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import importlib.util
+import io
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.train import metrics
+
+SUFFIXES = (".png", ".svg", ".pdf", ".html")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")  # Okabe and Ito
+LINES = ("-", "--", ":", "-.")
+SMOOTH = 50  # the smoothed curve averages over a fiftieth of the run
+
+
+@dataclass
+class Curves:
+    """What one run's metrics.jsonl holds, by iteration or by tokens."""
+
+    name: str
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    """Position and training loss of every step with a finite loss."""
+    evaluations: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    """Position and loss by validation set and plan."""
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Draw; see --help."""
+    parser = argparse.ArgumentParser(prog="plot_run.py", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the config's output_dir) or metrics.jsonl")
+    parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
+    parser.add_argument("--x", choices=("iteration", "tokens"), default="iteration", help="horizontal axis")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {out}: the name must end in one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib; `pip install oryx-megatron[plots]`")
+    paths = [Path(run) / metrics.NAME if Path(run).is_dir() else Path(run) for run in arguments.runs]
+    runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
+    _write(out, draw(runs, arguments.x), runs)
+    print(out)
+    return 0
+
+
+def read_curves(path: Path, x: str, name: str) -> Curves:
+    """Curves of one run.
+
+    Raises:
+        DataError: the file is missing or has no step.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give a run folder (the config's output_dir)")
+    curves = Curves(name)
+    positions: dict[int, float] = {}
+    tokens = 0
+    lines = metrics.read_lines(path)
+    for line in lines:
+        if line["kind"] == "step":
+            tokens += line["tokens"]
+            positions[line["iteration"]] = tokens if x == "tokens" else line["iteration"]
+            if math.isfinite(line["loss"]):
+                curves.steps.append((positions[line["iteration"]], line["loss"]))
+    for line in lines:
+        if line["kind"] == "evaluation" and line["iteration"] in positions and math.isfinite(line["loss"]):
+            plans = curves.evaluations.setdefault(line["dataset"], {})
+            plans.setdefault(line["plan"], []).append((positions[line["iteration"]], line["loss"]))
+    if not curves.steps:
+        raise DataError(f"{path} holds no step yet")
+    return curves
+
+
+def draw(runs: list[Curves], x: str) -> Any:
+    """A matplotlib figure: one panel for a single run, else one for training and one per validation set.
+
+    With one run a colour is a plan; with several a colour is a run and a line style a plan.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = list(dict.fromkeys(name for run in runs for name in run.evaluations))
+    single = len(runs) == 1 and len(sets) <= 1
+    panels = 1 if single else 1 + len(sets)
+    figure, grid = plt.subplots(1, panels, figsize=(8 if single else 6.5 * panels, 4.8), squeeze=False)
+    axes = grid[0]
+    for i, run in enumerate(runs):
+        colour = "#444444" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
+        axes[0].plot(*zip(*run.steps), color=colour, alpha=0.25, linewidth=0.8)
+        label = "training, drawn plans" if len(runs) == 1 else run.name
+        axes[0].plot(*zip(*smooth(run.steps)), color=colour, linewidth=1.6, label=label)
+    for i, run in enumerate(runs):
+        for name, plans in run.evaluations.items():
+            ax = axes[0] if single else axes[1 + sets.index(name)]
+            for j, (plan, points) in enumerate(plans.items()):
+                several = len(runs) > 1
+                ax.plot(
+                    *zip(*points),
+                    color=COLOURS[(i if several else j) % len(COLOURS)],
+                    linestyle=LINES[j % len(LINES)] if several else "-",
+                    marker="o",
+                    markersize=4,
+                    label=f"{run.name}, {plan}" if several else f"{name}, {plan}",
+                )
+    titles = [runs[0].name] if single else ["training", *sets]
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set(title=title, xlabel=x, ylabel="loss (nats per token)")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean of each point and those up to a hundredth of the run before and after it, fewer at the ends."""
+    half = len(points) // (2 * SMOOTH)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    smoothed = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        smoothed.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return smoothed
+
+
+def _write(out: Path, figure: Any, runs: list[Curves]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg" if out.suffix == ".html" else out.suffix[1:], dpi=150)
+    content = buffer.getvalue()
+    if out.suffix == ".html":
+        content = _page(content.decode(), runs).encode()
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out)
+
+
+def _page(svg: str, runs: list[Curves]) -> str:
+    """A page that needs no other file: the figure and a table of the latest losses."""
+    rows = []
+    for run in runs:
+        curves = {"training": run.steps}
+        curves |= {f"{name}, {plan}": pts for name, plans in run.evaluations.items() for plan, pts in plans.items()}
+        for what, points in curves.items():
+            position, loss = points[-1]
+            cells = (run.name, what, f"{position:g}", f"{loss:.4f}")
+            rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
+    title = html.escape(", ".join(run.name for run in runs))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.2em 1em;text-align:left}svg{max-width:100%;"
+        f"height:auto}}</style>{svg[svg.index('<svg') :]}<table><tr><th>run<th>curve<th>at<th>loss</tr>"
+        f"{''.join(rows)}</table></html>\n"
+    )
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The run folders' names, or as much of their paths as tells them apart."""
+    folders = [path.resolve().parent for path in paths]
+    for depth in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+    return [str(folder) for folder in folders]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
