@@ -115,12 +115,17 @@ class IndexedWriter:
         document without a sequence, as megatron's tool writes empty documents.
         Raises DataError when the disk is full, a token is out of range or a sequence longer than 2^31 - 1.
         """
+        self.add_tokens(tokens)
+        self._append(b"", lengths, counts)
+
+    def add_tokens(self, tokens: np.ndarray) -> None:
+        """Append tokens of documents whose lengths the next `add` will tell."""
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
                 raise DataError(f"token {low if low < 0 else high} is outside the vocabulary [0, {self.vocab_size})")
             self.max_token = max(self.max_token, high)
-        self._append(np.ascontiguousarray(tokens, self.dtype).tobytes(), lengths, counts)
+        self._append(np.ascontiguousarray(tokens, self.dtype).tobytes())
 
     def add_file(self, path: Path, lengths: np.ndarray, max_token: int) -> None:
         """Append documents whose tokens, in this dataset's format and checked before, are the bytes of a file."""
@@ -160,10 +165,10 @@ class IndexedWriter:
         fields = ("documents", "sequences", "tokens", "longest", "max_token")
         return {field: getattr(self, field) for field in fields}
 
-    def finish(self, tokenizer: dict[str, Any], text_bytes: int | None, **more: Any) -> dict[str, Any]:
+    def finish(self, tokenizer: dict[str, Any] | None, text_bytes: int | None, **more: Any) -> dict[str, Any]:
         """Write the index, verify, rename into place; gives the manifest.
 
-        Arguments: `tokenizer` is `Tokenizer.describe()`; `text_bytes` of UTF-8 (None: not known); `more` is added.
+        Arguments: `tokenizer` is `Tokenizer.describe()` (None: not known); `text_bytes` of UTF-8 (None: not known); `more` is added.
         Raises DataError when there are no tokens, the files do not hold what was added, or the disk is full.
         """
         if not self.tokens:
@@ -368,8 +373,8 @@ def open_dataset(prefix: str | Path, *, vocab_size: int | None = None, fingerpri
             if recorded != (found := file_of(prefix, end).stat().st_size):
                 raise DataError(f"{file_of(prefix, end)} has {found} bytes, its manifest says {recorded}")
     dataset = Dataset(prefix, index, manifest)
-    if manifest is not None and fingerprint is not None and manifest["tokenizer"]["fingerprint"] != fingerprint:
-        made = manifest["tokenizer"]
+    made = manifest["tokenizer"] if manifest is not None else None
+    if made is not None and fingerprint is not None and made["fingerprint"] != fingerprint:
         raise DataError(
             f"dataset {prefix} was made with tokenizer {made['name']} ({made['vocab_size']} tokens, "
             f"{made['fingerprint'][:12]}…), not with {fingerprint[:12]}…; tokenize it again or change data.tokenizer"

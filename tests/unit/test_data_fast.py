@@ -150,7 +150,7 @@ def test_sentencepiece_with_dummy_prefix(tmp_path: Path) -> None:
 def test_user_defined_pieces_go_to_the_original(tmp_path: Path) -> None:
     tokenizer = train_sentencepiece(tmp_path / "sp", user_defined_symbols=["<|im_start|>", "=="])
     encoder = assert_exact(tokenizer, hard_texts(), at_least=0.3)
-    assert encoder.counts["because: holds the text of a special token"] > 100
+    assert encoder.counts["because: holds the text of a special token"] > 50
 
 
 @pytest.mark.parametrize(

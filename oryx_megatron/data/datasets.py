@@ -1,0 +1,233 @@
+"""Merging, splitting, verifying and comparing indexed datasets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oryx_megatron.data.files import sha256_of
+from oryx_megatron.data.indexed import BLOCK, Dataset, IndexedWriter, file_of, open_dataset
+from oryx_megatron.errors import DataError
+
+
+def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the documents of several datasets, one after the other, as one; gives its manifest.
+
+    Merged shards are, byte for byte, the dataset made without sharding. Raises DataError for a damaged dataset, shards
+    that do not belong together, other token formats or other tokenizers.
+    """
+    parts = [open_dataset(prefix) for prefix in prefixes]
+    if len(parts) < 2:
+        raise DataError("merging needs at least two datasets")
+    names = [str(part.prefix.resolve()) for part in parts]
+    if str(Path(output).resolve()) in names:
+        raise DataError(f"the output {output} is one of the inputs")
+    if len(set(names)) != len(names):
+        raise DataError(f"dataset {next(n for n in names if names.count(n) > 1)} is given twice")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.index.dtype != first.index.dtype:
+            raise DataError(f"{part.prefix} holds {part.index.dtype}, {first.prefix} holds {first.index.dtype}")
+        if _tokenizer(part) != _tokenizer(first):
+            raise DataError(f"{part.prefix} was made with another tokenizer than {first.prefix}")
+    _check_shards(parts)
+    known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
+    size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
+    skipped: dict[str, int] = {}
+    for part in parts:
+        for reason, number in (part.manifest or {}).get("skipped", {}).items():
+            skipped[reason] = skipped.get(reason, 0) + number
+    with IndexedWriter(output, _vocabulary(first), overwrite=overwrite) as writer:
+        for part in parts:
+            _copy(part, writer, 0, part.documents)
+        return _finish(writer, first, size, merged=[str(prefix) for prefix in prefixes], skipped=skipped)
+
+
+def split(
+    prefix: str | Path,
+    shares: dict[str, float],
+    output: str | Path,
+    *,
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Divide a dataset by documents into OUTPUT_NAME for each name; gives their manifests.
+
+    Arguments: `shares` are relative sizes; the parts follow each other in the dataset, or, with `seed`, documents are
+    assigned at random, each part keeping their order. Every document is in one part.
+    Raises DataError when a part would be empty.
+    """
+    dataset = open_dataset(prefix)
+    if any(share <= 0 for share in shares.values()):
+        raise DataError("shares must be above 0")
+    edges = np.round(np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * dataset.documents).astype(int)
+    order = np.arange(dataset.documents) if seed is None else np.random.default_rng(seed).permutation(dataset.documents)
+    chosen = {name: np.sort(order[a:b]) for name, a, b in zip(shares, edges, edges[1:])}
+    for name, numbers in chosen.items():
+        if not len(numbers):
+            raise DataError(f"part {name} of {prefix} would be empty: the dataset has {dataset.documents} documents")
+    manifests = {}
+    for name, numbers in chosen.items():
+        with IndexedWriter(f"{output}_{name}", _vocabulary(dataset), overwrite=overwrite) as writer:
+            # Runs of neighbours are copied at once.
+            breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+            for run in np.split(numbers, breaks):
+                _copy(dataset, writer, int(run[0]), int(run[-1]) + 1)
+            size = (dataset.manifest or {}).get("bytes")
+            if size is not None:
+                size = round(size * writer.tokens / dataset.tokens)
+            more = {"split_from": str(prefix), "seed": seed, "bytes_estimated": True}
+            manifests[name] = _finish(writer, dataset, size, **more)
+    return manifests
+
+
+def _copy(dataset: Dataset, writer: IndexedWriter, start: int, stop: int) -> None:
+    """Append documents [start, stop)."""
+    data = dataset.data()
+    index = dataset.index
+    step = 1 << 16
+    for begin in range(start, stop, step):
+        bounds = np.asarray(index.documents[begin : min(begin + step, stop) + 1])
+        lengths = np.asarray(index.lengths[bounds[0] : bounds[-1]])
+        if not len(lengths):
+            writer.add(np.zeros(0, index.dtype), lengths, np.diff(bounds))
+            continue
+        first = int(index.offsets[bounds[0]]) // index.dtype.itemsize
+        last = first + int(lengths.sum(dtype=np.int64))
+        for position in range(first, last - BLOCK, BLOCK):
+            writer.add_tokens(data[position : position + BLOCK])
+            first = position + BLOCK
+        writer.add(data[first:last], lengths, np.diff(bounds))
+
+
+def _tokenizer(dataset: Dataset) -> str | None:
+    made = (dataset.manifest or {}).get("tokenizer")
+    return made["fingerprint"] if made is not None else None
+
+
+def _vocabulary(dataset: Dataset) -> int:
+    """The vocabulary of a dataset; for one of another tool, the largest its token format allows."""
+    made = (dataset.manifest or {}).get("tokenizer")
+    if made is not None:
+        return made["vocab_size"]
+    return 65499 if dataset.index.dtype == np.uint16 else 1 << 31
+
+
+def _finish(writer: IndexedWriter, source: Dataset, size: int | None, **more: Any) -> dict[str, Any]:
+    if source.manifest is None:
+        return writer.finish(None, size, **more)
+    return writer.finish(source.manifest["tokenizer"], size, append_eod=source.manifest.get("append_eod", True), **more)
+
+
+def _check_shards(parts: Sequence[Dataset]) -> None:
+    shards = [(part.manifest or {}).get("shard") for part in parts]
+    if not any(shards):
+        return
+    wanted = [[number, len(parts)] for number in range(1, len(parts) + 1)]
+    if shards != wanted:
+        raise DataError(
+            f"the shards are {', '.join(f'{s[0]}/{s[1]}' if s else 'none' for s in shards)}; merging needs each of them "
+            "once and in order"
+        )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a full reading of a dataset found."""
+
+    problems: tuple[str, ...]
+    """One line each; () when the dataset is sound."""
+    highest: int
+    """Largest token."""
+    ended: int | None
+    """Documents that end with the end-of-document token; None when that token is not known."""
+
+
+def verify(prefix: str | Path, *, eod: int | None = None, vocab_size: int | None = None) -> Findings:
+    """Read a whole dataset: index against data, every token against the vocabulary, both files against the manifest.
+
+    Raises DataError when it cannot be opened at all.
+    """
+    dataset = open_dataset(prefix)
+    manifest, problems = dataset.manifest, []
+    if manifest is not None and manifest["tokenizer"] is not None:
+        vocab_size = manifest["tokenizer"]["vocab_size"] if vocab_size is None else vocab_size
+        eod = manifest["tokenizer"]["eod"] if eod is None else eod
+    data = dataset.data()
+    digest, lowest, highest = hashlib.sha256(), 0, -1
+    for start in range(0, len(data), BLOCK):
+        block = np.asarray(data[start : start + BLOCK])
+        digest.update(block.tobytes())
+        low, high = int(block.min()), int(block.max())
+        if vocab_size is not None and high >= vocab_size > highest:
+            where = start + int(np.argmax(block >= vocab_size))
+            number = document_at(dataset, where)
+            problems.append(f"token {int(data[where])} of document {number} is outside the vocabulary of {vocab_size}")
+        if low < 0 <= lowest:
+            problems.append(f"token {low} is below 0 (token {start + int(np.argmin(block))} of the data)")
+        lowest, highest = min(lowest, low), max(highest, high)
+    if manifest is not None:
+        if digest.hexdigest() != manifest["files"]["bin"]["sha256"]:
+            problems.append(f"{file_of(dataset.prefix, 'bin')} is not the file its manifest describes (sha256)")
+        if sha256_of(file_of(dataset.prefix, "idx")) != manifest["files"]["idx"]["sha256"]:
+            problems.append(f"{file_of(dataset.prefix, 'idx')} is not the file its manifest describes (sha256)")
+        for field, found in (("documents", dataset.documents), ("tokens", dataset.tokens), ("max_token", highest)):
+            if manifest[field] != found:
+                problems.append(f"the manifest says {field} {manifest[field]:,}, the data have {found:,}")
+    ended = None
+    if eod is not None:
+        lengths = document_lengths(dataset)
+        ends = np.cumsum(lengths)[lengths > 0] - 1
+        ended = int((np.asarray(data[ends]) == eod).sum())
+        if manifest is not None and manifest.get("append_eod") and ended != len(ends):
+            problems.append(f"{len(ends) - ended:,} documents do not end with the end-of-document token {eod}")
+    return Findings(tuple(problems), highest, ended)
+
+
+def document_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each document, int64 [documents]."""
+    ends = np.concatenate([[0], np.cumsum(dataset.index.lengths, dtype=np.int64)])
+    return np.diff(ends[np.asarray(dataset.index.documents)])
+
+
+def document_at(dataset: Dataset, token: int) -> int:
+    """Number of the document that holds a token of the data."""
+    return int(np.searchsorted(np.cumsum(document_lengths(dataset)), token, side="right"))
+
+
+def compare(left: str | Path, right: str | Path) -> list[str]:
+    """Differences of two datasets, one line each; [] when they hold the same documents."""
+    a, b = open_dataset(left), open_dataset(right)
+    lines = []
+    for name, x, y in (
+        ("documents", a.documents, b.documents),
+        ("tokens", a.tokens, b.tokens),
+        ("token format", a.index.dtype, b.index.dtype),
+        ("tokenizer", _tokenizer(a), _tokenizer(b)),
+    ):
+        if x != y:
+            lines.append(f"{name}: {x} and {y}")
+    lengths = document_lengths(a), document_lengths(b)
+    common = min(map(len, lengths))
+    other = np.flatnonzero(lengths[0][:common] != lengths[1][:common])
+    limit = int(other[0]) if len(other) else common
+    ends = np.cumsum(lengths[0][:limit])
+    size = int(ends[-1]) if limit else 0
+    x, y = a.data(), b.data()
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        differ = np.flatnonzero(x[start:stop] != y[start:stop])
+        if len(differ):
+            where = start + int(differ[0])
+            number = int(np.searchsorted(ends, where, side="right"))
+            within = where - (int(ends[number - 1]) if number else 0)
+            lines.append(f"document {number} differs first at token {within}: {int(x[where])} and {int(y[where])}")
+            return lines
+    if len(other):
+        lines.append(f"document {limit} has {lengths[0][limit]:,} and {lengths[1][limit]:,} tokens")
+    return lines
