@@ -178,6 +178,8 @@ class OptimizerConfig:
     """Decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
     """Added to the root of the running mean of squares."""
+    muon_momentum: float = 0.95
+    """Momentum of the matrices under muon (Nesterov)."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     cpu_offload: bool = False

@@ -193,7 +193,7 @@ def _check_training(run: RunConfig) -> None:
     )
     if train.exit_after is not None and not 0 < train.exit_after <= train.iterations:
         raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
-    _check_optimizer(optimizer)
+    _check_optimizer(optimizer, run.parallel)
     if not 0 <= schedule.warmup <= train.iterations:
         raise ConfigError(f"schedule.warmup: {schedule.warmup} is not within the run's {train.iterations} iterations")
     if not 0 <= schedule.min_lr <= optimizer.lr:
@@ -224,12 +224,20 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError("output_dir: is empty")
 
 
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
+def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
     _positive(optimizer__lr=optimizer.lr, optimizer__epsilon=optimizer.epsilon)
     _not_negative(optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
-    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+    betas = (("beta1", optimizer.beta1), ("beta2", optimizer.beta2), ("muon_momentum", optimizer.muon_momentum))
+    for name, beta in betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"optimizer.{name}: {beta} should be at least 0 and below 1")
+    if optimizer.name == "muon" and parallel.distributed_optimizer:
+        raise ConfigError(
+            "optimizer.name: muon orthogonalises whole matrices, which a sharded optimizer state does not hold; set "
+            "parallel.distributed_optimizer: false"
+        )
+    if optimizer.name == "muon" and optimizer.cpu_offload:
+        raise ConfigError("optimizer.cpu_offload: offloads AdamW's state only; set it to false, or use adamw")
 
 
 def _check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:

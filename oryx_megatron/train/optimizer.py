@@ -6,20 +6,25 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
+    _get_param_groups,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.train.muon import Matrix, Muon, matrices
 
 
 def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
@@ -58,9 +63,11 @@ def connect(run: RunConfig, chunks: list[DistributedDataParallel], optimizer: An
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay, as in megatron-core."""
+    """AdamW or Muon with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay."""
     settings = run.optimizer
     bf16 = run.precision.dtype == "bf16"
+    if settings.cpu_offload and not platform.has_gpu():
+        raise ConfigError("optimizer.cpu_offload: there is no GPU here whose memory it could spare; set it to false")
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -82,7 +89,41 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
     # groups of a checkpoint apart.
     overrides = get_standard_config_overrides(config)
     overrides[ParamKey(name=("*.a_log", "*.dt_bias", "*.self_attention.d"))] = {"wd_mult": 0.0, "is_decoupled_lr": True}
+    if settings.name == "muon":
+        return _build_muon(run, config, chunks, overrides)
     return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
+
+
+def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:
+    """`Muon` inside megatron-core's wrapper for whole (not sharded) optimizer state."""
+    settings = run.optimizer
+    known: dict[torch.Tensor, Matrix] = {}
+    for chunk in chunks:
+        known |= matrices(unwrap_model(chunk))
+    inner = Muon(
+        _get_param_groups(chunks, config, overrides),
+        matrix_of=known.get,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.muon_momentum,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+    )
+
+    def allocate(optimizer: Muon, unused: Any = None) -> None:
+        optimizer.allocate()
+
+    if config.bf16:
+        wrapped = Float16OptimizerWithFloat16Params(inner, config, None, allocate)
+        # `inner` now holds the fp32 masters instead of the weights.
+        for weights, masters in zip(wrapped.float16_groups, wrapped.fp32_from_float16_groups):
+            known.update({master: known[weight] for weight, master in zip(weights, masters) if weight in known})
+    else:
+        wrapped = FP32Optimizer(inner, config, allocate)
+    wrapped.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
+    return wrapped
 
 
 def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from oryx_megatron.config.schema import CheckpointConfig, ParallelConfig, RunConfig
+from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, tiny_run
 
@@ -30,15 +29,22 @@ MOVES: dict[str, tuple[str, int, Layout, int, Layout]] = {
     "pp2-vpp2-dp2 to tp2": ("mamba2", 4, (1, 2, 2, 1), 2, (2, 1, 1, 1)),
     "pp2-cp2 to pp2-vpp2": ("gdn", 4, (1, 2, 1, 2), 2, (1, 2, 2, 1)),
     "one rank to tp2-pp2": ("mamba2", 1, (1, 1, 1, 1), 4, (2, 2, 1, 1)),
+    "muon: tp2-pp2 to cp2-dp2": ("gdn muon", 4, (2, 2, 1, 1), 4, (1, 1, 1, 2)),
 }
 
 
-def _run(mixer: str, layout: Layout = (1, 1, 1, 1), **checkpoint: Any) -> RunConfig:
+def _run(variant: str, layout: Layout = (1, 1, 1, 1)) -> RunConfig:
+    mixer, *muon = variant.split()
     tensor, pipeline, virtual, context = layout
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context)
-    return dataclasses.replace(
-        tiny_run(mixer, parallel=parallel, data__documents="isolated"), checkpoint=CheckpointConfig(**checkpoint)
+    parallel = ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_pipeline=virtual,
+        context=context,
+        distributed_optimizer=not muon,
     )
+    optimizer = {"optimizer__name": "muon"} if muon else {}
+    return tiny_run(mixer, parallel=parallel, data__documents="isolated", **optimizer)
 
 
 def _move(root: Path) -> dict[str, list[tuple[float, float]]]:
@@ -48,7 +54,7 @@ def _move(root: Path) -> dict[str, list[tuple[float, float]]]:
             with worlds.of(size, f"write {name}"), session(_run(mixer, layout)) as opened:
                 opened.steps(BEFORE)
                 opened.checkpoints(root / name).save(opened.iteration, opened.manifest)
-    for mixer in worlds.share(1, ("gdn", "mamba2")):
+    for mixer in worlds.share(1, ("gdn", "mamba2", "gdn muon")):
         with worlds.of(1, mixer), session(_run(mixer)) as opened:
             results[mixer] = opened.steps(BEFORE + AFTER)
     for size in (1, 2, 4):

@@ -48,7 +48,11 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         for mode, p in (("attention", 1.0), ("recurrent", 0.0))
     )  # fmt: skip
     plain = {"model__conv_width": 0, "model__rotary": "both", "model__qk_norm": False, "model__output_gate": False}
+    muon = {"optimizer__name": "muon"}
+    whole = {"distributed_optimizer": False}
     return {
+        "muon-tp2-pp2": (_run("gdn", 2, 2, options=whole, **muon), 4),
+        "muon-cp2-dp2": (_run("gdn", cp=2, options=whole, **muon), 4),
         "joined-tp2-cp2": (_run("gdn", 2, cp=2), 4),
         "joined-pp2-vpp2-cp2": (_run("mamba2", pp=2, vpp=2, cp=2), 4),
         "cp4": (_run("gdn", cp=4, data__documents="isolated"), 4),
@@ -80,7 +84,8 @@ CASES = _matrix() | _options()
 
 def _reference(run: RunConfig) -> RunConfig:
     """The same run on one rank."""
-    return dataclasses.replace(run, parallel=ParallelConfig())
+    sharded = run.optimizer.name != "muon"
+    return dataclasses.replace(run, parallel=ParallelConfig(distributed_optimizer=sharded))
 
 
 def _train(cases: dict[str, tuple[RunConfig, int]]) -> dict[str, list[tuple[float, float]]]:
