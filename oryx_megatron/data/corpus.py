@@ -123,15 +123,19 @@ class Reading:
     """Input bytes of the segment in work."""
 
 
-def plan(inputs: Sequence[str], options: ReadOptions, unit_bytes: int | None = None) -> list[tuple[Segment, ...]]:
+def plan(
+    inputs: Sequence[str], options: ReadOptions, unit_bytes: int | None = None, shards: int = 1
+) -> list[tuple[Segment, ...]]:
     """Pieces of work, in the order of the documents: some small files each, or part of a large one.
 
-    Arguments: `unit_bytes` of input per piece; None chooses 16 MiB, more for corpora above 64 GiB.
+    Arguments: `unit_bytes` of input per piece; None chooses 8 MiB, more for corpora above 32 GiB, less when
+    `shards` shall each get some of a small one.
     Raises DataError when an input is missing or holds no file of a known kind.
     """
     files = [file for source in inputs for file in _files(source, options)]
     if unit_bytes is None:
-        unit_bytes = max(16 << 20, sum(size for _, size in files) // 4096)
+        total = sum(size for _, size in files)
+        unit_bytes = max(8 << 20 if shards == 1 else min(8 << 20, total // (4 * shards)), total // 4096, 1)
     units: list[tuple[Segment, ...]] = []
     small: list[Segment] = []
     weight = 0

@@ -130,10 +130,8 @@ def _check_shards(parts: Sequence[Dataset]) -> None:
         return
     wanted = [[number, len(parts)] for number in range(1, len(parts) + 1)]
     if shards != wanted:
-        raise DataError(
-            f"the shards are {', '.join(f'{s[0]}/{s[1]}' if s else 'none' for s in shards)}; merging needs each of them "
-            "once and in order"
-        )
+        found = ", ".join(f"{shard[0]}/{shard[1]}" if shard else "none" for shard in shards)
+        raise DataError(f"the shards are {found}; merging needs each of them once and in order")
 
 
 @dataclass(frozen=True)
@@ -203,15 +201,14 @@ def document_at(dataset: Dataset, token: int) -> int:
 def compare(left: str | Path, right: str | Path) -> list[str]:
     """Differences of two datasets, one line each; [] when they hold the same documents."""
     a, b = open_dataset(left), open_dataset(right)
-    lines = []
-    for name, x, y in (
+    lines: list[str] = []
+    facts: list[tuple[str, object, object]] = [
         ("documents", a.documents, b.documents),
         ("tokens", a.tokens, b.tokens),
         ("token format", a.index.dtype, b.index.dtype),
         ("tokenizer", _tokenizer(a), _tokenizer(b)),
-    ):
-        if x != y:
-            lines.append(f"{name}: {x} and {y}")
+    ]
+    lines += [f"{name}: {mine} and {theirs}" for name, mine, theirs in facts if mine != theirs]
     lengths = document_lengths(a), document_lengths(b)
     common = min(map(len, lengths))
     other = np.flatnonzero(lengths[0][:common] != lengths[1][:common])

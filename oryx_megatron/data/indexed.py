@@ -168,7 +168,7 @@ class IndexedWriter:
     def finish(self, tokenizer: dict[str, Any] | None, text_bytes: int | None, **more: Any) -> dict[str, Any]:
         """Write the index, verify, rename into place; gives the manifest.
 
-        Arguments: `tokenizer` is `Tokenizer.describe()` (None: not known); `text_bytes` of UTF-8 (None: not known); `more` is added.
+        Arguments: `tokenizer` is `Tokenizer.describe()`, `text_bytes` counts UTF-8 (None: not known); `more` is added.
         Raises DataError when there are no tokens, the files do not hold what was added, or the disk is full.
         """
         if not self.tokens:

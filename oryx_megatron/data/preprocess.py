@@ -115,7 +115,7 @@ def preprocess(
     job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
     if not overwrite and file_of(prefix, "idx").exists():
         raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
-    units = _shard(plan(job.inputs, job.read, job.unit_bytes), job.shard)
+    units = _shard(plan(job.inputs, job.read, job.unit_bytes, job.shard[1]), job.shard)
     folder = file_of(prefix, "work")
     with _locked(folder):
         state = _resume(folder, _key(job, units, tokenizer.fingerprint), restart)
@@ -130,11 +130,16 @@ def _shard(units: list[tuple[Segment, ...]], shard: tuple[int, int]) -> list[tup
     number, count = shard
     if not 1 <= number <= count:
         raise DataError(f"shard {number}/{count}: count shards from 1 to {count}")
-    ends = np.cumsum([sum(segment.size for segment in unit) for unit in units])
-    mine = [u for u, end in zip(units, ends, strict=True) if (end - 1) * count // max(ends[-1], 1) == number - 1]
-    if not mine:
-        raise DataError(f"shard {number}/{count} has no input: the corpus has {len(units)} pieces of work; use fewer")
-    return mine
+    if len(units) < count:
+        raise DataError(f"{count} shards are too many: the corpus has {len(units)} pieces of work")
+    sizes = np.array([sum(segment.size for segment in unit) for unit in units])
+    middles = np.cumsum(sizes) - sizes / 2
+    edges = [0]
+    for k in range(1, count + 1):
+        edge = int(np.searchsorted(middles, sizes.sum() * k / count))
+        edges.append(min(max(edge, edges[-1] + 1), len(units) - count + k))  # none without input
+    edges[-1] = len(units)
+    return units[edges[number - 1] : edges[number]]
 
 
 def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:

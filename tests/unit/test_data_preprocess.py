@@ -229,8 +229,8 @@ def test_shards_are_contiguous_and_cover_everything(tmp_path: Path) -> None:
     assert data == (tmp_path / "whole.bin").read_bytes()
     with pytest.raises(DataError, match="shard 4/3: count shards from 1 to 3"):
         preprocess(job(source, shard=(4, 3)), tmp_path / "x")
-    with pytest.raises(DataError, match="has no input"):
-        preprocess(job(source, shard=(1, 9)), tmp_path / "x")
+    with pytest.raises(DataError, match="900 shards are too many: the corpus has"):
+        preprocess(job(source, shard=(1, 900)), tmp_path / "x")
 
 
 def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Look into an indexed dataset: statistics, document lengths, texts; check it; compare two.
+
+Examples:
+    python tools/inspect_dataset.py data/stdlib
+    python tools/inspect_dataset.py data/stdlib --documents 0 17 --tokenizer tokenizers/stdlib-8k
+    python tools/inspect_dataset.py data/stdlib --verify --plot lengths.png
+    python tools/inspect_dataset.py data/stdlib --compare data/other
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import textwrap
+
+import numpy as np
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.data.datasets import compare, document_lengths, verify
+from oryx_megatron.data.files import replacing
+from oryx_megatron.data.indexed import Dataset, open_dataset
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import DataError
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="PREFIX")
+    parser.add_argument("--documents", nargs="+", type=int, default=[], metavar="N", help="print these, from 0")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="to print text; its vocabulary is used by --verify")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to print of each (default: 200)")
+    parser.add_argument("--verify", action="store_true", help="read everything and check it; exit code 1 if unsound")
+    parser.add_argument("--compare", metavar="PREFIX", help="exit code 1 if the other dataset differs")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture of the document lengths")
+    args = parser.parse_args(argv)
+    dataset = open_dataset(args.dataset)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    lengths = document_lengths(dataset)
+    for number in args.documents:
+        if not 0 <= number < dataset.documents:
+            raise DataError(f"there is no document {number}: {args.dataset} has 0 to {dataset.documents - 1}")
+        tokens = dataset.document(number)
+        print(f"document {number}: {len(tokens):,} tokens")
+        shown = tokens[: args.tokens].tolist()
+        text = tokenizer.decode(shown) if tokenizer is not None else " ".join(map(str, shown))
+        lines = text.splitlines() if tokenizer is not None else textwrap.wrap(text, 76)
+        print("\n".join(f"  | {line}" for line in lines) + ("\n  | …" if len(tokens) > args.tokens else ""))
+    if not (args.documents or args.compare):
+        print(statistics(dataset, lengths))
+    if args.plot:
+        plot(lengths, args.dataset, args.plot)
+        print(f"picture: {args.plot}")
+    status = 0
+    if args.compare:
+        differences = compare(args.dataset, args.compare)
+        print(f"{args.dataset} and {args.compare}: " + ("differ" if differences else "the same documents"))
+        print("".join(f"  {line}\n" for line in differences), end="")
+        status = 1 if differences else 0
+    if args.verify:
+        findings = verify(
+            args.dataset,
+            eod=tokenizer.eod_id if tokenizer is not None else None,
+            vocab_size=tokenizer.vocab_size if tokenizer is not None else None,
+        )
+        for problem in findings.problems:
+            print(f"  problem: {problem}")
+        ended = "" if findings.ended is None else f", {findings.ended:,} documents end with the end-of-document token"
+        print(f"verified: highest token {findings.highest:,}{ended}; {len(findings.problems) or 'no'} problem(s)")
+        status = 1 if findings.problems else status
+    return status
+
+
+def statistics(dataset: Dataset, lengths: np.ndarray) -> str:
+    """Counts, and a histogram of document lengths, within 80 columns."""
+    quantiles = np.quantile(lengths, [0.05, 0.5, 0.95])
+    manifest = dataset.manifest or {}
+    made = manifest.get("tokenizer")
+    lines = [
+        f"{dataset.prefix}",
+        f"  documents   {dataset.documents:,}",
+        f"  tokens      {dataset.tokens:,} ({dataset.index.dtype})",
+        f"  lengths     {lengths.min():,} to {lengths.max():,}, mean {lengths.mean():,.1f}",
+        f"  quantiles   5 %: {quantiles[0]:,.0f}   50 %: {quantiles[1]:,.0f}   95 %: {quantiles[2]:,.0f}",
+    ]
+    if made is not None:
+        lines.append(f"  tokenizer   {made['name']} ({made['kind']}, {made['vocab_size']:,} tokens)")
+    else:
+        lines.append("  tokenizer   not known: no manifest")
+    if manifest.get("bytes") is not None:
+        about = " (estimated)" if manifest.get("bytes_estimated") else ""
+        lines.append(
+            f"  text        {manifest['bytes']:,} bytes{about}, {manifest['bytes'] / dataset.tokens:.3f} per token"
+        )
+    lines.append("  tokens per document")
+    edges = [0, *(2**power for power in range(int(np.log2(max(lengths.max(), 1))) + 2))]
+    counts = np.histogram(lengths, edges)[0]
+    first, last = np.flatnonzero(counts)[[0, -1]]
+    for count, low, high in zip(counts[first : last + 1], edges[first:], edges[first + 1 :]):
+        bar = "█" * round(36 * count / counts.max()) or ("▏" if count else "")
+        lines.append(f"  {low:>10,} to {high - 1:>10,} {count:>11,} {bar}")
+    return "\n".join(lines)
+
+
+def plot(lengths: np.ndarray, title: str, path: str) -> None:
+    """Histogram of document lengths on a logarithmic axis."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError("--plot needs the package matplotlib: pip install matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.hist(lengths, np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60), color="#33638d")
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=title)
+    axes.axvline(float(np.median(lengths)), color="black", linestyle="--", label=f"median {np.median(lengths):,.0f}")
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.rpartition(".")[2])
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+#!/usr/bin/env python
+"""Join indexed datasets into one: shards of a corpus, or corpora of one tokenizer.
+
+Examples:
+    python tools/merge_datasets.py --output data/pages data/pages-*-of-00016.idx
+    python tools/merge_datasets.py --output data/all data/books data/code
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.data.datasets import merge
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="+", help="prefixes, or their .idx files, in the order of the documents")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the merged dataset")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    args = parser.parse_args(argv)
+    prefixes = [name.removesuffix(".idx") for name in args.datasets]
+    manifest = merge(prefixes, args.output, overwrite=args.overwrite)
+    print(
+        f"{args.output}.bin, .idx, .json: {len(prefixes)} datasets, {manifest['documents']:,} documents, "
+        f"{manifest['tokens']:,} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Divide an indexed dataset by documents: PREFIX becomes OUTPUT_NAME for each NAME.
+
+Examples:
+    python tools/split_dataset.py data/pages train=98 valid=2
+    python tools/split_dataset.py data/pages a=1 b=1 c=1 --seed 7 --output scratch/third
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.data.datasets import split
+from oryx_megatron.errors import DataError
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="PREFIX")
+    parser.add_argument("parts", nargs="+", metavar="NAME=SHARE", help="names and relative sizes of the parts")
+    parser.add_argument("--seed", type=int, help="assign documents at random; default: parts follow each other")
+    parser.add_argument("--output", metavar="OUTPUT", help="default: PREFIX")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
+    args = parser.parse_args(argv)
+    shares: dict[str, float] = {}
+    for part in args.parts:
+        name, _, share = part.partition("=")
+        try:
+            value = float(share)
+        except ValueError as error:
+            raise DataError(f"part {part!r} is not NAME=SHARE, as in train=98") from error
+        if not name or name in shares:
+            raise DataError(f"part {part!r}: every part needs a name of its own")
+        shares[name] = value
+    output = args.output or args.dataset
+    manifests = split(args.dataset, shares, output, seed=args.seed, overwrite=args.overwrite)
+    for name, manifest in manifests.items():
+        print(f"{output}_{name}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
