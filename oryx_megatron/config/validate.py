@@ -372,6 +372,8 @@ def validate(run: RunConfig, world_size: int) -> Layout:
         parallel__virtual_pipeline=vpp,
         parallel__distributed_timeout=parallel.distributed_timeout,
     )
+    if run.engine == "deepspeed":
+        raise ConfigError("engine: deepspeed is not built yet; use megatron")
     _check_data(run.data, run.train.iterations)
     _check_training(run)
     _check_modes(run)
