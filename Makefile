@@ -13,7 +13,7 @@ quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 soak: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200
