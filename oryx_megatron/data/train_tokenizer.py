@@ -1,39 +1,60 @@
-"""Train tokenizers that give back every text exactly."""
+"""Train tokenizers that give back every text exactly, and measure them."""
 
 from __future__ import annotations
 
 import io
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from oryx_megatron.data.files import replacing
-from oryx_megatron.data.tokenizer import Tokenizer, write_manifest
+from oryx_megatron.data.tokenizer import MANIFEST, PRE_TOKENIZERS, Tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
+EOD = "<|endoftext|>"
+"""End-of-document token of the byte-level tokenizers trained here."""
 
-def train_sentencepiece(texts: Iterable[str], folder: str | Path, vocab_size: int, *, source: str) -> Tokenizer:
-    """Train SentencePiece BPE with byte fallback into `folder`.
 
-    Text comes back exactly: no normalisation, no space put before the text, runs of spaces kept and learned as pieces,
-    everything else that is not in the vocabulary (newlines too) as bytes. Only U+2581, SentencePiece's own sign for a
-    space, comes back as a space. Raises DataError when there is too little text for the vocabulary.
+def train_sentencepiece(
+    texts: Iterable[str],
+    folder: str | Path,
+    vocab_size: int,
+    *,
+    source: str,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    byte_fallback: bool = True,
+    split_digits: bool = True,
+    character_coverage: float = 0.9999,
+    overwrite: bool = True,
+) -> Tokenizer:
+    """Train a SentencePiece model into `folder`.
+
+    With byte fallback text comes back exactly: no normalisation, no space put before the text, runs of spaces kept and
+    learned as pieces, everything else that is not in the vocabulary (newlines too) as bytes. Only U+2581,
+    SentencePiece's own sign for a space, comes back as a space. Raises DataError when the text does not suffice for the
+    vocabulary, or the folder holds a tokenizer and `overwrite` is off.
     """
+    _check_folder(folder, overwrite)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9999,
+            byte_fallback=byte_fallback,
+            character_coverage=character_coverage,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_digits=True,
+            split_digits=split_digits,
             max_sentence_length=1 << 16,
             unk_id=0,
             bos_id=-1,
@@ -41,12 +62,117 @@ def train_sentencepiece(texts: Iterable[str], folder: str | Path, vocab_size: in
             pad_id=-1,
             minloglevel=2,
         )
-    except RuntimeError as error:
-        raise DataError(f"cannot train {vocab_size} pieces on this corpus: {str(error).splitlines()[-1]}") from error
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        raise DataError(f"cannot train {vocab_size} pieces on {source}: {reason}") from error
     folder = Path(folder)
     with replacing(folder / "tokenizer.model") as temporary:
         temporary.write_bytes(model.getvalue())
-    return write_manifest(folder, source=source)
+    options = {
+        "model_type": model_type,
+        "byte_fallback": byte_fallback,
+        "split_digits": split_digits,
+        "character_coverage": character_coverage,
+    }
+    return write_manifest(folder, source=source, training=options)
+
+
+def train_byte_level(
+    texts: Iterable[str],
+    folder: str | Path,
+    vocab_size: int,
+    *,
+    source: str,
+    split_digits: bool = True,
+    overwrite: bool = True,
+) -> Tokenizer:
+    """Train byte-level BPE of Hugging Face's `tokenizers` into `folder`; every text comes back exactly.
+
+    Texts are divided by cl100k's regular expression, with single digits when `split_digits`. Raises DataError when the
+    vocabulary is too small or the text does not suffice for it, or the folder is taken and `overwrite` is off.
+    """
+    _check_folder(folder, overwrite)
+    backend = tokenizers.Tokenizer(models.BPE())
+    pattern = PRE_TOKENIZERS[2 if split_digits else 1]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), level]
+    )
+    backend.decoder = decoders.ByteLevel()
+    if vocab_size <= 257:
+        raise DataError(f"a byte-level vocabulary needs more than 257 tokens, not {vocab_size}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise DataError(f"cannot train {vocab_size} tokens on {source}: it yields {backend.get_vocab_size()}")
+    folder = Path(folder)
+    with replacing(folder / "tokenizer.json") as temporary:
+        backend.save(str(temporary))
+    config = f'{{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{EOD}"}}\n'
+    with replacing(folder / "tokenizer_config.json") as temporary:
+        temporary.write_text(config)
+    return write_manifest(folder, source=source, training={"split_digits": split_digits})
+
+
+def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
+    """How a tokenizer does on texts: bytes per token, tokens used, characters left to bytes, exact round trips.
+
+    Returns `documents`, `tokens`, `bytes`, `bytes_per_token`, `used` (share of the vocabulary that occurs),
+    `single_bytes` (share of tokens that stand for one byte of a longer character or an unknown character), `unknown`
+    tokens, `inexact` documents that decoding does not give back, and `rarest`, the commonest characters that need bytes.
+    """
+    counts: Counter[int] = Counter()
+    characters: Counter[str] = Counter()
+    documents = size = inexact = 0
+    for text in texts:
+        ids = tokenizer.encode_plain([text])[0]
+        counts.update(ids)
+        documents += 1
+        size += len(text.encode())
+        inexact += tokenizer.decode(ids) != text
+        if not text.isascii():
+            characters.update(character for character in text if not character.isascii())
+    tokens = sum(counts.values())
+    if not tokens:
+        raise DataError("there is no text to measure a tokenizer on")
+    names = {token: tokenizer.piece(token) for token in counts}
+    widths = tokenizer.token_bytes()
+    single = sum(n for token, n in counts.items() if widths[token] == 1 and _is_byte(names[token]))
+    apart = [(n, c) for c, n in characters.items() if len(tokenizer.encode_plain([c])[0]) > 1]
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": size / tokens,
+        "used": len(counts) / tokenizer.vocab_size,
+        "single_bytes": single / tokens,
+        "unknown": counts.get(_unknown(tokenizer), 0),
+        "inexact": inexact,
+        "rarest": [
+            f"{c} ({unicodedata.name(c, f'U+{ord(c):04X}').lower()})" for _, c in sorted(apart, reverse=True)[:3]
+        ],
+    }
+
+
+def _is_byte(piece: str) -> bool:
+    """Byte pieces of SentencePiece but the newline, and the upper bytes of byte-level alphabets."""
+    return (piece.startswith("<0x") and piece != "<0x0A>") or (
+        len(piece) == 1 and not piece.isascii() and piece not in "▁ĠĊ"
+    )
+
+
+def _unknown(tokenizer: Tokenizer) -> int:
+    return 0 if tokenizer.kind == "sentencepiece" else -1
+
+
+def _check_folder(folder: str | Path, overwrite: bool) -> None:
+    if not overwrite and (Path(folder) / MANIFEST).exists():
+        raise DataError(f"{folder} holds a tokenizer already; choose another folder or pass --overwrite")
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
