@@ -236,7 +236,7 @@ class SafetensorsReader:
         tensor = torch.empty(shape, dtype=dtype)
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            file.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            file.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         return tensor
 
 
@@ -291,7 +291,7 @@ def _write_shard(
             tensor = produce(name)
             if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                 raise ConversionError(f"{name} came as {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
 

@@ -50,7 +50,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> FastTokenizer:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.processor.serialized_model_proto())
     trainer, rules, pieces = proto.trainer_spec, proto.normalizer_spec, list(proto.pieces)
     ids = {piece.piece: i for i, piece in enumerate(pieces)}

@@ -113,7 +113,7 @@ def _checkpoint_logits(
 @torch.inference_mode()
 def _export_logits(folder: str | Path, dtype: str, tokens: Tensor, plans: list[ModePlan]) -> list[Tensor]:
     model = OryxForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], kernels="torch")
-    model = model.to(platform.device()).eval()
+    model.to(platform.device()).eval()  # type: ignore[arg-type]
     return [
         model(tokens.to(model.device), mode_plan=torch.from_numpy(plan.is_attention())).logits.float().cpu()
         for plan in plans

@@ -147,11 +147,11 @@ class FusedOryxMixer(OryxMixer):
                 given: list[Tensor | None] = [None] * 4
                 for i, part in zip(present, some):
                     given[i] = part
-                return self._mix_rows(*given, layout)  # type: ignore[arg-type]
+                return self._mix_rows(*given, layout)  # type: ignore[arg-type, call-arg]
 
             mixed = checkpoint(mix, False, *(parts[i] for i in present))
         else:
-            mixed = self._mix_rows(*parts, layout)  # type: ignore[arg-type]
+            mixed = self._mix_rows(*parts, layout)  # type: ignore[arg-type, call-arg]
         if torch.is_grad_enabled() and (unused_parameters := self._unused(attends, recurs)):
             mixed = WithZeroGradients.apply(mixed, *unused_parameters)
         return self.out_proj(mixed)[0], None

@@ -52,7 +52,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         mixer: OryxMixer = layer.self_attention
         fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.in_proj_rows)
         for part, linear in mixer.query_projections().items():  # the same draw as for rows of in_proj
-            fill(prefix + "in_proj", linear.weight, normal, parts={part: linear.weight.shape[0]})
+            weight: Tensor = linear.weight  # type: ignore[assignment]
+            fill(prefix + "in_proj", weight, normal, parts={part: weight.shape[0]})
         fill(prefix + "out_proj", mixer.out_proj.weight, residual, axis=1)
         if model.conv_width:
             bound = 1 / math.sqrt(model.conv_width)

@@ -71,7 +71,7 @@ class TokenLayout:
             bounds = documents.cpu().numpy()  # type: ignore[union-attr]
             starts = np.repeat(bounds[:-1], np.diff(bounds))
         tables = torch.from_numpy(np.stack((tokens, rows, starts)).astype(np.int32)).to(device, non_blocking=True)
-        return cls(plan, *tables.unbind(0), isolated=isolated)
+        return cls(plan, *tables.unbind(0), isolated=isolated)  # type: ignore[misc, arg-type]
 
     @property
     def length(self) -> int:

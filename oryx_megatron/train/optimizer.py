@@ -97,7 +97,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:
     """`Muon` inside megatron-core's wrapper for whole (not sharded) optimizer state."""
     settings = run.optimizer
-    known: dict[torch.Tensor, Matrix] = {}
+    known: dict[torch.nn.Parameter, Matrix] = {}
     for chunk in chunks:
         known |= matrices(unwrap_model(chunk))
     inner = Muon(

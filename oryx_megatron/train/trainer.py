@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import random
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ class Trainer:
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
         backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
-        log.info("kernels: %s", backends.describe())
+        for line in textwrap.wrap(f"kernels: {backends.describe()}", 74, subsequent_indent="  "):
+            log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
         self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
