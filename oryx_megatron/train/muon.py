@@ -31,13 +31,15 @@ class Matrix:
     """Dimension that tensor parallelism splits."""
 
 
-def matrices(chunk: torch.nn.Module) -> dict[torch.nn.Parameter, Matrix]:
+def matrices(chunk: Any) -> dict[torch.nn.Parameter, Matrix]:
     """The weights of a model chunk that Muon updates: projections into and out of mixers and MLPs."""
     found = {}
     for layer in chunk.decoder.layers:
         mixer, mlp = layer.self_attention, layer.mlp
         half = mlp.linear_fc1.weight.shape[0] // 2
-        found[mixer.in_proj.weight] = Matrix(tuple(mixer.parts.values()), 0)
+        found[mixer.in_proj.weight] = Matrix(tuple(mixer.in_proj_rows.values()), 0)
+        for linear in mixer.query_projections().values():  # on a GPU; rows of in_proj elsewhere
+            found[linear.weight] = Matrix((linear.weight.shape[0],), 0)
         found[mixer.out_proj.weight] = Matrix((mixer.out_proj.weight.shape[0],), 1)
         found[mlp.linear_fc1.weight] = Matrix((half, half), 0)
         found[mlp.linear_fc2.weight] = Matrix((mlp.linear_fc2.weight.shape[0],), 1)

@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Memory and time that activation recompute saves and costs: bytes kept for the backward pass, by recompute mode.
+
+    python benchmarks/recompute.py tiny-gdn --sequence 512 --batch 4
+    python benchmarks/recompute.py 1.4b-gdn --sequence 4096 --batch 2 --dtype bf16
+
+Counts the distinct storages that autograd keeps between forward and backward pass, without parameters: exact, on CPU
+and GPU alike. On a GPU also prints the peak that torch's allocator saw. One rank, one microbatch, one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import torch
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import load_model
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+
+
+class KeptBytes:
+    """Bytes of the distinct storages that autograd saves inside the `with`, parameters left out."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._storages[storage.data_ptr()] = storage  # held, so that no other storage takes its address
+        return tensor
+
+    def __enter__(self) -> KeptBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._hooks.__exit__(*exc)
+
+    def total(self) -> int:
+        """Bytes; frees the storages."""
+        count = sum(storage.nbytes() for storage in self._storages.values())
+        self._storages.clear()
+        return count
+
+
+def measure(
+    model: ModelConfig, recompute: str, plan: str, sequence: int, batch: int, dtype: str, chunk: int
+) -> dict[str, float]:
+    """One forward and backward pass: kept bytes, seconds, loss, and on a GPU the peak bytes."""
+    from oryx_megatron.model import SequenceInfo, build_model
+    from oryx_megatron.modes import parse_plan
+
+    layout = ParallelConfig(recompute=recompute)  # type: ignore[arg-type]
+    precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+    (network,) = build_model(model, layout, precision, seed=1)
+    device = platform.device()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.vocab_size, (batch, sequence + 1), generator=generator).to(device)
+    info = SequenceInfo.build(parse_plan(plan, sequence, chunk=chunk), device=device)
+    network.train()
+    if platform.has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    platform.synchronize()
+    started = time.perf_counter()
+    with KeptBytes(network) as kept:
+        loss = network(tokens[:, :-1], None, None, labels=tokens[:, 1:], packed_seq_params=info).float().mean()
+    total = kept.total()
+    loss.backward()
+    platform.synchronize()
+    seconds = time.perf_counter() - started
+    return {"kept": total, "seconds": seconds, "loss": float(loss.detach()), "peak": platform.peak_memory_bytes()}
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Measure every recompute mode under every plan; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="preset or YAML file")
+    parser.add_argument("--layers", type=int, help="use only so many layers")
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=64, help="tokens per run of one mode")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--plans", nargs="+", default=["attention", "recurrent", "ratio:0.5"])
+    arguments = parser.parse_args(argv)
+    model = load_model(arguments.model)
+    if arguments.layers:
+        model = dataclasses.replace(model, num_layers=arguments.layers)
+    parallel.initialize(ParallelConfig(), seed=1)
+    tokens = arguments.sequence * arguments.batch
+    print(f"{model.name}, {model.num_layers} layers × {model.hidden_size}, {arguments.batch} × {arguments.sequence} "
+          f"tokens, {arguments.dtype}, {'GPU' if platform.has_gpu() else 'CPU'}")  # fmt: skip
+    print(f"{'plan':<12}{'recompute':<11}{'kept MiB':>10}{'of none':>9}{'bytes/token/layer':>19}{'seconds':>9}"
+          f"{'peak GiB':>10}")  # fmt: skip
+    try:
+        for plan in arguments.plans:
+            whole = None
+            for recompute in ("none", "mixer", "full"):
+                found = measure(model, recompute, plan, arguments.sequence, arguments.batch, arguments.dtype,
+                                arguments.chunk)  # fmt: skip
+                whole = whole or found["kept"]
+                peak = f"{found['peak'] / 2**30:.2f}" if found["peak"] else "–"
+                print(f"{plan:<12}{recompute:<11}{found['kept'] / 2**20:>10.1f}{found['kept'] / whole:>9.0%}"
+                      f"{found['kept'] / tokens / model.num_layers:>19,.0f}{found['seconds']:>9.2f}{peak:>10}")
+    finally:
+        parallel.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
