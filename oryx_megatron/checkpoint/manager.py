@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oryx_megatron.checkpoint import store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
+from oryx_megatron.checkpoint.writers import end_writers, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError
 
@@ -49,6 +49,7 @@ class CheckpointManager:
     ) -> None:
         self.root, self.config, self.chunks, self.optimizer = root, config, chunks, optimizer
         self._queue = AsyncCallsQueue()
+        renew_reports()
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         self._pending: _Pending | None = None
 
@@ -176,14 +177,10 @@ class CheckpointManager:
         return [name for part in found for name in part]
 
     def _abandon(self) -> None:
-        for call in self._queue.async_calls:
-            call.async_caller.close(abort=True)
+        end_writers(call.async_caller for call in self._queue.async_calls)
         self._queue.async_calls.clear()
         self._pending = None
-        # A writer that did finish has reported to this queue, where the next save would take it for its own.
-        results = filesystem_async._results_queue
-        while results is not None and not results.empty():
-            results.get_nowait()
+        renew_reports()
 
     @staticmethod
     def _any_rank(condition: bool) -> bool:

@@ -181,13 +181,13 @@ class Session:
     def close(self) -> None:
         """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
         self.stream.close()
-        _forget_hooks(self.chunks)
+        forget_hooks(self.chunks)
         del self.chunks, self.optimizer, self.schedule
         parallel.release()
         gc.collect()
 
 
-def _forget_hooks(chunks: list[Any]) -> None:
+def forget_hooks(chunks: list[Any]) -> None:
     """Let go of chunks for good.
 
     The hooks of these nodes hold the chunk through torch's C++ objects, where no collector looks; and the chunk holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,7 +71,7 @@ def test_manifest(runs: Runs, variant: str) -> None:
     assert run == load_run(runs.root / f"{variant} 2x1x1" / "config.yaml")
     assert manifest.layout == {"tp": 2, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
     assert manifest.rng["seed"] == run.seed
-    assert manifest.versions["torch"] == torch.__version__.split("+")[0]
+    assert manifest.versions["torch"] == torch.__version__
     assert {"python", "megatron-core", "numpy"} <= set(manifest.versions)
     assert manifest.commit is None or len(manifest.commit.removesuffix("+changes")) == 40
     assert manifest.data["train"]["consumed"] == HALF * 4
@@ -305,7 +306,8 @@ def test_killed_at_any_time(project: Path, tmp_path: Path) -> None:
             process.kill()
             process.wait()
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its writers, if any are left
+                os.killpg(process.pid, signal.SIGKILL)
     last = store.iteration_of(list_checkpoints(root)[-1])
     done = subprocess.run(
         [*command, f"train.exit_after={last + 1}"], capture_output=True, text=True, timeout=200, check=False

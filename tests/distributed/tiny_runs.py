@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import shutil
@@ -13,7 +14,7 @@ import torch
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.testing.layouts import Worlds
+from oryx_megatron.testing.layouts import Worlds, forget_hooks
 
 VARIANTS = ("gdn", "mamba2")
 LAYOUTS = {
@@ -54,8 +55,11 @@ def train(config: Path, name: str, *overrides: str) -> None:
             loaded = {result.plan: result.loss for result in trainer.evaluate()}
             (config.parent / name / "loaded.json").write_text(json.dumps(loaded))
         trainer.fit()
+        forget_hooks(trainer.chunks)
     finally:
+        trainer = None
         parallel.release()
+        gc.collect()
 
 
 def copy_checkpoint(root: Path, source: str, target: str, iteration: int = HALF) -> None:
