@@ -127,7 +127,7 @@ def run_kind(kind: str, text: Path, size: int, folder: Path, args: argparse.Name
         seconds = measured["seconds"]
         print(
             f"  {kind:<14} {tool:<9} {seconds:8.1f} s {size / 1e6 / seconds:7.1f} MB/s "
-            f"{tokens / 1e6 / seconds:6.2f} Mtok/s  cpu {measured['cpu_seconds']:7.1f} s  {measured['peak_mib']:6,.0f} MiB",
+            f"{tokens / 1e6 / seconds:6.2f} Mtok/s {measured['cpu_seconds']:8.1f} s cpu {measured['peak_mib']:7,.0f} MiB",
             flush=True,
         )
     if len(results) == 2:

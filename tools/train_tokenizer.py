@@ -95,8 +95,8 @@ def report(found: dict) -> str:
         f"  unknown tokens     {found['unknown']:,}",
         f"  decoded exactly    {found['documents'] - found['inexact']:,} of {found['documents']:,} documents",
     ]
-    if found["rarest"]:
-        lines.append(f"  in several tokens  {', '.join(found['rarest'])}")
+    if found["divided"]:
+        lines.append(f"  in several tokens  {', '.join(found['divided'])}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -124,7 +123,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
 
     Returns `documents`, `tokens`, `bytes`, `bytes_per_token`, `used` (share of the vocabulary that occurs),
     `single_bytes` (share of tokens that stand for one byte of a longer character or an unknown character), `unknown`
-    tokens, `inexact` documents that decoding does not give back, and `rarest`, the commonest characters that need bytes.
+    tokens, `inexact` documents that decoding does not give back, and `divided`, the commonest characters in several.
     """
     counts: Counter[int] = Counter()
     characters: Counter[str] = Counter()
@@ -153,9 +152,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
         "single_bytes": single / tokens,
         "unknown": counts.get(_unknown(tokenizer), 0),
         "inexact": inexact,
-        "rarest": [
-            f"{c} ({unicodedata.name(c, f'U+{ord(c):04X}').lower()})" for _, c in sorted(apart, reverse=True)[:3]
-        ],
+        "divided": [f"{c} U+{ord(c):04X}" for _, c in sorted(apart, reverse=True)[:5]],
     }
 
 
