@@ -124,10 +124,10 @@ def run_kind(kind: str, text: Path, size: int, folder: Path, args: argparse.Name
         tokens = json.loads(Path(f"{ours}.json").read_text())["tokens"]
         measured |= {"tool": tool, "kind": kind, "processes": args.processes, "bytes": size, "tokens": tokens}
         results.append(measured)
-        seconds = measured["seconds"]
+        seconds, cpu, peak = (measured[name] for name in ("seconds", "cpu_seconds", "peak_mib"))
         print(
             f"  {kind:<14} {tool:<9} {seconds:8.1f} s {size / 1e6 / seconds:7.1f} MB/s "
-            f"{tokens / 1e6 / seconds:6.2f} Mtok/s {measured['cpu_seconds']:8.1f} s cpu {measured['peak_mib']:7,.0f} MiB",
+            f"{tokens / 1e6 / seconds:6.2f} Mtok/s {cpu:8.1f} s cpu {peak:6,.0f} MiB",
             flush=True,
         )
     if len(results) == 2:
