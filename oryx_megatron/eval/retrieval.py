@@ -256,16 +256,15 @@ class _Filler:
 
 
 def _filled(make: Callable[[], list[int]], room: int) -> _Filler:
-    """Exactly `room` tokens of lines; the first line is cut at its front so that lines end where they should."""
+    """Exactly `room` tokens of lines, cut at the front so that the last line ends where it should."""
     lines: list[list[int]] = []
     total = 0
     while total < room:
         lines.append(make())
         total += len(lines[-1])
-    if lines:
-        lines[0] = lines[0][total - room :]
-    starts = np.cumsum([0, *(len(line) for line in lines)]).tolist()
-    return _Filler([token for line in lines for token in line], tuple(starts))
+    cut = total - room
+    starts = np.maximum(np.cumsum([0, *(len(line) for line in lines)]) - cut, 0).tolist()
+    return _Filler([token for line in lines for token in line][cut:], tuple(starts))
 
 
 def _line_start(hay: _Filler, wanted: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_checkpoints import CASES, resave, run_of, write_all
+from hf_checkpoints import CASES, resave, run_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -32,12 +32,10 @@ from oryx_megatron.testing.project import synthetic_texts, tiny_project
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def project(hf_project: Path) -> Path:
     """run.yaml of a folder with a tokenizer and a checkpoint of every case."""
-    config = tiny_project(tmp_path_factory.mktemp("project"))
-    run_distributed(write_all, 2, config)
-    return config
+    return hf_project
 
 
 @pytest.fixture

@@ -1,0 +1,158 @@
+"""Evaluate a model under mode plans: `perplexity` over an indexed dataset, `retrieval` on made-up look-up tasks.
+
+    torchrun --nproc-per-node 2 -m oryx_megatron.eval perplexity RUN --data data/stdlib --plans attention recurrent
+    python -m oryx_megatron.eval retrieval MODEL --tasks mqar needle --lengths 512 2048 --output results/
+
+RUN is a run folder or a checkpoint; MODEL may also be a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config.schema import ParallelConfig
+
+PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oryx_megatron.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    perplexity = commands.add_parser("perplexity", help="loss, perplexity and bits per byte per plan")
+    perplexity.add_argument("model", help="run folder or checkpoint")
+    perplexity.add_argument(
+        "--data", help="prefix of an indexed dataset, read whole (default: the run's validation part)"
+    )
+    perplexity.add_argument("--plans", nargs="+", default=PLANS[:3], help="mode plans (default: %(default)s)")
+    perplexity.add_argument("--batches", type=int, help="global batches to read (default: all of --data)")
+    perplexity.add_argument("--batch-size", type=int, default=1, help="sequences per pass and rank (default: 1)")
+    perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the run's)")
+    for size in ("tensor", "pipeline", "context"):
+        perplexity.add_argument(f"--{size}", type=int, default=1, help=f"{size}-parallel size (default: 1)")
+    retrieval = commands.add_parser("retrieval", help="share of answers found, over tasks × lengths × plans")
+    retrieval.add_argument("model", help="run folder, checkpoint or Hugging Face folder")
+    retrieval.add_argument("--tasks", nargs="+", default=["mqar", "needle", "phonebook"], help="(default: all three)")
+    retrieval.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="tokens (default: %(default)s)")
+    retrieval.add_argument("--plans", nargs="+", default=PLANS, help="mode plans (default: %(default)s)")
+    retrieval.add_argument("--examples", type=int, default=64, help="texts per task and length (default: 64)")
+    retrieval.add_argument("--batch-size", type=int, default=16, help="texts per pass (default: 16)")
+    retrieval.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")
+    for command in (perplexity, retrieval):
+        command.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
+        command.add_argument("--output", type=Path, help="folder for the JSON (and PNG)")
+    return parser
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, evaluate, print, write."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
+    from oryx_megatron import parallel
+
+    try:
+        return _perplexity(arguments) if arguments.command == "perplexity" else _retrieval(arguments)
+    finally:
+        parallel.destroy()
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    from oryx_megatron import parallel
+    from oryx_megatron.data.files import write_json
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    done = evaluate_checkpoint(
+        arguments.model,
+        tuple(arguments.plans),
+        data=arguments.data,
+        batches=arguments.batches,
+        batch_size=arguments.batch_size,
+        sequence_length=arguments.sequence_length,
+        layout=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, context=arguments.context),
+        tokenizer=arguments.tokenizer,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    if not parallel.is_main_rank():
+        return 0
+    sys.stdout.write(f"{done.checkpoint}, iteration {done.manifest.iteration}\n")
+    sys.stdout.write(f"{'dataset':<16}{'plan':<24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>11}\n")
+    for r in done.results:
+        sys.stdout.write(
+            f"{r.dataset:<16}{r.plan:<24}{r.loss:>9.4f}{r.perplexity:>12.3f}{r.bits_per_byte:>11.4f}{r.tokens:>11,}\n"
+        )
+    if arguments.output is not None:
+        results = [result.to_dict() for result in done.results]
+        about = {"checkpoint": str(done.checkpoint), "iteration": done.manifest.iteration, "results": results}
+        write_json(arguments.output / "perplexity.json", about)
+    return 0
+
+
+def _retrieval(arguments: argparse.Namespace) -> int:
+    from oryx_megatron import parallel
+    from oryx_megatron.eval.grid import Cell, plot_cells, run_grid, write_cells
+    from oryx_megatron.eval.retrieval import retrieval_task
+
+    predict, codec, vocabulary, chunk, name = _load(arguments)
+    tasks = [retrieval_task(task, codec) for task in arguments.tasks]
+    tasks = [dataclasses.replace(task, vocab_size=vocabulary) if task.name == "mqar" else task for task in tasks]  # type: ignore[type-var]
+
+    def show(cell: Cell) -> None:
+        if parallel.is_main_rank():
+            sys.stdout.write(
+                f"{cell.task:<12}{cell.length:>8}  {cell.plan:<24}{cell.attention_share:>7.1%} attention"
+                f"{cell.accuracy:>9.1%} found\n"
+            )
+            sys.stdout.flush()
+
+    cells = run_grid(
+        predict,
+        tasks,
+        arguments.lengths,
+        arguments.plans,
+        chunk=chunk,
+        examples=arguments.examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        on_cell=show,
+    )
+    if arguments.output is not None and parallel.is_main_rank():
+        write_cells(cells, arguments.output / "retrieval.json", model=name, seed=arguments.seed)
+        plot_cells(cells, arguments.output / "retrieval.png", title=name)
+        sys.stdout.write(f"written: {arguments.output / 'retrieval.json'}, {arguments.output / 'retrieval.png'}\n")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
+    """Prediction function, codec, vocabulary, plan chunk and name of the model asked for."""
+    from oryx_megatron.eval.grid import predict_with_checkpoint, predict_with_export
+
+    folder = Path(arguments.model)
+    if (folder / "config.json").is_file():
+        from oryx_megatron.eval.export import load_export
+
+        model, codec = load_export(folder, arguments.tokenizer)
+        chunk = getattr(model.config, "mode_chunk", 256)
+        return predict_with_export(model), codec, model.config.vocab_size, chunk, folder.resolve().name
+    from oryx_megatron.data.tokenizer import load_tokenizer
+    from oryx_megatron.eval.generation import load_for_inference
+
+    loaded = load_for_inference(folder, tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
+    run = loaded.run
+    return predict_with_checkpoint(loaded), codec, run.model.vocab_size, run.modes.chunk, run.model.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

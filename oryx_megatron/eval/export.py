@@ -1,0 +1,38 @@
+"""Load Hugging Face folders for evaluation: exports of this project, and other causal models beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oryx_megatron import platform
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import ConversionError
+from oryx_megatron.eval.retrieval import Codec
+
+
+class _ExportCodec:
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[Any, Codec]:
+    """Model in eval mode on this machine's device, and its tokenizer (or the one of a tokenizer folder).
+
+    Runs the code in the folder. Raises ConversionError when it does not load.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+        if tokenizer is not None:
+            return model.to(platform.device()).eval(), load_tokenizer(tokenizer)
+        codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(
+            f"{folder} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    return model.to(platform.device()).eval(), codec

@@ -1,0 +1,131 @@
+"""Loss, perplexity and bits per byte per mode plan over an indexed dataset, from a checkpoint, on any ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from oryx_megatron import parallel
+from oryx_megatron.checkpoint import Manifest, find_checkpoint, load_model_weights, read_manifest
+from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig
+from oryx_megatron.config.validate import Layout, validate
+from oryx_megatron.data.indexed import open_dataset
+from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.model import build_model
+from oryx_megatron.ops import backends
+from oryx_megatron.train.evaluate import Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What was evaluated and what came out, equal on every rank."""
+
+    checkpoint: Path
+    manifest: Manifest
+    results: list[Evaluation]
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    plans: tuple[str, ...],
+    *,
+    data: str | None = None,
+    batches: int | None = None,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    layout: ParallelConfig | None = None,
+    tokenizer: str | None = None,
+    world_size: int = 1,
+) -> Perplexity:
+    """Evaluate a checkpoint (or a run's newest one) under every plan. Collective: all ranks call it alike.
+
+    Args:
+        path: Checkpoint or run folder, written under any layout.
+        plans: Mode plan specs.
+        data: Prefix of an indexed dataset, used whole; default the validation part of the run's own data.
+        batches: Global batches to read; default all of `data`, or the run's evaluation.batches.
+        batch_size: Sequences per forward pass and rank.
+        sequence_length: Tokens per sequence; default the run's.
+        layout: Parallel sizes of this evaluation; default data-parallel over all ranks.
+        tokenizer: Its folder; default the run's.
+        world_size: Number of ranks.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: what the user can mend, on every rank alike.
+    """
+    folder = find_checkpoint(path)
+    manifest = read_manifest(folder)
+    run, sizes = _evaluation_run(
+        manifest.run(),
+        plans,
+        data,
+        batches,
+        batch_size,
+        sequence_length,
+        layout or ParallelConfig(),
+        tokenizer,
+        world_size,
+    )
+    spoken = load_tokenizer(run.data.tokenizer)
+    name = "valid" if data is None else Path(data).name
+    if data is not None and batches is None:
+        held = open_dataset(data, vocab_size=spoken.vocab_size, fingerprint=spoken.fingerprint)
+        whole = (held.tokens - 1) // run.data.sequence_length // run.train.global_batch_size
+        if whole < 1:
+            raise ConfigError(
+                f"{data} has {held.tokens} tokens, too few for one batch of {run.train.global_batch_size} × "
+                f"{run.data.sequence_length}; use fewer ranks or a smaller sequence length"
+            )
+        run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batches=whole))
+    parallel.initialize(run.parallel, seed=run.seed)
+    from megatron.core import parallel_state
+
+    backends.select(run.kernels)
+    datasets = build_datasets(run, spoken, {name: run.evaluation.batches * run.train.global_batch_size})
+    chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
+    load_model_weights(folder, chunks)
+    with torch.inference_mode(False):
+        results = evaluate(
+            run, sizes, chunks, datasets, spoken, data_rank=parallel_state.get_data_parallel_rank(), plans=plans
+        )
+    return Perplexity(folder, manifest, results)
+
+
+def _evaluation_run(
+    run: RunConfig,
+    plans: tuple[str, ...],
+    data: str | None,
+    batches: int | None,
+    batch_size: int,
+    sequence_length: int | None,
+    layout: ParallelConfig,
+    tokenizer: str | None,
+    world_size: int,
+) -> tuple[RunConfig, Layout]:
+    """The run's config with the data, sizes and layout of this evaluation, validated."""
+    ranks = layout.tensor * layout.pipeline * layout.context
+    dp = max(1, world_size // ranks)
+    changed = {
+        "sequence_length": sequence_length or run.data.sequence_length,
+        "tokenizer": tokenizer or run.data.tokenizer,
+    }
+    if data is not None:
+        changed["validation"] = {Path(data).name: (BlendEntry(path=data),)}
+    run = dataclasses.replace(
+        run,
+        parallel=layout,
+        data=dataclasses.replace(run.data, **changed),
+        # One microbatch per rank and pipeline stage keeps every stage busy.
+        train=dataclasses.replace(
+            run.train, micro_batch_size=batch_size, global_batch_size=batch_size * dp * layout.pipeline
+        ),
+        evaluation=dataclasses.replace(
+            run.evaluation, plans=plans, batches=batches if batches is not None else run.evaluation.batches
+        ),
+    )
+    return run, validate(run, world_size)

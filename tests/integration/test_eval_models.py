@@ -1,0 +1,161 @@
+"""Evaluation of checkpoints and exports: perplexity on several ranks, retrieval on both sides, lm-eval as it comes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from oryx_megatron.data.indexed import open_dataset
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.convert import export
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.testing import run_distributed
+
+TASKS = Path(__file__).resolve().parents[2] / "oryx_megatron" / "eval" / "tasks"
+PLANS = ("attention", "recurrent", "ratio:0.5")
+
+
+@pytest.fixture(scope="module")
+def folder(hf_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("export") / "hf"
+    export(hf_project.parent / "gdn tp2", target, dtype="fp32")
+    return target
+
+
+def perplexity_on_two_ranks(run: Path, data: str) -> list:
+    """As the command line does it, under two layouts."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+    from oryx_megatron.config.schema import ParallelConfig
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    results = []
+    for layout in (ParallelConfig(), ParallelConfig(tensor=2)):
+        done = evaluate_checkpoint(run, PLANS, data=data, batches=8 // (3 - layout.tensor), layout=layout, world_size=2)
+        results.append([(r.plan, r.loss, r.bits_per_byte, r.tokens) for r in done.results])
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def test_perplexity_is_the_same_on_every_layout_and_from_the_export(hf_project: Path, folder: Path) -> None:
+    """Data-parallel, tensor-parallel, and the export fed with the dataset's tokens by hand."""
+    data = str(hf_project.parent / "data")
+    ranks = run_distributed(perplexity_on_two_ranks, 2, hf_project.parent / "gdn tp2", data)
+    assert ranks[0] == ranks[1]
+    by_data, by_tensor = ranks[0]
+    for one, two in zip(by_data, by_tensor):
+        assert one[0] == two[0]
+        assert one[1] == pytest.approx(two[1], rel=2e-3)  # bf16
+        assert one[3] == two[3] == 8 * 48
+    losses = {plan: loss for plan, loss, *_ in by_data}
+    assert losses["attention"] != pytest.approx(losses["recurrent"], rel=1e-3)
+    # Bits per byte are nats per token over bytes per token.
+    tokenizer = load_tokenizer(hf_project.parent / "tokenizer")
+    sizes = tokenizer.token_bytes()
+    for _, loss, bits, tokens in by_data:
+        size = loss * tokens / math.log(2) / bits
+        assert size == pytest.approx(round(size), abs=1e-6)
+        assert tokens * 0.5 < size < tokens * sizes.max()
+    # The first sample of a dataset is not its first document (samples are shuffled): compare the mean over all of it.
+    tokens = torch.from_numpy(open_dataset(data).data().astype("int64"))
+    model = OryxForCausalLM.from_pretrained(folder).eval()
+    rows = tokens[: (len(tokens) - 1) // 48 * 48].view(-1, 48)[:64]
+    for plan in PLANS:
+        with torch.no_grad():
+            mean = model(rows, labels=rows, mode_plan=plan).loss.item()
+        assert mean == pytest.approx(losses[plan], rel=0.25)
+
+
+def test_a_dataset_too_small_for_a_batch_is_an_error(hf_project: Path) -> None:
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    with pytest.raises(ConfigError, match="too few for one batch"):
+        evaluate_checkpoint(
+            hf_project.parent / "gdn tp2", ("attention",), data=str(hf_project.parent / "data"), sequence_length=10**6
+        )
+
+
+def test_retrieval_finds_the_same_on_both_sides(hf_project: Path, folder: Path, tmp_path: Path) -> None:
+    """Through the command line's own functions: predictions of checkpoint and export agree token by token."""
+    from oryx_megatron import parallel
+    from oryx_megatron.eval.export import load_export
+    from oryx_megatron.eval.generation import load_for_inference
+    from oryx_megatron.eval.grid import predict_with_checkpoint, predict_with_export
+    from oryx_megatron.eval.retrieval import retrieval_task
+    from oryx_megatron.modes import parse_plan
+
+    codec = load_export(folder)[1]
+    text = "el ma so.\n"
+    assert codec.encode(text) == load_tokenizer(hf_project.parent / "tokenizer").encode(text)
+    try:
+        loaded = load_for_inference(hf_project.parent / "shared tp2")
+        export(hf_project.parent / "shared tp2", tmp_path / "shared")
+        twin, _ = load_export(tmp_path / "shared")
+        tokens = retrieval_task("needle", codec).sample(220, 4, 0).tokens
+        for spec in PLANS:
+            plan = parse_plan(spec, 220, chunk=8)
+            ours, theirs = predict_with_checkpoint(loaded)(tokens, plan), predict_with_export(twin)(tokens, plan)
+            assert (ours == theirs).float().mean() > 0.99  # near ties may fall either way
+    finally:
+        parallel.destroy()
+
+
+def test_lm_eval_runs_on_an_export_unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Accuracy, bits per byte and generations of `--model hf` are those computed by hand, under two plans."""
+    pytest.importorskip("lm_eval", reason="the evaluation harness is an extra")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    tasks = ["oryx_python_choice", "oryx_python_text", "oryx_copy"]
+    model, codec = load_export(folder)
+    items = [json.loads(line) for line in (TASKS / "choices.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text().splitlines()]
+    bits = {}
+    for plan in ("attention", "recurrent"):
+        done = simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={folder},trust_remote_code=True,mode_plan={plan},max_length=512",
+            tasks=tasks,
+            task_manager=manager,
+            device="cpu",
+            batch_size=8,
+            bootstrap_iters=0,
+        )["results"]
+        right = 0
+        for item in items:
+            scores = [log_likelihood(model, codec, item["context"], " " + choice, plan) for choice in item["choices"]]
+            right += scores.index(max(scores)) == item["label"]
+        assert done["oryx_python_choice"]["acc,none"] == pytest.approx(right / len(items), abs=1.01 / len(items))
+        end = model.config.eos_token_id
+        nats = sum(log_likelihood(model, codec, "", text, plan, before=[end]) for text in texts)
+        bits[plan] = done["oryx_python_text"]["bits_per_byte,none"]
+        assert bits[plan] == pytest.approx(-nats / math.log(2) / sum(len(t.encode()) for t in texts), rel=1e-3)
+        assert done["oryx_copy"]["exact_match,none"] == 0  # weights are random
+    assert bits["attention"] != pytest.approx(bits["recurrent"], rel=1e-3)
+
+
+def load_export(folder: Path):
+    from oryx_megatron.eval.export import load_export as load
+
+    return load(folder)
+
+
+def log_likelihood(model, codec, context: str, answer: str, plan: str, before: list[int] | None = None) -> float:
+    """Nats of the tokens of `answer` after `context`, split as lm-eval splits them."""
+    whole = (before or []) + codec.encode(context + answer)
+    start = len(before or []) + len(codec.encode(context))
+    ids = torch.tensor([whole])
+    with torch.no_grad():
+        logits = model(ids, mode_plan=plan).logits.log_softmax(-1)
+    return logits[0, start - 1 : -1].gather(1, ids[0, start:, None]).sum().item()
