@@ -307,8 +307,11 @@ def write_profile(runner: Runner, plans: list[ModePlan | None], path: Path) -> N
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         runner.time(plans[:1], 1)
-    table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=70, max_name_column_width=90)
-    path.write_text(table)
+    kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    lines = [f"{'ms':>9} {'calls':>6}  kernel"]
+    lines += [f"{e.self_device_time_total / 1e3:9.3f} {e.count:6d}  {e.key[:150]}" for e in kernels[:80]]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def show(results: list[Result]) -> str:

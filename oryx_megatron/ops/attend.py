@@ -24,10 +24,6 @@ from oryx_megatron.ops import backends
 from oryx_megatron.ops.attention import mode_attention
 from oryx_megatron.ops.layout import BLOCK, BlockTable, TokenLayout
 
-FLASH4_WHOLE = 4096
-"""From this length on flash-attn-4's causal kernels beat cuDNN's; see docs/performance.md."""
-
-
 @backends.dispatched("attention")
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     """o = softmax(q kᵀ / √N) v of each attention row over the earlier tokens of its document.
@@ -82,9 +78,7 @@ def _flash4(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
-    if layout.recurrent == 0 and not layout.isolated:
-        if layout.length < FLASH4_WHOLE:
-            return _causal_sdpa(q, k, v)
+    if layout.recurrent == 0 and not layout.isolated:  # faster than cuDNN's too: docs/performance.md
         return flash_attn_func(q, k, v, causal=True)[0]
 
     def tables(of: BlockTable) -> Any:

@@ -137,10 +137,10 @@ class _KeysValues(torch.autograd.Function):
         value = projected.new_empty(shapes[1])
         split = groups * widths[0]
         taps = (None, None) if conv is None else (conv[:split], conv[split:])
-        _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r)
+        _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r, 1.0)
         plain = HeadSteps(steps.silu, norm=False, rotary_base=None, l2=False, epsilon=steps.epsilon)
         values = projected[..., split:]
-        _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value)
+        _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value, 1.0)
         gate = projected[..., split + groups * widths[1] :] if gated else None
         return key_a, key_r, value if attends else None, value.view_as(value) if recurs else None, gate
 
@@ -164,7 +164,7 @@ class _KeysValues(torch.autograd.Function):
             shares.append(
                 _heads_backward(
                     projected[..., columns], layout.rows, 0, weight, norm, layout, layout.identity, how,
-                    grad_a, grad_r, dx[..., columns], first_row=0,
+                    grad_a, grad_r, dx[..., columns], 1.0,
                 )
             )  # fmt: skip
         dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)
@@ -201,11 +201,12 @@ class _Query(torch.autograd.Function):
         heads = channels // width
         if mode == "attention":
             query = projected.new_empty(batch, layout.attention, heads, width)
-            _heads_forward(projected, layout.identity, 0, None, norm, layout, layout.tokens, steps, query, None)
+            _heads_forward(projected, layout.identity, 0, None, norm, layout, layout.tokens, steps, query, None, 1.0)
         else:
             query = projected.new_empty(batch, layout.length, heads, width)
             place, offset = _recurrent_rows(layout, rows)
-            _heads_forward(projected, place, offset, None, None, layout, layout.identity, steps, None, query)
+            scale = width**-0.5
+            _heads_forward(projected, place, offset, None, None, layout, layout.identity, steps, None, query, scale)
         return query
 
     @staticmethod
@@ -220,9 +221,8 @@ class _Query(torch.autograd.Function):
         else:
             place, offset = _recurrent_rows(layout, projected.shape[0])
             angles, a, r = layout.identity, None, grads[0]
-        _, dnorm = _heads_backward(
-            projected, place, offset, None, norm, layout, angles, steps, a, r, dx, first_row=0
-        )
+        scale = 1.0 if r is None else r.shape[-1] ** -0.5
+        _, dnorm = _heads_backward(projected, place, offset, None, norm, layout, angles, steps, a, r, dx, scale)
         return dx, None if norm is None else _zero_if_none(dnorm, norm), None, None, None, None
 
 
@@ -261,6 +261,7 @@ def _heads_forward(
     steps: HeadSteps,
     out_a: Tensor | None,
     out_r: Tensor | None,
+    scale: float,
 ) -> None:
     """Fill out_a and out_r [b, entries, h, N] from x [rows, b, ≥ h N]; see ops/triton/heads.py."""
     kernels, _ = _kernels()
@@ -269,13 +270,18 @@ def _heads_forward(
     batch, entries, heads, width = out.shape
     flags = _steps_used(steps, out_a, out_r)
     cos, sin = _angles(steps, layout, width, flags["ROTARY"])
-    scale = width**-0.5 if taps is None else 1.0  # a query is scaled, a key is not
-    if entries:
+    epsilons = (steps.epsilon, NORM_EPSILON, scale)
+    flags["HALF"] = width // 2
+    if taps is not None:
+        kernels.forward_taps[(-(-entries // _WALK["BLOCK"]), batch * heads)](
+            x, rows, layout.starts, taps, norm, cos, sin, out_a, out_r,
+            entries, heads, x.stride(0), x.stride(1), *epsilons, DOCUMENTS=layout.isolated, SILU=steps.silu,
+            **flags, **_WALK,
+        )  # fmt: skip
+    elif entries:
         kernels.forward[(-(-entries // _TILE["BLOCK"]), batch)](
-            x, rows, layout.starts, taps, norm, angles, cos, sin, out_a, out_r,
-            entries, offset, heads, x.stride(0), x.stride(1), steps.epsilon, NORM_EPSILON, scale,
-            TAPS=TAPS if taps is not None else 0, SILU=steps.silu and taps is not None, HALF=width // 2,
-            **flags, **_TILE,
+            x, rows, norm, angles, cos, sin, out_a, out_r,
+            entries, offset, heads, x.stride(0), x.stride(1), *epsilons, **flags, **_TILE,
         )  # fmt: skip
 
 
@@ -291,8 +297,7 @@ def _heads_backward(
     grad_a: Tensor | None,
     grad_r: Tensor | None,
     dx: Tensor,
-    *,
-    first_row: int,
+    scale: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill dx, of x's shape; returns the gradients of taps and norm."""
     kernels, _ = _kernels()
@@ -312,9 +317,8 @@ def _heads_backward(
         if entries:
             kernels.backward[(blocks, batch)](
                 x, rows, norm, angles, cos, sin, grad_a, grad_r, dx, dnorm,
-                entries, offset, first_row, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
-                steps.epsilon, NORM_EPSILON, width**-0.5,
-                HALF=width // 2, **flags, **_TILE,
+                entries, offset, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+                steps.epsilon, NORM_EPSILON, scale, HALF=width // 2, **flags, **_TILE,
             )  # fmt: skip
     else:
         blocks = -(-entries // _WALK["BLOCK"])
@@ -323,8 +327,9 @@ def _heads_backward(
             dnorm = x.new_empty(blocks * batch * heads, width, dtype=torch.float32)
         kernels.backward_taps[(blocks, batch * heads)](
             x, rows, layout.starts, taps, norm, cos, sin, grad_a, grad_r, dx, dtaps, dnorm,
-            entries, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), steps.epsilon, NORM_EPSILON,
-            SILU=steps.silu, HALF=width // 2, **flags, **_WALK,
+            entries, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
+            steps.epsilon, NORM_EPSILON, scale, DOCUMENTS=layout.isolated, SILU=steps.silu, HALF=width // 2,
+            **flags, **_WALK,
         )  # fmt: skip
         dtaps = dtaps.sum(0)
     return dtaps, None if dnorm is None else dnorm.sum(0)

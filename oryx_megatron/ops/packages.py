@@ -35,7 +35,7 @@ def _causal_conv1d(
 
     number = None
     if isolated and documents is not None:
-        number = segments(documents, x.shape[1]).int().expand(x.shape[0], -1).contiguous()
+        number = segments(documents, x.shape[1], x.device).int().expand(x.shape[0], -1).contiguous()
     if initial is not None:  # the kernel wants channels last here too
         initial = initial.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     out = causal_conv1d_fn(

@@ -160,17 +160,17 @@ def _states(
 # ------------------------------------------------------------------------- backends of the functions that take logits
 
 
-def _opens(documents: Tensor | None, length: int) -> Tensor | None:
+def _opens(documents: Tensor | None, length: int, device: torch.device) -> Tensor | None:
     """fp32 [s, 1]: RESET where a document after the first opens."""
     if documents is None or len(documents) <= 2:
         return None
-    number = segments(documents, length)
+    number = segments(documents, length, device)
     return F.pad(number.diff(), (1, 0)).clamp(max=1).float().unsqueeze(-1) * RESET
 
 
 def _decay(step: Tensor, a_log: Tensor, documents: Tensor | None) -> Tensor:
     log_decay = -a_log.float().exp() * step
-    opens = _opens(documents, step.shape[1])
+    opens = _opens(documents, step.shape[1], step.device)
     return log_decay if opens is None else log_decay - opens
 
 
@@ -253,7 +253,7 @@ def _ssd_by_mamba(
 
     number = None
     if documents is not None and len(documents) > 2:
-        number = segments(documents, q.shape[1]).int().expand(q.shape[0], -1).contiguous()
+        number = segments(documents, q.shape[1], q.device).int().expand(q.shape[0], -1).contiguous()
     out = mamba_chunk_scan_combined(
         _per_head(v, q.shape[2]),
         dt,

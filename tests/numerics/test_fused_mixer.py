@@ -133,7 +133,7 @@ def test_ssd_scan(length):
     step = F.softplus(dt + dt_bias)
     decay = -a_log.exp() * step
     if documents is not None:
-        opens = F.pad(segments(documents, length).diff(), (1, 0)).unsqueeze(-1)
+        opens = F.pad(segments(documents, length, q.device).diff(), (1, 0)).unsqueeze(-1)
         decay = decay - opens * ops.fused.RESET
     found = scans.ssd_scan(q, k, v, decay, step, d, initial=initial, final=True)
     seeds = [torch.randn(x.shape, generator=generator) for x in want]
