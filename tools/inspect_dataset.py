@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int | None:
         )
         for problem in findings.problems:
             print(f"  problem: {problem}")
-        ended = "" if findings.ended is None else f", {findings.ended:,} documents end with the end-of-document token"
-        print(f"verified: highest token {findings.highest:,}{ended}; {len(findings.problems) or 'no'} problem(s)")
+        print(f"verified: highest token {findings.highest:,}; {len(findings.problems) or 'no'} problem(s)")
+        if findings.ended is not None:
+            print(f"  {findings.ended:,} documents end with the end-of-document token")
         status = 1 if findings.problems else status
     return status
 
