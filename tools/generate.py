@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             on_token=shown,
         )
         if shown is not None:
+            shown.flush()  # the prompt, when the model ended at once
             sys.stdout.write("\n")
     finally:
         parallel.destroy()
@@ -76,13 +77,13 @@ class _Printer:
 
     def __init__(self, tokenizer: object, prompt: list[int]) -> None:
         self.tokenizer, self.tokens, self.written = tokenizer, list(prompt), 0
-        self._flush()
 
     def __call__(self, token: int) -> None:
         self.tokens.append(token)
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is certain; nothing before the first call, so that an error comes before any text."""
         text = self.tokenizer.decode(self.tokens)
         if not text.endswith("�"):
             sys.stdout.write(text[self.written :])

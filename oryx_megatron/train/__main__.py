@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--world-size", type=int, help="ranks to check for (default: torchrun's, else 1); only with --dry-run"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before and after options
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size is not None and not arguments.dry_run:
         parser.error("--world-size needs --dry-run")

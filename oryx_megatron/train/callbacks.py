@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import LoggingConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train.evaluate import Evaluation
 from oryx_megatron.train.metrics import read_lines
@@ -47,6 +47,18 @@ class StepRecord:
     """Model FLOPs of the step, forward and backward (arch.flops_per_token)."""
     skipped: bool
     """True when loss or gradients were not finite and parameters stayed as they were."""
+
+
+def check_installed(logging: LoggingConfig) -> None:
+    """Raise ConfigError for a reporter whose package is missing."""
+    for field, wanted, package, off in (
+        ("tensorboard", logging.tensorboard, "tensorboard", "false"),
+        ("wandb_project", logging.wandb_project, "wandb", "null"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"logging.{field}: {package} is not installed; `pip install {package}`, or set it to {off}"
+            )
 
 
 class Callback:
@@ -170,15 +182,9 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """The same numbers in a Weights & Biases run, continued after a restart.
-
-    Raises:
-        ConfigError: logging.wandb_project is set but wandb is not installed.
-    """
+    """The same numbers in a Weights & Biases run, continued after a restart."""
 
     def __init__(self, project: str, run: RunConfig, config: dict[str, Any]) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError("logging.wandb_project: wandb is not installed; `pip install wandb`, or set it to null")
         import wandb
 
         name = Path(run.output_dir).name

@@ -29,7 +29,15 @@ from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.model import build_model
 from oryx_megatron.ops import backends
 from oryx_megatron.train.batches import training_batches
-from oryx_megatron.train.callbacks import Callback, Display, MetricsFile, StepRecord, TensorBoard, WeightsAndBiases
+from oryx_megatron.train.callbacks import (
+    Callback,
+    Display,
+    MetricsFile,
+    StepRecord,
+    TensorBoard,
+    WeightsAndBiases,
+    check_installed,
+)
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, optimizer_step, wrap
 from oryx_megatron.train.step import Microbatch, forward_backward
@@ -52,6 +60,7 @@ class Trainer:
         self.run, self.layout = run, layout
         self.folder = Path(run.output_dir)
         self.data_rank = parallel_state.get_data_parallel_rank()
+        check_installed(run.logging)
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
         backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
