@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class _Pending:
     folder: Path
     manifest: Callable[[dict[str, dict[str, Any]]], Manifest]
     deadline: float
+    digests: Future[dict[str, dict[str, Any]] | OSError] | None = None
+    """Of this rank's files, from when the writers are done."""
 
 
 class CheckpointManager:
@@ -49,6 +52,7 @@ class CheckpointManager:
     ) -> None:
         self.root, self.config, self.chunks, self.optimizer = root, config, chunks, optimizer
         self._queue = AsyncCallsQueue()
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="digests")
         renew_reports()
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         self._pending: _Pending | None = None
@@ -91,12 +95,14 @@ class CheckpointManager:
             return None
         pending = self._pending
         try:
-            done = bool(self._queue.maybe_finalize_async_calls(blocking=False))
+            if pending.digests is None and self._queue.maybe_finalize_async_calls(blocking=False):
+                # Hashing takes as long as reading the files: it goes on beside training, too.
+                pending.digests = self._hashing.submit(_digests, pending.folder, torch.distributed.get_rank())
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
             # CheckpointException, torch's report of what the writers ran into, is no subclass of Exception.
             self._pending = None
             raise CheckpointError(f"{pending.folder}: a writer failed ({_cause(error)})") from error
-        if not done:
+        if pending.digests is None or self._any_rank(not pending.digests.done()):
             if self._any_rank(time.monotonic() > pending.deadline):
                 self._abandon()
                 raise CheckpointError(
@@ -104,7 +110,7 @@ class CheckpointManager:
                 )
             return None
         self._pending = None
-        return self._finish(pending)
+        return self._finish(pending, pending.digests.result())
 
     def wait(self) -> Path | None:
         """Complete the save in progress, if any."""
@@ -153,16 +159,16 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------------------------- internals
 
-    def _finish(self, pending: _Pending) -> Path:
-        rank = torch.distributed.get_rank()
-        mine = {path.name: file_digest(path) for path in pending.folder.glob(f"__{rank}_*.distcp")}
+    def _finish(self, pending: _Pending, mine: dict[str, dict[str, Any]] | OSError) -> Path:
         digests: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, mine)
+        for part in digests:
+            if isinstance(part, OSError):
+                raise CheckpointError(f"{pending.folder}: could not read back what was written ({part})")
 
         def complete() -> Path:
             files = {name: digest for part in digests for name, digest in part.items()}
-            for path in pending.folder.iterdir():
-                files.setdefault(path.name, file_digest(path))
+            files |= {path.name: file_digest(path) for path in pending.folder.iterdir() if path.name not in files}
             write_manifest(pending.folder, pending.manifest(dict(sorted(files.items()))))
             final = store.commit(pending.folder)
             store.apply_retention(self.root, self.config.keep, self.config.keep_every)
@@ -201,6 +207,14 @@ class CheckpointManager:
         if isinstance(outcome[0], CheckpointError):
             raise outcome[0]
         return outcome[0]
+
+
+def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]] | OSError:
+    """Sizes and checksums of the files that this rank wrote; an error is a value, for all ranks to learn of."""
+    try:
+        return {path.name: file_digest(path) for path in folder.glob(f"__{rank}_*.distcp")}
+    except OSError as error:
+        return error
 
 
 def _cause(error: BaseException) -> str:
