@@ -203,7 +203,7 @@ def test_sentencepiece_training_options(tmp_path: Path) -> None:
     joined = train_sentencepiece(PROSE, tmp_path / "joined", 380, source="a test", split_digits=False)
     assert any(joined.piece(i).isdigit() and len(joined.piece(i)) > 1 for i in range(380))
     assert not any(bpe.piece(i).isdigit() and len(bpe.piece(i)) > 1 for i in range(320))
-    unigram = train_sentencepiece(PROSE, tmp_path / "unigram", 320, source="a test", model_type="unigram")
+    unigram = train_sentencepiece(PROSE, tmp_path / "unigram", 300, source="a test", model_type="unigram")
     assert measure(unigram, PROSE)["inexact"] == 0
     assert not unigram.splittable
     bare = train_sentencepiece(PROSE, tmp_path / "bare", 60, source="a test", byte_fallback=False)
