@@ -29,10 +29,10 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
         if tokenizer is not None:
-            return model.to(platform.device()).eval(), load_tokenizer(tokenizer)
+            return model.to(platform.device()).eval(), load_tokenizer(tokenizer)  # type: ignore[arg-type]
         codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(
             f"{folder} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    return model.to(platform.device()).eval(), codec
+    return model.to(platform.device()).eval(), codec  # type: ignore[arg-type]

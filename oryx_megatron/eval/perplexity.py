@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ def _evaluation_run(
     """The run's config with the data, sizes and layout of this evaluation, validated."""
     ranks = layout.tensor * layout.pipeline * layout.context
     dp = max(1, world_size // ranks)
-    changed = {
+    changed: dict[str, Any] = {
         "sequence_length": sequence_length or run.data.sequence_length,
         "tokenizer": tokenizer or run.data.tokenizer,
     }

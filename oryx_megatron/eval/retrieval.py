@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,7 +76,10 @@ def score(predictions: Tensor, batch: RetrievalBatch) -> Score:
 class RetrievalTask(Protocol):
     """A kind of text with answers in it."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the task, for reports."""
+        ...
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """`count` texts of exactly `length` tokens, a function of the arguments alone.
@@ -184,7 +187,9 @@ class Needle:
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See RetrievalTask."""
         rng = _generator(self.name, seed, length)
-        texts, labels, answers = [], [], []
+        texts: list[Any] = []
+        labels: list[Any] = []
+        answers: list[Any] = []
         for row in range(count):
             city = _pick(rng, _CITIES)
             number = _number(rng, self.digits)
@@ -214,7 +219,9 @@ class PhoneBook:
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See RetrievalTask."""
         rng = _generator(self.name, seed, length)
-        texts, labels, answers = [], [], []
+        texts: list[Any] = []
+        labels: list[Any] = []
+        answers: list[Any] = []
         for row in range(count):
             entries: list[tuple[str, str]] = []
             seen: set[str] = set()

@@ -204,14 +204,16 @@ class FusedOryxMixer(OryxMixer):
         if query_attention is not None:
             norm = self.query_norm.summed_weight() if model.qk_norm else None
             q = fused.attention_query(query_attention, model.key_width, norm, layout, steps)
-            o_attention = ops.attend(q, read.attention_keys, read.attention_values, layout)
+            o_attention = ops.attend(q, read.attention_keys, read.attention_values, layout)  # type: ignore[arg-type]
         if query_recurrent is not None and logits is not None:
             q = fused.recurrent_query(query_recurrent, model.key_width, layout, steps)
             decay, rate = fused.gates(logits, self.a_log, self.dt_bias, layout, model.mixer)
             if model.mixer == "mamba2":
-                o_recurrent, _ = ops.ssd_scan(q, read.recurrent_keys, read.recurrent_values, decay, rate, self.d)
+                keys, values = read.recurrent_keys, read.recurrent_values
+                o_recurrent, _ = ops.ssd_scan(q, keys, values, decay, rate, self.d)  # type: ignore[arg-type]
             else:
-                o_recurrent, _ = ops.delta_scan(q, read.recurrent_keys, read.recurrent_values, decay, rate)
+                keys, values = read.recurrent_keys, read.recurrent_values
+                o_recurrent, _ = ops.delta_scan(q, keys, values, decay, rate)  # type: ignore[arg-type]
         weight = self.out_norm.summed_weight()
         return fused.gated_norm(o_attention, o_recurrent, read.gate, weight, layout, self.out_norm.eps)
 

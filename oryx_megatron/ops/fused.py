@@ -167,7 +167,7 @@ class _KeysValues(torch.autograd.Function):
                     grad_a, grad_r, dx[..., columns], 1.0,
                 )
             )  # fmt: skip
-        dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)
+        dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)  # type: ignore[misc]
         dnorm = None if key_norm is None else _zero_if_none(shares[0][1], key_norm)
         return dx, dconv, dnorm, None, None, None, None, None
 

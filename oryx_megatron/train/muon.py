@@ -31,7 +31,7 @@ class Matrix:
     """Dimension that tensor parallelism splits."""
 
 
-def matrices(chunk: Any) -> dict[torch.nn.Parameter, Matrix]:
+def matrices(chunk: Any) -> dict[Tensor, Matrix]:
     """The weights of a model chunk that Muon updates: projections into and out of mixers and MLPs."""
     found = {}
     for layer in chunk.decoder.layers:

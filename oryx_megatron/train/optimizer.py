@@ -97,9 +97,9 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:
     """`Muon` inside megatron-core's wrapper for whole (not sharded) optimizer state."""
     settings = run.optimizer
-    known: dict[torch.nn.Parameter, Matrix] = {}
+    known: dict[torch.Tensor, Matrix] = {}
     for chunk in chunks:
-        known |= matrices(unwrap_model(chunk))
+        known.update(matrices(unwrap_model(chunk)))
     inner = Muon(
         _get_param_groups(chunks, config, overrides),
         matrix_of=known.get,
