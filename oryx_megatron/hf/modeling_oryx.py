@@ -180,9 +180,9 @@ class TokenModes:
 class SlotPlan:
     """The plan of a whole generation, per slot: slot i is the i-th column of the padded batch, prompt or new."""
 
-    def __init__(self, table: Tensor, device: torch.device) -> None:
-        """`table`: bool [b, total] on the CPU."""
-        self.table, self.device = table, device
+    def __init__(self, table: Tensor, device: torch.device, done: int = 0) -> None:
+        """`table`: bool [b, total] on the CPU; `done` slots are in the cache already."""
+        self.table, self.device, self.done = table, device, done
         every, some = table.all(0).tolist(), table.any(0).tolist()
         self.same = [a if a == o else None for a, o in zip(every, some)]
 
@@ -358,7 +358,6 @@ class OryxCache(Cache):
     ) -> None:
         keep_kv = config.keep_kv if keep_kv is None else keep_kv
         self.keep_kv = keep_kv and config.has_attention
-        self.max_cache_len = max_cache_len
         if max_cache_len is None:
             layers = [OryxDynamicLayer(self.keep_kv) for _ in range(config.num_hidden_layers)]
         else:
@@ -1162,7 +1161,9 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
                 "keep_kv=False with attention: the mode plan reads new tokens by attention, which needs the keys and "
                 "values of earlier ones; keep them, or use a plan like prompt:attention,new:recurrent"
             )
-        model_kwargs["mode_plan"] = SlotPlan(table, positions.device)
+        model_kwargs["mode_plan"] = SlotPlan(
+            table, positions.device, 0 if cache is None else int(cache.get_seq_length())
+        )
         if generation_config.use_cache is False or cache is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
@@ -1198,14 +1199,10 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         )
         if isinstance(mode_plan, SlotPlan):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-            s = tokens.shape[1]
-            if past_key_values is None:
-                stop = s
-            elif is_first_iteration:
-                stop = int(past_key_values.get_seq_length()) + s
-            else:
-                stop = kwargs["position_ids"].shape[-1]
-            inputs["mode_plan"] = mode_plan.modes(stop - s, stop)
+            # Counted here on the host: a static cache has its length on the device.
+            start = 0 if past_key_values is None else mode_plan.done
+            mode_plan.done = start + tokens.shape[1]
+            inputs["mode_plan"] = mode_plan.modes(start, mode_plan.done)
         elif mode_plan is not None:
             inputs["mode_plan"] = mode_plan
         return inputs

@@ -24,6 +24,7 @@ from oryx_megatron.ops import backends
 from oryx_megatron.ops.attention import mode_attention
 from oryx_megatron.ops.layout import BLOCK, BlockTable, TokenLayout
 
+
 @backends.dispatched("attention")
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     """o = softmax(q kᵀ / √N) v of each attention row over the earlier tokens of its document.
