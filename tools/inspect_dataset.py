@@ -3,7 +3,8 @@
 
 Examples:
     python tools/inspect_dataset.py data/stdlib
-    python tools/inspect_dataset.py data/stdlib --documents 0 17 --tokenizer tokenizers/stdlib-8k
+    python tools/inspect_dataset.py data/stdlib --documents 0 17 \\
+        --tokenizer tokenizers/stdlib-8k
     python tools/inspect_dataset.py data/stdlib --verify --plot lengths.png
     python tools/inspect_dataset.py data/stdlib --compare data/other
 """

@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Turn text into a megatron-core indexed dataset: PREFIX.bin, PREFIX.idx, and PREFIX.json that describes them.
+"""Turn text into a megatron-core indexed dataset: PREFIX.bin, .idx, and .json.
 
-Examples:
-    python tools/preprocess_data.py --input stdlib --tokenizer tokenizers/stdlib-8k --output data/stdlib
-    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key content --tokenizer T --output data/pages
-    python tools/preprocess_data.py --input s3://bucket/corpus --tokenizer T --output data/part --shard 3/16
+Examples (T is the folder of a tokenizer, as tokenizers/stdlib-8k):
+    python tools/preprocess_data.py --input stdlib --tokenizer T --output data/x
+    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key content \\
+        --tokenizer T --output data/pages
+    python tools/preprocess_data.py --input s3://bucket/corpus --shard 3/16 \\
+        --tokenizer T --output data/corpus
 
-Input is `stdlib` (the sources of the running Python's standard library), files, folders or fsspec URLs: .jsonl,
-.parquet, or text; .gz, .zst, .bz2 and .xz too. A run that was stopped or killed goes on when started again.
+Input is `stdlib` (the sources of the running Python's standard library), files,
+folders or fsspec URLs: .jsonl, .parquet, or text; .gz, .zst, .bz2, .xz too.
+A run that was stopped or killed goes on when started again.
 """
 
 from __future__ import annotations

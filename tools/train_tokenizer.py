@@ -2,8 +2,9 @@
 """Train a tokenizer on a corpus and measure it, or adopt the files of an existing one.
 
 Examples:
-    python tools/train_tokenizer.py --input stdlib --vocab-size 8192 --output tokenizers/mine
-    python tools/train_tokenizer.py --input pages.jsonl --kind byte-level --vocab-size 32768 --output tokenizers/pages
+    python tools/train_tokenizer.py --vocab-size 8192 --output tokenizers/mine
+    python tools/train_tokenizer.py --input pages.jsonl --kind byte-level \\
+        --vocab-size 32768 --output tokenizers/pages
     python tools/train_tokenizer.py --adopt FOLDER --eod "<|endoftext|>"
 
 Every tenth document (--held-out) is kept from training, for the report.
