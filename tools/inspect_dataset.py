@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look into an indexed dataset: statistics, document lengths, texts; check it; compare two.
+"""Look into an indexed dataset: statistics, texts; check it; compare two.
 
 Examples:
     python tools/inspect_dataset.py data/stdlib

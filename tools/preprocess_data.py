@@ -3,7 +3,7 @@
 
 Examples (T is the folder of a tokenizer, as tokenizers/stdlib-8k):
     python tools/preprocess_data.py --input stdlib --tokenizer T --output data/x
-    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key content \\
+    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key body \\
         --tokenizer T --output data/pages
     python tools/preprocess_data.py --input s3://bucket/corpus --shard 3/16 \\
         --tokenizer T --output data/corpus

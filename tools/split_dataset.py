@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Divide an indexed dataset by documents: PREFIX becomes OUTPUT_NAME for each NAME.
+"""Divide an indexed dataset by documents, into OUTPUT_NAME for each NAME.
 
 Examples:
     python tools/split_dataset.py data/pages train=98 valid=2
-    python tools/split_dataset.py data/pages a=1 b=1 c=1 --seed 7 --output scratch/third
+    python tools/split_dataset.py data/pages a=1 b=1 c=1 --seed 7 --output data/third
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a tokenizer on a corpus and measure it, or adopt the files of an existing one.
+"""Train a tokenizer on a corpus and measure it, or adopt an existing one.
 
 Examples:
     python tools/train_tokenizer.py --vocab-size 8192 --output tokenizers/mine
