@@ -1,6 +1,6 @@
 """Training throughput on one GPU: Oryx against megatron-core's GPT and Mamba models of the same size, in one run.
 
-    python benchmarks/train_throughput.py --shape 2048x16 8192x4 32768x1 --out OUT
+    python benchmarks/train_throughput.py --run 2048x16 bf16 gpt gdn/drawn --run 8192x4 bf16 gpt gdn/ratio:0.5 --out OUT
 
 Every case is a whole step: forward, backward, gradient clipping and the distributed optimizer, on random tokens, one
 microbatch a step, nothing recomputed. Model FLOPs are those that the plan needs (`oryx_megatron.arch`: 2 per multiply
@@ -50,7 +50,14 @@ PEAK_TFLOPS = 989.0
 CHUNK = 256
 DRAWS = 16
 """Plans of the case `drawn`: the first draws of a run with the default mixing probabilities and seed."""
-DEFAULT = ("gpt", "gdn/drawn", "gdn/attention", "gdn/recurrent", "gdn/ratio:0.5", "gdn/ratio:0.1")
+LONG = ("gpt", "gdn/ratio:0.5", "gdn/ratio:0.1", "mamba2/ratio:0.5", "mamba2/ratio:0.1")
+DEFAULT = (
+    ("2048x16", "bf16", "gpt", "mamba", "gdn/drawn", "gdn/attention", "gdn/recurrent", "mamba2/drawn"),
+    ("8192x4", "bf16", *LONG),
+    ("32768x1", "bf16", *LONG),
+    ("2048x16", "tensorwise", "gpt", "gdn/drawn"),
+)
+"""Shape, precision, and cases of each run when none is given."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +242,7 @@ def mamba(sequence: int, batch: int, precision: PrecisionConfig, *, attention_ev
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope" if attention_every else "none",
     )
-    return Runner(run, [model if attention_every is None else _finish_mamba(model)], plain_microbatch)
+    return Runner(run, [_finish_mamba(model)], plain_microbatch)
 
 
 def _finish_mamba(model: torch.nn.Module) -> torch.nn.Module:
@@ -248,6 +255,14 @@ def _finish_mamba(model: torch.nn.Module) -> torch.nn.Module:
             if name in scalars:  # A_log, dt_bias, D and the convolution keep what their module gave them
                 parameter.copy_(scalars[name])
     return model
+
+
+def build(which: str, sequence: int, batch: int, precision: PrecisionConfig, kernels: KernelsConfig) -> Runner:
+    if which == "gpt":
+        return gpt(sequence, batch, precision)
+    if which in ("mamba", "hybrid"):
+        return mamba(sequence, batch, precision, attention_every=6 if which == "hybrid" else 0)
+    return oryx(which, sequence, batch, precision, kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------- one case
@@ -284,7 +299,7 @@ def measure(case: str, runner: Runner, precision: str, steps: int, profile: Path
     flops = model_flops(case, sequence, shares)
     rate = sequence * batch / milliseconds * 1e3
     if profile is not None:
-        write_profile(runner, plans, profile / f"profile-{case.replace('/', '-').replace(':', '')}-{sequence}.txt")
+        write_profile(runner, plans, profile / f"profile-{case.replace('/', '-').replace(':', '')}-{sequence}-{precision}.txt")
     return Result(
         case=case,
         sequence=sequence,
@@ -344,9 +359,13 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["2048x16"], help="sequence x batch")
-    parser.add_argument("--cases", nargs="+", default=list(DEFAULT), help="gpt, mamba, hybrid, gdn/PLAN, mamba2/PLAN")
-    parser.add_argument("--precision", nargs="+", default=["bf16"], help="bf16, delayed, tensorwise, blockwise")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        action="append",
+        metavar="SHAPE PRECISION CASE",
+        help="SEQUENCExBATCH, then bf16, delayed, tensorwise or blockwise, then gpt, mamba, hybrid, gdn/PLAN, mamba2/PLAN",
+    )
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case")
     parser.add_argument("--profile", action="store_true", help="write the kernels of one step of every case")
     parser.add_argument("--kernels", nargs="*", default=[], metavar="PART=BACKEND")
@@ -356,34 +375,31 @@ def main() -> None:
     kernels = KernelsConfig(**dict(item.split("=") for item in args.kernels))
     parallel.initialize(ParallelConfig(), seed=1)
     results: list[Result] = []
-    for shape in args.shape:
+    for shape, name, *cases in args.run or DEFAULT:
         sequence, batch = map(int, shape.split("x"))
-        for name in args.precision:
-            precision = PrecisionConfig(fp8="none" if name == "bf16" else name)
-            runner, built = None, ""
-            for case in args.cases:
-                which = case.partition("/")[0]
+        precision = PrecisionConfig(fp8="none" if name == "bf16" else name)
+        runner, built = None, ""
+        for case in cases:
+            which = case.partition("/")[0]
+            try:
                 if which != built:
-                    runner = None
+                    runner, built = None, which
                     gc.collect()
                     torch.cuda.empty_cache()
-                    if which == "gpt":
-                        runner = gpt(sequence, batch, precision)
-                    elif which in ("mamba", "hybrid"):
-                        runner = mamba(sequence, batch, precision, attention_every=6 if which == "hybrid" else 0)
-                    else:
-                        runner = oryx(which, sequence, batch, precision, kernels)
-                    built = which
-                assert runner is not None
+                    runner = build(which, sequence, batch, precision, kernels)
+                if runner is None:  # failed to build before
+                    continue
                 result = measure(case, runner, name, args.steps, args.out if args.profile else None)
-                results.append(result)
-                print(show(results).splitlines()[-1], f"loss {result.loss:.3f}", flush=True)
-                (args.out / "throughput.json").write_text(
-                    json.dumps({"versions": versions(), "results": [asdict(r) for r in results]}, indent=1)
-                )
-            runner = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            except RuntimeError as error:  # out of memory, or a kernel that refuses: the other cases still count
+                print(f"{case} {shape} {name} failed:", str(error)[:500], flush=True)
+                continue
+            results.append(result)
+            print(show(results).splitlines()[-1], f"loss {result.loss:.3f}", flush=True)
+            found = {"versions": versions(), "results": [asdict(r) for r in results]}
+            (args.out / "throughput.json").write_text(json.dumps(found, indent=1))
+        runner = None
+        gc.collect()
+        torch.cuda.empty_cache()
     print(show(results))
     print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
     parallel.destroy()

@@ -62,7 +62,6 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
     def decorate(reference: Callable[A, R]) -> Callable[A, R]:
         name = reference.__name__
         register(part, name, "reference", reference, missing=lambda: None, rank=0)
-        _selected[name] = _backends[part][name]["reference"]
 
         @functools.wraps(reference)  # also gives `__wrapped__`, the reference itself
         def call(*args: A.args, **kwargs: A.kwargs) -> R:
@@ -81,6 +80,8 @@ def register(
     if backend in known:
         raise ValueError(f"backend {backend} of {function} is registered twice")
     known[backend] = Backend(backend, call, missing, rank)
+    if backend == "reference":
+        _selected[function] = known[backend]
 
 
 def workload() -> Workload | None:
