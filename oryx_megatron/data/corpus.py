@@ -135,7 +135,7 @@ def plan(
     files = [file for source in inputs for file in _files(source, options)]
     if unit_bytes is None:
         total = sum(size for _, size in files)
-        unit_bytes = max(8 << 20 if shards == 1 else min(8 << 20, total // (4 * shards)), total // 4096, 1)
+        unit_bytes = max(8 << 20 if shards == 1 else min(8 << 20, total // (4 * shards)), total // 4096, 1 << 16)
     units: list[tuple[Segment, ...]] = []
     small: list[Segment] = []
     weight = 0
