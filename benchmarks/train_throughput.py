@@ -299,7 +299,8 @@ def measure(case: str, runner: Runner, precision: str, steps: int, profile: Path
     flops = model_flops(case, sequence, shares)
     rate = sequence * batch / milliseconds * 1e3
     if profile is not None:
-        write_profile(runner, plans, profile / f"profile-{case.replace('/', '-').replace(':', '')}-{sequence}-{precision}.txt")
+        name = case.replace("/", "-").replace(":", "")
+        write_profile(runner, plans, profile / f"profile-{name}-{sequence}-{precision}.txt")
     return Result(
         case=case,
         sequence=sequence,
@@ -364,7 +365,7 @@ def main() -> None:
         nargs="+",
         action="append",
         metavar="SHAPE PRECISION CASE",
-        help="SEQUENCExBATCH, then bf16, delayed, tensorwise or blockwise, then gpt, mamba, hybrid, gdn/PLAN, mamba2/PLAN",
+        help="as 2048x16; bf16, delayed, tensorwise or blockwise; gpt, mamba, hybrid, gdn/PLAN, mamba2/PLAN",
     )
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case")
     parser.add_argument("--profile", action="store_true", help="write the kernels of one step of every case")
