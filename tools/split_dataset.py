@@ -3,7 +3,7 @@
 
 Examples:
     python tools/split_dataset.py data/pages train=98 valid=2
-    python tools/split_dataset.py data/pages a=1 b=2 --seed 7 --output data/random
+    python tools/split_dataset.py data/pages a=1 b=2 --seed 7 --output data/r
 """
 
 from __future__ import annotations
