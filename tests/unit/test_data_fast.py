@@ -300,6 +300,7 @@ def test_parts_of_a_document_give_the_tokens_of_the_whole(tmp_path: Path, dummy:
 
 @pytest.mark.parametrize("pattern", [None, *PRE_TOKENIZERS])
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_code_point(tmp_path: Path, pattern: str | None) -> None:
     """With a merge over every border, a pre-tokeniser that cuts elsewhere gives other tokens."""
     from oryx_megatron.data.fast import _byte_alphabet
