@@ -266,8 +266,7 @@ def table(model: ModelConfig, sequence: int) -> str:
             plain, full = counts.share(mode), counts.share(mode, embedding=True)
             lines.append(f"  {name:<24}{used:>15,}{plain:>16.1%} {full:>16.1%}")
         lines.append(
-            f"  shared {counts.shared:,}, attention only {counts.attention_only:,}, recurrent only "
-            f"{counts.recurrent_only:,}"
+            f"  shared {counts.shared:,}, attention {counts.attention_only:,}, recurrent {counts.recurrent_only:,} only"
         )
     shares = _shares(model)
     head = {1.0: "all attention", 0.0: "all recurrent"}

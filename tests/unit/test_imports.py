@@ -14,6 +14,7 @@ ORDER = (
     "cli",
     "config",
     "arch",
+    "planner",
     "modes",
     "platform",
     "ops",
@@ -32,7 +33,7 @@ MAY_GUARD = {"ops", "platform"}
 STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx"}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""
 KERNELS = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn"}
-NO_TORCH = {"errors", "cli", "config", "arch", "modes"}
+NO_TORCH = {"errors", "cli", "config", "arch", "planner", "modes"}
 IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 

@@ -1,0 +1,425 @@
+"""Which layouts fit a model on a number of GPUs, what memory and communication each takes, and how fast it should be.
+
+Arithmetic only, from the model's shapes and the kernels that a GPU runs (model/fused.py with TransformerEngine's
+linears). Constants of speed are those measured on an H200 with plain models (docs/parallelism.md says which); the
+estimates of Oryx models have not been held against a GPU yet.
+
+Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width, V vocabulary,
+t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from oryx_megatron.arch import flops_per_token, parameter_counts
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ModesConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from oryx_megatron.config.validate import Layout, validate
+from oryx_megatron.errors import ConfigError
+
+Recompute = Literal["none", "mixer", "full"]
+GIB = 2**30
+
+LINEAR_SHARE = 0.62
+"""Of the peak FLOP rate that a block's matrix products reach: 62,400 tokens/s of the measured 1.3B GPT."""
+ATTENTION_SHARE = 0.52
+"""Of the peak that attention reaches, forward and backward (cuDNN, 8,192 tokens, 16 heads of 128)."""
+RECURRENCE_SECONDS = {"gdn": 2.04e-3 / (32768 * 16), "mamba2": 4.12e-3 / (32768 * 16)}
+"""Per token and head of 128 × 128 on an H200, forward and backward."""
+COPY_BYTES = 4.27e12
+"""Bytes per second that an H200 copies."""
+PEAK = 989e12
+"""FLOP/s of an H200 in bf16, of which the constants above are shares."""
+CONTEXT_GIB = 2.0
+"""Memory that CUDA, NCCL and kernels take outside of torch's allocator."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, all alike."""
+
+    gpus: int
+    memory_gib: float = 141.0
+    """Of one GPU."""
+    gpus_per_node: int = 8
+    node_gbps: float = 450.0
+    """GB/s of one GPU to others of its node, one direction."""
+    network_gbps: float = 50.0
+    """GB/s of one GPU to other nodes, one direction."""
+    tflops: float = 989.0
+    """Peak of one GPU in bf16, TFLOP/s."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step trains on."""
+
+    sequence: int
+    batch: int
+    """Sequences per step over all GPUs."""
+    attention_share: float = 0.5
+    """Of the tokens, on average."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout: memory of its fullest GPU, and a step's time."""
+
+    layout: Layout
+    micro_batch: int
+    recompute: Recompute
+    memory: dict[str, float]
+    """Bytes by item."""
+    traffic: dict[str, float]
+    """Bytes that one GPU sends per step, by kind of parallelism."""
+    seconds: dict[str, float]
+    """Of a step, by cause; they add up."""
+    bubble: float
+    """Idle share of the pipeline."""
+    tokens: int
+    """Per step."""
+
+    @property
+    def gib(self) -> float:
+        """Memory in all."""
+        return sum(self.memory.values()) / GIB
+
+    @property
+    def step_seconds(self) -> float:
+        """Time of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all GPUs."""
+        return self.tokens / self.step_seconds
+
+    def name(self) -> str:
+        """In words."""
+        layout = self.layout
+        virtual = f"·{layout.vpp}" if layout.vpp > 1 else ""
+        return f"tp {layout.tp} pp {layout.pp}{virtual} cp {layout.cp} dp {layout.dp}"
+
+
+def activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[str, float]:
+    """Bytes that one token of a rank's sequence shard leaves in one layer for the backward pass, by item (bf16).
+
+    `share` is of attention tokens; a mode that no token is in costs nothing.
+    """
+    d, f, tp = model.hidden_size, model.ffn_hidden_size, layout.tp
+    heads, keys = model.num_heads, model.kv_heads * model.key_width
+    values, queries, outputs = model.kv_heads * model.value_width, heads * model.key_width, heads * model.value_width
+    attends, recurs = share > 0, share < 1
+    gate = outputs if model.output_gate else 0
+    # Under context parallelism tokens are not sorted by mode: both queries are made for all tokens.
+    projected = (share, 1 - share) if layout.cp == 1 else (float(attends), float(recurs))
+    logits = (1 if model.mixer == "mamba2" else 2) * heads * recurs
+    items = {
+        # Residual stream and normed input, before the mixer and before the MLP; sharded by sequence parallelism.
+        "block inputs": 8.0 * d / tp + (2.0 * d if tp > 1 else 0.0),
+        "projections": 2.0 * (keys + values + gate + sum(projected) * queries + logits) / tp,
+        "keys and values": 2.0 * (keys * (attends + recurs) + values) / tp,
+        "attention": (projected[0] * (2.0 * queries + 2.0 * outputs + 4.0 * heads)) / tp,
+        "recurrence": recurs * (2.0 * queries + 2.0 * outputs + _recurrence_bytes(model)) / tp,
+        "mixer output": 2.0 * outputs / tp,
+        "mlp": 6.0 * f / tp,
+    }
+    if layout.cp > 1:  # the exchanged copy of what the projections made
+        items["context exchange"] = items["projections"] - 2.0 * gate / tp + 2.0 * outputs / tp
+    return items
+
+
+def _recurrence_bytes(model: ModelConfig) -> float:
+    """What the scan keeps besides queries, keys, values and outputs: gates in fp32, and GDN's 64 × 64 matrices."""
+    return model.num_heads * (2.0 * 64 + 8.0 if model.mixer == "gdn" else 8.0)
+
+
+KEPT: dict[Recompute, tuple[str, ...]] = {
+    "mixer": ("block inputs", "projections", "mixer output", "mlp"),
+    "full": (),
+}
+"""Items that stay when others are recomputed; `full` keeps the block's input alone."""
+
+
+def _layer_bytes(model: ModelConfig, layout: Layout, share: float, recompute: Recompute) -> tuple[float, float]:
+    """Bytes kept per token and layer, and those of the one layer that is recomputed at a time."""
+    items = activation_bytes(model, layout, share)
+    whole = sum(items.values())
+    if recompute == "none":
+        return whole, 0.0
+    if recompute == "full":
+        kept = 2.0 * model.hidden_size / layout.tp
+    else:
+        kept = sum(size for name, size in items.items() if name in KEPT[recompute])
+    return kept, whole - kept
+
+
+def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
+    """Parameters of one tensor-parallel rank of a pipeline stage."""
+    counts = parameter_counts(model)
+    blocks = counts.non_embedding * layout.stage_layers[stage] / model.num_layers
+    embedding = model.vocab_size * model.hidden_size
+    first, last = stage == 0, stage == layout.pp - 1
+    tables = first + last - (1 if first and last and model.tie_embeddings else 0)
+    return (blocks + tables * embedding) / layout.tp
+
+
+def in_flight(layout: Layout, stage: int) -> float:
+    """Microbatches whose activations a stage holds at its fullest, in units of the whole stage."""
+    if layout.vpp == 1:
+        return min(layout.microbatches, layout.pp - stage)
+    ahead = (layout.pp - stage - 1) * 2 + (layout.vpp - 1) * layout.pp + 1
+    return min(layout.microbatches * layout.vpp, ahead) / layout.vpp
+
+
+def memory_bytes(
+    model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute, stage: int
+) -> dict[str, float]:
+    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW."""
+    parameters = parameters_per_gpu(model, layout, stage)
+    tokens = work.sequence // layout.cp * micro_batch
+    kept, once = _layer_bytes(model, layout, work.attention_share, recompute)
+    held = tokens * layout.stage_layers[stage] * in_flight(layout, stage)
+    items = {
+        "parameters": 2 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 12 * parameters / (layout.dp * layout.cp),
+    }
+    if recompute == "full":
+        items["activations: block inputs"] = kept * held
+    else:
+        for name, size in activation_bytes(model, layout, work.attention_share).items():
+            if recompute == "none" or name in KEPT[recompute]:
+                items[f"activations: {name}"] = size * held
+    if stage == layout.pp - 1:
+        items["logits"] = 4.0 * model.vocab_size / layout.tp * tokens
+    # Gradients of the widest step of a block, and the layer being recomputed.
+    widest = 8.0 * model.ffn_hidden_size / layout.tp + 4.0 * model.hidden_size
+    items["workspace"] = (widest + once) * tokens + CONTEXT_GIB * GIB
+    return items
+
+
+def traffic_bytes(
+    model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute
+) -> dict[str, float]:
+    """Bytes that one GPU sends per step, by kind."""
+    tp, cp, tokens = layout.tp, layout.cp, work.sequence // layout.cp * micro_batch
+    layers, passes = max(layout.stage_layers), layout.microbatches
+    stream = 2.0 * model.hidden_size * tokens
+    # Gathers and scatters of sequence parallelism: 4 forward, 4 backward, 2 to gather inputs again, 2 for queries.
+    collectives = 12 + (4 if recompute == "full" else 0)
+    gates = (1 if model.mixer == "mamba2" else 2) * model.num_heads * (work.attention_share < 1)
+    modes = (work.attention_share > 0) + (work.attention_share < 1)
+    widths = model.kv_heads * (model.key_width + model.value_width) + modes * model.num_heads * model.key_width + gates
+    widths += model.num_heads * model.value_width
+    exchanges = 2 if recompute == "none" else 3
+    ranks = layout.dp * cp
+    parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
+    return {
+        "tensor": collectives * stream * (tp - 1) / tp * layers * passes,
+        "pipeline": 2 * stream / tp * passes * layout.vpp if layout.pp > 1 else 0.0,
+        "context": exchanges * 2.0 * widths / tp * tokens * (cp - 1) / cp * layers * passes,
+        "data": 6.0 * parameters * (ranks - 1) / ranks,
+    }
+
+
+def estimate(
+    model: ModelConfig, cluster: Cluster, work: Work, layout: Layout, micro_batch: int, recompute: Recompute
+) -> Estimate:
+    """Memory, traffic and time of one layout."""
+    stages = [
+        memory_bytes(model, layout, work, micro_batch, recompute, stage) for stage in sorted({0, layout.pp - 1})
+    ]
+    traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
+    speed, share = cluster.tflops * 1e12 / PEAK, work.attention_share
+    tokens = work.sequence * micro_batch / layout.cp
+    flops = flops_per_token(model, work.sequence, share)
+    scan = {"recurrence update", "recurrence read"}
+    linear = sum(value for name, value in flops.items() if name not in scan | {"attention", "conv", "output_layer"})
+    part = max(layout.stage_layers) / model.num_layers / layout.tp
+    forward = linear / (LINEAR_SHARE * PEAK) + flops.get("attention", 0.0) / (ATTENTION_SHARE * PEAK)
+    backward = 2 * forward
+    if share < 1:
+        area = model.key_width * model.value_width / 128**2
+        scans = RECURRENCE_SECONDS[model.mixer] * model.num_heads * area * model.num_layers
+        forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
+    # Norms, activations and copies: what is kept is written and read again about twice.
+    moved = 2.5 * sum(activation_bytes(model, dataclasses.replace(layout, tp=1), share).values()) * model.num_layers
+    forward, backward = forward + moved / COPY_BYTES / 3, backward + 2 * moved / COPY_BYTES / 3
+    again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
+    head = 3 * flops["output_layer"] / (LINEAR_SHARE * PEAK) / layout.tp
+    micro = tokens * ((forward + backward + again) * part + head / layout.pp) / speed
+    node, network = cluster.node_gbps * 1e9, cluster.network_gbps * 1e9
+
+    def link(ranks: int) -> float:
+        return node if ranks <= cluster.gpus_per_node else network
+
+    compute = layout.microbatches * micro
+    tensor = traffic["tensor"] / link(layout.tp)
+    context = traffic["context"] / link(layout.tp * layout.cp)
+    pipeline = traffic["pipeline"] / link(layout.world_size)
+    bubble = (layout.pp - 1) / (layout.microbatches * layout.vpp)
+    data = traffic["data"] / link(layout.tp * layout.cp * layout.dp)
+    # Overlap hides reduction and gathering behind the last microbatch's backward and the next one's forward pass.
+    exposed = max(0.0, data - 0.8 * micro)
+    parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
+    update = 34.0 * parameters / (layout.dp * layout.cp) / COPY_BYTES
+    return Estimate(
+        layout=layout,
+        micro_batch=micro_batch,
+        recompute=recompute,
+        memory=max(stages, key=lambda items: sum(items.values())),
+        traffic=traffic,
+        seconds={
+            "compute": compute,
+            "tensor": tensor,
+            "context": context,
+            "pipeline": pipeline,
+            "bubble": bubble * (compute + tensor + context),
+            "data, not hidden": exposed,
+            "optimizer": update,
+        },
+        bubble=bubble / (1 + bubble),
+        tokens=work.sequence * work.batch,
+    )
+
+
+def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_batch: int, gpus: int) -> Layout:
+    """The layout that a run of this model would get; ConfigError where a run would be refused."""
+    fixed = {"both": None, "attention": "attention", "recurrent": "recurrent"}[model.modes]
+    p_attention = 0.25 if fixed is None else float(fixed == "attention")
+    run = RunConfig(
+        model=model,
+        data=DataConfig(sequence_length=work.sequence, tokenizer="any", blend=(BlendEntry(path="any"),)),
+        train=TrainConfig(iterations=1, global_batch_size=work.batch, micro_batch_size=micro_batch),
+        output_dir="any",
+        modes=ModesConfig(
+            chunk=math.gcd(work.sequence, 256),
+            p_attention=p_attention,
+            p_recurrent=0.25 if fixed is None else 1 - p_attention,
+        ),
+        evaluation=EvaluationConfig(plans=(fixed or "attention",)),
+        parallel=parallel,
+    )
+    return validate(run, gpus)
+
+
+def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[Layout, int]]:
+    """Every layout and micro batch that a run on this cluster accepts; tensor parallelism stays within a node."""
+    powers = [2**i for i in range(cluster.gpus.bit_length())]
+    for tp, pp, cp in itertools.product(powers, powers, powers):
+        if tp > cluster.gpus_per_node or cluster.gpus % (tp * pp * cp) or pp > model.num_layers:
+            continue
+        for vpp, micro_batch in itertools.product((1, 2, 4, 5, 8, 10), (1, 2, 4, 8, 16, 32)):
+            parallel = ParallelConfig(tensor=tp, pipeline=pp, context=cp, virtual_pipeline=vpp, overlap=True)
+            try:
+                yield layout_of(model, work, parallel, micro_batch, cluster.gpus), micro_batch
+            except ConfigError:
+                continue
+
+
+def plan(model: ModelConfig, cluster: Cluster, work: Work) -> list[Estimate]:
+    """Layouts that fit in memory, fastest first; of each layout and micro batch the least recompute that fits.
+
+    ConfigError when none fits, with the one that comes nearest.
+    """
+    fitting: list[Estimate] = []
+    nearest: Estimate | None = None
+    for layout, micro_batch in layouts(model, cluster, work):
+        modes: tuple[Recompute, ...] = ("none", "mixer", "full")
+        for recompute in modes:
+            found = estimate(model, cluster, work, layout, micro_batch, recompute)
+            if found.gib <= 0.95 * cluster.memory_gib:  # the allocator needs some room
+                fitting.append(found)
+                break
+            if nearest is None or found.gib < nearest.gib:
+                nearest = found
+    if fitting:
+        return sorted(fitting, key=lambda found: found.step_seconds)
+    if nearest is None:
+        raise ConfigError(
+            f"no layout of {cluster.gpus} GPUs divides {model.num_heads} heads ({model.kv_heads} of keys), "
+            f"{model.num_layers} layers, {work.sequence} tokens and a batch of {work.batch}; change the batch first"
+        )
+    raise ConfigError(
+        f"model {model.name} does not fit on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB: the leanest layout, "
+        f"{nearest.name()} with full recompute, needs {nearest.gib:.0f} GiB"
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One pass of one model chunk in the pipeline's schedule; times in units of a forward pass of a stage."""
+
+    rank: int
+    chunk: int
+    microbatch: int
+    forward: bool
+    start: float
+    stop: float
+
+
+def schedule(pp: int, vpp: int, microbatches: int) -> list[Slot]:
+    """megatron-core's schedule, 1F1B or interleaved, when a backward pass takes twice a forward one.
+
+    ValueError when vpp is above 1 and the microbatches do not come in groups of pp.
+    """
+    if vpp > 1 and microbatches % pp:
+        raise ValueError(f"{microbatches} microbatches are not groups of {pp}")
+    orders = [_order(rank, pp, vpp, microbatches) for rank in range(pp)]
+    done: dict[tuple[int, int, bool], float] = {}  # (stage of all chunks, microbatch, forward) -> when
+    free, next_up = [0.0] * pp, [0] * pp
+    slots: list[Slot] = []
+    last = pp * vpp - 1
+    while any(i < len(order) for i, order in zip(next_up, orders)):
+        moved = False
+        for rank, order in enumerate(orders):
+            while next_up[rank] < len(order):
+                chunk, microbatch, forward = order[next_up[rank]]
+                stage = chunk * pp + rank
+                if forward:
+                    need = (stage - 1, microbatch, True) if stage else None
+                else:
+                    need = (stage + 1, microbatch, False) if stage < last else (stage, microbatch, True)
+                if need is not None and need not in done:
+                    break
+                start = max(free[rank], 0.0 if need is None else done[need])
+                stop = start + (1.0 if forward else 2.0) / vpp
+                free[rank] = done[stage, microbatch, forward] = stop
+                slots.append(Slot(rank, chunk, microbatch, forward, start, stop))
+                next_up[rank] += 1
+                moved = True
+        if not moved:
+            raise ValueError("the schedule waits for itself")
+    return slots
+
+
+def _order(rank: int, pp: int, vpp: int, microbatches: int) -> list[tuple[int, int, bool]]:
+    """What one rank does, in order: (chunk, microbatch, forward)."""
+    total = microbatches * vpp
+
+    def piece(i: int, forward: bool) -> tuple[int, int, bool]:
+        if vpp == 1:
+            return 0, i, forward
+        chunk = i % (pp * vpp) // pp
+        return chunk if forward else vpp - 1 - chunk, i // (pp * vpp) * pp + i % pp, forward
+
+    warm = min(total, pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp)
+    order = [piece(i, True) for i in range(warm)]
+    for i in range(warm, total):
+        order += [piece(i, True), piece(i - warm, False)]
+    return order + [piece(i, False) for i in range(total - warm, total)]

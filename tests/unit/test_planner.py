@@ -1,0 +1,130 @@
+"""The layout planner: schedule, counts and errors; its speed of a plain GPT against the one that was measured."""
+
+import collections
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oryx_megatron.arch import parameter_counts
+from oryx_megatron.config import load_model
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.planner import (
+    Cluster,
+    Work,
+    estimate,
+    in_flight,
+    layout_of,
+    parameters_per_gpu,
+    plan,
+    schedule,
+    traffic_bytes,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULES = [(1, 1, 3), (2, 1, 5), (4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8), (4, 5, 12)]
+GPT = ModelConfig(
+    name="gpt-1.3b", mixer="gdn", modes="attention", num_layers=24, hidden_size=2048, ffn_hidden_size=5632,
+    num_heads=16, vocab_size=32768, conv_width=0, output_gate=False, qk_norm=False,
+)  # fmt: skip
+
+
+def _layout(pp: int, vpp: int, microbatches: int) -> Layout:
+    return Layout(tp=1, pp=pp, vpp=vpp, cp=1, dp=1, microbatches=microbatches, stage_layers=(vpp,) * pp)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "microbatches"), SCHEDULES)
+def test_schedule(pp: int, vpp: int, microbatches: int) -> None:
+    slots = schedule(pp, vpp, microbatches)
+    assert len({(s.rank, s.chunk, s.microbatch, s.forward) for s in slots}) == len(slots) == 2 * pp * vpp * microbatches
+    done = {(s.chunk * pp + s.rank, s.microbatch, s.forward): s for s in slots}
+    for (stage, microbatch, forward), slot in done.items():
+        if forward and stage:
+            assert done[stage - 1, microbatch, True].stop <= slot.start
+        if not forward:
+            after = done.get((stage + 1, microbatch, False), done[stage, microbatch, True])
+            assert after.stop <= slot.start
+    if microbatches >= pp:
+        idle = 3 * (pp - 1) / vpp
+        assert max(slot.stop for slot in slots) == pytest.approx(3 * microbatches + idle)
+
+
+@pytest.mark.parametrize(("pp", "vpp", "microbatches"), SCHEDULES)
+def test_in_flight_is_what_the_schedule_holds(pp: int, vpp: int, microbatches: int) -> None:
+    slots = sorted(schedule(pp, vpp, microbatches), key=lambda slot: slot.start)
+    held, peak = collections.Counter[int](), collections.Counter[int]()
+    for slot in slots:
+        held[slot.rank] += 1 if slot.forward else -1
+        peak[slot.rank] = max(peak[slot.rank], held[slot.rank])
+    for rank in range(pp):
+        assert in_flight(_layout(pp, vpp, microbatches), rank) == peak[rank] / vpp
+
+
+@pytest.mark.parametrize("name", ["130m-gdn", "1.4b-mamba2", "70b-gdn"])
+def test_stages_hold_the_model(name: str) -> None:
+    model = load_model(name)
+    layout = layout_of(model, Work(4096, 64), ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2), 1, 8)
+    total = sum(parameters_per_gpu(model, layout, stage) for stage in range(2)) * 2
+    twice = model.vocab_size * model.hidden_size * model.tie_embeddings  # first and last stage each have the table
+    assert total == pytest.approx(parameter_counts(model).total + twice)
+
+
+@pytest.mark.parametrize(("sequence", "batch", "measured"), [(2048, 16, 62_400), (8192, 4, 49_900), (32768, 1, 28_900)])
+def test_speed_of_a_plain_gpt(sequence: int, batch: int, measured: float) -> None:
+    """Tokens/s of megatron-core's 1.3B GPT on one H200, measured; the constants were chosen with the first of these."""
+    work = Work(sequence, batch, 1.0)
+    found = estimate(GPT, Cluster(1), work, layout_of(GPT, work, ParallelConfig(), batch, 1), batch, "none")
+    assert found.tokens_per_second == pytest.approx(measured, rel=0.08)
+
+
+def test_recompute_trades_memory_for_time() -> None:
+    model, work = load_model("1.4b-gdn"), Work(4096, 8)
+    layout = layout_of(model, work, ParallelConfig(), 8, 1)
+    none, mixer, full = (estimate(model, Cluster(1), work, layout, 8, mode) for mode in ("none", "mixer", "full"))
+    assert none.gib > mixer.gib > full.gib
+    assert none.step_seconds < mixer.step_seconds < full.step_seconds
+
+
+def test_idle_modes_cost_nothing() -> None:
+    model = load_model("1.4b-gdn")
+    layout = layout_of(model, Work(4096, 8), ParallelConfig(context=2), 1, 8)
+    bytes_of = [traffic_bytes(model, layout, Work(4096, 8, share), 1, "none")["context"] for share in (1.0, 0.5, 0.0)]
+    assert bytes_of[0] < bytes_of[2] < bytes_of[1]
+
+
+def test_best_first_and_within_memory() -> None:
+    cluster = Cluster(16, memory_gib=80)
+    found = plan(load_model("1.4b-mamba2"), cluster, Work(8192, 64))
+    assert [e.step_seconds for e in found] == sorted(e.step_seconds for e in found)
+    assert all(e.gib <= 80 and e.layout.world_size == 16 for e in found)
+
+
+def test_errors() -> None:
+    with pytest.raises(ConfigError, match=r"70b-gdn does not fit on 8 GPUs of 80 GiB: .* needs \d+ GiB"):
+        plan(load_model("70b-gdn"), Cluster(8, memory_gib=80), Work(4096, 64))
+    odd = dataclasses.replace(load_model("130m-gdn"), num_heads=7, num_layers=7)
+    with pytest.raises(ConfigError, match="no layout of 8 GPUs divides"):
+        plan(odd, Cluster(8), Work(4096, 3))
+
+
+def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_tool(tmp_path: Path) -> None:
+    picture = tmp_path / "schedule.png"
+    asked = ("1.4b-gdn", "--gpus", "4", "--memory", "24", "--sequence", "4096", "--batch", "32")
+    done = _tool(*asked, "--json", "--top", "2", "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+    failed = _tool("1.4b-gdn", "--gpus", "1", "--memory", "8", "--sequence", "4096", "--batch", "1")
+    assert failed.returncode == 2
+    assert len(failed.stderr.splitlines()) == 1

@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Layouts of a model on a number of GPUs: memory, communication, step time and bubble of each, best first.
+
+Examples:
+    python tools/plan.py 1.4b-gdn --gpus 8 --sequence 4096 --batch 256
+    python tools/plan.py 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 --picture schedule.png
+    python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 --sequence 32768 --batch 64 --json
+
+On paper: times come from an H200's measured speeds with plain models, memory from the shapes of what is kept. Take the
+first few layouts as those to measure, not as promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import load_model
+from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.planner import GIB, Cluster, Estimate, Work, plan, schedule
+
+PICTURE_MICROBATCHES = 16
+"""More would not be seen."""
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, plan and print; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = Cluster(1)
+    parser.add_argument("model", help="preset or YAML file")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--sequence", type=int, required=True, help="tokens per sample")
+    parser.add_argument("--batch", type=int, required=True, help="samples per step over all GPUs")
+    parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
+    parser.add_argument("--memory", type=float, default=defaults.memory_gib, help="GiB per GPU (default %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=defaults.gpus_per_node)
+    parser.add_argument("--nvlink", type=float, default=defaults.node_gbps, help="GB/s per GPU inside a node, one way")
+    parser.add_argument("--network", type=float, default=defaults.network_gbps, help="GB/s per GPU between nodes")
+    parser.add_argument("--tflops", type=float, default=defaults.tflops, help="peak of a GPU in bf16")
+    parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
+    parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
+    parser.add_argument("--json", action="store_true")
+    a = parser.parse_args(argv)
+    for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
+        if not getattr(a, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")
+    model = load_model(a.model)
+    cluster = Cluster(a.gpus, a.memory, a.gpus_per_node, a.nvlink, a.network, a.tflops)
+    work = Work(a.sequence, a.batch, _share(model, a.attention_share))
+    found = plan(model, cluster, work)
+    if a.json:
+        sys.stdout.write(json.dumps([_plain(e) for e in found[: a.top]], indent=1) + "\n")
+    else:
+        sys.stdout.write(_report(model, cluster, work, found, a.top))
+    if a.picture:
+        draw(found[0], a.picture)
+        sys.stderr.write(f"wrote {a.picture}\n")
+    return 0
+
+
+def _share(model: ModelConfig, asked: float | None) -> float:
+    own = {"both": None, "attention": 1.0, "recurrent": 0.0}[model.modes]
+    if asked is None:
+        return 0.5 if own is None else own
+    if not 0 <= asked <= 1 or (own is not None and asked != own):
+        raise ConfigError(f"--attention-share: {asked} is not a share that a model with modes={model.modes} can have")
+    return asked
+
+
+def _plain(e: Estimate) -> dict[str, object]:
+    return {
+        "layout": dataclasses.asdict(e.layout),
+        "micro_batch_size": e.micro_batch,
+        "recompute": e.recompute,
+        "gib": e.gib,
+        "memory_bytes": e.memory,
+        "traffic_bytes_per_step": e.traffic,
+        "seconds": e.seconds,
+        "step_seconds": e.step_seconds,
+        "tokens_per_second": e.tokens_per_second,
+        "bubble": e.bubble,
+    }
+
+
+def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int) -> str:
+    lines = [
+        f"{model.name} on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB, {work.batch} × {work.sequence} tokens per "
+        f"step, {work.attention_share:.0%} in attention mode: {len(found)} layouts fit",
+        "",
+        f"{'layout':<26}{'micro':>6}{'m':>5} {'recompute':<10}{'GiB':>7}{'step s':>9}{'tokens/s':>12}{'bubble':>8}",
+    ]
+    for e in found[:top]:
+        lines.append(
+            f"{e.name():<26}{e.micro_batch:>6}{e.layout.microbatches:>5} {e.recompute:<10}{e.gib:>7.1f}"
+            f"{e.step_seconds:>9.2f}{e.tokens_per_second:>12,.0f}{e.bubble:>8.1%}"
+        )
+    best = found[0]
+    lines += ["", f"best: {best.name()}", "", "memory of the fullest GPU, GiB"]
+    lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.memory.items() if size]
+    lines += [f"  {'sum':<30}{best.gib:>9.2f}", "", "sent per GPU and step, GiB"]
+    lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.traffic.items() if size]
+    lines += ["", "time of a step, s"]
+    lines += [f"  {name:<30}{seconds:>9.3f}" for name, seconds in best.seconds.items() if seconds]
+    layout = best.layout
+    lines += [
+        "",
+        f"set parallel.tensor={layout.tp} parallel.pipeline={layout.pp} parallel.virtual_pipeline={layout.vpp} "
+        f"parallel.context={layout.cp}",
+        f"    parallel.recompute={best.recompute} train.micro_batch_size={best.micro_batch} parallel.overlap=true",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(best: Estimate, path: Path) -> None:
+    """PNG of the pipeline schedule: a row per pipeline rank, forward blue, backward orange, chunks by shade."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layout = best.layout
+    microbatches = min(layout.microbatches, max(PICTURE_MICROBATCHES // layout.pp, 2) * layout.pp)
+    slots = schedule(layout.pp, layout.vpp, microbatches)
+    figure, axes = plt.subplots(figsize=(13, 1.2 + 0.45 * layout.pp), dpi=140)
+    for slot in slots:
+        shade = 0.45 + 0.5 * (slot.chunk + 1) / layout.vpp
+        color = plt.get_cmap("Blues" if slot.forward else "Oranges")(min(shade, 0.95) * 0.8)
+        width = slot.stop - slot.start
+        axes.barh(slot.rank, width, left=slot.start, height=0.86, color=color, edgecolor="white", linewidth=0.4)
+        if layout.pp * microbatches * layout.vpp <= 400:
+            axes.text(slot.start + width / 2, slot.rank, str(slot.microbatch), ha="center", va="center", fontsize=6)
+    stop = max(slot.stop for slot in slots)
+    idle = 1 - sum(slot.stop - slot.start for slot in slots) / (stop * layout.pp)
+    axes.set(
+        yticks=range(layout.pp), ylabel="pipeline rank", xlabel="time in forward passes of a whole stage",
+        title=f"{best.name()}: {microbatches} of {layout.microbatches} microbatches, idle {idle:.1%} of this; blue "
+        "forward, orange backward, darker: later model chunk",
+    )  # fmt: skip
+    axes.title.set_fontsize(9)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
