@@ -28,6 +28,7 @@ from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf import configuration_oryx, modeling_oryx
 from oryx_megatron.hf.card import model_card
 from oryx_megatron.hf.configuration_oryx import OryxConfig
+from oryx_megatron.hf.fields import from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.tables import (
     EXTRA_STATE,
@@ -35,8 +36,6 @@ from oryx_megatron.hf.tables import (
     Rule,
     check_names,
     extra_states,
-    from_hf_config,
-    to_hf_config,
     weight_rules,
 )
 from oryx_megatron.hf.tensors import CheckpointReader, SafetensorsReader, Shape, write_checkpoint, write_safetensors

@@ -16,6 +16,7 @@ S [b, H, N, P] fp32 with the window [b, c, w - 1] of the convolutions. The mode 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -580,16 +581,15 @@ class OryxContext:
     rotary: tuple[Tensor, Tensor] | None = None
     valid: Tensor | None = None
     """bool [b, s], false for padding; None when there is none."""
-    cache: Cache | None = None
     output_attentions: bool = False
 
 
 class OryxMixer(nn.Module):
     """One layer's mixer: shared keys and values, an attention query and a recurrent query."""
 
-    def __init__(self, config: OryxConfig, layer_idx: int) -> None:
+    def __init__(self, config: OryxConfig) -> None:
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
+        self.config = config
         d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         n, p = config.head_dim, config.value_head_dim
         self.num_key_value_groups = heads // groups
@@ -624,10 +624,12 @@ class OryxMixer(nn.Module):
         self.out_proj = nn.Linear(heads * p, d, bias=False)
         self.out_proj.residual = True
 
-    def forward(self, x: Tensor, context: OryxContext) -> tuple[Tensor, Tensor | None]:
-        """x [b, s, d] → [b, s, d], and when asked for attention weights [b, H, s, t], zero for recurrent tokens."""
+    def forward(self, x: Tensor, context: OryxContext, layer: _TwoStates | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [b, s, d] → [b, s, d], and when asked for attention weights [b, H, s, t], zero for recurrent tokens.
+
+        `layer` holds this layer's states of earlier tokens and is advanced.
+        """
         config, modes = self.config, context.modes
-        layer = None if context.cache is None else context.cache.layers[self.layer_idx]
         valid = None if context.valid is None else context.valid.to(x.device)
         kv = torch.cat([self.k_proj(x), self.v_proj(x)], -1)
         window = state = None
@@ -798,16 +800,26 @@ class OryxMLP(nn.Module):
 class OryxDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm block: mixer, then SwiGLU."""
 
-    def __init__(self, config: OryxConfig, layer_idx: int) -> None:
+    def __init__(self, config: OryxConfig) -> None:
         super().__init__()
         self.input_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = OryxMixer(config, layer_idx)
+        self.mixer = OryxMixer(config)
         self.pre_mlp_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = OryxMLP(config)
 
-    def forward(self, x: Tensor, context: OryxContext) -> Tensor:
-        x = x + self.mixer(self.input_layernorm(x), context)[0]
+    def forward(self, x: Tensor, context: OryxContext, layer: _TwoStates | None = None) -> Tensor:
+        return self.block(x, context, layer)
+
+    def block(self, x: Tensor, context: OryxContext, layer: _TwoStates | None) -> Tensor:
+        """What `forward` does; apart from it so that it can be compiled without transformers' wrapping of `forward`."""
+        x = x + self.mixer(self.input_layernorm(x), context, layer)[0]
         return x + self.mlp(self.pre_mlp_layernorm(x))
+
+
+@functools.cache
+def compiled_block() -> Callable[..., Tensor]:
+    """`OryxDecoderLayer.block` through torch.compile, for steps of single tokens."""
+    return torch.compile(OryxDecoderLayer.block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -861,9 +873,10 @@ class OryxModel(OryxPreTrainedModel):
     def __init__(self, config: OryxConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([OryxDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([OryxDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.compiled = False
         self.post_init()
 
     @capture_outputs
@@ -938,9 +951,11 @@ class OryxModel(OryxPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError("output_attentions needs attn_implementation='eager'")
-        context = OryxContext(modes, masks, key_counts, rotary, valid, cache, bool(output_attentions))
-        for layer in self.layers:
-            x = layer(x, context=context)
+        context = OryxContext(modes, masks, key_counts, rotary, valid, bool(output_attentions))
+        for i, layer in enumerate(self.layers):
+            memory = None if cache is None else cache.layers[i]
+            # One compiled block serves all layers: nothing in it depends on which layer it is.
+            x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache if use_cache else None)
 
     def _forward_packed(
@@ -1207,12 +1222,172 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
             inputs["mode_plan"] = mode_plan
         return inputs
 
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs: Any,
+    ):
+        """Greedy decoding and sampling; with a static cache the host never waits for the device in between.
+
+        transformers' own loop, which asks the device after every token whether to stop, serves where something looks
+        at the text as it grows: streamers, returned scores, other stopping criteria than length and end-of-text.
+        """
+        cache = model_kwargs.get("past_key_values")
+        plain = all(isinstance(criterion, MaxLengthCriteria | EosTokenCriteria) for criterion in stopping_criteria)
+        in_graph = self.config._attn_implementation in ("eager", "sdpa")  # the others read the device on the host
+        if not (
+            plain
+            and in_graph
+            and isinstance(model_kwargs.get("mode_plan"), SlotPlan)
+            and isinstance(cache, OryxCache)
+            and cache.layers[0].is_compileable
+            and streamer is None
+            and not synced_gpus
+            and not generation_config.return_dict_in_generate
+        ):
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        positions = model_kwargs["position_ids"][:, -1:] + 1
+        outputs = self._prefill(input_ids, generation_config, model_kwargs)
+        mask = None
+        if cache.keep_kv and model_kwargs.get("attention_mask") is not None:
+            mask = self.create_masks_for_generate(model_kwargs["attention_mask"], cache).bool()
+        decoder = OryxDecoder(self, cache, positions.expand(input_ids.shape[0], 1), mask)
+        return _decode(decoder, outputs.logits[:, -1], input_ids, logits_processor, generation_config, model_kwargs)
+
     def create_masks_for_generate(self, attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any):
         """The 2D mask, as wide as a static cache: a compiled step sees one shape."""
         limit = past_key_values.get_max_length()
         if attention_mask is None or attention_mask.shape[1] >= limit:
             return attention_mask
         return F.pad(attention_mask, (0, limit - attention_mask.shape[1]), value=1)
+
+
+class OryxDecoder:
+    """Steps of one token over a static cache: compiled, and on a GPU replayed as CUDA graphs, one per kind of step.
+
+    The kinds are: every row attends, every row recurs, rows differ. The first two steps of a kind run as they are
+    (they compile and choose kernels), the third is recorded; so short texts pay for nothing they do not use.
+    """
+
+    def __init__(self, model: OryxForCausalLM, cache: OryxCache, positions: Tensor, mask: Tensor | None = None) -> None:
+        """`positions` [b, 1] of the next tokens; `mask` [b, room], false for padding, or None."""
+        self.model, self.cache, self.mask = model, cache, mask
+        self.positions = positions.clone()
+        self.tokens = torch.zeros_like(self.positions)
+        self.rows = torch.zeros_like(self.positions, dtype=torch.bool)
+        self.seen: dict[str, int] = {}
+        self.graphs: dict[str, tuple[Any, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, modes: TokenModes | str) -> Tensor:
+        """Logits [b, vocabulary] after tokens [b]; overwritten by the next step."""
+        kind = modes if isinstance(modes, str) else "rows"
+        self.tokens.copy_(tokens[:, None])
+        if not isinstance(modes, str):
+            rows = modes.rows
+            self.rows.copy_(torch.full_like(self.rows, not modes.recurs) if rows is None else rows)
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        if kind not in self.graphs and self.tokens.is_cuda and self.seen[kind] > 2:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._forward(kind)
+            self.graphs[kind] = graph, logits
+        if kind in self.graphs:
+            graph, logits = self.graphs[kind]
+            graph.replay()
+            return logits
+        return self._forward(kind)
+
+    def _forward(self, kind: str) -> Tensor:
+        base = self.model.model
+        base.compiled = self.tokens.is_cuda
+        try:
+            out = self.model(
+                input_ids=self.tokens,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                mode_plan=kind if kind != "rows" else TokenModes(((0, 1),), True, self.rows),
+            )
+        finally:
+            base.compiled = False
+        self.positions.add_(1)
+        return out.logits[:, -1]
+
+
+@torch.no_grad()
+def _decode(
+    decoder: OryxDecoder,
+    logits: Tensor,
+    input_ids: Tensor,
+    logits_processor,
+    generation_config,
+    model_kwargs: dict,
+    period: int = 16,
+) -> Tensor:
+    """The loop over new tokens. End-of-text is looked for every `period` tokens, in a copy made one period before."""
+    plan: SlotPlan = model_kwargs["mode_plan"]
+    eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+    b, start = input_ids.shape
+    length = generation_config.max_length
+    offset = plan.done - start  # slots that are in the cache but not in input_ids
+    text = input_ids.new_zeros(b, length)
+    text[:, :start] = input_ids
+    going = torch.ones(b, dtype=torch.bool, device=text.device)
+    watch = _Watch(text.device)
+    end = start
+    while True:
+        scores = logits_processor(text[:, :end], logits.to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        if eos is not None:
+            tokens = torch.where(going, tokens, pad)
+            going = going & (tokens[:, None] != eos).all(1)
+        text[:, end] = tokens
+        end += 1
+        if end == length or (eos is not None and (end - start) % period == 0 and watch.finished(going)):
+            break
+        logits = decoder.step(tokens, plan.modes(offset + end - 1, offset + end))
+    if eos is not None:
+        # Rows are padded after their end; what all rows had ended before is cut off.
+        ended = (text[:, start:end, None] == eos).any(2)
+        first = torch.where(ended.any(1), ended.int().argmax(1) + 1, end - start)
+        end = start + int(first.max())
+    return text[:, :end]
+
+
+class _Watch:
+    """Whether all rows ended, as it was when last asked: the copy to the host runs beside the steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.flag = torch.zeros((), dtype=torch.bool, pin_memory=self.cuda)
+        self.copied: Any = None
+
+    def finished(self, going: Tensor) -> bool:
+        if not self.cuda:
+            return not bool(going.any())
+        done = self.copied is not None and self.copied.query() and bool(self.flag)
+        self.flag.copy_(~going.any(), non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+        return done
 
 
 def _setting(name: str, model_kwargs: dict, generation_config: Any, default: Any) -> Any:
@@ -1222,4 +1397,4 @@ def _setting(name: str, model_kwargs: dict, generation_config: Any, default: Any
     return default if value is None else value
 
 
-__all__ = ["OryxCache", "OryxForCausalLM", "OryxModel", "OryxPreTrainedModel", "plan_mask"]
+__all__ = ["OryxCache", "OryxDecoder", "OryxForCausalLM", "OryxModel", "OryxPreTrainedModel", "plan_mask"]

@@ -1,56 +1,13 @@
-"""How the two sides name things: config fields and weights, each as one table that is read in both directions."""
+"""How the two sides name weights, as one table that is read in both directions (config fields: fields.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConversionError
-from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.model.mixer import conv_parts, decay_proj_parts, in_proj_parts
-
-CONFIG = {
-    "mixer": "mixer",
-    "modes": "modes",
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "key_width": "head_dim",
-    "value_width": "value_head_dim",
-    "vocab_size": "vocab_size",
-    "conv_width": "conv_width",
-    "output_gate": "output_gate",
-    "qk_norm": "qk_norm",
-    "rotary": "rotary",
-    "rotary_base": "rotary_base",
-    "shared_query": "shared_query",
-    "tie_embeddings": "tie_word_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "init_std": "initializer_range",
-    "decay_init": "decay_init",
-    "dt_init": "dt_init",
-    "recurrence_chunk": "recurrence_chunk",
-}
-"""Field of ModelConfig → field of OryxConfig. `name` has no counterpart; it travels in the manifest."""
-
-
-def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
-    """The Hugging Face config of a model; `more` sets fields that the model config does not have."""
-    fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
-    return OryxConfig(**fields, **more)
-
-
-def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
-    """The model config of a Hugging Face config; G = H becomes null, as the presets write it."""
-    fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG.items()}
-    fields |= {key: tuple(fields[key]) for key in ("decay_init", "dt_init")}
-    if fields["num_kv_heads"] == fields["num_heads"]:
-        fields["num_kv_heads"] = None
-    return ModelConfig(name=name, **fields)
 
 
 @dataclass(frozen=True)

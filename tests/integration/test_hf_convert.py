@@ -21,8 +21,8 @@ from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import CheckpointError, ConversionError
 from oryx_megatron.hf.convert import export, import_, import_llama
+from oryx_megatron.hf.fields import CONFIG, from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
-from oryx_megatron.hf.tables import CONFIG, from_hf_config, to_hf_config
 from oryx_megatron.hf.tensors import CheckpointReader
 from oryx_megatron.hf.tokenizer import export_tokenizer
 from oryx_megatron.hf.verify import verify
