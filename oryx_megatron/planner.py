@@ -28,7 +28,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from oryx_megatron.config.validate import Layout, validate
+from oryx_megatron.config.validate import Layout, layout_for
 from oryx_megatron.errors import ConfigError
 
 Recompute = Literal["none", "mixer", "full"]
@@ -315,7 +315,7 @@ def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_ba
         evaluation=EvaluationConfig(plans=(fixed or "attention",)),
         parallel=parallel,
     )
-    return validate(run, gpus)
+    return layout_for(run, gpus)
 
 
 def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[Layout, int]]:

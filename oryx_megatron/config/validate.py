@@ -296,19 +296,23 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
 
 def _alternatives(run: RunConfig, world_size: int) -> str:
     """The nearest layouts that do use `world_size` ranks, in words."""
-    wanted = (run.parallel.tensor, run.parallel.pipeline, run.parallel.context)
+    parallel = run.parallel
+    wanted = (parallel.tensor, parallel.pipeline, parallel.context)
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     found: list[tuple[float, str]] = []
     for tp, pp, cp in itertools.product(divisors, repeat=3):
         if world_size % (tp * pp * cp):
             continue
-        parallel = dataclasses.replace(run.parallel, tensor=tp, pipeline=pp, context=cp)
+        other = dataclasses.replace(parallel, tensor=tp, pipeline=pp, context=cp)
+        if pp == 1:
+            other = dataclasses.replace(other, virtual_pipeline=1, first_stage_layers=None, last_stage_layers=None)
         try:
-            layout = validate(dataclasses.replace(run, parallel=parallel), world_size)
+            layout = layout_for(dataclasses.replace(run, parallel=other), world_size)
         except ConfigError:
             continue
         distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp), wanted))
-        found.append((distance, f"tensor {tp} × pipeline {pp} × context {cp} × data {layout.dp}"))
+        virtual = f" (virtual {layout.vpp})" if layout.vpp > 1 else ""
+        found.append((distance, f"tensor {tp} × pipeline {pp}{virtual} × context {cp} × data {layout.dp}"))
     found.sort()
     return (
         f"layouts that work: {'; '.join(text for _, text in found[:3])}"
@@ -360,32 +364,18 @@ def _check_precision(run: RunConfig) -> None:
         )
 
 
-def validate(run: RunConfig, world_size: int) -> Layout:
-    """Check a run as a whole for `world_size` ranks and give its layout; ConfigError at the first fault."""
+def layout_for(run: RunConfig, world_size: int) -> Layout:
+    """How `world_size` ranks are used by this run; ConfigError with the factors when they do not come out even."""
     parallel = run.parallel
     tp, pp, cp, vpp = parallel.tensor, parallel.pipeline, parallel.context, parallel.virtual_pipeline
-    check_model(run.model)
-    _positive(
-        parallel__tensor=tp,
-        parallel__pipeline=pp,
-        parallel__context=cp,
-        parallel__virtual_pipeline=vpp,
-        parallel__distributed_timeout=parallel.distributed_timeout,
-    )
-    if run.engine == "deepspeed":
-        raise ConfigError("engine: deepspeed is not built yet; use megatron")
-    _check_data(run.data, run.train.iterations)
-    _check_training(run)
-    _check_modes(run)
     if world_size < 1 or world_size % (tp * pp * cp):
         raise ConfigError(
             f"world size {world_size} ≠ tensor {tp} × pipeline {pp} × context {cp} × data ? "
-            f"(a multiple of {tp * pp * cp}); {_alternatives(run, world_size)}"
+            f"(a multiple of {tp * pp * cp})"
         )
     _check_widths(run.model, parallel)
     _check_sequence(run.data.sequence_length, parallel)
     stages = stage_layers(run.model.num_layers, parallel)
-    _check_precision(run)
     dp = world_size // (tp * pp * cp)
     micro, total = run.train.micro_batch_size, run.train.global_batch_size
     _divisible("train.global_batch_size", total, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
@@ -394,3 +384,30 @@ def validate(run: RunConfig, world_size: int) -> Layout:
         # megatron-core's interleaved schedule deals microbatches out in groups of the pipeline's size.
         _divisible("microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
     return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
+
+
+def validate(run: RunConfig, world_size: int) -> Layout:
+    """Check a run as a whole for `world_size` ranks and give its layout; ConfigError at the first fault.
+
+    A layout that does not work is told with its factors and the nearest ones that do.
+    """
+    parallel = run.parallel
+    check_model(run.model)
+    _positive(
+        parallel__tensor=parallel.tensor,
+        parallel__pipeline=parallel.pipeline,
+        parallel__context=parallel.context,
+        parallel__virtual_pipeline=parallel.virtual_pipeline,
+        parallel__distributed_timeout=parallel.distributed_timeout,
+    )
+    if run.engine == "deepspeed":
+        raise ConfigError("engine: deepspeed is not built yet; use megatron")
+    _check_data(run.data, run.train.iterations)
+    _check_training(run)
+    _check_modes(run)
+    try:
+        layout = layout_for(run, world_size)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_alternatives(run, world_size)}") from None
+    _check_precision(run)
+    return layout
