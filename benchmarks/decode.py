@@ -125,6 +125,7 @@ def captured(forward: Callable[[Tensor], Tensor], batch: int, device: torch.devi
         graph.replay()
         return logits
 
+    step.reads = forward  # type: ignore[attr-defined] # keeps the cache alive: the graph holds addresses only
     step(tokens[:, 0])
     return step
 
