@@ -1,5 +1,8 @@
 """The errors a user can cause or mend. Each is shown as one line and ends the process with exit code 2."""
 
+REQUEUE_EXIT_CODE = 75
+"""Exit code (EX_TEMPFAIL) of a run that stopped on a signal or near its time limit, with everything saved: start it again."""
+
 
 class OryxError(Exception):
     """Base of all errors whose message alone tells a user what is at fault and what to do."""
