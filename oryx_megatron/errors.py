@@ -1,7 +1,7 @@
 """The errors a user can cause or mend. Each is shown as one line and ends the process with exit code 2."""
 
 REQUEUE_EXIT_CODE = 75
-"""Exit code (EX_TEMPFAIL) of a run that stopped on a signal or near its time limit, with everything saved: start it again."""
+"""Exit code (EX_TEMPFAIL) of a run stopped by a signal or by its time limit, with everything saved: start it again."""
 
 
 class OryxError(Exception):
