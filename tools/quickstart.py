@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
     parser.add_argument("--data", default="data/stdlib", help="prefix of the tokens; made when missing")
-    parser.add_argument("--stop", type=int, default=140, help="step to stop and resume at (default: %(default)s)")
+    parser.add_argument("--stop", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
     arguments = parser.parse_args(argv)
     os.chdir(ROOT)
