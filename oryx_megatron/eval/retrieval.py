@@ -116,48 +116,59 @@ class ByteCodec:
 class AssociativeRecall:
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs first, then their keys again among filler.
 
-    The first half of the vocabulary are keys, the second half values. After the `pairs` key-value pairs every key comes
-    once more, at a place drawn with a power law (most soon after the pairs, some late); the token to predict there is
-    its value. All other places hold random tokens that are no key of this text.
+    The first half of the vocabulary are keys, the second half values. After the `pairs` key-value pairs every key (or
+    `queries` of them) comes once more; the token to predict there is its value. Places are drawn with a power law (most
+    soon after the pairs, some late), or among the last `tail` tokens. All other places hold random tokens that are no
+    key of this text.
     """
 
     vocab_size: int = 8192
     pairs: int = 8
     power: float = 0.1
     """Exponent of the gaps between queries; 1 is uniform."""
+    queries: int | None = None
+    """Keys asked for; None: all."""
+    tail: int | None = None
+    """Tokens at the end among which queries stand, each place alike; None: anywhere after the pairs, by `power`."""
     name: str = "mqar"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See RetrievalTask."""
-        keys_known = self.vocab_size // 2
-        if length < 3 * self.pairs or keys_known < 2 * self.pairs:
+        keys_known, asked = self.vocab_size // 2, self.pairs if self.queries is None else self.queries
+        start = 2 * self.pairs
+        if length < start + asked or keys_known < 2 * self.pairs:
             raise ConfigError(
-                f"{self.name}: {self.pairs} pairs need a length of at least {3 * self.pairs} (got {length}) and a "
+                f"{self.name}: {self.pairs} pairs need a length of at least {start + asked} (got {length}) and a "
                 f"vocabulary of at least {4 * self.pairs} (got {self.vocab_size})"
             )
-        rng = _generator(self.name, seed, length)
-        tokens = np.zeros((count, length), np.int64)
-        labels = np.full((count, length), IGNORED, np.int64)
-        answers = []
-        start = 2 * self.pairs
-        places = np.arange(1, length - start + 1, dtype=np.float64)
-        chance = places ** (self.power - 1.0)
-        chance /= chance.sum()
-        for row in range(count):
-            known = rng.permutation(keys_known)
-            keys, others = known[: self.pairs], known[self.pairs :]
-            values = keys_known + rng.choice(self.vocab_size - keys_known, self.pairs, replace=False)
-            tokens[row, start:] = np.where(
-                rng.random(length - start) < 0.5,
-                rng.choice(others, length - start),
-                rng.integers(keys_known, self.vocab_size, length - start),
+        room = length - start if self.tail is None else self.tail
+        if not asked <= room <= length - start or asked > self.pairs:
+            raise ConfigError(
+                f"{self.name}: {asked} queries of {self.pairs} pairs do not fit into the last {room} of {length} tokens"
             )
-            tokens[row, 0:start:2], tokens[row, 1:start:2] = keys, values
-            where = start + rng.choice(length - start, self.pairs, replace=False, p=chance)
-            order = rng.permutation(self.pairs)
-            tokens[row, where], labels[row, where] = keys[order], values[order]
-            answers += [(row, place, place + 1) for place in sorted(where.tolist())]
-        return _batch(tokens, labels, answers)
+        rng = _generator(self.name, seed, length)
+        known = rng.permuted(np.tile(np.arange(keys_known), (count, 1)), axis=1)
+        keys, others = known[:, : self.pairs], known[:, self.pairs :]
+        values = np.tile(np.arange(keys_known, self.vocab_size), (count, 1))
+        values = rng.permuted(values, axis=1)[:, : self.pairs]
+        filler = (count, length - start)
+        tokens = np.empty((count, length), np.int64)
+        tokens[:, 0:start:2], tokens[:, 1:start:2] = keys, values
+        tokens[:, start:] = np.where(
+            rng.random(filler) < 0.5,
+            np.take_along_axis(others, rng.integers(0, others.shape[1], filler), 1),
+            rng.integers(keys_known, self.vocab_size, filler),
+        )
+        # The largest of log chance + Gumbel noise are a draw without replacement.
+        chance = np.zeros(room) if self.tail else (self.power - 1.0) * np.log(np.arange(1, room + 1))
+        places = np.argsort(-(chance + rng.gumbel(size=(count, room))), axis=1)[:, :asked]
+        where = np.sort(length - room + places, axis=1)
+        order = np.argsort(rng.random((count, self.pairs)), axis=1)[:, :asked]
+        labels = np.full((count, length), IGNORED, np.int64)
+        np.put_along_axis(tokens, where, np.take_along_axis(keys, order, 1), 1)
+        np.put_along_axis(labels, where, np.take_along_axis(values, order, 1), 1)
+        rows = np.repeat(np.arange(count), asked)
+        return _batch(tokens, labels, np.stack((rows, where.ravel(), where.ravel() + 1), 1))
 
 
 # ------------------------------------------------------------------------------------------------------- text tasks
@@ -300,8 +311,11 @@ def _finish(
     answers.append((row, start, start + len(answer)))
 
 
-def _batch(tokens: np.ndarray, labels: np.ndarray, answers: list[tuple[int, int, int]]) -> RetrievalBatch:
-    return RetrievalBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.tensor(answers).reshape(-1, 3))
+def _batch(tokens: np.ndarray, labels: np.ndarray, answers: Any) -> RetrievalBatch:
+    """`answers`: rows of text, first and last + 1 position."""
+    return RetrievalBatch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(np.asarray(answers).reshape(-1, 3))
+    )
 
 
 def _generator(name: str, seed: int, length: int) -> np.random.Generator:
