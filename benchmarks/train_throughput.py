@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from oryx_megatron import arch, parallel, platform
@@ -126,6 +127,14 @@ class Runner:
         self.optimizer = build_optimizer(run, self.chunks)
         connect(run, self.chunks, self.optimizer)
         self.batch = random_batch(run.model, run.data.sequence_length, run.train.micro_batch_size)
+
+    def close(self) -> None:
+        """Let go of the memory: config, optimizer and wrapper hold each other in a way that Python does not find."""
+        config = get_model_config(self.chunks[0])
+        config.grad_scale_func = config.finalize_model_grads_func = None
+        self.chunks, self.optimizer = [], None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def step(self, plan: ModePlan | None) -> Tensor:
         for chunk in self.chunks:
@@ -384,9 +393,9 @@ def main() -> None:
             which = case.partition("/")[0]
             try:
                 if which != built:
+                    if runner is not None:
+                        runner.close()
                     runner, built = None, which
-                    gc.collect()
-                    torch.cuda.empty_cache()
                     runner = build(which, sequence, batch, precision, kernels)
                 if runner is None:  # failed to build before
                     continue
@@ -398,9 +407,8 @@ def main() -> None:
             print(show(results).splitlines()[-1], f"loss {result.loss:.3f}", flush=True)
             found = {"versions": versions(), "results": [asdict(r) for r in results]}
             (args.out / "throughput.json").write_text(json.dumps(found, indent=1))
-        runner = None
-        gc.collect()
-        torch.cuda.empty_cache()
+        if runner is not None:
+            runner.close()
     print(show(results))
     print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
     parallel.destroy()

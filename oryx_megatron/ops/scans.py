@@ -96,7 +96,7 @@ class _Scan(torch.autograd.Function):
         o = q.new_empty(batch, length, heads, v.shape[-1])
         sizes, chunks = _sizes(q, v), -(-length // CHUNK)
         kernels.outputs[(chunks, batch * heads)](
-            q, k, v, decay, rate, d, states, o, length, heads, k.shape[2], **sizes, num_warps=8
+            q, k, v, decay, rate, d, states, o, length, heads, k.shape[2], **sizes, num_warps=4
         )
         ctx.save_for_backward(q, k, v, decay, rate, d, initial)
         ctx.set_materialize_grads(False)
@@ -125,10 +125,13 @@ class _Scan(torch.autograd.Function):
         dv = v.new_empty(batch, length, heads, value_width)
         d_decay, d_rate = torch.empty_like(decay), torch.empty_like(rate)
         dd = decay.new_empty(batch, chunks, heads)
-        kernels.grad_inputs[(chunks, batch * heads)](
-            q, k, v, decay, rate, d, states, d_states, do, dq, dk, dv, d_decay, d_rate, dd, length, heads, groups,
-            **sizes, num_warps=8, num_stages=1,
-        )  # fmt: skip
+        grid = (chunks, batch * heads)
+        kernels.grad_values[grid](
+            q, k, v, decay, rate, d, d_states, do, dv, d_rate, dd, length, heads, groups, **sizes, num_warps=4
+        )
+        kernels.grad_keys[grid](
+            q, k, v, decay, rate, states, d_states, do, dq, dk, d_decay, length, heads, groups, **sizes, num_warps=4
+        )
         if groups != heads:
             dk, dv = (x.unflatten(2, (groups, -1)).sum(3) for x in (dk, dv))
         return dq, dk, dv, d_decay, d_rate, dd.sum((0, 1)).to(d.dtype), d_initial, None

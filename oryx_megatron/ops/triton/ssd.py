@@ -114,13 +114,13 @@ def grad_states(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def grad_inputs(
-    q, k, v, decay, rate, d, states, d_states, do, dq, dk, dv, d_decay, d_rate, dd, length, heads, groups,
+def grad_values(
+    q, k, v, decay, rate, d, d_states, do, dv, d_rate, dd, length, heads, groups,
     N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [b, s, H, N], dk [b, s, H, N] and dv [b, s, H, P] by query head, d_decay, d_rate [b, s, H], dd [b, chunks, H].
+    """dv [b, s, H, P] by query head, d_rate [b, s, H] through the values, dd [b, chunks, H]; grid (chunks, b · H).
 
-    Grid (chunks, b · H).
+    Apart from `grad_keys`, whose tensors would not fit beside these.
     """
     c, chunks = tl.program_id(0), tl.num_programs(0)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -129,43 +129,65 @@ def grad_inputs(
     t = c * CHUNK + i
     inside = (t < length)[:, None]
     token = batch * length + t.to(tl.int64)
-    at_n = (token * heads + head)[:, None] * N + n[None, :]
     at_p = (token * heads + head)[:, None] * P + p[None, :]
-    query = tl.load(q + at_n, mask=inside, other=0.0)
+    query = tl.load(q + (token * heads + head)[:, None] * N + n[None, :], mask=inside, other=0.0)
     key = tl.load(k + (token * groups + group)[:, None] * N + n[None, :], mask=inside, other=0.0)
-    value = tl.load(v + (token * groups + group)[:, None] * P + p[None, :], mask=inside, other=0.0)
-    dy = tl.load(do + at_p, mask=inside, other=0.0)
-    slot = (tl.program_id(1).to(tl.int64) * chunks + c) * (N * P) + n[:, None] * P + p[None, :]
-    state = tl.load(states + slot)
-    grad = tl.load(d_states + slot)
     log_decay, step = _gates(decay + head, rate + head, batch * length, t, length, heads)
     g = tl.cumsum(log_decay, axis=0)
-    total = tl.sum(log_decay, axis=0)
-    from_start, to_end = tl.exp(g), tl.exp(total - g)
-    within = tl.exp(tl.where(i[:, None] >= i[None, :], g[:, None] - g[None, :], -float("inf")))
-    # values: by the scores inside the chunk, and through the state after it
-    scores = (tl.dot(query, tl.trans(key), input_precision=PRECISION) * within).to(query.dtype)
-    entering = tl.dot(tl.trans(scores), dy, input_precision=PRECISION)
-    entering += tl.dot(key, grad, input_precision=PRECISION) * to_end[:, None]
-    value_wide, dy_wide = value.to(tl.float32), dy.to(tl.float32)
+    # transposed scores, rows j ≤ columns i: the weights with which do_i reaches value j
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    scores *= tl.exp(tl.where(i[:, None] <= i[None, :], g[None, :] - g[:, None], -float("inf")))
+    grad = tl.load(d_states + (tl.program_id(1).to(tl.int64) * chunks + c) * (N * P) + n[:, None] * P + p[None, :])
+    entering = tl.dot(key, grad, input_precision=PRECISION) * tl.exp(tl.sum(log_decay, axis=0) - g)[:, None]
+    dy = tl.load(do + at_p, mask=inside, other=0.0)
+    entering += tl.dot(scores.to(dy.dtype), dy, input_precision=PRECISION)
+    value = tl.load(v + (token * groups + group)[:, None] * P + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    dy_wide = dy.to(tl.float32)
     skip = tl.load(d + head).to(tl.float32)
     tl.store(dv + at_p, (entering * step[:, None] + skip * dy_wide).to(dv.dtype.element_ty), mask=inside)
-    tl.store(dd + (batch * chunks + c) * heads + head, tl.sum(value_wide * dy_wide))
-    d_step = tl.sum(entering * value_wide, axis=1)
-    # scores, then queries and keys
-    weighted = (value_wide * step[:, None]).to(query.dtype)
-    d_scores = (tl.dot(dy, tl.trans(weighted), input_precision=PRECISION) * within).to(query.dtype)
-    d_query = tl.dot(d_scores, key, input_precision=PRECISION)
-    d_query += tl.dot(dy, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
+    tl.store(dd + (batch * chunks + c) * heads + head, tl.sum(value * dy_wide))
+    tl.store(d_rate + token * heads + head, tl.sum(entering * value, axis=1), mask=t < length)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def grad_keys(
+    q, k, v, decay, rate, states, d_states, do, dq, dk, d_decay, length, heads, groups,
+    N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk [b, s, H, N] by query head, d_decay [b, s, H]; grid (chunks, b · H)."""
+    c, chunks = tl.program_id(0), tl.num_programs(0)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    group = head // (heads // groups)
+    i, n, p = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, P)
+    t = c * CHUNK + i
+    inside = (t < length)[:, None]
+    token = batch * length + t.to(tl.int64)
+    at_n = (token * heads + head)[:, None] * N + n[None, :]
+    slot = (tl.program_id(1).to(tl.int64) * chunks + c) * (N * P)
+    log_decay, step = _gates(decay + head, rate + head, batch * length, t, length, heads)
+    g, total = tl.cumsum(log_decay, axis=0), tl.sum(log_decay, axis=0)
+    value = tl.load(v + (token * groups + group)[:, None] * P + p[None, :], mask=inside, other=0.0)
+    weighted = (value.to(tl.float32) * step[:, None]).to(value.dtype)
+    dy = tl.load(do + (token * heads + head)[:, None] * P + p[None, :], mask=inside, other=0.0)
+    d_scores = tl.dot(dy, tl.trans(weighted), input_precision=PRECISION)
+    d_scores *= tl.exp(tl.where(i[:, None] >= i[None, :], g[:, None] - g[None, :], -float("inf")))
+    d_scores = d_scores.to(value.dtype)
+    # the states, transposed as they are read
+    state = tl.load(states + slot + n[None, :] * P + p[:, None])
+    grad = tl.load(d_states + slot + n[None, :] * P + p[:, None])
+    d_total = tl.exp(total) * tl.sum(state.to(tl.float32) * grad.to(tl.float32))
+    key = tl.load(k + (token * groups + group)[:, None] * N + n[None, :], mask=inside, other=0.0)
+    query = tl.load(q + at_n, mask=inside, other=0.0)
+    d_query = tl.dot(dy, state, input_precision=PRECISION) * tl.exp(g)[:, None]
+    d_query += tl.dot(d_scores, key, input_precision=PRECISION)
     tl.store(dq + at_n, d_query.to(dq.dtype.element_ty), mask=inside)
     d_gate = tl.sum(d_query * query.to(tl.float32), axis=1)
-    outer = tl.dot(weighted, tl.trans(grad), input_precision=PRECISION) * to_end[:, None]
-    d_key = tl.dot(tl.trans(d_scores), query, input_precision=PRECISION) + outer
-    tl.store(dk + at_n, d_key.to(dk.dtype.element_ty), mask=inside)
+    d_key = tl.dot(weighted, grad, input_precision=PRECISION) * tl.exp(total - g)[:, None]
     key_wide = key.to(tl.float32)
+    d_total += tl.sum(d_key * key_wide)
+    d_key += tl.dot(tl.trans(d_scores), query, input_precision=PRECISION)
+    tl.store(dk + at_n, d_key.to(dk.dtype.element_ty), mask=inside)
     d_gate -= tl.sum(d_key * key_wide, axis=1)
-    # the chunk's whole decay, which every token's gate takes part in
-    d_total = tl.sum(outer * key_wide) + tl.exp(total) * tl.sum(state.to(tl.float32) * grad.to(tl.float32))
-    place = token * heads + head
-    tl.store(d_decay + place, tl.cumsum(d_gate, axis=0, reverse=True) + d_total, mask=t < length)
-    tl.store(d_rate + place, d_step, mask=t < length)
+    # every token's gate takes part in the chunk's whole decay
+    d_decays = tl.cumsum(d_gate, axis=0, reverse=True) + d_total
+    tl.store(d_decay + token * heads + head, d_decays, mask=t < length)
