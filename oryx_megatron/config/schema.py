@@ -277,6 +277,28 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What a run does when it is told to stop, when numbers go wrong, and when a rank hangs or lags."""
+
+    time_limit: float | None = None
+    """Seconds after which the run saves and stops, to be started again; ORYX_TIME_LIMIT_AT (unix time) works too."""
+    time_margin: float = 300.0
+    """Seconds before the time limit at which the run stops: at least what a step, an evaluation and a save take."""
+    bad_steps: int = 8
+    """Skipped steps in a row after which the run goes back to the last good checkpoint and skips its data; 0: never."""
+    returns: int = 3
+    """Times that the run goes back without one good step in between before it gives up."""
+    spike: float | None = None
+    """Skip a step whose loss is this many scaled median absolute deviations above the running median; null: off."""
+    spike_window: int = 64
+    """Good steps over which the running median goes; no spike is seen before half of them are done."""
+    hang_timeout: float | None = None
+    """Seconds without progress after which a rank writes down its stacks and ends, to be restarted; null: off."""
+    slow_rank: float = 1.5
+    """Name a rank that takes this many times its peers' time for its part of a step; 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What a run reports."""
 
@@ -302,6 +324,8 @@ class KernelsConfig:
     """Gated RMSNorm of the mixer's output, where the mixer is not fused."""
     mixer: Literal["auto", "reference", "fused"] = "auto"
     """Steps between the mixer's products, attention and recurrence: one by one, or fused over tokens sorted by mode."""
+    cache_dir: str | None = None
+    """Folder that keeps compiled kernels for all ranks and nodes (docs/install-gpu.md); null: each package's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +356,8 @@ class RunConfig:
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during training."""
+    faults: FaultsConfig = FaultsConfig()
+    """Signals, time limits, bad numbers, hanging and slow ranks."""
     logging: LoggingConfig = LoggingConfig()
     """What the run reports."""
     kernels: KernelsConfig = KernelsConfig()

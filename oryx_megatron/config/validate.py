@@ -14,6 +14,7 @@ from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
+    FaultsConfig,
     ModelConfig,
     ModesConfig,
     OptimizerConfig,
@@ -224,6 +225,27 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError("output_dir: is empty")
 
 
+def _check_faults(faults: FaultsConfig) -> None:
+    _not_negative(
+        faults__time_margin=faults.time_margin,
+        faults__bad_steps=faults.bad_steps,
+        faults__returns=faults.returns,
+        faults__slow_rank=faults.slow_rank,
+    )
+    for name in ("time_limit", "spike", "hang_timeout"):
+        if (value := getattr(faults, name)) is not None:
+            _positive(**{f"faults__{name}": value})
+    if faults.spike_window < 8:
+        raise ConfigError(f"faults.spike_window: {faults.spike_window} steps give no median; use at least 8")
+    if faults.time_limit is not None and faults.time_limit <= faults.time_margin:
+        raise ConfigError(
+            f"faults.time_limit: {faults.time_limit:g} s are no more than faults.time_margin {faults.time_margin:g} s, "
+            "so the run would stop at once; raise one or lower the other"
+        )
+    if 0 < faults.slow_rank < 1:
+        raise ConfigError(f"faults.slow_rank: {faults.slow_rank} names ranks that are not slow; use at least 1, or 0")
+
+
 def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
     _positive(optimizer__lr=optimizer.lr, optimizer__epsilon=optimizer.epsilon)
     _not_negative(optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
@@ -404,6 +426,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
         raise ConfigError("engine: deepspeed is not built yet; use megatron")
     _check_data(run.data, run.train.iterations)
     _check_training(run)
+    _check_faults(run.faults)
     _check_modes(run)
     try:
         layout = layout_for(run, world_size)
