@@ -147,11 +147,11 @@ class FusedOryxMixer(OryxMixer):
                 given: list[Tensor | None] = [None] * 4
                 for i, part in zip(present, some):
                     given[i] = part
-                return self._mix_rows(*given, layout)  # type: ignore[arg-type, call-arg]
+                return self.mix_rows(*given, layout)  # type: ignore[arg-type, call-arg]
 
             mixed = checkpoint(mix, False, *(parts[i] for i in present))
         else:
-            mixed = self._mix_rows(*parts, layout)  # type: ignore[arg-type, call-arg]
+            mixed = self.mix_rows(*parts, layout)  # type: ignore[arg-type, call-arg]
         if torch.is_grad_enabled() and (unused_parameters := self._unused(attends, recurs)):
             mixed = WithZeroGradients.apply(mixed, *unused_parameters)
         return self.out_proj(mixed)[0], None
@@ -180,7 +180,7 @@ class FusedOryxMixer(OryxMixer):
         multiple = FP8_ROWS // math.gcd(FP8_ROWS, batch)
         return min(-(-n // multiple) * multiple, layout.length), n // multiple * multiple
 
-    def _mix_rows(
+    def mix_rows(
         self,
         projected: Tensor,
         query_attention: Tensor | None,
@@ -188,7 +188,7 @@ class FusedOryxMixer(OryxMixer):
         logits: Tensor | None,
         layout: ops.TokenLayout,
     ) -> Tensor:
-        """Projections in rows → [s, b, H P] in rows, ready for out_proj."""
+        """Projections in rows, None for those that no token needs → [s, b, H P] in rows, ready for out_proj."""
         model, steps = self.model, self.steps
         read = fused.keys_values(
             projected,

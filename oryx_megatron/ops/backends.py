@@ -18,7 +18,7 @@ from oryx_megatron.errors import ConfigError
 
 A = ParamSpec("A")
 R = TypeVar("R")
-PARTS = tuple(field.name for field in fields(KernelsConfig))
+PARTS = tuple(field.name for field in fields(KernelsConfig) if field.name != "cache_dir")
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,20 @@ import torch
 
 from oryx_megatron.platform import cpu
 from oryx_megatron.platform.gpu import (
+    KERNEL_CACHES,
     capability,
     has_gpu,
     installed,
     missing_package,
     multiprocessors,
     transformer_engine_missing,
+    use_kernel_cache,
     version,
     wrong_triton_for_fla,
 )
 
 __all__ = [
+    "KERNEL_CACHES",
     "backend",
     "capability",
     "device",
@@ -34,6 +37,7 @@ __all__ = [
     "peak_memory_bytes",
     "synchronize",
     "transformer_engine_missing",
+    "use_kernel_cache",
     "version",
     "wrong_triton_for_fla",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -74,6 +76,27 @@ def wrong_triton_for_fla(flash_qla_serves: bool) -> str | None:
         f"Triton {found} on a Hopper GPU gives wrong gradients in FLA's gated kernels; "
         f"install tilelang (and have nvcc on the PATH), or Triton {fixed} or later"
     )
+
+
+KERNEL_CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TILELANG_CACHE_DIR": "tilelang",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "cute",
+}
+"""Environment variables of the compilers that kernels are written for, and a folder for each."""
+
+
+def use_kernel_cache(folder: str | None) -> None:
+    """Let every kernel compiler keep its results under `folder`; before any of them is imported.
+
+    Variables that are set already stay as they are. Triton keeps what its autotuner found, too.
+    """
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    if folder is not None:
+        for variable, name in KERNEL_CACHES.items():
+            os.environ.setdefault(variable, str(Path(folder).resolve() / name))
 
 
 def transformer_engine_missing() -> str | None:

@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _quiet()
     # Everything below needs torch and megatron-core: a config error above costs no import.
-    from oryx_megatron import parallel
+    from oryx_megatron import parallel, platform
 
+    platform.use_kernel_cache(run.kernels.cache_dir)
     parallel.initialize(run.parallel, seed=run.seed)
     try:
         from oryx_megatron.train.trainer import Trainer

@@ -27,6 +27,7 @@ from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.model import build_model
+from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import (
@@ -69,6 +70,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
         self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
+        if platform.has_gpu():
+            log.info("kernels ready after %.0f s", compile_in_turn(run, self.chunks))
         self.optimizer = build_optimizer(run, self.chunks)
         self.schedule = build_schedule(run, self.optimizer)
         connect(run, self.chunks, self.optimizer)

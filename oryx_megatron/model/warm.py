@@ -1,0 +1,89 @@
+"""Compile the mixer's kernels for a run before its first step.
+
+Kernels are written for Triton, tilelang and CuTe, which compile on first use: minutes, on every rank at once and inside
+the first step, where a slow rank looks like a hang. None of them is compiled for a plan or a number of documents, so
+one small step under each kind of plan finds all there are.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.model.fused import FusedOryxMixer
+from oryx_megatron.modes import parse_plan
+from oryx_megatron.ops import TokenLayout, fused
+
+PLANS = {"both": ("ratio:0.5", "attention", "recurrent"), "attention": ("attention",), "recurrent": ("recurrent",)}
+
+
+def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
+    """Run the first fused mixer and SwiGLU of `chunks`, forward and backward, under each kind of plan.
+
+    No parameter gets a gradient and no other rank takes part. Chunks without a fused mixer have nothing to compile.
+
+    Returns:
+        Seconds it took.
+    """
+    begun = time.perf_counter()
+    mixers = (m for chunk in chunks for m in chunk.modules() if isinstance(m, FusedOryxMixer))
+    mixer = next(mixers, None)
+    if mixer is not None:
+        model, length, batch = run.model, run.data.sequence_length, run.train.micro_batch_size
+        documents = None
+        if run.data.documents == "isolated":
+            documents = torch.tensor([0, length // 2, length], dtype=torch.int32)
+        for spec in PLANS[model.modes]:
+            plan = parse_plan(spec, length, chunk=run.modes.chunk)
+            layouts = [TokenLayout.of(plan, device=platform.device())]
+            if documents is not None:
+                layouts.append(TokenLayout.of(plan, device=platform.device(), documents=documents))
+            for layout in layouts:
+                _step(mixer, layout, batch)
+        width = 2 * model.ffn_hidden_size // run.parallel.tensor
+        _backward(fused.SwiGLU()(x := _random(length, batch, width, like=mixer)), [x])
+        platform.synchronize()
+    return time.perf_counter() - begun
+
+
+def compile_in_turn(run: RunConfig, chunks: list[Any]) -> float:
+    """`compile_kernels` on one rank of those that share a cache, then on the others, which find everything there.
+
+    Collective. With kernels.cache_dir all nodes share a cache and rank 0 goes first, else the first rank of every node.
+    """
+    begun = time.perf_counter()
+    first = parallel.is_main_rank() if run.kernels.cache_dir is not None else platform.local_rank() == 0
+    for turn in (first, not first):
+        if turn:
+            compile_kernels(run, chunks)
+        torch.distributed.barrier()
+    return time.perf_counter() - begun
+
+
+def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
+    model, shards = mixer.model, mixer.tp_group.size()
+    queries = model.num_heads * model.key_width // shards
+    inputs: list[Tensor | None] = [
+        _random(layout.length, batch, sum(mixer.in_proj_rows.values()), like=mixer),
+        _random(layout.attention, batch, queries, like=mixer) if layout.attention else None,
+        _random(layout.recurrent, batch, queries, like=mixer) if layout.recurrent else None,
+        None,
+    ]
+    if layout.recurrent:
+        inputs[3] = _random(layout.length, batch, sum(mixer.decay_parts.values()), like=mixer)
+    _backward(mixer.mix_rows(*inputs, layout), [x for x in inputs if x is not None])  # type: ignore[arg-type, call-arg]
+
+
+def _random(*shape: int, like: torch.nn.Module) -> Tensor:
+    dtype = next(like.parameters()).dtype
+    return torch.randn(*shape, dtype=dtype, device=platform.device(), requires_grad=True)
+
+
+def _backward(output: Tensor, inputs: list[Tensor]) -> None:
+    # Gradients of the inputs alone: those of parameters would start the data-parallel reduction.
+    torch.autograd.grad(output, inputs, torch.ones_like(output))

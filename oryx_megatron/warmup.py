@@ -1,0 +1,73 @@
+"""`python -m oryx_megatron.warmup RUN.yaml [key=value …]`: compile a run's kernels into a cache that all nodes share.
+
+Needs one GPU of the kind that the run will use, and no other rank: it builds one layer of one tensor-parallel rank's
+share. Set kernels.cache_dir to a folder on a file system that every node sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+from oryx_megatron import platform
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import load_run, validate
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from oryx_megatron.errors import ConfigError
+
+
+def share_of(run: RunConfig) -> RunConfig:
+    """`run` for a single rank, with one layer of what one tensor-parallel rank of `run` holds."""
+    model, tensor = run.model, run.parallel.tensor
+    share: ModelConfig = dataclasses.replace(
+        model,
+        num_layers=1,
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=model.kv_heads // tensor,
+        ffn_hidden_size=model.ffn_hidden_size // tensor,
+        vocab_size=128,
+    )
+    return dataclasses.replace(run, model=share, parallel=ParallelConfig())
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, compile, say what is in the cache; see --help."""
+    parser = argparse.ArgumentParser(prog="oryx_megatron.warmup", description=__doc__)
+    parser.add_argument("config", help="run config (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    arguments = parser.parse_intermixed_args(argv)
+    run = load_run(arguments.config, arguments.overrides)
+    validate(run, run.parallel.tensor * run.parallel.pipeline * run.parallel.context)
+    if not platform.has_gpu():
+        raise ConfigError("warmup compiles kernels for the GPU it runs on, and there is none here")
+    platform.use_kernel_cache(run.kernels.cache_dir)
+    logging.basicConfig(level=logging.WARNING)
+    from oryx_megatron import parallel
+    from oryx_megatron.model import build_model
+    from oryx_megatron.model.warm import compile_kernels
+    from oryx_megatron.ops import backends
+
+    share = share_of(run)
+    parallel.initialize(share.parallel, seed=run.seed)
+    try:
+        backends.select(run.kernels, backends.Workload(share.model, run.precision.dtype))
+        sys.stdout.write(f"kernels: {backends.describe()}\n")
+        chunks = build_model(share.model, share.parallel, run.precision, seed=run.seed)
+        sys.stdout.write(f"compiled and loaded in {compile_kernels(share, chunks):.0f} s\n")
+    finally:
+        parallel.destroy()
+    for variable in platform.KERNEL_CACHES:
+        if folder := os.environ.get(variable):
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files)
+            sys.stdout.write(f"  {folder}: {len(files)} files, {size / 2**20:.1f} MiB\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
