@@ -2,6 +2,8 @@
 
 REQUEUE_EXIT_CODE = 75
 """Exit code (EX_TEMPFAIL) of a run stopped by a signal or by its time limit, with everything saved: start it again."""
+HANG_EXIT_CODE = 70
+"""Exit code (EX_SOFTWARE) of a rank that made no progress for faults.hang_timeout: torchrun starts all ranks again."""
 
 
 class OryxError(Exception):
@@ -25,3 +27,7 @@ class CheckpointError(OryxError):
 
 class ConversionError(OryxError):
     """A model could not be turned into, or read from, another format."""
+
+
+class TrainingError(OryxError):
+    """A run cannot go on with what it computes."""

@@ -120,7 +120,9 @@ class CheckpointManager:
             time.sleep(0.02)
         return None
 
-    def load(self, check: Callable[[Manifest], None] = lambda manifest: None) -> Manifest | None:
+    def load(
+        self, check: Callable[[Manifest], None] = lambda manifest: None, *, before: int | None = None
+    ) -> Manifest | None:
         """Load the newest checkpoint that is whole; None when there is none at all.
 
         Files are compared with the manifest's checksums, each rank reading its share. A damaged checkpoint is named
@@ -128,12 +130,15 @@ class CheckpointManager:
 
         Args:
             check: Raises when the run cannot go on from this manifest; called before any tensor is read.
+            before: Only checkpoints of earlier iterations count.
 
         Raises:
             CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
         """
         damaged = []
         for folder in reversed(store.list_folders(self.root)):
+            if before is not None and store.iteration_of(folder) >= before:
+                continue
             try:
                 manifest = read_manifest(folder)
                 bad = self._verify(folder, manifest)

@@ -27,7 +27,7 @@ class Manifest:
     iteration: int
     """Optimizer steps done."""
     consumed_samples: int
-    """Samples read; with the seed, the whole state of the data loader."""
+    """Samples read or passed over; with the seed, the whole state of the data loader."""
     config: dict[str, Any]
     """Resolved run config."""
     layout: dict[str, int]
@@ -45,6 +45,8 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Size in bytes and sha256 of every other file of the checkpoint."""
     format: int = FORMAT
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Samples passed over after bad steps, and what the next steps are judged by (train/guard.py)."""
 
     def run(self) -> RunConfig:
         """The run config it was written by."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,36 @@ def capability() -> tuple[int, int]:
 def multiprocessors() -> int:
     """Number of multiprocessors of this rank's GPU; 1 without one."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if has_gpu() else 1
+
+
+def gpu_names() -> dict[str, int]:
+    """Names of the GPUs that this process sees, and how many there are of each."""
+    return dict(Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+
+
+def cuda_versions() -> str:
+    """CUDA and NCCL that torch was built with."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+    return f"CUDA {torch.version.cuda}, NCCL {nccl}"
+
+
+PEAK_TFLOPS = {"GB200": 2450, "B200": 2250, "H200": 989, "H100": 989, "H20": 148, "A100": 312, "L40S": 362}
+"""Dense bf16 peak of data centre GPUs (NVIDIA's data sheets), by a part of their names; the first that fits counts."""
+
+
+def describe() -> str:
+    """This rank's device in words."""
+    if not has_gpu():
+        return f"CPU, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {cuda_versions()}"
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 peak of this rank's GPU in FLOP/s; None on a CPU and for a GPU that is not listed."""
+    name = torch.cuda.get_device_name() if has_gpu() else ""
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
 @cache

@@ -1,4 +1,8 @@
-"""`torchrun … -m oryx_megatron.train RUN.yaml [key=value …]`: pretrain, or resume where the run folder left off."""
+"""`torchrun … -m oryx_megatron.train RUN.yaml [key=value …]`: pretrain, or resume where the run folder left off.
+
+Exit codes: 0 done, 2 an error of the user's, errors.REQUEUE_EXIT_CODE (75) stopped from outside with everything saved;
+under torchrun see train/signals.py.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ import warnings
 
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
+from oryx_megatron.train.signals import StopRequest, exit_code
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, validate and train; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="oryx_megatron.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="run config (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
     parser.add_argument("--dry-run", action="store_true", help="check the config for --world-size ranks and stop")
@@ -35,18 +40,20 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     _quiet()
+    stop = StopRequest().install()
     # Everything below needs torch and megatron-core: a config error above costs no import.
     from oryx_megatron import parallel, platform
 
     platform.use_kernel_cache(run.kernels.cache_dir)
-    parallel.initialize(run.parallel, seed=run.seed)
     try:
+        parallel.initialize(run.parallel, seed=run.seed)
         from oryx_megatron.train.trainer import Trainer
 
-        Trainer(run, layout).fit()
+        stopped = Trainer(run, layout, stop=stop).fit()
     finally:
         parallel.destroy()
-    return 0
+        stop.restore()
+    return 0 if stopped is None else exit_code()
 
 
 def _quiet() -> None:

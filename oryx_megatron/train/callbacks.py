@@ -17,7 +17,9 @@ from typing import Any, TextIO
 
 from oryx_megatron.config.schema import LoggingConfig, RunConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.evaluate import Evaluation
+from oryx_megatron.train.history import Events, duration, short, summarize, summary_lines, write_summary
 from oryx_megatron.train.metrics import read_lines
 
 
@@ -43,10 +45,14 @@ class StepRecord:
     """Wall time of the step."""
     data_seconds: float
     """Part of it spent waiting for data."""
+    forward_backward_seconds: float
+    """Part of it from the first microbatch to reduced gradients and the loss."""
+    optimizer_seconds: float
+    """Part of it for the gradient norm, the agreement between ranks, and the update."""
     model_flops: float
     """Model FLOPs of the step, forward and backward (arch.flops_per_token)."""
     skipped: bool
-    """True when loss or gradients were not finite and parameters stayed as they were."""
+    """True when the step was bad (loss or gradients not finite, or a spike) and parameters stayed as they were."""
 
 
 def check_installed(logging: LoggingConfig) -> None:
@@ -70,11 +76,23 @@ class Callback:
     def on_step(self, record: StepRecord) -> None:
         """After every step."""
 
+    def on_skip(self, iteration: int, reason: str, path: Path) -> None:
+        """After `on_step` of a bad step; `path` is its batch, kept for replay."""
+
+    def on_return(self, iteration: int, to: int, skipped: int) -> None:
+        """When the run went back from `iteration` to the checkpoint of `to`; `skipped` samples are passed over now."""
+
+    def on_slow(self, iteration: int, text: str) -> None:
+        """When a rank lags behind its peers."""
+
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         """After every evaluation."""
 
     def on_checkpoint(self, path: Path) -> None:
         """When a checkpoint is complete."""
+
+    def on_finish(self, iteration: int, reason: str | None) -> None:
+        """When the loop ended well and all is saved; `reason` when it was asked to stop before the end."""
 
     def on_end(self) -> None:
         """After the last step, or when the loop is left by an error."""
@@ -88,6 +106,13 @@ class MetricsFile(Callback):
         self._file: TextIO | None = None
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
+        self._open(iteration)
+
+    def on_return(self, iteration: int, to: int, skipped: int) -> None:
+        self.on_end()
+        self._open(to)
+
+    def _open(self, iteration: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Steps after the checkpoint are done again: keep each step once.
         kept = [line for line in read_lines(self.path) if line["iteration"] <= iteration]
@@ -128,8 +153,6 @@ class Display(Callback):
 
     def on_step(self, record: StepRecord) -> None:
         self._since.append(record)
-        if record.skipped:
-            self._write(f"  step {record.iteration}: loss or gradient not finite; parameters unchanged")
         if record.iteration % self.interval and record.iteration != self.iterations:
             return
         steps, self._since = self._since, []
@@ -142,8 +165,22 @@ class Display(Callback):
         counter = f"{record.iteration}/{self.iterations}"
         self._write(
             f"{counter:>13} {loss:7.4f} {record.grad_norm:6.2f} {record.lr:8.1e} {share:9.0%} "
-            f"{_short(tokens / sum(step.seconds for step in steps)):>9} {duration(left):>8}"
+            f"{short(tokens / sum(step.seconds for step in steps)):>9} {duration(left):>8}"
         )
+
+    def on_skip(self, iteration: int, reason: str, path: Path) -> None:
+        self._write(f"  step {iteration} left out: {reason}")
+
+    def on_return(self, iteration: int, to: int, skipped: int) -> None:
+        self._started, self._first, self._since = time.monotonic(), to, []
+        self._write(f"  back from step {iteration} to {to}; {skipped} samples are passed over")
+
+    def on_slow(self, iteration: int, text: str) -> None:
+        self._write(f"  {text}")
+
+    def on_finish(self, iteration: int, reason: str | None) -> None:
+        if reason is not None:
+            self._write(f"  stopped after step {iteration} ({reason}); everything is saved, start again to go on")
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         for dataset in dict.fromkeys(result.dataset for result in results):
@@ -157,6 +194,66 @@ class Display(Callback):
     def _write(self, text: str) -> None:
         self.out.write(text + "\n")
         self.out.flush()
+
+
+class History(Callback):
+    """events.jsonl, and at the end summary.json and the same on the terminal.
+
+    Args:
+        folder: RUN.
+        clock: The trainer's, which says how long saves and evaluations took.
+        peak_flops: Peak FLOP/s of all ranks together, where known.
+        facts: What the start event says of this process group.
+        out: Terminal.
+    """
+
+    def __init__(
+        self, folder: Path, clock: Clock, *, peak_flops: float | None, facts: dict[str, Any], out: TextIO = sys.stdout
+    ) -> None:
+        self.folder, self.clock, self.peak_flops, self.facts, self.out = folder, clock, peak_flops, facts, out
+        self._events = Events(folder)
+        self._told = dict(clock.seconds)
+        self._iteration = 0
+
+    def on_start(self, run: RunConfig, iteration: int) -> None:
+        self._iteration = iteration
+        self._events.start(iteration, **self.facts)
+
+    def on_step(self, record: StepRecord) -> None:
+        self._iteration = record.iteration
+
+    def on_skip(self, iteration: int, reason: str, path: Path) -> None:
+        self._events.add("skip", iteration, reason=reason, record=path.name)
+
+    def on_return(self, iteration: int, to: int, skipped: int) -> None:
+        self._events.add("return", iteration, to=to, samples=skipped)
+
+    def on_slow(self, iteration: int, text: str) -> None:
+        self._events.add("slow", iteration, text=text)
+
+    def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
+        self._events.add("evaluation", iteration, seconds=self._since("evaluation"))
+
+    def on_checkpoint(self, path: Path) -> None:
+        self._events.add("checkpoint", self._iteration, seconds=self._since("checkpoint"), path=path.name)
+
+    def on_finish(self, iteration: int, reason: str | None) -> None:
+        if (seconds := self._since("checkpoint")) > 1e-3:  # polls since the last one was complete
+            self._events.add("checkpoint", iteration, seconds=seconds)
+        if reason is None:
+            self._events.add("end", iteration)
+        else:
+            self._events.add("stop", iteration, reason=reason)
+        summary = summarize(self.folder, peak_flops=self.peak_flops)
+        write_summary(self.folder, summary)
+        self.out.write("".join(f"{line}\n" for line in summary_lines(summary)))
+        self.out.flush()
+
+    def _since(self, part: str) -> float:
+        """Seconds of a part since they were last told."""
+        seconds = self.clock.seconds[part] - self._told[part]
+        self._told[part] = self.clock.seconds[part]
+        return seconds
 
 
 class TensorBoard(Callback):
@@ -198,17 +295,3 @@ class WeightsAndBiases(Callback):
 
     def on_end(self) -> None:
         self._run.finish()
-
-
-def duration(seconds: float) -> str:
-    """As `1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.0f}"

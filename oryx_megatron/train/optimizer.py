@@ -157,13 +157,23 @@ def optimizer_step(optimizer: MegatronOptimizer, *, loss: float) -> tuple[bool, 
     Returns:
         Whether parameters changed, and the gradient norm before clipping.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return False, norm
+    apply_gradients(optimizer, norm)
+    return True, norm
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Make the reduced gradients ready for the optimizer; their norm over all model-parallel ranks."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip gradients of this norm and update the parameters."""
     if optimizer.config.clip_grad > 0:
         parameters = optimizer.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return True, norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -81,6 +81,8 @@ class Totals:
     """Counted labels."""
     text_bytes: float
     """UTF-8 bytes of those labels; 0 in training."""
+    local: Tensor | None = field(default=None, repr=False, compare=False)
+    """[microbatches, 3] the same of every microbatch of this rank, on the last pipeline stage."""
 
     @property
     def mean_loss(self) -> float:
@@ -115,8 +117,10 @@ def forward_backward(chunks: list[Any], batches: list[Microbatch], *, forward_on
 def _reduce(reports: list[Tensor]) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
     total = torch.zeros(3, dtype=torch.float64, device=platform.device())
+    local = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        total += torch.stack(reports).double().sum(0)
+        local = torch.stack(reports)
+        total += local.double().sum(0)
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
@@ -124,4 +128,4 @@ def _reduce(reports: list[Tensor]) -> Totals:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return Totals(*total.tolist())
+    return Totals(*total.tolist(), local)

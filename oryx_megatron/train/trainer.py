@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import random
+import socket
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -25,23 +28,34 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check_resume
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import CheckpointError, DataError
+from oryx_megatron.errors import CheckpointError, DataError, TrainingError
 from oryx_megatron.model import build_model
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
+from oryx_megatron.train import signals
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import (
     Callback,
     Display,
+    History,
     MetricsFile,
     StepRecord,
     TensorBoard,
     WeightsAndBiases,
     check_installed,
 )
+from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.evaluate import Evaluation, evaluate
-from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, optimizer_step, wrap
-from oryx_megatron.train.step import Microbatch, forward_backward
+from oryx_megatron.train.guard import Guard, Prolonged, write_record
+from oryx_megatron.train.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    build_schedule,
+    connect,
+    gradient_norm,
+    wrap,
+)
+from oryx_megatron.train.step import Microbatch, Totals, forward_backward
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +66,38 @@ class Trainer:
     Args:
         run: Validated config.
         layout: From `validate(run, world_size)`.
+        stop: Where signals leave their notes; None: only the time limit stops the run early.
+        before: Resume from the newest checkpoint before this iteration.
+        reports: False leaves no trace in the run's folder: no metrics, no events, no terminal.
 
     Raises:
         ConfigError, DataError, CheckpointError: what the user can mend, on every rank alike.
     """
 
-    def __init__(self, run: RunConfig, layout: Layout) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        layout: Layout,
+        *,
+        stop: signals.StopRequest | None = None,
+        before: int | None = None,
+        reports: bool = True,
+    ) -> None:
         self.run, self.layout = run, layout
         self.folder = Path(run.output_dir)
         self.data_rank = parallel_state.get_data_parallel_rank()
+        self.stop_request = stop or signals.StopRequest()
+        self.stop_request.limit_time(run.faults)
         check_installed(run.logging)
+        reports = reports and parallel.is_main_rank()
+        if reports:
+            signals.remove_marker(self.folder)
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
         backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
-        for line in textwrap.wrap(f"kernels: {backends.describe()}", 74, subsequent_indent="  "):
-            log.info(line)
+        if reports:
+            for line in _reproduction(run, layout):
+                log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
         self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
@@ -76,53 +107,66 @@ class Trainer:
         self.schedule = build_schedule(run, self.optimizer)
         connect(run, self.chunks, self.optimizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", run.checkpoint, self.chunks, self.optimizer)
+        self.clock = Clock()
+        self.guard = Guard(run.faults)
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         self._saved: int | None = None
         self._save_error: CheckpointError | None = None
-        self._resume()
-        self.stream = SampleStream(
-            self.datasets["train"],
-            micro_batch_size=run.train.micro_batch_size,
-            microbatches=layout.microbatches,
-            data_rank=self.data_rank,
-            data_size=layout.dp,
-            consumed=self.iteration * run.train.global_batch_size,
-            isolated=run.data.documents == "isolated",
-            eod=self.tokenizer.eod_id,
-            vocab_size=self.tokenizer.vocab_size,
-            num_workers=run.data.num_workers,
-        )
-        self.callbacks: Sequence[Callback] = _reporters(run, self.folder) if parallel.is_main_rank() else ()
+        self._stop: signals.Stop | None = None
+        self._started = False
+        if self._load(before):
+            log.info("resumed from iteration %d of %s", self.iteration, self.checkpoints.root)
+        self.stream = self._open_stream()
+        self.callbacks: Sequence[Callback] = _reporters(run, layout, self.folder, self.clock) if reports else ()
 
-    def fit(self) -> None:
+    def fit(self) -> signals.Stop | None:
         """Train until train.iterations (or train.exit_after), evaluating and saving on the way and at the end.
+
+        Returns:
+            None at the end; where and why it stopped when asked to stop before, with everything saved.
 
         Raises:
             CheckpointError: the last checkpoint could not be written. (Failures before are reported only.)
+            TrainingError: bad steps without end.
         """
         run = self.run
         last = min(run.train.iterations, run.train.exit_after or run.train.iterations)
         self._call("on_start", run, self.iteration)
         try:
-            while self.iteration < last:
-                self._call("on_step", self.step())
-                if _due(self.iteration, run.evaluation.interval, run.train.iterations):
+            self._agree(0.0, bad=False)  # a signal may have come while the model was built
+            if self._missed_evaluation():
+                self.evaluate()
+            while self.iteration < last and self._stop is None:
+                record = self.step()
+                self._call("on_step", record)
+                if record.skipped and self._handle_bad_step():
+                    continue
+                if _due(self.iteration, run.evaluation.interval, run.train.iterations) and self._stop is None:
                     self.evaluate()
-                if _due(self.iteration, run.checkpoint.interval, last):
+                in_order = not self.guard.row or self.iteration == last
+                if _due(self.iteration, run.checkpoint.interval, last) and in_order:
                     self.save()
                 self._complete_save(self.checkpoints.poll)
+            if self._stop is not None and self.iteration and not self.guard.row:
+                self.save()
             self._complete_save(self.checkpoints.wait)
             if self._save_error is not None:
                 raise self._save_error
+            if self.iteration >= last:
+                self._stop = None  # told to stop in the last step: nothing is left to do
+            if self._stop is not None and self.callbacks:
+                signals.write_marker(self.folder, self._stop)
+            self._call("on_finish", self.iteration, self._stop and self._stop.reason)
         finally:
             # No collectives here: after an error, other ranks may never arrive.
             self.stream.close()
             self._call("on_end")
+        return self._stop
 
     def step(self) -> StepRecord:
-        """One optimizer step."""
-        started, waited = time.perf_counter(), self.stream.wait_seconds
+        """One optimizer step; all ranks leave its update out when it is bad."""
+        started, waited, consumed = time.perf_counter(), self.stream.wait_seconds, self.stream.consumed
         batches = training_batches(
             self._next_samples(),
             self.run.modes,
@@ -134,13 +178,33 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        forward = time.perf_counter()
         totals = forward_backward(self.chunks, batches, forward_only=False)
         lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
-        applied, norm = optimizer_step(self.optimizer, loss=totals.loss)
+        update = time.perf_counter()
+        norm = gradient_norm(self.optimizer)
+        reason = self.guard.reason(totals.loss if not math.isfinite(totals.loss) else totals.mean_loss, norm)
+        share, bad = self._agree(
+            sum(batch.plan.attention_share for batch in batches) / len(batches), bad=reason is not None
+        )
+        if bad:
+            self._bad_step = self._describe(batches, totals, norm, reason, consumed)
+        else:
+            apply_gradients(self.optimizer, norm)
+            self.guard.good(totals.mean_loss)
         self.schedule.step(increment=1)
         self.iteration += 1
-        share = self._attention_share(batches)
+        self._started = True
         platform.synchronize()
+        ended = time.perf_counter()
+        data_seconds = self.stream.wait_seconds - waited
+        for part, seconds in (
+            ("data", data_seconds),
+            ("forward_backward", update - forward),
+            ("optimizer", ended - update),
+            ("step", ended - started),
+        ):
+            self.clock.add(part, seconds)
         tokens = self.run.train.global_batch_size * self.run.data.sequence_length
         flops = 3 * sum(arch.flops_per_token(self.run.model, self.run.data.sequence_length, share).values())
         return StepRecord(
@@ -151,18 +215,21 @@ class Trainer:
             attention_share=share,
             tokens=tokens,
             consumed_samples=self.stream.consumed,
-            seconds=time.perf_counter() - started,
-            data_seconds=self.stream.wait_seconds - waited,
+            seconds=ended - started,
+            data_seconds=data_seconds,
+            forward_backward_seconds=update - forward,
+            optimizer_seconds=ended - update,
             model_flops=flops * tokens,
-            skipped=not applied,
+            skipped=bad,
         )
 
     def evaluate(self) -> list[Evaluation]:
         """Evaluate on all validation sets under all plans of the config."""
         datasets = {name: blend for name, blend in self.datasets.items() if name != "train"}
-        results = evaluate(
-            self.run, self.layout, self.chunks, datasets, self.tokenizer, data_rank=self.data_rank
-        )
+        with self.clock.time("evaluation"):
+            results = evaluate(
+                self.run, self.layout, self.chunks, datasets, self.tokenizer, data_rank=self.data_rank
+            )
         self.evaluations = [{"iteration": self.iteration, **result.to_dict()} for result in results]
         self._call("on_evaluation", self.iteration, results)
         return results
@@ -180,7 +247,8 @@ class Trainer:
     def _complete_save(self, complete: Callable[[], Path | None]) -> None:
         """Make or finish a checkpoint, or report that it failed."""
         try:
-            path = complete()
+            with self.clock.time("checkpoint"):
+                path = complete()
         except CheckpointError as error:
             log.error("%s; the run goes on, the last good checkpoint stays", error)
             self._save_error = error
@@ -189,14 +257,127 @@ class Trainer:
             self._save_error = None
             self._call("on_checkpoint", path)
 
-    def _resume(self) -> None:
-        manifest = self.checkpoints.load(self._check_manifest)
+    def _load(self, before: int | None = None) -> bool:
+        """Go on from the newest whole checkpoint (before an iteration), if there is one."""
+        manifest = self.checkpoints.load(self._check_manifest, before=before)
         if manifest is None:
-            return
+            return False
         self.iteration = self._saved = manifest.iteration
+        self.schedule.num_steps = 0
         self.schedule.step(increment=manifest.iteration)
         self.evaluations = manifest.evaluations
-        log.info("resumed from iteration %d of %s", manifest.iteration, self.checkpoints.root)
+        self.guard.load_state(manifest.guard)
+        return True
+
+    def _open_stream(self) -> SampleStream:
+        blend, skipped = self.datasets["train"], self.guard.skipped
+        return SampleStream(
+            Prolonged(blend, skipped) if skipped else blend,
+            micro_batch_size=self.run.train.micro_batch_size,
+            microbatches=self.layout.microbatches,
+            data_rank=self.data_rank,
+            data_size=self.layout.dp,
+            consumed=self.iteration * self.run.train.global_batch_size + skipped,
+            isolated=self.run.data.documents == "isolated",
+            eod=self.tokenizer.eod_id,
+            vocab_size=self.tokenizer.vocab_size,
+            num_workers=self.run.data.num_workers,
+        )
+
+    def _agree(self, share: float, *, bad: bool) -> tuple[float, bool]:
+        """The one exchange of a step: mean attention share, whether any rank saw a bad step or was told to stop.
+
+        Every rank of the model counts its share, so the mean over all is that over data-parallel ranks.
+        """
+        notes = self.stop_request.notes(longest=self.clock.longest_stop, started=self._started)
+        sums = torch.tensor([share, float(bad), *notes], dtype=torch.float64, device=platform.device())
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        total, faults, *votes = sums.tolist()
+        self._stop = signals.decide(votes, self.iteration)
+        return total / world, faults > 0
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the process before stopped when this iteration's evaluation was due."""
+        due = self.iteration and _due(self.iteration, self.run.evaluation.interval, self.run.train.iterations)
+        return bool(due) and all(result["iteration"] != self.iteration for result in self.evaluations)
+
+    def _describe(
+        self, batches: list[Microbatch], totals: Totals, norm: float, reason: str | None, consumed: int
+    ) -> dict[str, Any]:
+        """A bad step for its record: what each rank read, under which plans, and what came of it."""
+        run, world = self.run, torch.distributed.get_world_size()
+        losses = None if totals.local is None else (totals.local[:, 0] / totals.local[:, 1].clamp(min=1)).tolist()
+        micro, size = run.train.micro_batch_size, len(self.datasets["train"])
+        bad = [
+            name
+            for chunk in self.chunks
+            for name, parameter in chunk.named_parameters()
+            if (gradient := getattr(parameter, "main_grad", None)) is not None and not bool(gradient.isfinite().all())
+        ]
+        mine = {
+            "rank": torch.distributed.get_rank(),
+            "host": socket.gethostname(),
+            "data_rank": self.data_rank,
+            "microbatches": [
+                {
+                    "samples": [
+                        (consumed + (m * self.layout.dp + self.data_rank) * micro + i) % size for i in range(micro)
+                    ],
+                    "plan": str(batch.plan),
+                    "loss": None if losses is None else losses[m],
+                }
+                for m, batch in enumerate(batches)
+            ],
+            "gradients_not_finite": {"count": len(bad), "first": bad[:4]},
+        }
+        ranks: list[Any] = [None] * world
+        torch.distributed.all_gather_object(ranks, {"reason": reason, **mine})
+        # The reason of the rank that saw it first serves all, so that all take the same way from here.
+        return {
+            "iteration": self.iteration + 1,
+            "reason": next(rank["reason"] for rank in ranks if rank["reason"] is not None),
+            "loss": totals.mean_loss,
+            "grad_norm": norm,
+            "seed": run.seed,
+            "consumed_samples": consumed,
+            "skipped_samples": self.guard.skipped,
+            "samples": run.train.global_batch_size,
+            "ranks": ranks,
+        }
+
+    def _handle_bad_step(self) -> bool:
+        """Keep the batch, and after faults.bad_steps in a row go back to before them; True when gone back."""
+        if self.callbacks:
+            path = write_record(self.folder, self._bad_step)
+            self._call("on_skip", self.iteration, self._bad_step["reason"], path)
+        if not self.guard.bad():
+            return False
+        faults, guard = self.run.faults, self.guard
+        here, consumed, row, returns = self.iteration, self.stream.consumed, guard.row, guard.returns + 1
+        what = f"step {here}: {self._bad_step['reason']}, {row} steps in a row"
+        records = f"their batches are in {self.folder}/faults (replay: python -m oryx_megatron.train.replay)"
+        if returns > faults.returns:
+            raise TrainingError(
+                f"{what}, again after going back {faults.returns} times; {records}: look for a broken device, lower "
+                "optimizer.lr, or mend the data"
+            )
+        self._complete_save(self.checkpoints.wait)
+        self.stream.close()
+        # A second time without a good step in between, that checkpoint is to blame itself: take the one before.
+        before = here - row + 1 if guard.returned_to is None else guard.returned_to
+        if not self._load(before):
+            raise TrainingError(f"{what}, and no checkpoint before them to go back to; {records}")
+        guard.returns, guard.returned_to = returns, self.iteration
+        guard.skipped = consumed - self.iteration * self.run.train.global_batch_size
+        self.stream = self._open_stream()
+        log.warning(
+            "%s: back to the checkpoint of step %d; the %d samples since are passed over; %s",
+            what, self.iteration, consumed - self.iteration * self.run.train.global_batch_size, records,
+        )  # fmt: skip
+        self._call("on_return", here, self.iteration, guard.skipped)
+        return True
 
     def _check_manifest(self, manifest: Manifest) -> None:
         """Refuse to go on from the checkpoint of another model, or of other data or batches so far."""
@@ -213,7 +394,8 @@ class Trainer:
                 f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
                 "choose another output_dir"
             )
-        if manifest.consumed_samples != manifest.iteration * run.train.global_batch_size:
+        skipped = int(manifest.guard.get("skipped_samples", 0))
+        if manifest.consumed_samples != manifest.iteration * run.train.global_batch_size + skipped:
             raise CheckpointError(
                 f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
                 f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
@@ -228,12 +410,12 @@ class Trainer:
 
     def _manifest(self) -> Any:
         iteration, evaluations, stream = self.iteration, self.evaluations, self.stream.state()
-        layout = self.layout
+        layout, guard = self.layout, self.guard.state()
 
         def make(files: dict[str, dict[str, Any]]) -> Manifest:
             return Manifest(
                 iteration=iteration,
-                consumed_samples=iteration * self.run.train.global_batch_size,
+                consumed_samples=iteration * self.run.train.global_batch_size + guard["skipped_samples"],
                 config=to_dict(self.run),
                 layout={"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp},
                 rng={"seed": self.run.seed, "state": "none: every draw is a function of seed, iteration, microbatch"},
@@ -242,6 +424,7 @@ class Trainer:
                 versions=package_versions(),
                 commit=git_commit(),
                 files=files,
+                guard=guard,
             )
 
         return make
@@ -253,21 +436,32 @@ class Trainer:
             error.rank_local = True  # only this rank read the sample at fault
             raise
 
-    def _attention_share(self, batches: list[Microbatch]) -> float:
-        """Mean over the whole global batch."""
-        share = torch.tensor(
-            sum(batch.plan.attention_share for batch in batches) / len(batches), device=platform.device()
-        )
-        if self.layout.dp > 1:
-            torch.distributed.all_reduce(share, group=parallel_state.get_data_parallel_group())
-        return float(share) / self.layout.dp
-
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(*arguments)
 
 
-def _reporters(run: RunConfig, folder: Path) -> list[Callback]:
+def _reproduction(run: RunConfig, layout: Layout) -> list[str]:
+    """Everything one needs to do this run again, in lines for a terminal of 80 columns."""
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    facts = {
+        "run": f"{run.output_dir}, config in {run.output_dir}/config.yaml, seed {run.seed}",
+        "command": " ".join(sys.argv),
+        "code": f"commit {git_commit() or 'unknown'}",
+        "versions": versions,
+        "model": f"{run.model.name}, {arch.parameter_counts(run.model).total:,} parameters, {run.precision.dtype}",
+        "layout": f"{layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × context {layout.cp} × data "
+        f"{layout.dp}, {layout.microbatches} microbatches per step",
+        "host": f"{socket.gethostname()}, {platform.describe()}",
+        "kernels": backends.describe(),
+    }
+    lines = []
+    for name, text in facts.items():
+        lines += textwrap.wrap(f"{name}: {text}", 74, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def _reporters(run: RunConfig, layout: Layout, folder: Path, clock: Clock) -> list[Callback]:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.tmp"
     temporary.write_text(to_yaml(run))
@@ -276,11 +470,14 @@ def _reporters(run: RunConfig, folder: Path) -> list[Callback]:
         MetricsFile(folder / "metrics.jsonl"),
         Display(run.logging.interval, run.train.iterations),
     ]
+    peak = platform.peak_flops()
+    facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": git_commit()}
+    history = History(folder, clock, peak_flops=peak and peak * layout.world_size, facts=facts)
     if run.logging.tensorboard:
         reporters.append(TensorBoard(folder / "tensorboard"))
     if run.logging.wandb_project:
         reporters.append(WeightsAndBiases(run.logging.wandb_project, run, to_dict(run)))
-    return reporters
+    return [*reporters, history]
 
 
 _OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")

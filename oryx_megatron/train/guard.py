@@ -1,0 +1,120 @@
+"""Steps whose numbers are wrong: what counts as one, when to go back, and the batch kept for replay.
+
+A step is bad when its loss or gradient norm is not finite, or (faults.spike) when its loss is a spike. Its update is
+left out on all ranks alike. After faults.bad_steps of them in a row the run goes back to the last checkpoint before
+them and goes on with the data after them: `skipped` samples were passed over so far. That number, and the losses that
+the running median goes over, are in every checkpoint's manifest, so that a resumed run takes the same decisions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oryx_megatron.config.schema import FaultsConfig
+from oryx_megatron.data.loader import Blend
+
+FOLDER = "faults"
+SCALE = 1.4826
+"""From median absolute deviation to standard deviation, for normally distributed values."""
+
+
+class Guard:
+    """Counts bad steps; the same on all ranks, because what it is told is."""
+
+    def __init__(self, faults: FaultsConfig) -> None:
+        self.faults = faults
+        self.losses: deque[float] = deque(maxlen=faults.spike_window)
+        self.skipped = 0
+        """Samples passed over by going back."""
+        self.row = 0
+        """Bad steps since the last good one."""
+        self.returns = 0
+        """Times the run went back since the last good step."""
+        self.returned_to: int | None = None
+
+    def reason(self, loss: float, norm: float) -> str | None:
+        """Why a step is bad, or None."""
+        if not math.isfinite(loss):
+            return "loss is not finite"
+        if not math.isfinite(norm):
+            return "gradient is not finite"
+        limit = self.limit()
+        return f"loss {loss:.4f} is a spike above {limit:.4f}" if limit is not None and loss > limit else None
+
+    def limit(self) -> float | None:
+        """Loss above which a step is a spike; None while too few are known, or when off."""
+        if self.faults.spike is None or len(self.losses) < self.faults.spike_window // 2:
+            return None
+        median = statistics.median(self.losses)
+        deviation = SCALE * statistics.median(abs(loss - median) for loss in self.losses)
+        return median + self.faults.spike * max(deviation, 1e-3 * abs(median))
+
+    def good(self, loss: float) -> None:
+        """A step was applied."""
+        if self.faults.spike is not None:
+            self.losses.append(loss)
+        self.row = self.returns = 0
+        self.returned_to = None
+
+    def bad(self) -> bool:
+        """A step was left out; True when it is time to go back."""
+        self.row += 1
+        return 0 < self.faults.bad_steps <= self.row
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skipped_samples": self.skipped, "losses": list(self.losses)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; one written before there was a guard holds nothing."""
+        self.skipped = int(state.get("skipped_samples", 0))
+        self.losses.clear()
+        self.losses.extend(state.get("losses", ()))
+        self.row = 0
+
+
+class Prolonged(torch.utils.data.Dataset):
+    """A blend that begins anew at its end: what passes over `skipped` samples needs as many more."""
+
+    def __init__(self, blend: Blend, skipped: int) -> None:
+        self.blend, self.size = blend, len(blend) + skipped
+        self.name, self.identity = blend.name, blend.identity
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.blend[index % len(self.blend)]
+
+
+def record_path(folder: Path, iteration: int) -> Path:
+    """RUN/faults/batch-ITERATION.json."""
+    return folder / FOLDER / f"batch-{iteration:07d}.json"
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Keep the facts of a bad step; numbers that are not finite become text, as JSON has none."""
+    path = record_path(folder, record["iteration"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_plain(record), indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

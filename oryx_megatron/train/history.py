@@ -1,0 +1,163 @@
+"""What happened to a run over all its starts: RUN/events.jsonl, and the summary made from it. Needs no torch.
+
+Events, one JSON object a line with `event`, `time` (unix) and `iteration`:
+    start       the processes began (ranks, host, commit); iteration: where they went on
+    lost        the one before ended without a word; time: when it last wrote anything
+    checkpoint  seconds that training stood still for it
+    evaluation  seconds
+    skip        a bad step was left out (reason)
+    return      back to an older checkpoint (to, samples: passed over so far)
+    slow        a rank lags behind its peers (rank, host, times)
+    stop        asked to stop, everything saved (reason)
+    end         all steps done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from oryx_megatron.train import metrics
+
+EVENTS, SUMMARY = "events.jsonl", "summary.json"
+
+
+class Events:
+    """Appends to events.jsonl; on rank 0 only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / EVENTS
+
+    def start(self, iteration: int, **facts: Any) -> None:
+        """A process group begins: close the one before it, should it have died."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = read_events(self.folder)
+        if before and before[-1]["event"] not in ("stop", "end", "lost"):
+            written = [p.stat().st_mtime for p in (self.path, self.folder / metrics.NAME) if p.exists()]
+            self._append({"event": "lost", "time": max(written), "iteration": before[-1]["iteration"]})
+        began = psutil.Process().create_time()
+        self._append({"event": "start", "time": began, "iteration": iteration, **facts})
+
+    def add(self, event: str, iteration: int, **facts: Any) -> None:
+        """Append one event of now."""
+        self._append({"event": event, "time": time.time(), "iteration": iteration, **facts})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Events of a run, oldest first; lines that a crash cut off are left out."""
+    path = folder / EVENTS
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"event", "time", "iteration"} <= line.keys():
+            lines.append(line)
+    return lines
+
+
+def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any]:
+    """Totals of a run from its metrics.jsonl and events.jsonl.
+
+    Each step counts once, however often it was done: `goodput` is the share of the running time, over all starts, that
+    went into steps which the run stands on. Steps without a time split (older runs) count as forward and backward.
+
+    Args:
+        folder: RUN.
+        peak_flops: Peak FLOP/s of all ranks together, for `mfu` (model FLOPs utilisation over the step time).
+    """
+    steps = [line for line in metrics.read_lines(folder / metrics.NAME) if line["kind"] == "step"]
+    events = read_events(folder)
+    running, began = 0.0, None
+    for event in events:
+        if event["event"] == "start":
+            began = event["time"]
+        elif event["event"] in ("lost", "stop", "end") and began is not None:
+            running, began = running + event["time"] - began, None
+    if began is not None:
+        running += time.time() - began
+
+    def spent(kind: str) -> float:
+        return sum(event.get("seconds", 0.0) for event in events if event["event"] == kind)
+
+    def total(field: str) -> float:
+        return sum(step.get(field, 0.0) for step in steps)
+
+    stepping, data, optimizer = total("seconds"), total("data_seconds"), total("optimizer_seconds")
+    useful = sum(step["seconds"] for step in steps if not step["skipped"])
+    split = {
+        "data": data,
+        "forward_backward": total("forward_backward_seconds") or stepping - data - optimizer,
+        "optimizer": optimizer,
+        "checkpoint": spent("checkpoint"),
+        "evaluation": spent("evaluation"),
+    }
+    running = max(running, sum(split.values()))
+    starts = sum(event["event"] == "start" for event in events)
+    return {
+        "iterations": steps[-1]["iteration"] if steps else 0,
+        "loss": steps[-1]["loss"] if steps else None,
+        "tokens": int(total("tokens")),
+        "tokens_per_second": total("tokens") / stepping if stepping else None,
+        "mfu": total("model_flops") / stepping / peak_flops if stepping and peak_flops else None,
+        "seconds": {"running": running, **split, "other": running - sum(split.values())},
+        "goodput": useful / running if running else None,
+        "restarts": max(starts - 1, 0),
+        "skipped_steps": sum(event["event"] == "skip" for event in events),
+        "returns": sum(event["event"] == "return" for event in events),
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """RUN/summary.json."""
+    temporary = folder / f".{SUMMARY}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(summary, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / SUMMARY)
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for a terminal of 80 columns."""
+    seconds = summary["seconds"]
+    running = seconds["running"] or 1.0
+    rate, mfu, goodput = summary["tokens_per_second"], summary["mfu"], summary["goodput"]
+    speed = "" if rate is None else f", {short(rate)} tokens/s while stepping"
+    lines = [
+        f"{summary['iterations']} steps, {short(summary['tokens'])} tokens{speed}"
+        + ("" if mfu is None else f", MFU {mfu:.1%}"),
+        f"{duration(seconds['running'])} running, goodput {goodput or 0:.1%}, restarts {summary['restarts']}, "
+        f"skipped steps {summary['skipped_steps']}, returns {summary['returns']}",
+    ]
+    for part in ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "other"):
+        name = part.replace("_", "-")
+        lines.append(f"  {name:<18} {duration(seconds[part]):>10} {seconds[part] / running:7.1%}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """As `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def short(value: float) -> str:
+    """As `1.2M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
