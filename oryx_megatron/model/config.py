@@ -87,6 +87,10 @@ def transformer_config(
     if precision.fp8 != "none":
         if te_missing is not None:
             raise ConfigError(f"precision.fp8: {precision.fp8} needs TransformerEngine: {te_missing}")
+        if precision.fp8_attention and not sorts:
+            raise ConfigError(
+                "precision.fp8_attention: needs kernels.mixer fused and parallel.context 1; set it to false"
+            )
         fields |= _fp8(precision)
     if parallel.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -104,6 +104,12 @@ class FusedOryxMixer(OryxMixer):
         )
         if hasattr(self.in_proj, "return_layernorm_output"):  # TransformerEngine's, with the norm inside
             self.in_proj.return_layernorm_output = True
+        self._fp8_attention: list[Any] = []  # a list: its FP8 statistics are no part of the model's state
+        if config.fp8_dot_product_attention:
+            from oryx_megatron.model.te import fp8_attention
+
+            widths = (model.key_width, model.value_width)
+            self._fp8_attention.append(fp8_attention(self.heads, self.groups, widths, self.tp_group))
 
     def _in_proj_rows(self, shards: int) -> dict[str, int]:
         rows = super()._in_proj_rows(shards)
@@ -204,7 +210,11 @@ class FusedOryxMixer(OryxMixer):
         if query_attention is not None:
             norm = self.query_norm.summed_weight() if model.qk_norm else None
             q = fused.attention_query(query_attention, model.key_width, norm, layout, steps)
-            o_attention = ops.attend(q, read.attention_keys, read.attention_values, layout)  # type: ignore[arg-type]
+            keys, values = read.attention_keys, read.attention_values
+            if self._fp8_attention and not layout.recurrent and not layout.isolated:
+                o_attention = self._fp8_attention[0](q, keys, values).unflatten(-1, (-1, model.value_width))
+            else:
+                o_attention = ops.attend(q, keys, values, layout)  # type: ignore[arg-type]
         if query_recurrent is not None and logits is not None:
             q = fused.recurrent_query(query_recurrent, model.key_width, layout, steps)
             decay, rate = fused.gates(logits, self.a_log, self.dt_bias, layout, model.mixer)

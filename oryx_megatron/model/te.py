@@ -49,6 +49,21 @@ class TELocalLinear(TELinear):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
 
 
+def fp8_attention(heads: int, groups: int, widths: tuple[int, int], tp_group: torch.distributed.ProcessGroup) -> Any:
+    """Causal attention of one layer, q [b, s, H, N], k, v → [b, s, H P], in FP8 inside TransformerEngine's context."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads,
+        widths,
+        num_gqa_groups=groups,
+        qkv_format="bshd",
+        attn_mask_type="causal",
+        tp_size=1,  # heads and groups are this rank's already
+        tp_group=tp_group,
+    )
+
+
 def accumulate_into_main_gradients(chunk: torch.nn.Module) -> None:
     """Let every TransformerEngine linear add its weight gradient to the fp32 buffer inside its matrix product.
 

@@ -1,0 +1,213 @@
+"""`python -m oryx_megatron.doctor`: what this machine has for training, what is wrong with it, and how to mend it.
+
+Exit code 0 when a run can start here, 1 when something is wrong. A missing optional package is not wrong: the line says
+what it would buy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform as host
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from oryx_megatron import platform
+from oryx_megatron.cli import main_guard
+
+State = Literal["ok", "absent", "wrong"]
+IMPORT_SECONDS = 180
+"""Longest that one package may take to import; TransformerEngine takes half a minute on a cold disk."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    state: State
+    name: str
+    found: str
+    """Version, or what is there."""
+    advice: str = ""
+    """What it buys when absent; what is wrong and how to mend it when wrong."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that a run uses."""
+
+    distribution: str
+    module: str
+    buys: str
+    gpu: bool = True
+    """Of no use without a GPU."""
+    required: bool = False
+
+
+PACKAGES = (
+    Package("torch", "torch", "everything", gpu=False, required=True),
+    Package("megatron-core", "megatron.core", "parallelism, optimizer, checkpoints", gpu=False, required=True),
+    Package("sentencepiece", "sentencepiece", "tokenizers", gpu=False, required=True),
+    Package("tokenizers", "tokenizers", "tokenizers", gpu=False, required=True),
+    Package("transformers", "transformers", "conversion to Hugging Face", gpu=False),
+    Package("gigatoken", "gigatoken", "preprocessing ten times as fast", gpu=False),
+    Package("transformer-engine", "transformer_engine.pytorch", "FP8, fused linears and norms"),
+    Package("flash-attn-4", "flash_attn.cute", "attention in proportion to the attention-mode tokens"),
+    Package("flash-linear-attention", "fla", "the gated delta rule (mixer: gdn)"),
+    Package("flash-qla", "flash_qla", "FLA's fast Hopper backend, heads of 128"),
+    Package("tilelang", "tilelang", "what flash-qla is written in; right FLA gradients on Hopper"),
+    Package("mamba-ssm", "mamba_ssm", "an SSD scan besides our Triton one (mixer: mamba2)"),
+    Package("causal-conv1d", "causal_conv1d", "convolutions where the mixer is not fused"),
+    Package("deepspeed", "deepspeed", "engine: deepspeed", gpu=False),
+    Package("apex", "apex", "gradient accumulation fusion without TransformerEngine"),
+)
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, as they come; imports happen in processes of their own, so that a broken package ends none of ours.
+
+    What the kernels compute is not checked here: `pytest tests/gpu` compares each with its reference.
+    """
+    yield from _machine()
+    for package in PACKAGES:
+        yield _package(package)
+    for check in (_torch_and_driver, _triton, _apex, _shared_memory):
+        if (finding := check()) is not None:
+            yield finding
+    yield from _kernels()
+
+
+def _machine() -> Iterator[Finding]:
+    version = sys.version_info
+    state: State = "ok" if version >= (3, 11) else "wrong"
+    yield Finding(state, "python", host.python_version(), "" if state == "ok" else "needs Python 3.11 or later")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Finding("ok", "machine", f"{host.node()}, {os.cpu_count()} cores, {memory:.0f} GiB")
+    if not platform.has_gpu():
+        yield Finding("absent", "gpu", "none", "runs on the CPU: reference kernels, gloo")
+        return
+    for name, count in platform.gpu_names().items():
+        yield Finding("ok", "gpu", f"{count} × {name}")
+
+
+def _package(package: Package) -> Finding:
+    name = package.distribution
+    if not platform.installed(package.module):
+        state: State = "wrong" if package.required else "absent"
+        advice = f"pip install {name}: {package.buys}" if package.required else f"would buy {package.buys}"
+        return Finding(state, name, "not installed", advice)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "installed, version unknown"
+    if package.gpu and not platform.has_gpu():
+        return Finding("ok", name, version, "not tried: there is no GPU")
+    # GPU packages link against torch's libraries, and some expect to find them loaded.
+    if error := _import_error(f"torch, {package.module}" if package.gpu else package.module):
+        return Finding("wrong", name, version, f"import fails: {error}; install a build for this torch and Python")
+    return Finding("ok", name, version)
+
+
+def _import_error(modules: str) -> str | None:
+    """The last line of what importing prints when it fails, or None."""
+    command = [sys.executable, "-W", "ignore", "-c", f"import {modules}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done after {IMPORT_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _torch_and_driver() -> Finding | None:
+    if platform.has_gpu():
+        return Finding("ok", "cuda", platform.cuda_versions())
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        return Finding(
+            "wrong", "cuda", platform.cuda_versions(),
+            "there is an NVIDIA driver, but this torch sees no GPU: install a torch built for CUDA, no newer than the "
+            "driver (nvidia-smi shows its version), and look at CUDA_VISIBLE_DEVICES",
+        )  # fmt: skip
+    return None
+
+
+def _triton() -> Finding | None:
+    if platform.installed("fla") and (reason := platform.wrong_triton_for_fla(flash_qla_serves=True)):
+        return Finding("wrong", "triton", ".".join(map(str, platform.version("triton"))), reason)
+    return None
+
+
+def _apex() -> Finding | None:
+    if platform.installed("apex") and not platform.installed("apex.normalization"):
+        advice = "this is not NVIDIA's apex: pip uninstall apex (docs/install-gpu.md says how to build the right one)"
+        return Finding("wrong", "apex", "another project of that name", advice)
+    return None
+
+
+def _shared_memory() -> Finding | None:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return None
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < 1:
+        advice = "loader processes and NCCL need more: start the container with --shm-size or --ipc=host"
+        return Finding("wrong", "/dev/shm", f"{free:.2f} GiB free", advice)
+    return Finding("ok", "/dev/shm", f"{free:.0f} GiB free")
+
+
+def _kernels() -> Iterator[Finding]:
+    """What `kernels: auto` takes for each recurrence."""
+    from oryx_megatron.config import load_model
+    from oryx_megatron.config.schema import KernelsConfig
+    from oryx_megatron.ops import backends
+
+    dtype = "bf16" if platform.has_gpu() else "fp32"
+    for mixer in ("gdn", "mamba2"):
+        backends.select(KernelsConfig(), backends.Workload(load_model(f"1.4b-{mixer}"), dtype))
+        slow = platform.has_gpu() and "reference" in (backends.selected("attend"), backends.selected("mixer_steps"))
+        advice = "plain torch takes part: install what is absent above" if slow else ""
+        yield Finding("ok", f"kernels, {mixer}", backends.describe(), advice)
+
+
+MARKS = {"ok": "ok", "absent": "-", "wrong": "WRONG"}
+
+
+def show(finding: Finding) -> str:
+    """A finding on lines of at most 79 columns."""
+    head = f"{MARKS[finding.state]:<6}{finding.name:<24}"
+    text = finding.found if not finding.advice else f"{finding.found}; {finding.advice}"
+    return textwrap.fill(text, 79, initial_indent=head, subsequent_indent=" " * 30, break_on_hyphens=False)
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Print the findings; see --help."""
+    parser = argparse.ArgumentParser(prog="oryx_megatron.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    arguments = parser.parse_args(argv)
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not arguments.json:
+            sys.stdout.write(show(finding) + "\n")
+            sys.stdout.flush()
+    wrong = [finding.name for finding in findings if finding.state == "wrong"]
+    if arguments.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+    else:
+        sys.stdout.write(f"\nwrong: {', '.join(wrong)}\n" if wrong else "\nnothing is wrong: a run can start here\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
