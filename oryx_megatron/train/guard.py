@@ -81,18 +81,17 @@ class Guard:
         self.row = 0
 
 
-class Prolonged(torch.utils.data.Dataset):
+class Prolonged(Blend):
     """A blend that begins anew at its end: what passes over `skipped` samples needs as many more."""
 
     def __init__(self, blend: Blend, skipped: int) -> None:
-        self.blend, self.size = blend, len(blend) + skipped
-        self.name, self.identity = blend.name, blend.identity
-
-    def __len__(self) -> int:
-        return self.size
+        super().__init__(
+            blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity
+        )
+        self._length = len(blend)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.blend[index % len(self.blend)]
+        return super().__getitem__(index % self._length)
 
 
 def record_path(folder: Path, iteration: int) -> Path:

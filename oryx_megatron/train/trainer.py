@@ -115,9 +115,11 @@ class Trainer:
         self._save_error: CheckpointError | None = None
         self._stop: signals.Stop | None = None
         self._started = False
+        self.bad_step: dict[str, Any] | None = None
+        """The last one, as it is recorded."""
         if self._load(before):
             log.info("resumed from iteration %d of %s", self.iteration, self.checkpoints.root)
-        self.stream = self._open_stream()
+        self.stream = self.open_stream()
         self.callbacks: Sequence[Callback] = _reporters(run, layout, self.folder, self.clock) if reports else ()
 
     def fit(self) -> signals.Stop | None:
@@ -188,7 +190,7 @@ class Trainer:
             sum(batch.plan.attention_share for batch in batches) / len(batches), bad=reason is not None
         )
         if bad:
-            self._bad_step = self._describe(batches, totals, norm, reason, consumed)
+            self.bad_step = self._describe(batches, totals, norm, reason, consumed)
         else:
             apply_gradients(self.optimizer, norm)
             self.guard.good(totals.mean_loss)
@@ -242,6 +244,22 @@ class Trainer:
         self._saved = self.iteration
         self._complete_save(lambda: self.checkpoints.save(self.iteration, self._manifest()))
 
+    def open_stream(self) -> SampleStream:
+        """The samples from where this iteration begins."""
+        blend, skipped = self.datasets["train"], self.guard.skipped
+        return SampleStream(
+            Prolonged(blend, skipped) if skipped else blend,
+            micro_batch_size=self.run.train.micro_batch_size,
+            microbatches=self.layout.microbatches,
+            data_rank=self.data_rank,
+            data_size=self.layout.dp,
+            consumed=self.iteration * self.run.train.global_batch_size + skipped,
+            isolated=self.run.data.documents == "isolated",
+            eod=self.tokenizer.eod_id,
+            vocab_size=self.tokenizer.vocab_size,
+            num_workers=self.run.data.num_workers,
+        )
+
     # ------------------------------------------------------------------------------------------------- internals
 
     def _complete_save(self, complete: Callable[[], Path | None]) -> None:
@@ -268,21 +286,6 @@ class Trainer:
         self.evaluations = manifest.evaluations
         self.guard.load_state(manifest.guard)
         return True
-
-    def _open_stream(self) -> SampleStream:
-        blend, skipped = self.datasets["train"], self.guard.skipped
-        return SampleStream(
-            Prolonged(blend, skipped) if skipped else blend,
-            micro_batch_size=self.run.train.micro_batch_size,
-            microbatches=self.layout.microbatches,
-            data_rank=self.data_rank,
-            data_size=self.layout.dp,
-            consumed=self.iteration * self.run.train.global_batch_size + skipped,
-            isolated=self.run.data.documents == "isolated",
-            eod=self.tokenizer.eod_id,
-            vocab_size=self.tokenizer.vocab_size,
-            num_workers=self.run.data.num_workers,
-        )
 
     def _agree(self, share: float, *, bad: bool) -> tuple[float, bool]:
         """The one exchange of a step: mean attention share, whether any rank saw a bad step or was told to stop.
@@ -349,14 +352,15 @@ class Trainer:
 
     def _handle_bad_step(self) -> bool:
         """Keep the batch, and after faults.bad_steps in a row go back to before them; True when gone back."""
+        assert self.bad_step is not None
         if self.callbacks:
-            path = write_record(self.folder, self._bad_step)
-            self._call("on_skip", self.iteration, self._bad_step["reason"], path)
+            path = write_record(self.folder, self.bad_step)
+            self._call("on_skip", self.iteration, self.bad_step["reason"], path)
         if not self.guard.bad():
             return False
         faults, guard = self.run.faults, self.guard
         here, consumed, row, returns = self.iteration, self.stream.consumed, guard.row, guard.returns + 1
-        what = f"step {here}: {self._bad_step['reason']}, {row} steps in a row"
+        what = f"step {here}: {self.bad_step['reason']}, {row} steps in a row"
         records = f"their batches are in {self.folder}/faults (replay: python -m oryx_megatron.train.replay)"
         if returns > faults.returns:
             raise TrainingError(
@@ -371,7 +375,7 @@ class Trainer:
             raise TrainingError(f"{what}, and no checkpoint before them to go back to; {records}")
         guard.returns, guard.returned_to = returns, self.iteration
         guard.skipped = consumed - self.iteration * self.run.train.global_batch_size
-        self.stream = self._open_stream()
+        self.stream = self.open_stream()
         log.warning(
             "%s: back to the checkpoint of step %d; the %d samples since are passed over; %s",
             what, self.iteration, consumed - self.iteration * self.run.train.global_batch_size, records,
