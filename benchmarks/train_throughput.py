@@ -135,6 +135,8 @@ class Runner:
         self.chunks, self.optimizer = [], None
         gc.collect()
         torch.cuda.empty_cache()
+        if (left := torch.cuda.memory_allocated()) > 2**30:
+            print(f"{left / 2**30:.1f} GiB of the last model are still held: peak memory counts them", flush=True)
 
     def step(self, plan: ModePlan | None) -> Tensor:
         for chunk in self.chunks:
@@ -354,6 +356,38 @@ def show(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: list[Result], path: Path) -> None:
+    """Bars of tokens/s against GPT of the same shape in bf16, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((r.sequence, r.batch) for r in results))
+    panels = [(shape, [r for r in results if (r.sequence, r.batch) == shape]) for shape in shapes]
+    panels = [(shape, rs) for shape, rs in panels if any((r.case, r.precision) == ("gpt", "bf16") for r in rs)]
+    if not panels:
+        return
+    widths = [len(rs) for _, rs in panels]
+    size = (2 + 0.55 * sum(widths), 4.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, sharey=True, squeeze=False)
+    for axis, ((sequence, batch), rs) in zip(axes[0], panels):
+        base = next(r for r in rs if (r.case, r.precision) == ("gpt", "bf16"))
+        colors = ["#7f7f7f" if "/" not in r.case else "#0072b2" if r.case.startswith("gdn") else "#d55e00" for r in rs]
+        heights = [r.tokens_per_second / base.tokens_per_second for r in rs]
+        bars = axis.bar(range(len(rs)), heights, color=colors, width=0.7)
+        axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8)
+        labels = [r.case + ("" if r.precision == "bf16" else f" {r.precision}") for r in rs]
+        axis.set_xticks(range(len(rs)), labels, rotation=55, ha="right", fontsize=8)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"{sequence} × {batch}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("tokens/s against GPT in bf16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def versions() -> dict[str, str]:
     """Of whatever takes part."""
     names = ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4", "fla-core", "flash-qla")
@@ -407,6 +441,7 @@ def main() -> None:
             print(show(results).splitlines()[-1], f"loss {result.loss:.3f}", flush=True)
             found = {"versions": versions(), "results": [asdict(r) for r in results]}
             (args.out / "throughput.json").write_text(json.dumps(found, indent=1))
+            plot(results, args.out / "throughput.png")
         if runner is not None:
             runner.close()
     print(show(results))
