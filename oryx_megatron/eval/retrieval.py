@@ -127,7 +127,7 @@ class AssociativeRecall:
     power: float = 0.1
     """Exponent of the gaps between queries; 1 is uniform."""
     queries: int | None = None
-    """Keys asked for; None: all."""
+    """Keys asked for; None: all. More than `pairs`: drawn anew each time, else each once at most."""
     tail: int | None = None
     """Tokens at the end among which queries stand, each place alike; None: anywhere after the pairs, by `power`."""
     name: str = "mqar"
@@ -142,7 +142,7 @@ class AssociativeRecall:
                 f"vocabulary of at least {4 * self.pairs} (got {self.vocab_size})"
             )
         room = length - start if self.tail is None else self.tail
-        if not asked <= room <= length - start or asked > self.pairs:
+        if not asked <= room <= length - start:
             raise ConfigError(
                 f"{self.name}: {asked} queries of {self.pairs} pairs do not fit into the last {room} of {length} tokens"
             )
@@ -164,6 +164,8 @@ class AssociativeRecall:
         places = np.argsort(-(chance + rng.gumbel(size=(count, room))), axis=1)[:, :asked]
         where = np.sort(length - room + places, axis=1)
         order = np.argsort(rng.random((count, self.pairs)), axis=1)[:, :asked]
+        if asked > self.pairs:
+            order = rng.integers(0, self.pairs, (count, asked))
         labels = np.full((count, length), IGNORED, np.int64)
         np.put_along_axis(tokens, where, np.take_along_axis(keys, order, 1), 1)
         np.put_along_axis(labels, where, np.take_along_axis(values, order, 1), 1)

@@ -1,0 +1,177 @@
+"""Retrieval experiments: their configs and results. What trains them is training.py; nothing here imports torch.
+
+An experiment is a YAML file: a task, a run config without data (`run`), and models, each a change of that run config.
+All models see the same batches in the same order; their SwiGLU is as wide as gives them equally many parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from oryx_megatron import arch
+from oryx_megatron.config import from_dict, validate
+from oryx_megatron.config.loading import parse_yaml
+from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The generated texts."""
+
+    kind: Literal["mqar", "needle", "phonebook"]
+    """Task of oryx_megatron/eval/retrieval.py."""
+    length: int
+    """Tokens per text."""
+    pairs: int = 8
+    """mqar: key-value pairs at the start."""
+    queries: int | None = None
+    """mqar: keys asked for."""
+    tail: int | None = None
+    """mqar: tokens at the end among which they stand."""
+    digits: int = 5
+    """needle, phonebook: digits of a number."""
+    easiest: int | None = None
+    """mqar: training texts have from this many pairs to `pairs`, queries fill the rest; null: as in scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How trained models are scored."""
+
+    plans: tuple[str, ...]
+    """Mode plans of models with both modes."""
+    focus: str
+    """The plan of the claim: the query region alone attends."""
+    examples: int = 256
+    """Texts."""
+    batch_size: int = 64
+    """Texts per forward pass."""
+    pairs: tuple[int, ...] = ()
+    """mqar: further scores with so many pairs, all recurrent, all attention and under `focus`."""
+    interval: int = 0
+    """Iterations between scores (an eighth of the texts; all, recurrent, focus) on the way; 0: none."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One YAML file."""
+
+    name: str
+    task: TaskConfig
+    scoring: ScoringConfig
+    seeds: tuple[int, ...]
+    runs: dict[str, RunConfig] = field(repr=False)
+    """By model's name, in order; seeds are set later."""
+
+    def run(self, model: str, seed: int) -> RunConfig:
+        """The run of one model and seed."""
+        if model not in self.runs:
+            raise ConfigError(f"model `{model}` is unknown; known: {', '.join(self.runs)}")
+        return replace(self.runs[model], seed=seed)
+
+
+def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment of a YAML file; `overrides` change its `run` section, e.g. {"train": {"iterations": 10}}.
+
+    Raises ConfigError for what does not parse or fit.
+    """
+    source = str(path)
+    try:
+        data = parse_yaml(Path(path).read_text(), source)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
+    known = {"name", "task", "scoring", "seeds", "run", "models", "equal_to"}
+    if not isinstance(data, dict) or set(data) != known:
+        raise ConfigError(f"{source}: expected exactly the keys {', '.join(sorted(known))}")
+    task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
+    scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
+    runs = {}
+    for name, changes in data["models"].items():
+        plain = {
+            "data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]},
+            "output_dir": "none",
+            "evaluation": {"plans": []},
+        }
+        for part in (data["run"], changes or {}, overrides or {}, {"model": {"name": name}}):
+            plain = merge(plain, part)
+        runs[name] = from_dict(RunConfig, plain, source=f"{source}: {name}")
+    if data["equal_to"] not in runs:
+        raise ConfigError(f"{source}: equal_to: {data['equal_to']} is none of the models")
+    wanted = arch.parameter_counts(runs[data["equal_to"]].model).total
+    runs = {name: replace(run, model=equalised(run.model, wanted)) for name, run in runs.items()}
+    for run in runs.values():
+        validate(run, 1)
+    return Experiment(data["name"], task, scoring, tuple(data["seeds"]), runs)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def equalised(model: ModelConfig, parameters: int) -> ModelConfig:
+    """`model` with the SwiGLU width (a multiple of 8) that brings it nearest to this many parameters."""
+    rest = arch.parameter_counts(replace(model, ffn_hidden_size=8)).total
+    per_eight = model.num_layers * 3 * model.hidden_size * 8
+    return replace(model, ffn_hidden_size=max(8, 8 * (1 + round((parameters - rest) / per_eight))))
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass
+class Outcome:
+    """One trained and scored model; what its JSON file holds."""
+
+    experiment: str
+    model: str
+    seed: int
+    finished: bool = False
+    """Whether all iterations were done."""
+    iterations: int = 0
+    tokens: int = 0
+    """Trained on."""
+    parameters: int = 0
+    seconds: float = 0.0
+    """Of training."""
+    kernels: str = ""
+    device: str = ""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Iteration, loss (mean since the point before), and scores by plan where they were taken."""
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    """Scores at the end: fields of eval.grid.Cell."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """The resolved run config."""
+
+    def accuracies(self, task: str = "mqar") -> dict[str, float]:
+        """Share of answers found, by plan; empty where a task was not scored."""
+        return {cell["plan"]: cell["accuracy"] for cell in self.cells if cell["task"] == task}
+
+
+def outcome_path(folder: Path, model: str, seed: int) -> Path:
+    """Where the outcome of one model and seed lies."""
+    return folder / f"{model}-{seed}.json"
+
+
+def read_outcomes(folder: Path) -> list[Outcome]:
+    """Outcomes of a folder that have scores, by name and seed."""
+    found = [Outcome(**json.loads(path.read_text())) for path in sorted(folder.glob("*-*.json"))]
+    return [outcome for outcome in found if outcome.cells]
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON by atomic rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)

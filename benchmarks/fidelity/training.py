@@ -1,0 +1,226 @@
+"""One model of a retrieval experiment: trained with the project's own step and optimizer, scored under mode plans."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from experiment import Experiment, Outcome, ScoringConfig, TaskConfig, outcome_path, write_json
+from torch import Tensor
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.config import to_dict
+from oryx_megatron.eval.grid import Cell, run_grid
+from oryx_megatron.eval.retrieval import (
+    IGNORED,
+    AssociativeRecall,
+    ByteCodec,
+    Needle,
+    PhoneBook,
+    RetrievalBatch,
+    RetrievalTask,
+)
+from oryx_megatron.model import SequenceInfo, build_model
+from oryx_megatron.modes import ModePlan, draw_plan
+from oryx_megatron.ops import backends
+from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, optimizer_step, wrap
+from oryx_megatron.train.step import Microbatch, forward_backward
+
+
+def build_task(task: TaskConfig, vocab_size: int) -> RetrievalTask:
+    """The task that is scored."""
+    if task.kind == "mqar":
+        return AssociativeRecall(vocab_size, task.pairs, queries=task.queries, tail=task.tail)
+    return (Needle if task.kind == "needle" else PhoneBook)(ByteCodec(), task.digits)
+
+
+def build_lessons(task: TaskConfig, vocab_size: int) -> RetrievalTask:
+    """The task to train on."""
+    if task.easiest is None:
+        return build_task(task, vocab_size)
+    return EasyAndHard(vocab_size, task.easiest, task.pairs)
+
+
+@dataclass(frozen=True)
+class EasyAndHard:
+    """Associative recall with few to many pairs, log-uniform, and queries in all the rest of the text."""
+
+    vocab_size: int
+    least: int
+    most: int
+    group: int = 8
+    """Texts with one number of pairs."""
+    name: str = "mqar"
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
+        rng = np.random.default_rng([seed, length])
+        parts = []
+        for start in range(0, count, self.group):
+            pairs = round(self.least * (self.most / self.least) ** rng.random())
+            rest = length - 2 * pairs
+            task = AssociativeRecall(self.vocab_size, pairs, queries=rest, tail=rest)
+            parts.append(task.sample(length, min(self.group, count - start), int(rng.integers(2**62))))
+        return RetrievalBatch(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.answers for part in parts]),
+        )
+
+
+class Training:
+    """One model, its optimizer, and its stream of generated batches. Process groups must exist."""
+
+    def __init__(self, experiment: Experiment, model: str, seed: int) -> None:
+        self.experiment, self.run = experiment, experiment.run(model, seed)
+        run = self.run
+        backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
+        self.task = build_task(experiment.task, run.model.vocab_size)
+        self.lessons = build_lessons(experiment.task, run.model.vocab_size)
+        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=seed))
+        self.parameters = sum(p.numel() for p in self.chunks[0].parameters())
+        self.optimizer = build_optimizer(run, self.chunks)
+        self.schedule = build_schedule(run, self.optimizer)
+        connect(run, self.chunks, self.optimizer)
+
+    def batches(self) -> Iterator[RetrievalBatch]:
+        """One global batch per iteration, drawn beside training; the same for every model of a seed."""
+        run = self.run
+        # Scores are taken on small seeds (`scores`).
+        first = (run.seed + 1) * 1_000_000_000
+
+        def draw(iteration: int) -> RetrievalBatch:
+            return self.lessons.sample(self.experiment.task.length, run.train.global_batch_size, first + iteration)
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(draw, i) for i in range(2)]
+            for iteration in range(run.train.iterations):
+                ahead.append(pool.submit(draw, iteration + 2))
+                yield ahead.pop(0).result()
+
+    def step(self, iteration: int, batch: RetrievalBatch) -> float:
+        """One optimizer step; returns the loss per answer token."""
+        size = self.run.train.micro_batch_size
+        microbatches = [
+            Microbatch(tokens, labels.clamp(min=0), (labels != IGNORED).float(), self._plan(iteration, m))
+            for m, (tokens, labels) in enumerate(zip(batch.tokens.split(size), batch.labels.split(size)))
+        ]
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = forward_backward(self.chunks, microbatches, forward_only=False).mean_loss
+        optimizer_step(self.optimizer, loss=loss)
+        self.schedule.step(increment=1)
+        return loss
+
+    def _plan(self, iteration: int, microbatch: int) -> ModePlan:
+        return draw_plan(
+            self.run.modes,
+            seed=self.run.seed,
+            iteration=iteration,
+            microbatch=microbatch,
+            length=self.experiment.task.length,
+        )
+
+    def logits(self, tokens: Tensor, plan: ModePlan) -> Tensor:
+        """[n, s] → [n, s, vocabulary]"""
+        info = SequenceInfo.build(plan, device=platform.device())
+        return self.chunks[0].module(
+            tokens.to(platform.device()), None, None, packed_seq_params=info, runtime_gather_output=True
+        )
+
+    def predict(self, tokens: Tensor, plan: ModePlan) -> Tensor:
+        """Most likely next token after each, for eval.grid."""
+        with torch.inference_mode():
+            return self.logits(tokens, plan).argmax(-1).cpu()
+
+    def scores(
+        self, plans: Sequence[str], tasks: Sequence[RetrievalTask] = (), *, part: int = 1, seed: int = 0
+    ) -> list[Cell]:
+        """Scores of tasks (default: the experiment's) under those of the plans that the model has, on 1/part texts."""
+        scoring, modes = self.experiment.scoring, self.run.model.modes
+        self.chunks[0].eval()
+        cells = run_grid(
+            self.predict,
+            tasks or [self.task],
+            [self.experiment.task.length],
+            list(plans) if modes == "both" else [modes],
+            chunk=self.run.modes.chunk,
+            examples=max(1, scoring.examples // part),
+            batch_size=scoring.batch_size,
+            seed=seed,
+        )
+        self.chunks[0].train()
+        return cells
+
+    def final_scores(self) -> list[Cell]:
+        """All that the experiment asks for."""
+        scoring, task = self.experiment.scoring, self.experiment.task
+        cells = self.scores(scoring.plans)
+        vocabulary = self.run.model.vocab_size
+        tasks = [
+            AssociativeRecall(vocabulary, n, queries=min(n, task.queries or n), tail=task.tail, name=f"mqar-{n}")
+            for n in scoring.pairs
+        ]
+        return cells + (self.scores(_plans_on_the_way(scoring), tasks, part=2) if tasks else [])
+
+    def fit(self, *, deadline: float, report: Callable[[Outcome], None]) -> Outcome:
+        """Train until the end or until `deadline` (time.time()), then score.
+
+        `report` gets the outcome so far about every two seconds of training.
+        """
+        experiment, run = self.experiment, self.run
+        outcome = Outcome(experiment.name, run.model.name, run.seed, parameters=self.parameters, run=to_dict(run))
+        outcome.kernels = backends.describe()
+        outcome.device = torch.cuda.get_device_name() if platform.has_gpu() else "CPU"
+        interval, tokens = experiment.scoring.interval, run.train.global_batch_size * experiment.task.length
+        begun = reported = time.time()
+        losses: list[float] = []
+        for iteration, batch in enumerate(self.batches()):
+            losses.append(self.step(iteration, batch))
+            outcome.iterations = iteration + 1
+            outcome.tokens += tokens
+            now = time.time()
+            due = interval > 0 and outcome.iterations % interval == 0
+            if due or outcome.iterations in (1, run.train.iterations):
+                point = {"iteration": outcome.iterations, "loss": sum(losses) / len(losses)}
+                if due:
+                    cells = self.scores(_plans_on_the_way(experiment.scoring), part=8)
+                    point |= {cell.plan: cell.accuracy for cell in cells}
+                outcome.curve.append(point)
+                losses = []
+            if due or now - reported > 2:
+                outcome.seconds, reported = now - begun, now
+                report(outcome)
+            if now > deadline:
+                break
+        outcome.seconds = time.time() - begun
+        outcome.cells = [asdict(cell) for cell in self.final_scores()]
+        outcome.finished = outcome.iterations == run.train.iterations
+        return outcome
+
+
+def _plans_on_the_way(scoring: ScoringConfig) -> list[str]:
+    return ["attention", "recurrent", scoring.focus]
+
+
+def train_one(experiment: Experiment, model: str, seed: int, *, deadline: float, folder: Path) -> Outcome:
+    """Train and score one model in this process; its outcome goes to `folder`/MODEL-SEED.json, its weights to .pt."""
+    parallel.initialize(experiment.run(model, seed).parallel, seed=seed)
+    path = outcome_path(folder, model, seed)
+    try:
+        training = Training(experiment, model, seed)
+        outcome = training.fit(deadline=deadline, report=lambda so_far: write_json(path, asdict(so_far)))
+        weights = path.with_suffix(".pt.tmp")
+        torch.save(training.chunks[0].module.state_dict(), weights)
+        os.replace(weights, path.with_suffix(".pt"))
+        write_json(path, asdict(outcome))
+    finally:
+        parallel.destroy()
+    return outcome
