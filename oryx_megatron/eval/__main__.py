@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument(
         "--data", help="prefix of an indexed dataset, read whole (default: the run's validation part)"
     )
-    perplexity.add_argument("--plans", nargs="+", default=PLANS[:3], help="mode plans (default: %(default)s)")
+    perplexity.add_argument("--plans", nargs="+", help="mode plans (default: the run's evaluation.plans)")
     perplexity.add_argument("--batches", type=int, help="global batches to read (default: all of --data)")
     perplexity.add_argument("--batch-size", type=int, default=1, help="sequences per pass and rank (default: 1)")
     perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the run's)")
@@ -75,7 +75,7 @@ def _perplexity(arguments: argparse.Namespace) -> int:
 
     done = evaluate_checkpoint(
         arguments.model,
-        tuple(arguments.plans),
+        arguments.plans and tuple(arguments.plans),
         data=arguments.data,
         batches=arguments.batches,
         batch_size=arguments.batch_size,

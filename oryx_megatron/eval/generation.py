@@ -49,7 +49,7 @@ def load_for_inference(path: str | Path, *, tensor: int = 1) -> LoadedModel:
     # One token is not divisible over ranks, so decoding goes without sequence parallelism.
     layout = ParallelConfig(tensor=tensor, sequence=False)
     parallel.initialize(layout, seed=run.seed)
-    backends.select(run.kernels)
+    backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     chunk = build_model(run.model, layout, run.precision, seed=run.seed)[0]
     load_model_weights(folder, [chunk])
     return LoadedModel(chunk.eval(), manifest, run, folder)

@@ -33,7 +33,7 @@ class Perplexity:
 
 def evaluate_checkpoint(
     path: str | Path,
-    plans: tuple[str, ...],
+    plans: tuple[str, ...] | None = None,
     *,
     data: str | None = None,
     batches: int | None = None,
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
 
     Args:
         path: Checkpoint or run folder, written under any layout.
-        plans: Mode plan specs.
+        plans: Mode plan specs; default the run's evaluation.plans.
         data: Prefix of an indexed dataset, used whole; default the validation part of the run's own data.
         batches: Global batches to read; default all of `data`, or the run's evaluation.batches.
         batch_size: Sequences per forward pass and rank.
@@ -61,8 +61,10 @@ def evaluate_checkpoint(
     """
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
+    trained = manifest.run()
+    plans = trained.evaluation.plans if plans is None else plans
     run, sizes = _evaluation_run(
-        manifest.run(),
+        trained,
         plans,
         data,
         batches,
@@ -86,7 +88,7 @@ def evaluate_checkpoint(
     parallel.initialize(run.parallel, seed=run.seed)
     from megatron.core import parallel_state
 
-    backends.select(run.kernels)
+    backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     datasets = build_datasets(run, spoken, {name: run.evaluation.batches * run.train.global_batch_size})
     chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
     load_model_weights(folder, chunks)

@@ -26,7 +26,8 @@ class OryxConfig(PreTrainedConfig):
         shared_query: one query projection for both modes.
         decay_init, dt_init: ranges of exp(a_log), uniform, and of softplus(dt_bias), log-uniform, at initialisation.
         recurrence_chunk: tokens per chunk of the recurrence in plain torch; a matter of speed only.
-        mode_plan: plan used where a call gives none; null means `attention` (`recurrent` for a recurrent baseline).
+        mode_plan: plan used where a call gives none; null means `attention` (`recurrent` for a recurrent baseline). Of
+            `prompt:PLAN,new:PLAN`, calls outside of generate() follow the prompt's plan.
         mode_chunk: tokens per chunk of the plans `ratio:R` and `every:K`.
         keep_kv: whether caches keep keys and values; without them attention cannot read earlier calls' tokens.
         kernels: `auto` uses fla, mamba_ssm and causal_conv1d on a GPU where they are installed, `torch` never does.

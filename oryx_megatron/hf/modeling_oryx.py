@@ -1019,7 +1019,8 @@ class OryxModel(OryxPreTrainedModel):
         s: int,
         device: torch.device,
     ) -> TokenModes:
-        """Modes of this call's tokens."""
+        """Modes of this call's tokens. To the default plan `prompt:PLAN,new:PLAN` they are all prompt."""
+        by_default = plan is None
         plan = self.config.default_plan if plan is None else plan
         if isinstance(plan, TokenModes):
             modes = plan
@@ -1028,11 +1029,13 @@ class OryxModel(OryxPreTrainedModel):
         elif isinstance(plan, str) or callable(plan):
             chunk = self.config.mode_chunk
             if mask is None:
-                rows = plan_mask(plan, int(past) + s, chunk=chunk)[None, -s:]
+                n = int(past) + s
+                rows = plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None)[None, -s:]
             else:
                 real = mask if slots is None else mask[:, : int(past) + s]
                 index = (real.long().cumsum(1) - 1)[:, -s:].clamp(min=0).cpu()
-                tables = {n: plan_mask(plan, n, chunk=chunk) for n in set(real.sum(1).tolist()) if n}
+                lengths = {n for n in real.sum(1).tolist() if n}
+                tables = {n: plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None) for n in lengths}
                 tables[0] = torch.zeros(1, dtype=torch.bool)
                 rows = torch.stack([tables[n][i] for n, i in zip(real.sum(1).tolist(), index)])
             modes = TokenModes.from_mask(rows, device)

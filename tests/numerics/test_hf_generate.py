@@ -178,6 +178,20 @@ def test_defaults_come_from_the_configs() -> None:
     assert model.generate(ids, mode_plan="recurrent", **common).tolist() == recurrent.tolist()
 
 
+def test_a_default_for_prompts_holds_outside_of_generate() -> None:
+    """Training and scoring know no prompt: they follow the prompt's plan."""
+    model = tiny_model("gdn", dtype=torch.float32, mode_plan="prompt:last:2,new:recurrent")
+    ids = random_ids(2, 6)
+    padded = torch.ones_like(ids)
+    padded[0, 0] = 0
+    with torch.no_grad():
+        for mask in (None, padded):
+            found, want = (model(ids, attention_mask=mask, mode_plan=plan).logits for plan in (None, "last:2"))
+            assert torch.equal(found, want)
+        with pytest.raises(ValueError, match="only generate"):
+            model(ids, mode_plan="prompt:attention,new:recurrent")
+
+
 @pytest.mark.parametrize("modes", ["attention", "recurrent"])
 def test_baselines_generate(modes: str) -> None:
     model = tiny_model("mamba2", dtype=torch.float32, modes=modes)
