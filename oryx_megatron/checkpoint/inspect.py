@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from oryx_megatron.checkpoint.manifest import NAME, Manifest, read_manifest
+from oryx_megatron.checkpoint.safe import read_metadata
+from oryx_megatron.checkpoint.store import check_format
 from oryx_megatron.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
@@ -91,14 +91,15 @@ def summarize(folder: str | Path) -> Summary:
     """Read manifest and metadata of a checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint, or damaged.
+        CheckpointError: no checkpoint, damaged, or in DeepSpeed's format.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    check_format(folder)
     try:
-        stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        stored = read_metadata(folder).state_dict_metadata
         size = sum((folder / name).stat().st_size for name in (*manifest.files, NAME))
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{folder} is damaged ({error}); use another checkpoint") from None
     return Summary(folder, manifest, tuple(sorted(_entries(stored), key=lambda entry: entry.name)), size)
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oryx_megatron.checkpoint import store
+from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import end_writers, renew_reports
@@ -26,6 +26,7 @@ from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,8 +38,167 @@ class _Pending:
     """Of this rank's files, from when the writers are done."""
 
 
-class CheckpointManager:
-    """Checkpoints of one run. Every method is collective: all ranks call it together.
+class Checkpoints:
+    """The folders of one run's checkpoints; what they hold is the subclass's matter. Every method is collective.
+
+    Args:
+        root: Folder that holds the checkpoints.
+        config: Interval, retention, background writing, timeout.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self.root, self.config = root, config
+        self._damaged: set[str] = set()
+        """Checkpoints found damaged at load; they count for nothing."""
+
+    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
+        """Write a checkpoint and return it, or None when `poll` is to complete it.
+
+        Args:
+            iteration: Optimizer steps done.
+            manifest: Makes the manifest from the digests of the files.
+
+        Raises:
+            CheckpointError: the save, or an unfinished one before it, failed; older checkpoints are untouched.
+        """
+        raise NotImplementedError
+
+    def poll(self) -> Path | None:
+        """Complete a background save if its writers are done; returns the new checkpoint then."""
+        return None
+
+    def wait(self) -> Path | None:
+        """Complete the save in progress, if any."""
+        return None
+
+    def load(
+        self, check: Callable[[Manifest], None] = lambda manifest: None, *, before: int | None = None
+    ) -> Manifest | None:
+        """Load the newest checkpoint that is whole; None when there is none at all.
+
+        Files are compared with the manifest's checksums, each rank reading its share. A damaged checkpoint is named
+        in the log and the one before it is used.
+
+        Args:
+            check: Raises when the run cannot go on from this manifest; called before any tensor is read.
+            before: Only checkpoints of earlier iterations count.
+
+        Raises:
+            CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
+        """
+        damaged = []
+        for folder in self._candidates(before):
+            manifest, bad = self._verify(folder)
+            if manifest is None or bad:
+                damaged.append(folder.name)
+                self._damaged.add(folder.name)
+                log.warning("%s is damaged (%s); trying the checkpoint before it", folder, ", ".join(bad[:3]))
+                continue
+            check(manifest)
+            self._fill(folder, manifest)
+            return manifest
+        if damaged:
+            raise CheckpointError(
+                f"{self.root}: every checkpoint is damaged ({', '.join(damaged)}); "
+                "restore one, or start anew in another output_dir"
+            )
+        if foreign := store.foreign_files(self.root):
+            raise CheckpointError(
+                f"{self.root} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
+            )
+        return None
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _fill(self, folder: Path, manifest: Manifest) -> None:
+        """Fill model and optimizer from a checkpoint; CheckpointError when it does not fit."""
+        raise NotImplementedError
+
+    def _probe(self, folder: Path) -> None:
+        """CheckpointError when what describes the tensors of a checkpoint cannot be read."""
+
+    def _settle(self, folder: Path) -> None:
+        """On rank 0, when all tensors are written and before checksums are made."""
+
+    def _finish(
+        self,
+        folder: Path,
+        manifest: Callable[[dict[str, dict[str, Any]]], Manifest],
+        mine: dict[str, dict[str, Any]] | OSError,
+    ) -> Path:
+        """Make `folder`, whose tensors are all written, a complete checkpoint; `mine` are this rank's digests."""
+        digests: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, mine)
+        for part in digests:
+            if isinstance(part, OSError):
+                raise CheckpointError(f"{folder}: could not read back what was written ({part})")
+
+        def complete() -> Path:
+            self._settle(folder)
+            files = {name: digest for part in digests for name, digest in part.items()}
+            files |= {path.name: file_digest(path) for path in folder.iterdir() if path.name not in files}
+            write_manifest(folder, manifest(dict(sorted(files.items()))))
+            final = store.commit(folder)
+            self._damaged.discard(final.name)
+            store.apply_retention(self.root, self.config.keep, self.config.keep_every, damaged=self._damaged)
+            return final
+
+        return self._on_main_rank(complete)
+
+    def _candidates(self, before: int | None) -> list[Path]:
+        """Folders to try, newest first, as rank 0 sees them: on shared storage others may see them later."""
+
+        def find() -> list[Path]:
+            folders = store.list_folders(self.root)
+            return [folder for folder in reversed(folders) if before is None or store.iteration_of(folder) < before]
+
+        return self._on_main_rank(find)
+
+    def _verify(self, folder: Path) -> tuple[Manifest | None, list[str]]:
+        """Manifest and what is wrong; every rank reads a share of the files, and all learn of all faults."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        manifest = None
+        try:
+            manifest = read_manifest(folder)
+            mine = store.damaged_files(folder, manifest, shard=rank, shards=world)
+            if not mine:
+                self._probe(folder)
+        except CheckpointError as error:
+            mine = [str(error)]
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(found, mine)
+        return manifest, list(dict.fromkeys(name for part in found for name in part))
+
+    @staticmethod
+    def _failures(mine: BaseException | None) -> str:
+        """What failed on any rank, in words; empty when nothing did."""
+        causes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(causes, mine and _cause(mine))
+        return "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
+
+    @staticmethod
+    def _any_rank(condition: bool) -> bool:
+        conditions: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(conditions, condition)
+        return any(conditions)
+
+    @staticmethod
+    def _on_main_rank(action: Callable[[], T]) -> T:
+        """Run on rank 0 and give its result to all; a failure there is a CheckpointError everywhere."""
+        outcome: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                outcome = [action()]
+            except OSError as error:
+                outcome = [CheckpointError(f"could not write a checkpoint: {error}")]
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
+
+class CheckpointManager(Checkpoints):
+    """Checkpoints in megatron-core's distributed format, which load under any layout.
 
     Args:
         root: Folder that holds the checkpoints.
@@ -50,43 +210,48 @@ class CheckpointManager:
     def __init__(
         self, root: Path, config: CheckpointConfig, chunks: list[Any], optimizer: MegatronOptimizer
     ) -> None:
-        self.root, self.config, self.chunks, self.optimizer = root, config, chunks, optimizer
+        super().__init__(root, config)
+        self.chunks, self.optimizer = chunks, optimizer
         self._queue = AsyncCallsQueue()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="digests")
+        safe.install()
         renew_reports()
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         self._pending: _Pending | None = None
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
-        """Write a checkpoint and return it; when configured, only start to, and `poll` completes it.
+        """See Checkpoints; when configured the save is only started, and `poll` completes it.
 
         The writers are processes of their own in either case: a writer that dies or hangs leaves this rank able to
         notice and to go on.
-
-        Args:
-            iteration: Optimizer steps done.
-            manifest: Makes the manifest from the digests of the files.
-
-        Raises:
-            CheckpointError: the save, or an unfinished one before it, failed; older checkpoints are untouched.
         """
         if self._pending is not None:
             raise RuntimeError("a save is in progress: poll or wait first")
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
         started = time.monotonic()
         state = sharded_state(self.chunks, self.optimizer)
+        failure: BaseException | None = None
         try:
             request = dist_checkpointing.save(
                 state, str(folder), self._strategy, async_sharded_save=True, validate_access_integrity=iteration <= 1
             )
-            self._queue.schedule_async_request(request)
-        except (CheckpointException, CheckpointingException, OSError) as error:
+            # Its last step, rank 0 writing metadata.json, is done in `_settle`, where a failure is every rank's.
+            request.finalize_fns.pop()
+            failure = safe.common_save.failure
+            if failure is None:
+                self._queue.schedule_async_request(request)
+        except (CheckpointException, CheckpointingException) as error:  # raised on all ranks
             raise CheckpointError(f"{folder}: could not start to save ({_cause(error)})") from error
+        except OSError as error:  # this rank could not start its writer
+            failure = error
+        if failures := self._failures(failure):
+            self._abandon()
+            raise CheckpointError(f"{folder}: could not start to save ({failures})")
         self._pending = _Pending(folder, manifest, started + self.config.timeout)
         return None if self.config.asynchronous else self.wait()
 
     def poll(self) -> Path | None:
-        """Complete a background save if its writers are done; returns the new checkpoint then.
+        """See Checkpoints.
 
         Raises:
             CheckpointError: a writer failed or the timeout passed.
@@ -110,108 +275,31 @@ class CheckpointManager:
                 )
             return None
         self._pending = None
-        return self._finish(pending, pending.digests.result())
+        return self._finish(pending.folder, pending.manifest, pending.digests.result())
 
     def wait(self) -> Path | None:
-        """Complete the save in progress, if any."""
+        """See Checkpoints."""
         while self._pending is not None:
             if final := self.poll():
                 return final
             time.sleep(0.02)
         return None
 
-    def load(
-        self, check: Callable[[Manifest], None] = lambda manifest: None, *, before: int | None = None
-    ) -> Manifest | None:
-        """Load the newest checkpoint that is whole; None when there is none at all.
+    def _probe(self, folder: Path) -> None:
+        if not store.by_deepspeed(folder):
+            safe.read_metadata(folder)
 
-        Files are compared with the manifest's checksums, each rank reading its share. A damaged checkpoint is named
-        in the log and the one before it is used.
+    def _fill(self, folder: Path, manifest: Manifest) -> None:
+        load_sharded_state(folder, self.chunks, self.optimizer)
 
-        Args:
-            check: Raises when the run cannot go on from this manifest; called before any tensor is read.
-            before: Only checkpoints of earlier iterations count.
-
-        Raises:
-            CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
-        """
-        damaged = []
-        for folder in reversed(store.list_folders(self.root)):
-            if before is not None and store.iteration_of(folder) >= before:
-                continue
-            try:
-                manifest = read_manifest(folder)
-                bad = self._verify(folder, manifest)
-            except CheckpointError as error:
-                bad = [str(error)]
-            if bad:
-                damaged.append(folder.name)
-                log.warning("%s is damaged (%s); trying the checkpoint before it", folder, ", ".join(bad[:3]))
-                continue
-            check(manifest)
-            load_sharded_state(folder, self.chunks, self.optimizer)
-            return manifest
-        if damaged:
-            raise CheckpointError(
-                f"{self.root}: every checkpoint is damaged ({', '.join(damaged)}); "
-                "restore one, or start anew in another output_dir"
-            )
-        if foreign := store.foreign_files(self.root):
-            raise CheckpointError(
-                f"{self.root} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
-            )
-        return None
-
-    # ------------------------------------------------------------------------------------------------- internals
-
-    def _finish(self, pending: _Pending, mine: dict[str, dict[str, Any]] | OSError) -> Path:
-        digests: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(digests, mine)
-        for part in digests:
-            if isinstance(part, OSError):
-                raise CheckpointError(f"{pending.folder}: could not read back what was written ({part})")
-
-        def complete() -> Path:
-            files = {name: digest for part in digests for name, digest in part.items()}
-            files |= {path.name: file_digest(path) for path in pending.folder.iterdir() if path.name not in files}
-            write_manifest(pending.folder, pending.manifest(dict(sorted(files.items()))))
-            final = store.commit(pending.folder)
-            store.apply_retention(self.root, self.config.keep, self.config.keep_every)
-            return final
-
-        return self._on_main_rank(complete)
-
-    def _verify(self, folder: Path, manifest: Manifest) -> list[str]:
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        found: list[Any] = [None] * world
-        torch.distributed.all_gather_object(found, store.damaged_files(folder, manifest, shard=rank, shards=world))
-        return [name for part in found for name in part]
+    def _settle(self, folder: Path) -> None:
+        save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(folder))
 
     def _abandon(self) -> None:
         end_writers(call.async_caller for call in self._queue.async_calls)
         self._queue.async_calls.clear()
         self._pending = None
         renew_reports()
-
-    @staticmethod
-    def _any_rank(condition: bool) -> bool:
-        conditions: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(conditions, condition)
-        return any(conditions)
-
-    @staticmethod
-    def _on_main_rank(action: Callable[[], Path]) -> Path:
-        """Run on rank 0 and give its result to all; a failure there is a CheckpointError everywhere."""
-        outcome: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                outcome = [action()]
-            except OSError as error:
-                outcome = [CheckpointError(f"could not write a checkpoint: {error}")]
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], CheckpointError):
-            raise outcome[0]
-        return outcome[0]
 
 
 def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]] | OSError:

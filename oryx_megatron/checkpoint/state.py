@@ -12,9 +12,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from oryx_megatron.checkpoint import safe
+from oryx_megatron.checkpoint.store import check_format
 from oryx_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
     Raises:
         CheckpointError: its tensors do not fit the model or the optimizer.
     """
+    safe.install()
+    check_format(folder)
     kept = optimizer
     if optimizer is not None and not _has_optimizer(folder):
         log.warning("%s has no optimizer state: the optimizer starts anew", folder)
@@ -52,8 +55,10 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
     state = sharded_state(chunks, kept, loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointException, CheckpointingException) as error:
+    except CheckpointingException as error:
         raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+    except CheckpointException as error:  # of all ranks; the last line is the cause
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
     for i, chunk in enumerate(chunks):
         unwrap_model(chunk).load_state_dict(loaded[_name(i)], strict=True)
     if kept is not None:
@@ -68,7 +73,7 @@ def load_model_weights(folder: Path, chunks: list[Any]) -> None:
 
 
 def _has_optimizer(folder: Path) -> bool:
-    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = safe.read_metadata(folder).state_dict_metadata
     return any(name.startswith("optimizer.") for name in names)
 
 

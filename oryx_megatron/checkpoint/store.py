@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from oryx_megatron.checkpoint.manifest import NAME, Manifest, file_digest
+from oryx_megatron.checkpoint.manifest import NAME, Manifest, file_digest, read_manifest
 from oryx_megatron.errors import CheckpointError
 
 PREFIX, WRITING = "iteration_", ".writing_"
@@ -55,6 +56,17 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no complete checkpoint (no {PREFIX}*/{NAME})")
 
 
+def by_deepspeed(folder: Path) -> bool:
+    """Whether a checkpoint holds DeepSpeed's files, which nothing but DeepSpeed reads."""
+    return any(folder.glob("*_model_states.pt"))
+
+
+def check_format(folder: Path) -> None:
+    """Raise CheckpointError for a checkpoint in DeepSpeed's format."""
+    if by_deepspeed(folder):
+        raise CheckpointError(f"{folder} was written by DeepSpeed; convert it (tools/convert_from_deepspeed.py)")
+
+
 def begin(root: Path, iteration: int) -> Path:
     """Make an empty folder for a save, and clear away what earlier failed saves left."""
     for leftover in root.glob(f"{WRITING}*"):
@@ -81,26 +93,46 @@ def commit(folder: Path) -> Path:
     return final
 
 
-def apply_retention(root: Path, keep: int, keep_every: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed."""
+def apply_retention(
+    root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = ()
+) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed.
+
+    Damaged ones (those named, and those with files missing or of another size) do not count as kept. They go like any
+    other once `keep` whole newer ones exist.
+    """
     if keep <= 0:
         return []
     removed = []
-    for folder in list_checkpoints(root)[:-keep]:
-        if not (keep_every and iteration_of(folder) % keep_every == 0):
+    whole = 0
+    for folder in reversed(list_checkpoints(root)):
+        if whole < keep:
+            whole += folder.name not in damaged and _complete(folder)
+        elif not (keep_every and iteration_of(folder) % keep_every == 0):
             # Without its manifest it no longer counts as complete, should this stop half-way.
             (folder / NAME).unlink()
             shutil.rmtree(folder)
             removed.append(folder)
-    return removed
+    return removed[::-1]
+
+
+def _complete(folder: Path) -> bool:
+    """Whether all files are there in their sizes; their contents are compared at load."""
+    try:
+        files = read_manifest(folder).files
+        return all((folder / name).stat().st_size == file["bytes"] for name, file in files.items())
+    except (CheckpointError, OSError):
+        return False
 
 
 def damaged_files(folder: Path, manifest: Manifest, *, shard: int = 0, shards: int = 1) -> list[str]:
     """Names of files that are missing or differ from the manifest, among every `shards`-th file."""
     bad = []
     for name, expected in sorted(manifest.files.items())[shard::shards]:
-        path = folder / name
-        if not path.is_file() or file_digest(path) != expected:
+        try:
+            if file_digest(folder / name) != expected:
+                bad.append(name)
+        except OSError:  # missing, or the disk cannot read it
             bad.append(name)
     return bad
 

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from oryx_megatron.checkpoint.safe import SafeReader
 from oryx_megatron.errors import CheckpointError, ConversionError
 
 Shape = tuple[int, ...]
@@ -54,11 +55,8 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = dcp.FileSystemReader(folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise CheckpointError(f"{folder}: its .metadata cannot be read ({_line(error)})") from None
+        self._reader = SafeReader(folder)
+        metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             name: entry

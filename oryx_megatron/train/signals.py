@@ -50,7 +50,7 @@ ECHO = 1.0
 
 @dataclass(frozen=True)
 class Stop:
-    """What all ranks agreed on."""
+    """How a run ended before its end."""
 
     reason: str
     iteration: int
@@ -112,10 +112,9 @@ class StopRequest:
             self._interrupted = self._interrupted or now
 
 
-def decide(votes: Sequence[float], iteration: int) -> Stop | None:
-    """The common decision from the sums of all ranks' notes, the same on all of them."""
-    reasons = [reason for reason, count in zip(REASONS, votes, strict=True) if count > 0]
-    return Stop(" and ".join(reasons), iteration) if reasons else None
+def decide(votes: Sequence[float]) -> str | None:
+    """Why to stop, from the sums of all ranks' notes and so the same on all of them; None to go on."""
+    return " and ".join(reason for reason, count in zip(REASONS, votes, strict=True) if count > 0) or None
 
 
 def write_marker(folder: Path, stop: Stop) -> None:

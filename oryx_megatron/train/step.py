@@ -128,4 +128,5 @@ def _reduce(reports: list[Tensor]) -> Totals:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return Totals(*total.tolist(), local)
+    loss, tokens, text_bytes = total.tolist()
+    return Totals(loss, tokens, text_bytes, local)

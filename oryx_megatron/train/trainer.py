@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from oryx_megatron import arch, parallel, platform
-from oryx_megatron.checkpoint import CheckpointManager, Manifest
+from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.checkpoint.manifest import git_commit, package_versions
 from oryx_megatron.config import to_dict, to_yaml
 from oryx_megatron.config.schema import RunConfig
@@ -29,8 +28,6 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check_resume
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import CheckpointError, DataError, TrainingError
-from oryx_megatron.model import build_model
-from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
 from oryx_megatron.train import signals
 from oryx_megatron.train.batches import training_batches
@@ -45,17 +42,10 @@ from oryx_megatron.train.callbacks import (
     check_installed,
 )
 from oryx_megatron.train.clock import Clock
+from oryx_megatron.train.engine import build_engine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged, write_record
-from oryx_megatron.train.optimizer import (
-    apply_gradients,
-    build_optimizer,
-    build_schedule,
-    connect,
-    gradient_norm,
-    wrap,
-)
-from oryx_megatron.train.step import Microbatch, Totals, forward_backward
+from oryx_megatron.train.step import Microbatch, Totals
 
 log = logging.getLogger(__name__)
 
@@ -100,20 +90,17 @@ class Trainer:
                 log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
-        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
-        if platform.has_gpu():
-            log.info("kernels ready after %.0f s", compile_in_turn(run, self.chunks))
-        self.optimizer = build_optimizer(run, self.chunks)
-        self.schedule = build_schedule(run, self.optimizer)
-        connect(run, self.chunks, self.optimizer)
-        self.checkpoints = CheckpointManager(self.folder / "checkpoints", run.checkpoint, self.chunks, self.optimizer)
+        self.engine = build_engine(run, layout)
+        self.chunks = self.engine.chunks
+        self.checkpoints = self.engine.checkpoints(self.folder / "checkpoints")
         self.clock = Clock()
         self.guard = Guard(run.faults)
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         self._saved: int | None = None
         self._save_error: CheckpointError | None = None
-        self._stop: signals.Stop | None = None
+        self._stop: str | None = None
+        """Why to stop after this step, as all ranks agreed."""
         self._started = False
         self.bad_step: dict[str, Any] | None = None
         """The last one, as it is recorded."""
@@ -157,14 +144,15 @@ class Trainer:
                 raise self._save_error
             if self.iteration >= last:
                 self._stop = None  # told to stop in the last step: nothing is left to do
-            if self._stop is not None and self.callbacks:
-                signals.write_marker(self.folder, self._stop)
-            self._call("on_finish", self.iteration, self._stop and self._stop.reason)
+            stopped = signals.Stop(self._stop, self.iteration) if self._stop else None
+            if stopped and self.callbacks:
+                signals.write_marker(self.folder, stopped)
+            self._call("on_finish", self.iteration, self._stop)
         finally:
             # No collectives here: after an error, other ranks may never arrive.
             self.stream.close()
             self._call("on_end")
-        return self._stop
+        return stopped
 
     def step(self) -> StepRecord:
         """One optimizer step; all ranks leave its update out when it is bad."""
@@ -177,24 +165,22 @@ class Trainer:
             data_rank=self.data_rank,
             data_size=self.layout.dp,
         )
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         forward = time.perf_counter()
-        totals = forward_backward(self.chunks, batches, forward_only=False)
-        lr = float(get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0)
+        totals = self.engine.gradients(batches)
+        lr = self.engine.learning_rate()
         update = time.perf_counter()
-        norm = gradient_norm(self.optimizer)
+        norm = self.engine.gradient_norm()
         reason = self.guard.reason(totals.loss if not math.isfinite(totals.loss) else totals.mean_loss, norm)
         share, bad = self._agree(
             sum(batch.plan.attention_share for batch in batches) / len(batches), bad=reason is not None
         )
         if bad:
             self.bad_step = self._describe(batches, totals, norm, reason, consumed)
+            self.engine.discard()
         else:
-            apply_gradients(self.optimizer, norm)
+            self.engine.update(norm)
             self.guard.good(totals.mean_loss)
-        self.schedule.step(increment=1)
+        self.engine.advance()
         self.iteration += 1
         self._started = True
         platform.synchronize()
@@ -281,8 +267,7 @@ class Trainer:
         if manifest is None:
             return False
         self.iteration = self._saved = manifest.iteration
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=manifest.iteration)
+        self.engine.rewind(manifest.iteration)
         self.evaluations = manifest.evaluations
         self.guard.load_state(manifest.guard)
         return True
@@ -298,7 +283,7 @@ class Trainer:
         if world > 1:
             torch.distributed.all_reduce(sums)
         total, faults, *votes = sums.tolist()
-        self._stop = signals.decide(votes, self.iteration)
+        self._stop = signals.decide(votes)
         return total / world, faults > 0
 
     def _missed_evaluation(self) -> bool:

@@ -1,0 +1,216 @@
+"""Reading checkpoint files without running code from them.
+
+Three places of a distributed checkpoint are pickled: `.metadata` (torch reads it with pickle), small objects inside
+*.distcp (torch.load with weights_only=False) and common.pt. `install` makes megatron-core read all three by rules that
+build only the classes named here; anything else is a CheckpointError. Tensors are read with weights_only by torch.
+
+The extra state of a TransformerEngine layer (FP8 scales) is a pickle inside such an object, which TransformerEngine
+opens itself: it is checked before it is handed on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import (
+    COMMON_STATE_FNAME,
+    TorchCommonLoadStrategy,
+    TorchCommonSaveStrategy,
+)
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from oryx_megatron.errors import CheckpointError
+
+_DCP = "torch.distributed.checkpoint"
+METADATA_CLASSES = {
+    (f"{_DCP}.metadata", name)
+    for name in (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    )
+} | {
+    (f"{_DCP}.planner", "SavePlan"),
+    (f"{_DCP}.planner", "WriteItem"),
+    (f"{_DCP}.planner", "WriteItemType"),
+    (f"{_DCP}.planner", "TensorWriteData"),
+    (f"{_DCP}.planner", "BytesIOWriteData"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    (f"{_DCP}.filesystem", "_StoragePrefix"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+}
+"""What torch's and megatron-core's `.metadata` is made of; data types such as torch.float32 come on top."""
+
+EXTRA_STATE_CLASSES = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.storage", "_load_from_bytes"),
+    *(("transformer_engine.common.recipe", name) for name in (
+        "Format", "_FormatHelper", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
+        "MXFP8BlockScaling", "NVFP4BlockScaling", "QParams", "MMParams", "Recipe",
+    )),
+}  # fmt: skip
+
+
+class _Restricted(pickle.Unpickler):
+    """Builds only the classes it was given."""
+
+    def __init__(self, file: Any, allowed: set[tuple[str, str]]) -> None:
+        super().__init__(file)
+        self.allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _storage
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
+    """`.metadata` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding anything but the description of tensors.
+    """
+    path = Path(folder) / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = _Restricted(file, METADATA_CLASSES).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; use another checkpoint") from None
+    except (OSError, pickle.UnpicklingError, EOFError, *_DAMAGE) as error:
+        raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged or hostile (it holds no metadata); use another checkpoint")
+    return metadata
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of a distributed checkpoint, with `read_metadata` as above, read once."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
+        """See the function of this name."""
+        if self._metadata is None:
+            self._metadata = metadata = read_metadata(self.path)
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+class CommonLoad(TorchCommonLoadStrategy):
+    """common.pt with weights_only, whatever the environment says."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """See megatron-core.
+
+        Raises:
+            CheckpointError: missing, damaged or hostile.
+        """
+        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
+            raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
+
+
+class CommonSave(TorchCommonSaveStrategy):
+    """Rank 0 alone writes common.pt: its failure is kept until all ranks can hear of it."""
+
+    def __init__(self) -> None:
+        super().__init__("torch", 1)
+        self.failure: Exception | None = None
+
+    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """See megatron-core; leaves an OSError in `failure` (torch.save makes some RuntimeErrors of them)."""
+        self.failure = None
+        try:
+            super().save_common(common_state_dict, checkpoint_dir)
+            if torch.distributed.get_rank() == 0:
+                with open(os.path.join(checkpoint_dir, COMMON_STATE_FNAME), "rb") as file:
+                    os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            self.failure = error
+
+
+common_save = CommonSave()
+
+
+def install() -> None:
+    """Let megatron-core read checkpoints by the rules above, process-wide."""
+    megatron_torch._get_filesystem_reader = _reader
+    megatron_torch.MCoreLoadPlanner.load_bytes = _load_bytes
+    register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, CommonLoad())
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, common_save)
+
+
+def load_object(data: io.BytesIO, name: str) -> Any:
+    """A small object of a checkpoint: tensors, numbers, containers, and bytes that pass `check_extra_state`.
+
+    Raises:
+        CheckpointingException: it holds anything else.
+    """
+    try:
+        value = torch.load(data, map_location="cpu", weights_only=True)
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            check_extra_state(part)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
+        raise CheckpointingException(f"its object {name} is damaged or hostile ({_line(error)})") from None
+    return value
+
+
+def check_extra_state(value: Any) -> None:
+    """Raise UnpicklingError when the pickle inside a layer's extra state would build anything unknown."""
+    if isinstance(value, io.BytesIO):
+        content = value.getvalue()
+    elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+        content = value.numpy().tobytes()
+    else:
+        return
+    if content.startswith(b"PK"):  # torch.save's
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    elif content:
+        _Restricted(io.BytesIO(content), EXTRA_STATE_CLASSES).load()
+
+
+def _reader(folder: str | Path, cache_metadata: bool = False) -> FileSystemReader:
+    return SafeReader(folder)
+
+
+def _load_bytes(planner: Any, item: ReadItem, data: io.BytesIO) -> None:
+    name = item.dest_index.fqn
+    value = load_object(data, name)
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[name], value)
+    else:
+        planner.state_dict[name] = value
+
+
+def _storage(data: bytes) -> Any:
+    """In place of torch.storage._load_from_bytes, which would run what the inner pickle asks for."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+_DAMAGE = (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
+"""What unpickling raises on damaged bytes, besides its own errors."""
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
