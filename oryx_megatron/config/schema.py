@@ -231,6 +231,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """What DeepSpeed shards and where it keeps it; only with `engine: deepspeed`."""
+
+    zero_stage: int = 1
+    """Sharded over data-parallel ranks: 1: optimizer state, 2: gradients too, 3: parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Kept in host memory: nothing, optimizer state, or parameters as well (zero_stage 3 only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Number formats. States of the recurrence and the listed small parameters are always fp32."""
 
@@ -363,4 +373,6 @@ class RunConfig:
     kernels: KernelsConfig = KernelsConfig()
     """Backends of the mixer parts."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
-    """Training engine."""
+    """Training engine; deepspeed splits ranks into tensor and data parallelism only."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """DeepSpeed's share of the layout."""

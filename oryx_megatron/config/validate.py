@@ -14,6 +14,7 @@ from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
+    DeepSpeedConfig,
     FaultsConfig,
     ModelConfig,
     ModesConfig,
@@ -386,6 +387,29 @@ def _check_precision(run: RunConfig) -> None:
         )
 
 
+def _check_engine(run: RunConfig) -> None:
+    """What DeepSpeed can do of a run; its layouts are checked in `layout_for`."""
+    settings = run.deepspeed
+    if run.engine != "deepspeed":
+        for name in ("zero_stage", "offload"):
+            if getattr(settings, name) != getattr(DeepSpeedConfig(), name):
+                raise ConfigError(f"deepspeed.{name}: has no effect with engine megatron; set engine: deepspeed")
+        return
+    if settings.zero_stage not in (1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_stage: {settings.zero_stage} should be 1, 2 or 3")
+    if settings.offload == "parameters" and settings.zero_stage != 3:
+        raise ConfigError("deepspeed.offload: parameters need deepspeed.zero_stage 3; use optimizer")
+    for name, wrong, instead in (
+        ("optimizer.name", run.optimizer.name != "adamw", "use adamw"),
+        ("optimizer.cpu_offload", run.optimizer.cpu_offload, "use deepspeed.offload"),
+        ("parallel.distributed_optimizer", not run.parallel.distributed_optimizer, "ZeRO always shards; leave it true"),
+        ("precision.fp8", run.precision.fp8 != "none", "use none"),
+        ("checkpoint.asynchronous", run.checkpoint.asynchronous, "DeepSpeed saves in the foreground; set it to false"),
+    ):
+        if wrong:
+            raise ConfigError(f"{name}: not with engine deepspeed; {instead}, or set engine: megatron")
+
+
 def layout_for(run: RunConfig, world_size: int) -> Layout:
     """How `world_size` ranks are used by this run; ConfigError with the factors when they do not come out even."""
     parallel = run.parallel
@@ -395,6 +419,10 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
             f"world size {world_size} ≠ tensor {tp} × pipeline {pp} × context {cp} × data ? "
             f"(a multiple of {tp * pp * cp})"
         )
+    if run.engine == "deepspeed":
+        for name, size in (("pipeline", pp), ("virtual_pipeline", vpp), ("context", cp)):
+            if size > 1:
+                raise ConfigError(f"parallel.{name}: {size}, but engine deepspeed splits tensor and data only; use 1")
     _check_widths(run.model, parallel)
     _check_sequence(run.data.sequence_length, parallel)
     stages = stage_layers(run.model.num_layers, parallel)
@@ -422,8 +450,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
         parallel__virtual_pipeline=parallel.virtual_pipeline,
         parallel__distributed_timeout=parallel.distributed_timeout,
     )
-    if run.engine == "deepspeed":
-        raise ConfigError("engine: deepspeed is not built yet; use megatron")
+    _check_engine(run)
     _check_data(run.data, run.train.iterations)
     _check_training(run)
     _check_faults(run.faults)

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 
 from oryx_megatron import arch, parallel, platform
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.checkpoint.manifest import git_commit, package_versions
+from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config import to_dict, to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
@@ -411,7 +411,7 @@ class Trainer:
                 data={"train": stream, "tokenizer": self.tokenizer.describe()},
                 evaluations=evaluations,
                 versions=package_versions(),
-                commit=git_commit(),
+                commit=platform.git_commit(),
                 files=files,
                 guard=guard,
             )
@@ -436,7 +436,7 @@ def _reproduction(run: RunConfig, layout: Layout) -> list[str]:
     facts = {
         "run": f"{run.output_dir}, config in {run.output_dir}/config.yaml, seed {run.seed}",
         "command": " ".join(sys.argv),
-        "code": f"commit {git_commit() or 'unknown'}",
+        "code": f"commit {platform.git_commit() or 'unknown'}",
         "versions": versions,
         "model": f"{run.model.name}, {arch.parameter_counts(run.model).total:,} parameters, {run.precision.dtype}",
         "layout": f"{layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × context {layout.cp} × data "
@@ -460,7 +460,7 @@ def _reporters(run: RunConfig, layout: Layout, folder: Path, clock: Clock) -> li
         Display(run.logging.interval, run.train.iterations),
     ]
     peak = platform.peak_flops()
-    facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": git_commit()}
+    facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": platform.git_commit()}
     history = History(folder, clock, peak_flops=peak and peak * layout.world_size, facts=facts)
     if run.logging.tensorboard:
         reporters.append(TensorBoard(folder / "tensorboard"))

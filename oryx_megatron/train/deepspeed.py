@@ -1,0 +1,318 @@
+"""DeepSpeed as a second engine: ZeRO 1 to 3 and CPU offload over the data-parallel ranks, under tensor parallelism.
+
+The model, its tensor-parallel groups, the data, plans, schedule and evaluation are those of the other engine; DeepSpeed
+(0.19) shards optimizer state (ZeRO 1), gradients (2) and parameters (3), reduces, clips and updates. Losses equal the
+other engine's (tests/distributed/test_deepspeed.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.checkpoint import Manifest, store
+from oryx_megatron.checkpoint.manager import Checkpoints
+from oryx_megatron.checkpoint.manifest import file_digest
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.errors import CheckpointError, ConfigError
+from oryx_megatron.model import OryxMixer, build_model
+from oryx_megatron.train.engine import warm
+from oryx_megatron.train.optimizer import build_schedule
+from oryx_megatron.train.step import Microbatch, Totals, _reduce, forward_microbatch
+
+BUCKET = 50_000_000
+"""Elements that one collective reduces or gathers."""
+
+
+class ModelParallelUnit:
+    """megatron-core's groups by the names that DeepSpeed calls them (`mpu`); model parallel is tensor parallel here."""
+
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of the data-parallel group."""
+        return torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+class DeepSpeedEngine:
+    """train.engine.Engine by DeepSpeed."""
+
+    def __init__(self, run: RunConfig, layout: Layout) -> None:
+        deepspeed = import_deepspeed()
+        self.run, self.layout = run, layout
+        (model,) = build_model(run.model, run.parallel, run.precision, seed=run.seed)
+        warm(run, [model])
+        _prepare(model, run)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model),
+            lr=run.optimizer.lr,
+            weight_decay=run.optimizer.weight_decay,
+            betas=(run.optimizer.beta1, run.optimizer.beta2),
+            eps=run.optimizer.epsilon,
+        )
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            mpu=ModelParallelUnit(),
+            dist_init_required=False,
+            config=deepspeed_config(run, layout, bucket=min(BUCKET, size)),
+        )
+        self._forward = _Forward(self.engine)
+        self.chunks = [self.engine.module]
+        self.schedule = build_schedule(run, self.engine.basic_optimizer)
+        self._discard = False
+        self._install_discard()
+
+    def gradients(self, batches: list[Microbatch]) -> Totals:
+        """See Engine."""
+        # DeepSpeed averages over data-parallel ranks; wanted is the mean over the tokens of the whole batch.
+        tokens = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().to(platform.device())
+        torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        scale = self.layout.dp / max(float(tokens), 1.0)
+        reports: list[Tensor] = []
+        for i, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            output, loss_of = forward_microbatch(iter((batch,)), self._forward)  # type: ignore[arg-type]
+            total, _, report = loss_of(output)
+            reports.append(report["totals"])
+            self.engine.backward(total * scale, scale_wrt_gas=False)
+        return _reduce(reports)
+
+    def gradient_norm(self) -> float:
+        """See Engine."""
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+        from deepspeed.runtime.utils import (
+            combine_grad_norm_groups,
+            get_global_norm_of_tensors,
+            is_invalid_grad_norm,
+        )
+
+        optimizer = self.engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            grads, _ = optimizer.get_grads_for_norm()
+            norm = get_global_norm_of_tensors(grads, mpu=optimizer.mpu, norm_type=optimizer.norm_type)
+        elif self.run.deepspeed.zero_stage == 3:
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        else:
+            norm = optimizer.scaled_global_norm()
+        return math.nan if is_invalid_grad_norm(norm) else float(norm)
+
+    def update(self, norm: float) -> None:
+        """See Engine; DeepSpeed finds the norm again itself."""
+        self._discard = False
+        self.engine.step()
+
+    def discard(self) -> None:
+        """See Engine."""
+        self._discard = True
+        self.engine.step()
+
+    def learning_rate(self) -> float:
+        """See Engine."""
+        return float(self.engine.basic_optimizer.param_groups[0]["lr"])
+
+    def advance(self) -> None:
+        """See Engine."""
+        self.schedule.step(increment=1)
+
+    def rewind(self, iteration: int) -> None:
+        """See Engine."""
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=iteration)
+
+    def checkpoints(self, root: Path) -> DeepSpeedCheckpoints:
+        """See Engine."""
+        return DeepSpeedCheckpoints(root, self.run, self.engine)
+
+    def close(self) -> None:
+        """Let go of the model and of all process groups, so that others can follow in this process."""
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        self.engine.destroy()
+        comm.cdb = None
+        groups._release_process_group_references()
+        self.chunks = []
+        del self.engine, self._forward, self.schedule
+
+    def _install_discard(self) -> None:
+        """Let `update` drop gradients by the way in which DeepSpeed drops those that overflowed.
+
+        Every ZeRO optimizer calls this between its own check and what follows from it.
+        """
+        optimizer = self.engine.optimizer
+        update_scale = optimizer._update_scale
+
+        def update_scale_or_discard(overflow: bool = False) -> None:
+            optimizer.overflow = bool(overflow) or self._discard
+            update_scale(optimizer.overflow)
+
+        optimizer._update_scale = update_scale_or_discard
+
+
+class DeepSpeedCheckpoints(Checkpoints):
+    """Checkpoints in DeepSpeed's format beside the usual manifest: they load under the layout that wrote them.
+
+    tools/convert_from_deepspeed.py makes checkpoints of them that every layout and every tool reads.
+    """
+
+    def __init__(self, root: Path, run: RunConfig, engine: Any) -> None:
+        super().__init__(root, run.checkpoint)
+        self.run, self.engine = run, engine
+
+    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path:
+        """See Checkpoints; always in the foreground."""
+        folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
+        failed: OSError | RuntimeError | None = None
+        try:
+            self.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            failed = error
+        if failed is not None:
+            raise CheckpointError(f"{folder}: could not be written ({failed})") from failed
+        return self._finish(folder, manifest, self._digests(folder))
+
+    def _digests(self, folder: Path) -> dict[str, dict[str, Any]] | OSError:
+        """Of this rank's share of the files, which are all there: DeepSpeed ends a save with a barrier."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        try:
+            return {path.name: file_digest(path) for path in sorted(folder.iterdir())[rank::world]}
+        except OSError as error:
+            return error
+
+    def _fill(self, folder: Path, manifest: Manifest) -> None:
+        written, run = manifest.run(), self.run
+        if written.engine != "deepspeed":
+            raise CheckpointError(
+                f"{folder} was written by engine {written.engine}, whose checkpoints DeepSpeed cannot read; choose "
+                "another output_dir"
+            )
+        world = torch.distributed.get_world_size()
+        for name, then, now in (
+            ("parallel.tensor", manifest.layout["tp"], run.parallel.tensor),
+            ("the number of ranks", manifest.layout["tp"] * manifest.layout["dp"], world),
+            ("deepspeed.zero_stage", written.deepspeed.zero_stage, run.deepspeed.zero_stage),
+            ("precision.dtype", written.precision.dtype, run.precision.dtype),
+        ):
+            if then != now:
+                raise CheckpointError(
+                    f"{folder}: {name} was {then} and is {now}, but DeepSpeed's checkpoints load as they were written; "
+                    "set it back, or convert it (tools/convert_from_deepspeed.py)"
+                )
+        path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
+
+
+class _Forward:
+    """DeepSpeed's engine where a model chunk is expected: `engine.config` is DeepSpeed's, not the model's."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.config = engine, engine.module.config
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:
+        return self.engine(*args, **keywords)
+
+
+def import_deepspeed() -> Any:
+    """The deepspeed package, set up for this machine.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("engine: deepspeed is not installed; `pip install deepspeed==0.19.8`, or use megatron")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not platform.has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(run: RunConfig, layout: Layout, *, bucket: int = BUCKET) -> dict[str, Any]:
+    """DeepSpeed's own config for this run."""
+    settings = run.deepspeed
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": run.parallel.overlap,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if settings.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 0}
+    host = {"device": "cpu", "pin_memory": platform.has_gpu()}
+    if settings.offload != "none":
+        zero["offload_optimizer"] = host
+    if settings.offload == "parameters":
+        zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
+        "gradient_accumulation_steps": layout.microbatches,
+        "gradient_clipping": run.optimizer.clip_grad,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW in host memory too: nothing to compile
+        "bf16": {"enabled": run.precision.dtype == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }
+
+
+def _prepare(model: Any, run: RunConfig) -> None:
+    """What megatron-core's data-parallel wrapper would do, and what ZeRO 3 must know of the model."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in model.parameters():
+        # Under sequence parallelism each tensor-parallel rank saw a part of the tokens.
+        if getattr(parameter, "sequence_parallel", False) and group.size() > 1:
+            parameter.register_hook(lambda gradient: _summed(gradient, group))
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's; there is no fp32 buffer to add to
+            module.fuse_wgrad_accumulation = False
+    if run.deepspeed.zero_stage == 3:
+        from deepspeed.runtime.zero import register_external_parameter
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # Gather and release whole mixers: they read parameters of modules that are never called.
+        set_z3_leaf_modules(model, [OryxMixer])
+        if run.model.tie_embeddings:
+            register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
+
+
+def _summed(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    total = gradient.contiguous().clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Vectors (norms, a_log, dt_bias, d) get no weight decay."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0},
+        {"params": [p for p in parameters if p.dim() == 1], "wd_mult": 0.0},
+    ]
