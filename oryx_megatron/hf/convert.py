@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
-from oryx_megatron.checkpoint.manifest import file_digest, git_commit, package_versions, write_manifest
+from oryx_megatron.checkpoint.manifest import file_digest, package_versions, write_manifest
 from oryx_megatron.config import check_model, to_dict
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,6 +40,7 @@ from oryx_megatron.hf.tables import (
 )
 from oryx_megatron.hf.tensors import CheckpointReader, SafetensorsReader, Shape, write_checkpoint, write_safetensors
 from oryx_megatron.hf.tokenizer import export_tokenizer
+from oryx_megatron.platform import git_commit
 
 log = logging.getLogger(__name__)
 

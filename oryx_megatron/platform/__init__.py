@@ -26,6 +26,7 @@ from oryx_megatron.platform.gpu import (
     version,
     wrong_triton_for_fla,
 )
+from oryx_megatron.platform.source import git_commit
 
 __all__ = [
     "KERNEL_CACHES",
@@ -34,6 +35,7 @@ __all__ = [
     "cuda_versions",
     "describe",
     "device",
+    "git_commit",
     "gpu_names",
     "has_gpu",
     "install",
