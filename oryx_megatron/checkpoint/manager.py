@@ -293,6 +293,8 @@ class CheckpointManager(Checkpoints):
         load_sharded_state(folder, self.chunks, self.optimizer)
 
     def _settle(self, folder: Path) -> None:
+        if safe.common_save.failure is not None:  # .metadata could not be written
+            raise safe.common_save.failure
         save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(folder))
 
     def _abandon(self) -> None:
@@ -312,4 +314,7 @@ def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]] | OSError:
 
 def _cause(error: BaseException) -> str:
     """The last line of a message: there torch's reports name the error itself."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    # What torch's writer of zip files says when not all bytes could be written.
+    full = "inline_container" in line or "iostream error" in line
+    return f"{line}; is the disk full, or a quota used up?" if full else line

@@ -1,4 +1,4 @@
-"""Reading checkpoint files without running code from them.
+"""Reading checkpoint files without running code from them, and writing those of rank 0 so that all hear of a failure.
 
 Three places of a distributed checkpoint are pickled: `.metadata` (torch reads it with pickle), small objects inside
 *.distcp (torch.load with weights_only=False) and common.pt. `install` makes megatron-core read all three by rules that
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.common import (
     TorchCommonLoadStrategy,
     TorchCommonSaveStrategy,
 )
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -132,7 +133,10 @@ class CommonLoad(TorchCommonLoadStrategy):
 
 
 class CommonSave(TorchCommonSaveStrategy):
-    """Rank 0 alone writes common.pt: its failure is kept until all ranks can hear of it."""
+    """Writes common.pt on rank 0, and keeps what failed there until all ranks can hear of it.
+
+    megatron-core would raise on rank 0 alone, between two collectives, and leave the others waiting in the second.
+    """
 
     def __init__(self) -> None:
         super().__init__("torch", 1)
@@ -151,14 +155,24 @@ class CommonSave(TorchCommonSaveStrategy):
 
 
 common_save = CommonSave()
+_finish = FileSystemWriterAsync.finish
+
+
+def _finish_or_keep(writer: FileSystemWriterAsync, metadata: Metadata, results: Any) -> None:
+    """Write `.metadata` on rank 0; a failure is kept for the same reason."""
+    try:
+        _finish(writer, metadata, results)
+    except OSError as error:
+        common_save.failure = error
 
 
 def install() -> None:
-    """Let megatron-core read checkpoints by the rules above, process-wide."""
+    """Let megatron-core read and write checkpoints by the rules above, process-wide."""
     megatron_torch._get_filesystem_reader = _reader
     megatron_torch.MCoreLoadPlanner.load_bytes = _load_bytes
     register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, CommonLoad())
     register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, common_save)
+    FileSystemWriterAsync.finish = _finish_or_keep
 
 
 def load_object(data: io.BytesIO, name: str) -> Any:

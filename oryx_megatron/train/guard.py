@@ -99,14 +99,12 @@ def record_path(folder: Path, iteration: int) -> Path:
     return folder / FOLDER / f"batch-{iteration:07d}.json"
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
+def write_record(path: Path, record: dict[str, Any]) -> None:
     """Keep the facts of a bad step; numbers that are not finite become text, as JSON has none."""
-    path = record_path(folder, record["iteration"])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_plain(record), indent=1) + "\n")
     os.replace(temporary, path)
-    return path
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -11,7 +12,7 @@ import socket
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from oryx_megatron.train.callbacks import (
 from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.engine import build_engine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
-from oryx_megatron.train.guard import Guard, Prolonged, write_record
+from oryx_megatron.train.guard import Guard, Prolonged, record_path, write_record
 from oryx_megatron.train.step import Microbatch, Totals
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Trainer:
         self._stop: str | None = None
         """Why to stop after this step, as all ranks agreed."""
         self._started = False
+        self._mute: set[str] = set()
         self.bad_step: dict[str, Any] | None = None
         """The last one, as it is recorded."""
         if self._load(before):
@@ -146,7 +148,8 @@ class Trainer:
                 self._stop = None  # told to stop in the last step: nothing is left to do
             stopped = signals.Stop(self._stop, self.iteration) if self._stop else None
             if stopped and self.callbacks:
-                signals.write_marker(self.folder, stopped)
+                with self._reporting("the marker for requeueing"):
+                    signals.write_marker(self.folder, stopped)
             self._call("on_finish", self.iteration, self._stop)
         finally:
             # No collectives here: after an error, other ranks may never arrive.
@@ -339,7 +342,9 @@ class Trainer:
         """Keep the batch, and after faults.bad_steps in a row go back to before them; True when gone back."""
         assert self.bad_step is not None
         if self.callbacks:
-            path = write_record(self.folder, self.bad_step)
+            path = record_path(self.folder, self.iteration)
+            with self._reporting(path.name):
+                write_record(path, self.bad_step)
             self._call("on_skip", self.iteration, self.bad_step["reason"], path)
         if not self.guard.bad():
             return False
@@ -427,7 +432,20 @@ class Trainer:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, hook)(*arguments)
+            with self._reporting(type(callback).__name__):
+                getattr(callback, hook)(*arguments)
+
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """A full disk costs reports, not the run; each kind is told once until it works again."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._mute:
+                log.error("%s cannot write (%s); the run goes on without it until there is room", what, error)
+            self._mute.add(what)
+        else:
+            self._mute.discard(what)
 
 
 def _reproduction(run: RunConfig, layout: Layout) -> list[str]:

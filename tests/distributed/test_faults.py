@@ -1,0 +1,304 @@
+"""Bad numbers, stops and failing disks, on one rank in this process; several ranks are in test_faults_torchrun.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oryx_megatron import parallel
+from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
+from oryx_megatron.config import load_run, validate
+from oryx_megatron.config.schema import FaultsConfig, ParallelConfig
+from oryx_megatron.errors import ConfigError, TrainingError
+from oryx_megatron.testing.project import tiny_project
+from oryx_megatron.train import signals
+from oryx_megatron.train.callbacks import Callback, StepRecord
+from oryx_megatron.train.guard import Guard, record_path
+from oryx_megatron.train.history import read_events
+from oryx_megatron.train.replay import read_record, replay, report
+from oryx_megatron.train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    parallel.initialize(ParallelConfig(), seed=1)
+    yield tiny_project(tmp_path_factory.mktemp("project"))
+    parallel.destroy()
+
+
+@pytest.fixture
+def trainer(project: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    """A trainer of a one-layer model in a fresh folder; called again it resumes."""
+
+    def make(*overrides: str, **arguments: Any) -> Trainer:
+        small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", "checkpoint.interval=1")
+        run = load_run(project, [*small, f"output_dir={tmp_path}", *overrides])
+        return Trainer(run, validate(run, 1), **arguments)
+
+    return make
+
+
+class At(Callback):
+    """Does something after one step, once."""
+
+    def __init__(self, iteration: int, action: Callable[[], object]) -> None:
+        self.iteration, self.action, self.done = iteration, action, False
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.iteration == self.iteration and not self.done:
+            self.done = True
+            self.action()
+
+
+def steps(folder: Path, field: str) -> list[Any]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[field] for line in lines if line["kind"] == "step"]
+
+
+def poison_weight(opened: Trainer) -> None:
+    """What a broken device may do to a weight."""
+    with torch.no_grad():
+        opened.optimizer.get_parameters()[0].view(-1)[3] = float("nan")
+        next(iter(opened.chunks[0].parameters())).view(-1)[3] = float("nan")
+
+
+def poison_next_gradient(opened: Trainer) -> None:
+    parameter = next(iter(opened.chunks[0].parameters()))
+    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+
+
+# ------------------------------------------------------------------------------------------------------ bad numbers
+
+
+def test_one_bad_gradient(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """The update is left out on its own, and the batch can be computed again."""
+    opened = trainer("train.iterations=4")
+    before: list[torch.Tensor] = []
+
+    def remember() -> None:
+        poison_next_gradient(opened)
+        before.extend(parameter.detach().clone() for parameter in opened.chunks[0].parameters())
+
+    def compare() -> None:
+        assert all(torch.equal(a, b) for a, b in zip(before, opened.chunks[0].parameters()))
+        compared.append(True)
+
+    compared: list[bool] = []
+    opened.callbacks = [*opened.callbacks, At(2, remember), At(3, compare)]
+    assert opened.fit() is None
+    assert compared
+    assert steps(tmp_path, "skipped") == [False, False, True, False]
+    # No checkpoint between bad steps: it might keep what went wrong.
+    assert [store.iteration_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [1, 2, 4]
+    record = read_record(record_path(tmp_path, 3))
+    assert (record["iteration"], record["reason"], record["consumed_samples"]) == (3, "gradient is not finite", 4)
+    (rank,) = record["ranks"]
+    assert [microbatch["samples"] for microbatch in rank["microbatches"]] == [[4, 5]]
+    assert rank["gradients_not_finite"]["count"] == 1
+    assert record["loss"] == steps(tmp_path, "loss")[2]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = replay(trainer("train.iterations=4", before=3, reports=False), record)
+    assert again["loss"] == record["loss"]  # same weights, samples and plan
+    assert again["reason"] is None
+    assert "good step" in "\n".join(report(record, again))
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_going_back(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A weight is lost after step 3, and so is in its checkpoint: that one is tried first, then the one before."""
+    settings = ("train.iterations=9", "faults.bad_steps=2", "checkpoint.keep=0")
+    opened = trainer(*settings)
+    opened.callbacks = [At(3, lambda: poison_weight(opened)), *opened.callbacks]
+    assert opened.fit() is None
+    assert "step 5: loss is not finite, 2 steps in a row: back to the checkpoint of step 3" in caplog.text
+    assert "back to the checkpoint of step 2" in caplog.text
+    # Steps 4 and 5 read samples 6–9, again 10–13 after the first return; step 3 now begins behind them.
+    assert steps(tmp_path, "iteration") == list(range(1, 10))
+    assert not any(steps(tmp_path, "skipped"))
+    assert steps(tmp_path, "consumed_samples") == [2, 4, *range(16, 30, 2)]
+    events = [event for event in read_events(tmp_path) if event["event"] == "return"]
+    assert [(event["iteration"], event["to"], event["samples"]) for event in events] == [(5, 3, 4), (5, 2, 10)]
+    for folder in list_checkpoints(tmp_path / "checkpoints")[2:]:
+        manifest = read_manifest(folder)
+        assert manifest.consumed_samples == 2 * manifest.iteration + 10
+        assert manifest.guard["skipped_samples"] == 10
+    # A resumed run passes over the same samples.
+    losses = steps(tmp_path, "loss")
+    for folder in list_checkpoints(tmp_path / "checkpoints")[6:]:
+        shutil.rmtree(folder)
+    resumed = trainer(*settings)
+    assert resumed.iteration == 6
+    resumed.fit()
+    assert steps(tmp_path, "loss") == losses
+    # The samples that the run passed over are missing at its end: the first ones are read once more.
+    assert torch.equal(resumed.open_stream().dataset[18]["tokens"], resumed.datasets["train"][0]["tokens"])
+
+
+def test_giving_up(trainer: Callable[..., Trainer]) -> None:
+    """Numbers that stay bad, with and without a checkpoint to go back to, end the run in one line."""
+    opened = trainer("train.iterations=9", "faults.bad_steps=2", "faults.returns=1", "checkpoint.interval=3")
+    parameter = next(iter(opened.chunks[0].parameters()))
+    opened.callbacks = [At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("nan")))]
+    with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* going back 1 times; "):
+        opened.fit()
+    first = trainer("train.iterations=9", "faults.bad_steps=2", f"output_dir={opened.folder}/other")
+    poison_weight(first)
+    with pytest.raises(TrainingError, match=r"step 2: .*no checkpoint before them to go back to"):
+        first.fit()
+
+
+def test_loss_spike(trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose loss jumps is left out, and a resumed run remembers the losses that it is judged by."""
+    from oryx_megatron.train import trainer as module
+
+    settings = ("train.iterations=8", "faults.spike=6", "faults.spike_window=8", "optimizer.lr=1e-5")
+    computed = module.forward_backward
+
+    def jump(*arguments: Any, **keywords: Any) -> Any:
+        totals = computed(*arguments, **keywords)
+        if totals.loss and current[0].iteration == 5:
+            object.__setattr__(totals, "loss", totals.loss * 3)
+        return totals
+
+    monkeypatch.setattr(module, "forward_backward", jump)
+    current = [trainer(*settings, "train.exit_after=5")]
+    current[0].fit()
+    current[0] = trainer(*settings)
+    assert len(current[0].guard.losses) == 5
+    current[0].fit()
+    assert steps(tmp_path, "skipped") == [False] * 5 + [True, False, False]
+    assert "is a spike above" in read_record(record_path(tmp_path, 6))["reason"]
+
+
+def test_running_median() -> None:
+    guard = Guard(FaultsConfig(spike=5.0, spike_window=8))
+    assert guard.limit() is None
+    for loss in (2.0, 2.1, 1.9, 2.0):
+        guard.good(loss)
+    assert guard.limit() == pytest.approx(2.0 + 5 * 1.4826 * 0.05)
+    assert guard.reason(2.3, 1.0) is None
+    assert guard.reason(2.5, 1.0) is not None
+    assert Guard(FaultsConfig()).reason(1e9, 1.0) is None
+
+
+# ------------------------------------------------------------------------------------------------------------ stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal.Signals) -> None:
+    """The step is finished, a checkpoint written and the marker left; the next start goes on and removes it."""
+    settings = ("train.iterations=4", "checkpoint.interval=0")
+    stop = signals.StopRequest().install()
+    try:
+        opened = trainer(*settings, stop=stop)
+        opened.callbacks = [*opened.callbacks, At(2, lambda: os.kill(os.getpid(), number))]
+        stopped = opened.fit()
+    finally:
+        stop.restore()
+    assert stopped == signals.Stop(number.name, 3)  # noticed in the step that was under way
+    marker = json.loads((tmp_path / "requeue").read_text())
+    assert (marker["code"], marker["reason"], marker["iteration"]) == (75, number.name, 3)
+    assert [read_manifest(folder).iteration for folder in list_checkpoints(tmp_path / "checkpoints")] == [3]
+    resumed = trainer(*settings)
+    assert not (tmp_path / "requeue").exists()
+    assert resumed.fit() is None
+    assert steps(tmp_path, "iteration") == [1, 2, 3, 4]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["restarts"], summary["iterations"]) == (1, 4)
+
+
+def test_second_interrupt() -> None:
+    """The copy that torchrun delivers of one Ctrl-C does not count; a second Ctrl-C ends the process."""
+    stop = signals.StopRequest().install()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.notes()[:3] == [0.0, 0.0, 1.0]
+        time.sleep(signals.ECHO + 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+def test_time_limit(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Close to the end of the job each start does one step, saves it and asks for the next."""
+    monkeypatch.setenv(signals.TIME_LIMIT_AT, str(time.time() + 10))
+    for iteration in (2, 4):
+        opened = trainer("train.iterations=9", "faults.time_margin=20", "checkpoint.interval=0")
+        assert opened.fit() == signals.Stop("time limit", iteration)
+    monkeypatch.setenv(signals.TIME_LIMIT_AT, str(time.time() + 1000))
+    assert trainer("train.iterations=5").fit() is None
+    monkeypatch.setenv(signals.TIME_LIMIT_AT, "tomorrow")
+    with pytest.raises(ConfigError, match="ORYX_TIME_LIMIT_AT: 'tomorrow' is no unix time"):
+        trainer()
+
+
+def test_limits_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(signals.TIME_LIMIT_AT, raising=False)
+    stop = signals.StopRequest()
+    stop.limit_time(FaultsConfig(time_limit=1e9, time_margin=1.0))
+    assert stop.notes() == [0.0] * 4
+    assert stop.notes(longest=1e9)[3] == 1.0  # a save takes longer than the margin
+    stop.limit_time(FaultsConfig(time_limit=1e-3, time_margin=0.0))
+    assert stop.notes()[3] == 1.0
+    assert stop.notes(started=False)[3] == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize(
+    ("limit", "asynchronous", "cause"),
+    [
+        (1_000, "false", "could not start to save .*is the disk full"),
+        (20_000, "true", "a writer failed .*is the disk full"),
+    ],
+    ids=["common.pt", "tensors"],
+)
+def test_disk_fills_up(
+    trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    limit: int,
+    asynchronous: str,
+    cause: str,
+) -> None:
+    """Writing fails for real, by a limit on the size of files: the run goes on, and later saves are good again."""
+    opened = trainer("train.iterations=4", f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        opened._complete_save(opened.checkpoints.wait)  # the save of step 1, in the background
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    def lift() -> None:
+        opened._complete_save(opened.checkpoints.wait)  # a save in the background must have met the limit by now
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        opened.callbacks = [*opened.callbacks, At(2, fill), At(3, lift)]
+        opened.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert re.search(cause, caplog.text)
+    assert "the run goes on, the last good checkpoint stays" in caplog.text
+    assert [store.iteration_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [1, 3, 4]
+    assert steps(tmp_path, "iteration") == [1, 2, 3, 4]  # lines that found no room are written later
+    assert trainer("train.iterations=4").iteration == 4
