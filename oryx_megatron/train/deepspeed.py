@@ -81,6 +81,7 @@ class DeepSpeedEngine:
         self._forward = _Forward(self.engine)
         self.chunks = [self.engine.module]
         self.schedule = build_schedule(run, self.engine.basic_optimizer)
+        _reduce_in_order(self.engine)
         self._discard = False
         self._install_discard()
 
@@ -301,6 +302,32 @@ def _prepare(model: Any, run: RunConfig) -> None:
         set_z3_leaf_modules(model, [OryxMixer])
         if run.model.tie_embeddings:
             register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
+
+
+def _reduce_in_order(engine: Any) -> None:
+    """Let ZeRO 1 and 2 reduce gradients in one order on all ranks, whatever the order in which they are made.
+
+    They fill their buckets as gradients come, but data-parallel ranks run different plans, under which a mixer's
+    parameters get theirs in different orders; then a bucket's elements would be of different parameters. ZeRO 3 reduces
+    a mixer at a time, its parameters in order.
+    """
+    reduce = getattr(engine.optimizer, "process_gradients", None)
+    if reduce is None:
+        return
+    order = [id(parameter) for parameter in engine.module.parameters()][::-1]
+    waiting: dict[int, tuple[Tensor, int]] = {}
+    position = 0
+
+    def reduce_in_order(parameter: Tensor, group: int) -> None:
+        nonlocal position
+        waiting[id(parameter)] = parameter, group
+        while position < len(order) and order[position] in waiting:
+            reduce(*waiting.pop(order[position]))
+            position += 1
+        if position == len(order):
+            position = 0
+
+    engine.optimizer.process_gradients = reduce_in_order
 
 
 def _summed(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
