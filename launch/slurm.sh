@@ -7,13 +7,14 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 prepare() {
     local first end
-    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    ORYX_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    first=${ORYX_NODES%% *}
     # The address by which Slurm itself reaches the node: names need not resolve.
     MASTER_ADDR=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that systems hand out
     cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / ORYX_RANKS))}
-    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+    export ORYX_NODES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
     end=${SLURM_JOB_END_TIME:-}
     if [[ -z $end ]]; then # before Slurm 22.05
         end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || end=
