@@ -175,9 +175,6 @@ class Display(Callback):
         self._started, self._first, self._since = time.monotonic(), to, []
         self._write(f"  back from step {iteration} to {to}; {skipped} samples are passed over")
 
-    def on_slow(self, iteration: int, text: str) -> None:
-        self._write(f"  {text}")
-
     def on_finish(self, iteration: int, reason: str | None) -> None:
         if reason is not None:
             self._write(f"  stopped after step {iteration} ({reason}); everything is saved, start again to go on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def evaluate(
     *,
     data_rank: int,
     plans: tuple[str, ...] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> list[Evaluation]:
     """Evaluate every dataset under every plan on the same `evaluation.batches` global batches.
 
@@ -59,6 +61,7 @@ def evaluate(
         tokenizer: For the bytes behind each token.
         data_rank: Data-parallel rank of this process.
         plans: Plan specs.
+        progress: Called after every global batch.
     """
     token_bytes = tokenizer.token_bytes()
     training = [chunk.training for chunk in chunks]
@@ -68,7 +71,7 @@ def evaluate(
             chunk.eval()
         for name, dataset in datasets.items():
             for spec in plans or run.evaluation.plans:
-                totals = _run(run, layout, chunks, dataset, tokenizer, token_bytes, spec, data_rank)
+                totals = _run(run, layout, chunks, dataset, tokenizer, token_bytes, spec, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
                 results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens)))
     finally:
@@ -86,6 +89,7 @@ def _run(
     token_bytes: np.ndarray,
     spec: str,
     data_rank: int,
+    progress: Callable[[], None],
 ) -> Totals:
     plan = parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
     stream = SampleStream(
@@ -98,11 +102,12 @@ def _run(
         eod=tokenizer.eod_id,
         vocab_size=tokenizer.vocab_size,
     )
+    sums = []
     try:
-        sums = [
-            forward_backward(chunks, evaluation_batches(stream.next_batches(), plan, token_bytes), forward_only=True)
-            for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size))
-        ]
+        for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size)):
+            batches = evaluation_batches(stream.next_batches(), plan, token_bytes)
+            sums.append(forward_backward(chunks, batches, forward_only=True))
+            progress()
     finally:
         stream.close()
     return Totals(sum(s.loss for s in sums), sum(s.tokens for s in sums), sum(s.text_bytes for s in sums))

@@ -47,6 +47,8 @@ from oryx_megatron.train.engine import build_engine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged, record_path, write_record
 from oryx_megatron.train.step import Microbatch, Totals
+from oryx_megatron.train.stragglers import Stragglers
+from oryx_megatron.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ class Trainer:
         self.checkpoints = self.engine.checkpoints(self.folder / "checkpoints")
         self.clock = Clock()
         self.guard = Guard(run.faults)
+        self.stragglers = Stragglers(self.chunks, run.faults.slow_rank)
+        self.watchdog = Watchdog(self.folder, run.faults.hang_timeout)
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         self._saved: int | None = None
@@ -124,6 +128,11 @@ class Trainer:
         run = self.run
         last = min(run.train.iterations, run.train.exit_after or run.train.iterations)
         self._call("on_start", run, self.iteration)
+        with self.watchdog:
+            return self._fit(last)
+
+    def _fit(self, last: int) -> signals.Stop | None:
+        run = self.run
         try:
             self._agree(0.0, bad=False)  # a signal may have come while the model was built
             if self._missed_evaluation():
@@ -131,6 +140,9 @@ class Trainer:
             while self.iteration < last and self._stop is None:
                 record = self.step()
                 self._call("on_step", record)
+                if self.iteration % run.logging.interval == 0 and (text := self.stragglers.compare()) is not None:
+                    log.warning("step %d: %s", self.iteration, text)
+                    self._call("on_slow", self.iteration, text)
                 if record.skipped and self._handle_bad_step():
                     continue
                 if _due(self.iteration, run.evaluation.interval, run.train.iterations) and self._stop is None:
@@ -159,6 +171,8 @@ class Trainer:
 
     def step(self) -> StepRecord:
         """One optimizer step; all ranks leave its update out when it is bad."""
+        self.watchdog.beat(f"in step {self.iteration + 1}", first=not self._started)
+        self.stragglers.start()
         started, waited, consumed = time.perf_counter(), self.stream.wait_seconds, self.stream.consumed
         batches = training_batches(
             self._next_samples(),
@@ -216,10 +230,17 @@ class Trainer:
 
     def evaluate(self) -> list[Evaluation]:
         """Evaluate on all validation sets under all plans of the config."""
+        self.watchdog.beat("evaluating", first=True)
         datasets = {name: blend for name, blend in self.datasets.items() if name != "train"}
         with self.clock.time("evaluation"):
             results = evaluate(
-                self.run, self.layout, self.chunks, datasets, self.tokenizer, data_rank=self.data_rank
+                self.run,
+                self.layout,
+                self.chunks,
+                datasets,
+                self.tokenizer,
+                data_rank=self.data_rank,
+                progress=lambda: self.watchdog.beat("evaluating"),
             )
         self.evaluations = [{"iteration": self.iteration, **result.to_dict()} for result in results]
         self._call("on_evaluation", self.iteration, results)
@@ -253,6 +274,7 @@ class Trainer:
 
     def _complete_save(self, complete: Callable[[], Path | None]) -> None:
         """Make or finish a checkpoint, or report that it failed."""
+        self.watchdog.beat("with a checkpoint", more=self.run.checkpoint.timeout)
         try:
             with self.clock.time("checkpoint"):
                 path = complete()
