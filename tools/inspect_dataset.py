@@ -120,8 +120,14 @@ def plot(lengths: np.ndarray, title: str, path: str) -> None:
     axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=title)
     axes.axvline(float(np.median(lengths)), color="black", linestyle="--", label=f"median {np.median(lengths):,.0f}")
     axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.rpartition(".")[2])
+    ending, known = path.rpartition(".")[2], figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise DataError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}")
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=ending)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
     pyplot.close(figure)
 
 

@@ -72,12 +72,16 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 class Bar:
-    """Progress on a terminal: bytes of input with what is left of the time, documents, tokens per second."""
+    """Progress: bytes of input, what is left of the time, documents, tokens per second.
+
+    A bar on a terminal; a line each minute where the output goes to a file.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.bar: tqdm | None = None
-        self.quiet = quiet or not sys.stderr.isatty()
-        self.start = time.perf_counter()
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self.start = self.told = time.perf_counter()
 
     def __enter__(self) -> Bar:
         return self
@@ -87,20 +91,33 @@ class Bar:
             self.bar.close()
 
     def show(self, progress: Progress) -> None:
-        if self.quiet:
+        now = time.perf_counter()
+        if self.quiet or (not self.terminal and now - self.told < 60):
             return
-        if self.bar is None:
-            self.bar = tqdm(
-                total=progress.total,
-                initial=progress.before,
+        seconds = now - self.start
+        counts = f"{tqdm.format_sizeof(progress.documents)} docs, {tqdm.format_sizeof(progress.tokens / seconds)} tok/s"
+        if not self.terminal:
+            line = tqdm.format_meter(
+                progress.bytes,
+                progress.total,
+                seconds,
+                ncols=0,
                 unit="B",
                 unit_scale=True,
-                leave=False,
-                dynamic_ncols=True,
+                initial=progress.before,
+                postfix=counts,
             )
-        seconds = time.perf_counter() - self.start
-        rate = tqdm.format_sizeof(progress.tokens / seconds)
-        self.bar.set_postfix_str(f"{tqdm.format_sizeof(progress.documents)} docs, {rate} tok/s", refresh=False)
+            print(line.strip(), file=sys.stderr, flush=True)
+            self.told = now
+            return
+        if self.bar is None:
+            # Terminals that do not tell their size (some containers') get 80 columns; tqdm alone would draw nothing.
+            known = 0 not in os.get_terminal_size(sys.stderr.fileno())
+            size = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+            self.bar = tqdm(
+                total=progress.total, initial=progress.before, unit="B", unit_scale=True, leave=False, **size
+            )
+        self.bar.set_postfix_str(counts, refresh=False)
         self.bar.update(progress.bytes - self.bar.n)
 
 
@@ -139,6 +156,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, nargs="+", help="`stdlib`, files, folders, URLs; in this order")
@@ -149,7 +172,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="forget an unfinished run instead of going on with it")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="do the I-th of N parts only")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     group = parser.add_argument_group("documents")
     group.add_argument(
         "--format", choices=["auto", "text", "jsonl", "parquet"], default="auto", help="default: by ending"
@@ -162,7 +185,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("bad input")
     group.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="default: stop at the first")
     group.add_argument(
-        "--max-bad", type=float, default=0.01, metavar="SHARE", help="with skip, at most (default: 0.01)"
+        "--max-bad", type=share, default=0.01, metavar="SHARE", help="with skip, of documents and input (default: 0.01)"
     )
     group.add_argument("--keep-nul", action="store_true", help="keep documents with NUL characters")
     group.add_argument(
@@ -174,7 +197,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--verify-fraction",
-        type=float,
+        type=share,
         default=0.001,
         metavar="SHARE",
         help="of its documents compared (default: 0.001)",

@@ -109,6 +109,8 @@ class Bad:
     reason: str
     """One of a few words, for counting."""
     detail: str = ""
+    unread: int = 0
+    """Input bytes of the file, or the part of it, that could not be read to its end."""
 
 
 @dataclass
@@ -230,12 +232,28 @@ def _remote_files(source: str, options: ReadOptions) -> list[tuple[str, int]]:
             found.sort(key=lambda item: item[0].encode())
         else:
             found = [(path, system.info(path))]
-        files = [(str(system.unstrip_protocol(name)), int(entry["size"] or 0)) for name, entry in found]
+        files = [(_chained(source, system.unstrip_protocol(name)), int(entry["size"] or 0)) for name, entry in found]
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"cannot read {source}: {_line(error)}") from error
     if not files:
         raise DataError(f"input {source} has no file with a known ending; name them with --endings")
     return files
+
+
+def _chained(source: str, url: str) -> str:
+    """The URL of a file found in `source`, behind the same chain of file systems (`zip://…::s3://…`)."""
+    first, chain, rest = source.partition("::")
+    if not chain:
+        return url
+    return f"{url}::{rest}" if "://" in first else f"{first}::{url}"
+
+
+def _name(path: str) -> str:
+    """What tells the kind of a file: its path, or the path within a chain of file systems."""
+    if "://" not in path or "::" not in path:
+        return path
+    first, _, rest = path.partition("::")
+    return first if "://" in first else rest
 
 
 def _wanted(name: str, options: ReadOptions) -> bool:
@@ -246,13 +264,14 @@ def _wanted(name: str, options: ReadOptions) -> bool:
 
 
 def _compression(path: str) -> str | None:
-    return COMPRESSIONS.get(Path(path).suffix)
+    return COMPRESSIONS.get(Path(_name(path)).suffix)
 
 
 def _format(path: str, options: ReadOptions) -> str:
     if options.format != "auto":
         return options.format
-    stem = path.removesuffix(Path(path).suffix) if _compression(path) else path
+    name = _name(path)
+    stem = name.removesuffix(Path(name).suffix) if _compression(name) else name
     if stem.endswith(LINES_ENDINGS):
         return "jsonl"
     return "parquet" if stem.endswith(".parquet") else "text"
@@ -275,7 +294,7 @@ def read(unit: Sequence[Segment], options: ReadOptions, reading: Reading | None 
         try:
             yield from readers[segment.format](segment, options, reading)
         except _unreadable() as error:
-            yield Bad(segment.path, "unreadable file", _line(error))
+            yield Bad(segment.path, "unreadable file", _line(error), segment.size)
         reading.done += segment.size
         reading.position = lambda: 0
 
@@ -519,7 +538,8 @@ def _read_lines(segment: Segment, options: ReadOptions, reading: Reading) -> Ite
 def _line_problem(line: bytes, key: str) -> str | tuple[str, str]:
     """What is wrong with a line of JSON lines: reason and detail; or its text when nothing is."""
     try:
-        record = json.loads(line.decode())
+        # Python refuses integers of thousands of digits; beside the text they do no harm.
+        record = json.loads(line.decode(), parse_int=lambda _: 0)
     except UnicodeDecodeError as error:
         return "not UTF-8", f"byte {line[error.start]:#04x} at {error.start} of the line"
     except json.JSONDecodeError as error:
@@ -567,15 +587,16 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
         try:
             table = parquet.ParquetFile(file)
         except ValueError as error:  # pyarrow's ArrowInvalid
-            yield Bad(segment.path, "unreadable file", _line(error))
+            yield Bad(segment.path, "unreadable file", _line(error), segment.size)
             return
         if column not in table.schema_arrow.names:
             names = ", ".join(map(repr, table.schema_arrow.names[:4]))
-            yield Bad(segment.path, "missing key", f"no column {column!r}, only {names}; see --text-key")
+            problem = f"no column {column!r}, only {names}; see --text-key"
+            yield Bad(segment.path, "missing key", problem, segment.size)
             return
         kind = str(table.schema_arrow.field(column).type)
         if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
-            yield Bad(segment.path, "wrong type", f"column {column!r} holds {kind}, not text")
+            yield Bad(segment.path, "wrong type", f"column {column!r} holds {kind}, not text", segment.size)
             return
         groups = range(segment.start, table.num_row_groups if segment.stop is None else segment.stop)
         row = sum(table.metadata.row_group(i).num_rows for i in range(segment.start))
@@ -590,7 +611,7 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
                         row += 1
                         yield from _row(value, f"{segment.path}:row {row}", options)
             except ValueError as error:
-                yield Bad(f"{segment.path}:row group {group}", "unreadable file", _line(error))
+                yield Bad(f"{segment.path}:row group {group}", "unreadable file", _line(error), segment.size)
                 return
 
 
@@ -632,16 +653,21 @@ def _open(path: str, reading: Reading | None = None) -> Iterator[BinaryIO]:
         yield stack.enter_context(_decompressed(raw, path))
 
 
-def _open_raw(path: str) -> BinaryIO:
+@contextlib.contextmanager
+def _open_raw(path: str) -> Iterator[BinaryIO]:
     if "://" not in path:
-        return open(path, "rb", buffering=1 << 20)
+        with open(path, "rb", buffering=1 << 20) as local:
+            yield local
+        return
     import fsspec.core
 
     try:
-        system, name = fsspec.core.url_to_fs(path)
-        return system.open(name, "rb")
+        system, name = fsspec.core.url_to_fs(path)  # an archive is closed when its file system is forgotten
+        file = system.open(name, "rb")
     except (ImportError, ValueError) as error:
         raise DataError(f"cannot read {path}: {_line(error)}") from error
+    with file:
+        yield file
 
 
 def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
@@ -666,4 +692,6 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 def _line(error: BaseException) -> str:
     """First line of an error's message."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"  # fsspec says no more than the name
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -208,7 +208,6 @@ class IndexedWriter:
             sync(self.prefix.absolute().parent)
         except OSError as error:
             raise DataError(f"cannot write {self.prefix}: {error.strerror}") from error
-        shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 
     def _verify(self, tokens: Path, index: Path) -> None:
@@ -296,6 +295,11 @@ def read_index(path: Path) -> Index:
         begins = np.concatenate([[tokens], ends[:-1]]) * dtype.itemsize
         if not np.array_equal(begins, offsets[start : start + BLOCK]):
             wrong = start + int(np.argmax(begins != offsets[start : start + BLOCK]))
+            if wrong and offsets[wrong] * dtype.itemsize in [begins[wrong - start] * n for n in (1, 2, 4, 8)]:
+                raise DataError(
+                    f"{path} says {dtype.name}, but sequence {wrong} begins at byte {offsets[wrong]} rather than "
+                    f"{begins[wrong - start]}: the dtype code is not that of the data"
+                )
             raise DataError(f"{path}: offset of sequence {wrong} does not follow from the lengths before it")
         tokens = int(ends[-1])
     for start in range(0, bounds - 1, BLOCK):

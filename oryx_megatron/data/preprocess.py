@@ -56,7 +56,7 @@ class Job:
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with bad input: stop at the first, or leave it out and count it."""
     max_bad: float = 0.01
-    """With `skip`: largest share of documents that may be bad."""
+    """With `skip`: largest share of documents that may be bad, and of input in files that cannot be read to the end."""
     fast: bool = True
     """Use gigatoken where it gives the same tokens."""
     verify_fraction: float = 0.001
@@ -92,6 +92,8 @@ class _Part:
     blank: int = 0
     paths: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
+    unread: int = 0
+    """Input bytes of files that could not be read to their end."""
     stop: str | None = None
     """The line to stop with."""
 
@@ -113,16 +115,53 @@ def preprocess(
     prefix = Path(prefix)
     tokenizer = load_tokenizer(job.tokenizer)
     job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
-    if not overwrite and file_of(prefix, "idx").exists():
+    folder = file_of(prefix, "work")
+    exists = file_of(prefix, "idx").exists()
+    if exists and not overwrite and not (folder / "key.json").exists():
         raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
     units = _shard(plan(job.inputs, job.read, job.unit_bytes, job.shard[1]), job.shard)
-    folder = file_of(prefix, "work")
-    with _locked(folder):
-        state = _resume(folder, _key(job, units, tokenizer.fingerprint), restart)
-        workers = min(processes, len(units)) if processes > 1 else None
-        manifest = _run(job, units, prefix, folder, state, workers, report)
+    key = _key(job, units, tokenizer.fingerprint)
+    with _locked(folder), _writing(folder):
+        if exists and not restart and _finished(folder, key):
+            manifest = read_json(file_of(prefix, "json"))
+        elif exists and not overwrite:
+            raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
+        else:
+            state = _resume(folder, key, restart)
+            workers = min(processes, len(units)) if processes > 1 else None
+            manifest = _run(job, units, prefix, folder, state, workers, report)
+        with contextlib.suppress(OSError):
+            _clear(folder, but=("lock", "key.json"))
     shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full or failing disk as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}; run again to go on") from error
+
+
+def _finished(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether the run that `folder` is of was killed after its dataset had got its name."""
+    return (folder / "key.json").exists() and read_json(folder / "key.json") == key and _renamed(folder)
+
+
+def _renamed(folder: Path) -> bool:
+    """Whether the finished files have left the folder."""
+    return not (folder / "parts").exists() or ((folder / "state.json").exists() and not (folder / "tokens").exists())
+
+
+def _clear(folder: Path, but: Sequence[str]) -> None:
+    """Empty the folder, parts first: see `_renamed`."""
+    if (folder / "parts").exists():
+        shutil.rmtree(folder / "parts")
+    for path in folder.iterdir():
+        if path.name not in but:
+            path.unlink()
 
 
 def _shard(units: list[tuple[Segment, ...]], shard: tuple[int, int]) -> list[tuple[Segment, ...]]:
@@ -195,9 +234,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
     """State of an unfinished run in `folder`; a fresh one when there is none."""
     fresh: dict[str, Any] = {"merged": 0, "writer": None, "log": 0, "totals": asdict(_Part())}
-    begun = (folder / "key.json").exists()
-    if begun and (folder / "state.json").exists() and not (folder / "tokens").exists():
-        begun = False  # killed while the finished files were being renamed
+    begun = (folder / "key.json").exists() and not _renamed(folder)  # else killed while finished files were renamed
     if begun and not restart:
         found = read_json(folder / "key.json")
         if found["input"] != key["input"]:
@@ -207,9 +244,7 @@ def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
             if changed:
                 raise DataError(f"{folder} is of a run with other {', '.join(changed)}; pass --restart to begin again")
         return read_json(folder / "state.json") if (folder / "state.json").exists() else fresh
-    for path in folder.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _clear(folder, but=("lock",))
     (folder / "parts").mkdir()
     write_json(folder / "key.json", key)
     return fresh
@@ -270,11 +305,11 @@ def _run(
             log.write(_part_file(folder, number, "bad").read_bytes())
             _add(totals, part)
             merged += 1
-            _check_share(job, totals, final=False)
+            _check_share(job, totals, progress.total)
             tell()
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
-        _check_share(job, totals, final=True)
+        _check_share(job, totals, progress.total, final=True)
         save()
         skipped = dict(sorted(totals.bad.items()))
         more: dict[str, Any] = {
@@ -299,14 +334,20 @@ def _add(totals: _Part, part: _Part) -> None:
     totals.tokens += part.tokens
     totals.text_bytes += part.text_bytes
     totals.blank += part.blank
+    totals.unread += part.unread
     totals.max_token = max(totals.max_token, part.max_token)
     totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
     totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 
-def _check_share(job: Job, totals: _Part, *, final: bool) -> None:
+def _check_share(job: Job, totals: _Part, input_bytes: int, *, final: bool = False) -> None:
     if job.on_error == "stop":
         return
+    if totals.unread > job.max_bad * input_bytes:
+        raise DataError(
+            f"files with {totals.unread / input_bytes:.2%} of the input cannot be read to their end, more than "
+            f"--max-bad {job.max_bad:.2%}; nothing was written. Raise --max-bad and run again to go on"
+        )
     bad = sum(number for reason, number in totals.bad.items() if reason != "empty")
     seen = totals.documents + bad
     if bad > job.max_bad * seen and (final or seen >= 100_000):
@@ -443,26 +484,24 @@ class _Worker:
         part, self.encoder.counts = _Part(), Counter()
         reading, base = Reading(), int(self.counts[0])
         files = {end: _part_file(self.folder, number, end) for end in ("bin", "len", "bad")}
-        try:
-            with (
-                open(files["bin"], "wb", buffering=1 << 20) as bin_,
-                open(files["len"], "wb") as len_,
-                open(files["bad"], "wb") as bad,
-            ):
-                open_length = 0  # tokens of a document of which more parts follow
-                for batch in self._batches(unit, reading, part, bad):
-                    open_length = self._write(batch, part, bin_, len_, open_length)
-                    self.counts[0] = base + reading.done + reading.position()
-                    self.counts[1] += sum(text.last for text in batch)
-                for file in (bin_, len_, bad):
-                    file.flush()
-                    os.fsync(file.fileno())
+        with (
+            _writing(self.folder),
+            open(files["bin"], "wb", buffering=1 << 20) as bin_,
+            open(files["len"], "wb") as len_,
+            open(files["bad"], "wb") as bad,
+        ):
+            open_length = 0  # tokens of a document of which more parts follow
+            for batch in self._batches(unit, reading, part, bad):
+                open_length = self._write(batch, part, bin_, len_, open_length)
+                self.counts[0] = base + reading.done + reading.position()
+                self.counts[1] += sum(text.last for text in batch)
+            for file in (bin_, len_, bad):
+                file.flush()
+                os.fsync(file.fileno())
             part.blank = reading.blank
             part.paths = dict(self.encoder.counts)
             self.counts[0] = base + sum(segment.size for segment in unit)
             write_json(_part_file(self.folder, number, "json"), asdict(part))
-        except OSError as error:
-            raise DataError(f"cannot write {self.folder}: {error.strerror}; run again to go on") from error
 
     def _batches(self, unit: Sequence[Segment], reading: Reading, part: _Part, log: Any) -> Iterator[list[Text]]:
         """Documents in batches of about BATCH_BYTES; what is bad is counted, logged, or stops the piece of work."""
@@ -475,7 +514,9 @@ class _Worker:
                     part.stop = f"{describe(item)}; --on-error skip leaves such input out"
                     return
                 part.bad[item.reason] = part.bad.get(item.reason, 0) + 1
-                log.write((json.dumps(asdict(item), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+                part.unread += item.unread
+                fields = {name: value for name, value in asdict(item).items() if name != "unread" or value}
+                log.write((json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
                 continue
             batch.append(item)
             size += len(item.data)

@@ -10,6 +10,7 @@ import lzma
 import os
 import random
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,7 +116,13 @@ def test_remote_files(tmp_path: Path) -> None:
     assert texts("memory://corpus/b.jsonl", unit_bytes=64) == TEXTS
     (tmp_path / "c.txt").write_text("local")
     assert texts(f"file://{tmp_path}") == ["local"]
-    with pytest.raises(DataError, match="cannot read memory://none"):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        archive.writestr("deep/a.jsonl.gz", gzip.compress(JSON_LINES.encode()))
+        archive.writestr("deep/b.txt", "packed")
+    assert texts(f"zip://deep::file://{tmp_path}/d.zip") == [*TEXTS, "packed"]
+    assert texts(f"zip://deep/a.jsonl.gz::file://{tmp_path}/d.zip") == TEXTS
+    assert texts(f"simplecache::file://{tmp_path}/c.txt") == ["local"]
+    with pytest.raises(DataError, match="cannot read memory://none: no such file"):
         plan(["memory://none"], ReadOptions())
     with pytest.raises(DataError, match="cannot read nosuch://x"):
         plan(["nosuch://x"], ReadOptions())
@@ -150,6 +157,16 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path: Path, line: str | by
     assert isinstance(problem, Bad)
     assert isinstance(last, Text)
     assert re.match(rf"{re.escape(str(tmp_path))}/a\.jsonl:2: {message}", describe(problem))
+
+
+def test_huge_numbers_beside_the_text_do_no_harm(tmp_path: Path) -> None:
+    """Python refuses to read integers of more than 4,300 digits."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": ' + "9" * 5000 + '}\n{"text": ' + "9" * 5000 + "}\n")
+    good, problem = items(tmp_path)
+    assert isinstance(good, Text)
+    assert good.text == "a"
+    assert isinstance(problem, Bad)
+    assert describe(problem).endswith("a.jsonl:2: wrong type ('text' is a JSON number, not a string)")
 
 
 def test_overlong_lines_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

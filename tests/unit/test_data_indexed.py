@@ -100,6 +100,7 @@ DAMAGE = [
     (lambda p: patch(p.with_suffix(".idx"), 0, b"X"), r"a\.idx is not a megatron-core index \(wrong magic number\)"),
     (lambda p: patch(p.with_suffix(".idx"), 9, b"\2"), "index version 2"),
     (lambda p: patch(p.with_suffix(".idx"), 17, b"\7"), "dtype code 7, which is no token type"),
+    (lambda p: patch(p.with_suffix(".idx"), 17, b"\4"), "says int32, but sequence 1 begins at byte 8 rather than 16"),
     (lambda p: patch(p.with_suffix(".idx"), 34, struct.pack("<i", -4)), "sequence 0 has a negative length"),
     (lambda p: patch(p.with_suffix(".idx"), BASE + 8, struct.pack("<q", 6)), "offset of sequence 1 does not follow"),
     (lambda p: patch(p.with_suffix(".idx"), BASE + 40, struct.pack("<q", 9)), "bounds of document 1 run backwards"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import hashlib
 import json
 import os
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from oryx_megatron.data import corpus
+from oryx_megatron.data import preprocess as preprocess_module
 from oryx_megatron.data.corpus import ReadOptions
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.preprocess import Job, preprocess, shard_prefix
@@ -255,6 +259,43 @@ def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_the_bound_holds_for_what_could_not_be_read(tmp_path: Path) -> None:
+    """A truncated archive is one piece of bad input, however much it held."""
+    source = write_corpus(tmp_path / "in", documents=400)
+    whole = gzip.compress((source / "a.jsonl").read_bytes())
+    (source / "c.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    share = len(whole) // 2 / sum(path.stat().st_size for path in source.iterdir())
+    with pytest.raises(DataError, match=rf"files with {share:.2%} of the input cannot be read to their end, more than"):
+        preprocess(job(source, on_error="skip"), tmp_path / "out")
+    assert not (tmp_path / "out.bin").exists()
+    manifest = preprocess(job(source, on_error="skip", max_bad=share + 0.01), tmp_path / "out")
+    assert manifest["skipped"] == {"unreadable file": 1}
+    assert json.loads((tmp_path / "out.skipped.jsonl").read_text())["unread"] == len(whole) // 2
+
+
+def test_killed_after_the_last_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_corpus(tmp_path / "in")
+
+    def killed(folder: Path, but: Sequence[str]) -> None:
+        if "key.json" in but:
+            raise KeyboardInterrupt
+        clear(folder, but)
+
+    clear = preprocess_module._clear
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preprocess_module, "_clear", killed)
+        preprocess(job(source), tmp_path / "out")
+    assert (tmp_path / "out.work").exists()
+    before = (tmp_path / "out.idx").stat().st_mtime_ns
+    with pytest.raises(DataError, match="exists already"):
+        preprocess(job(source, append_eod=False), tmp_path / "out")
+    assert preprocess(job(source), tmp_path / "out")["documents"] == 61  # the same command, and nothing is done again
+    assert (tmp_path / "out.idx").stat().st_mtime_ns == before
+    assert not (tmp_path / "out.work").exists()
+    with pytest.raises(DataError, match="exists already"):
+        preprocess(job(source), tmp_path / "out")
+
+
 def test_nothing_to_read_and_datasets_that_exist(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n')
     with pytest.raises(DataError, match="the corpus has no tokens"):
@@ -293,6 +334,19 @@ def test_a_disk_that_fills_leaves_no_dataset(tmp_path: Path) -> None:
     assert not (tmp_path / "out.bin").exists()
     assert not (tmp_path / "out.idx").exists()
     assert preprocess(job(source), tmp_path / "out", restart=True)["documents"] == 2001
+
+
+def test_a_disk_that_fills_while_finished_parts_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_corpus(tmp_path / "in")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"cannot write .*out\.work: No space left on"):
+        patch.setattr(preprocess_module, "_log", full)
+        preprocess(job(source), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.work"]
+    assert preprocess(job(source), tmp_path / "out")["documents"] == 61
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_tools_print_what_they_did_within_80_columns(tmp_path: Path, capsys: pyt
     for arguments, message in (
         ([str(a), "--documents", "99"], "error: there is no document 99"),
         ([str(tmp_path / "none")], "none.idx is missing"),
+        ([str(a), "--plot", "lengths.xyz"], "error: --plot lengths.xyz: the name must end in one of avif, "),
+        ([str(a), "--plot", str(tmp_path / "a.json" / "x.png")], "error: cannot write "),
     ):
         assert inspect(arguments) == 2
         assert message in capsys.readouterr().err
