@@ -38,6 +38,10 @@ class TaskConfig:
     """needle, phonebook: digits of a number."""
     easiest: int | None = None
     """mqar: training texts have from this many pairs to `pairs`, queries fill the rest; null: as in scoring."""
+    short_length: int | None = None
+    """Training begins with texts of this length (proportionally fewer pairs, more texts: as many tokens a step)."""
+    short_iterations: int = 0
+    """How many iterations it does so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,8 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     known = {"name", "task", "scoring", "seeds", "run", "models", "equal_to"}
     if not isinstance(data, dict) or set(data) != known:
         raise ConfigError(f"{source}: expected exactly the keys {', '.join(sorted(known))}")
+    if not isinstance(data["seeds"], list) or not all(isinstance(seed, int) for seed in data["seeds"]):
+        raise ConfigError(f"{source}: seeds: expected a list of integers, got {data['seeds']!r}")
     task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
     scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
     runs = {}

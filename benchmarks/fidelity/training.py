@@ -44,7 +44,7 @@ def build_lessons(task: TaskConfig, vocab_size: int) -> RetrievalTask:
     """The task to train on."""
     if task.easiest is None:
         return build_task(task, vocab_size)
-    return EasyAndHard(vocab_size, task.easiest, task.pairs)
+    return EasyAndHard(vocab_size, task.easiest, task.pairs / task.length)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class EasyAndHard:
 
     vocab_size: int
     least: int
-    most: int
+    most: float
+    """Pairs per token of the text."""
     group: int = 8
     """Texts with one number of pairs."""
     name: str = "mqar"
@@ -63,7 +64,7 @@ class EasyAndHard:
         rng = np.random.default_rng([seed, length])
         parts = []
         for start in range(0, count, self.group):
-            pairs = round(self.least * (self.most / self.least) ** rng.random())
+            pairs = round(self.least * (self.most * length / self.least) ** rng.random())
             rest = length - 2 * pairs
             task = AssociativeRecall(self.vocab_size, pairs, queries=rest, tail=rest)
             parts.append(task.sample(length, min(self.group, count - start), int(rng.integers(2**62))))
@@ -91,12 +92,13 @@ class Training:
 
     def batches(self) -> Iterator[RetrievalBatch]:
         """One global batch per iteration, drawn beside training; the same for every model of a seed."""
-        run = self.run
+        run, task = self.run, self.experiment.task
         # Scores are taken on small seeds (`scores`).
         first = (run.seed + 1) * 1_000_000_000
 
         def draw(iteration: int) -> RetrievalBatch:
-            return self.lessons.sample(self.experiment.task.length, run.train.global_batch_size, first + iteration)
+            length = task.short_length if task.short_length and iteration < task.short_iterations else task.length
+            return self.lessons.sample(length, run.train.global_batch_size * task.length // length, first + iteration)
 
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(draw, i) for i in range(2)]
@@ -106,9 +108,10 @@ class Training:
 
     def step(self, iteration: int, batch: RetrievalBatch) -> float:
         """One optimizer step; returns the loss per answer token."""
-        size = self.run.train.micro_batch_size
+        train, (rows, length) = self.run.train, batch.tokens.shape
+        size = rows * train.micro_batch_size // train.global_batch_size
         microbatches = [
-            Microbatch(tokens, labels.clamp(min=0), (labels != IGNORED).float(), self._plan(iteration, m))
+            Microbatch(tokens, labels.clamp(min=0), (labels != IGNORED).float(), self._plan(iteration, m, length))
             for m, (tokens, labels) in enumerate(zip(batch.tokens.split(size), batch.labels.split(size)))
         ]
         for chunk in self.chunks:
@@ -119,14 +122,9 @@ class Training:
         self.schedule.step(increment=1)
         return loss
 
-    def _plan(self, iteration: int, microbatch: int) -> ModePlan:
-        return draw_plan(
-            self.run.modes,
-            seed=self.run.seed,
-            iteration=iteration,
-            microbatch=microbatch,
-            length=self.experiment.task.length,
-        )
+    def _plan(self, iteration: int, microbatch: int, length: int) -> ModePlan:
+        run = self.run
+        return draw_plan(run.modes, seed=run.seed, iteration=iteration, microbatch=microbatch, length=length)
 
     def logits(self, tokens: Tensor, plan: ModePlan) -> Tensor:
         """[n, s] → [n, s, vocabulary]"""

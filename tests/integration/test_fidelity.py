@@ -1,0 +1,94 @@
+"""The fidelity experiments run in small: a model learns, results and plots are written, a second start does nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENT = {
+    "name": "tiny",
+    "task": {"kind": "mqar", "length": 16, "pairs": 6, "queries": 2, "tail": 2, "easiest": 2},
+    "seeds": [1],
+    "equal_to": "gdn",
+    "scoring": {
+        "focus": "last:2",
+        "plans": ["recurrent", "last:2", "prefix:8", "attention"],
+        "examples": 16,
+        "pairs": [2, 6],
+        "interval": 20,
+    },
+    "run": {
+        "model": {
+            "mixer": "gdn",
+            "num_layers": 1,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_heads": 1,
+            "key_width": 16,
+            "value_width": 16,
+            "vocab_size": 32,
+            "recurrence_chunk": 16,
+            "init_std": 0.1,
+        },
+        "modes": {"chunk": 4},
+        "train": {"iterations": 40, "global_batch_size": 16, "micro_batch_size": 16},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup": 5},
+        "precision": {"dtype": "fp32"},
+    },
+    "models": {
+        "gdn": {},
+        "mamba2-only": {"model": {"mixer": "mamba2", "modes": "recurrent"}, "modes": {"fixed": "recurrent"}},
+    },
+}
+
+
+def _run(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "benchmarks" / "fidelity" / "retrieval.py"
+    command = [sys.executable, "-W", "ignore", str(script), str(config), "--out", str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+
+
+def test_retrieval_experiment(tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(EXPERIMENT))
+    done = _run(config, out, "--models", "gdn")
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome = json.loads((out / "gdn-1.json").read_text())
+    assert outcome["finished"]
+    assert outcome["tokens"] == 40 * 16 * 16
+    first, *_, last = outcome["curve"]
+    assert last["loss"] < first["loss"] - 0.3
+    assert {(cell["task"], cell["plan"]) for cell in outcome["cells"]} == {
+        *(("mqar", plan) for plan in EXPERIMENT["scoring"]["plans"]),
+        *((f"mqar-{n}", plan) for n in (2, 6) for plan in ("attention", "recurrent", "last:2")),
+    }
+    for name in ("accuracy.png", "curves.png", "pairs.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert "| gdn |" in (out / "summary.md").read_text()
+    assert not list(out.glob(".*"))
+    written = (out / "gdn-1.json").stat().st_mtime_ns
+    again = _run(config, out, "--models", "gdn", "--budget", "60")
+    assert again.returncode == 0, again.stderr
+    assert (out / "gdn-1.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"equal_to": "oryx"}, "equal_to: oryx is none of the models"),
+        ({"scoring": {"plans": ["last:2"], "focus": "last:2", "example": 3}}, "did you mean `scoring.examples`"),
+        ({"seeds": None}, "seeds"),
+    ],
+)
+def test_a_wrong_config_is_told_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
+    config = tmp_path / "wrong.yaml"
+    config.write_text(yaml.safe_dump(EXPERIMENT | change))
+    done = _run(config, tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
