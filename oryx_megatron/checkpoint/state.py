@@ -51,7 +51,7 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
         log.warning("%s has no optimizer state: the optimizer starts anew", folder)
         kept = None
     if kept is not None:
-        _allocate_torch_state(kept)
+        allocate_torch_state(kept)
     state = sharded_state(chunks, kept, loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
@@ -77,7 +77,7 @@ def _has_optimizer(folder: Path) -> bool:
     return any(name.startswith("optimizer.") for name in names)
 
 
-def _allocate_torch_state(optimizer: MegatronOptimizer) -> None:
+def allocate_torch_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW, the one used without TransformerEngine, its state before the first step.
 
     megatron-core reads the step from it when it describes what to load, and fails on an optimizer that never stepped.

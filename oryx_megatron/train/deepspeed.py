@@ -7,27 +7,32 @@ other engine's (tests/distributed/test_deepspeed.py).
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.checkpoint import Manifest, store
+from oryx_megatron.checkpoint import Manifest, read_manifest, store
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import file_digest
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.checkpoint.state import allocate_torch_state
+from oryx_megatron.config import to_dict, validate
+from oryx_megatron.config.schema import CheckpointConfig, DeepSpeedConfig, RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.model import OryxMixer, build_model
-from oryx_megatron.train.engine import warm
+from oryx_megatron.train.engine import MegatronEngine, warm
 from oryx_megatron.train.optimizer import build_schedule
 from oryx_megatron.train.step import Microbatch, Totals, _reduce, forward_microbatch
 
@@ -221,9 +226,82 @@ class DeepSpeedCheckpoints(Checkpoints):
                     f"{folder}: {name} was {then} and is {now}, but DeepSpeed's checkpoints load as they were written; "
                     "set it back, or convert it (tools/convert_from_deepspeed.py)"
                 )
-        path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
+        restore(self.engine, folder)
+
+
+def restore(engine: Any, folder: Path) -> None:
+    """Fill DeepSpeed's engine, new and of the same layout, from a checkpoint; CheckpointError when there is none."""
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
+
+
+def convert(folder: Path, output: Path) -> Path:
+    """Write a DeepSpeed checkpoint as one of engine megatron, with optimizer state, into the run folder `output`.
+
+    Collective over as many ranks as wrote it; each holds its share of the model and of the optimizer twice.
+
+    Returns:
+        The new checkpoint, under output/checkpoints.
+
+    Raises:
+        CheckpointError: not written by DeepSpeed, or damaged.
+    """
+    manifest = read_manifest(folder)
+    if not store.by_deepspeed(folder):
+        raise CheckpointError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
+    if damaged := store.damaged_files(folder, manifest):
+        raise CheckpointError(f"{folder} is damaged ({', '.join(damaged[:3])}); use another checkpoint")
+    written = manifest.run()
+    layout = validate(written, torch.distributed.get_world_size())
+    source = DeepSpeedEngine(written, layout)
+    restore(source.engine, folder)
+    run = dataclasses.replace(
+        written,
+        engine="megatron",
+        deepspeed=DeepSpeedConfig(),
+        output_dir=str(output),
+        checkpoint=CheckpointConfig(keep=0),
+    )
+    target = MegatronEngine(run)
+    _copy(source.engine, target)
+    config = to_dict(dataclasses.replace(run, checkpoint=written.checkpoint))
+
+    def make(files: dict[str, dict[str, Any]]) -> Manifest:
+        return dataclasses.replace(manifest, config=config, files=files)
+
+    saved = target.checkpoints(output / "checkpoints").save(manifest.iteration, make)
+    if saved is None:
+        raise CheckpointError(f"{output}: nothing was written")
+    return saved
+
+
+@torch.no_grad()
+def _copy(engine: Any, target: MegatronEngine) -> None:
+    """Weights, fp32 masters, moments and the number of updates, each rank its own shards."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    steps = [float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
+    updates = torch.tensor(max(steps, default=0.0))
+    allocate_torch_state(target.optimizer)
+    optimizers = {
+        parameter: single
+        for single in getattr(target.optimizer, "chained_optimizers", [target.optimizer])
+        for parameter in single.model_param_group_index_map
+    }
+    (model,) = (unwrap_model(chunk) for chunk in target.chunks)
+    whole = dict(model.named_parameters())
+    for name, parameter in engine.module.named_parameters():
+        weight = safe_get_full_fp32_param(parameter)
+        state = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        own = whole[name]
+        own.copy_(weight.view_as(own))
+        if own in optimizers:  # else another data-parallel rank keeps its state
+            place = optimizers[own]._get_model_param_range_map(own)["param"]
+            state = {k: v.flatten()[place.start : place.end] for k, v in (state | {"param": weight}).items()}
+            optimizers[own]._set_main_param_and_optimizer_states(own, state | {"step": updates})
 
 
 class _Forward:
@@ -244,15 +322,30 @@ def import_deepspeed() -> Any:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("engine: deepspeed is not installed; `pip install deepspeed==0.19.8`, or use megatron")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not platform.has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also without torchrun
+    with _quiet_linker():
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet_linker() -> Iterator[None]:
+    """No standard error of this process and its children: importing deepspeed tries what the linker can find."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def deepspeed_config(run: RunConfig, layout: Layout, *, bucket: int = BUCKET) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Make a checkpoint that every layout and tool reads of one that engine deepspeed wrote, optimizer state included.
+
+    python tools/convert_from_deepspeed.py runs/zero3 runs/zero3-megatron
+    python tools/convert_to_hf.py runs/zero3-megatron exported
+
+OUTPUT becomes a run folder: `output_dir=OUTPUT engine=megatron` goes on with the training. Works on CPUs, with as many
+processes as there were ranks; under torchrun, with those that it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
+from oryx_megatron.checkpoint.store import by_deepspeed
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConversionError
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Start the ranks, convert; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
+    parser.add_argument("output", type=Path, help="run folder to make")
+    arguments = parser.parse_args(argv)
+    folder = find_checkpoint(arguments.checkpoint)
+    if not by_deepspeed(folder):
+        raise ConversionError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
+    manifest = read_manifest(folder)
+    if "RANK" not in os.environ:
+        if list_checkpoints(arguments.output / "checkpoints"):
+            raise ConversionError(f"{arguments.output} holds checkpoints already; choose another output")
+        ranks = manifest.layout["tp"] * manifest.layout["dp"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(Path(__file__).resolve()), str(folder), str(arguments.output)]
+        os.execve(sys.executable, command, os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    warnings.simplefilter("ignore")
+    from oryx_megatron import parallel
+
+    run = manifest.run()
+    parallel.initialize(run.parallel, seed=run.seed)
+    try:
+        from oryx_megatron.train.deepspeed import convert
+
+        saved = convert(folder, arguments.output)
+        if parallel.is_main_rank():
+            print(saved)
+    finally:
+        parallel.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
