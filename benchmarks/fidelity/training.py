@@ -135,7 +135,7 @@ class Training:
 
     def predict(self, tokens: Tensor, plan: ModePlan) -> Tensor:
         """Most likely next token after each, for eval.grid."""
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: training goes on, and tables that ops keep would be of no use to it
             return self.logits(tokens, plan).argmax(-1).cpu()
 
     def scores(
@@ -209,15 +209,16 @@ def _plans_on_the_way(scoring: ScoringConfig) -> list[str]:
 
 
 def train_one(experiment: Experiment, model: str, seed: int, *, deadline: float, folder: Path) -> Outcome:
-    """Train and score one model in this process; its outcome goes to `folder`/MODEL-SEED.json, its weights to .pt."""
+    """Train and score one model in this process; its outcome goes to `folder`/MODEL-SEED.json, Oryx's weights to .pt."""
     parallel.initialize(experiment.run(model, seed).parallel, seed=seed)
     path = outcome_path(folder, model, seed)
     try:
         training = Training(experiment, model, seed)
         outcome = training.fit(deadline=deadline, report=lambda so_far: write_json(path, asdict(so_far)))
-        weights = path.with_suffix(".pt.tmp")
-        torch.save(training.chunks[0].module.state_dict(), weights)
-        os.replace(weights, path.with_suffix(".pt"))
+        if training.run.model.modes == "both":  # for policy.py
+            weights = path.with_suffix(".pt.tmp")
+            torch.save(training.chunks[0].module.state_dict(), weights)
+            os.replace(weights, path.with_suffix(".pt"))
         write_json(path, asdict(outcome))
     finally:
         parallel.destroy()
