@@ -344,12 +344,11 @@ def _words(words: Iterable[str]) -> str:
     return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
 
 
-_PLAIN = re.compile(r"[A-Za-z0-9_./:@,=+%&|*\[\]-]")
-
-
 def _sbatch_word(text: str) -> str:
-    """A word as sbatch reads it in an #SBATCH line: a backslash takes the meaning from the character after it."""
-    return "".join(c if _PLAIN.match(c) else f"\\{c}" for c in text)
+    """A word as sbatch reads it in an #SBATCH line: bare, or in double quotes with backslashes."""
+    if re.fullmatch(r"[A-Za-z0-9_./:@,=+%&|*\[\]-]*", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _option(name: str, value: object) -> str:
