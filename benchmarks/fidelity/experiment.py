@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,25 +86,25 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     Raises ConfigError for what does not parse or fit.
     """
     source = str(path)
-    try:
-        data = parse_yaml(Path(path).read_text(), source)
-    except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
-    known = {"name", "task", "scoring", "seeds", "run", "models", "equal_to"}
-    if not isinstance(data, dict) or set(data) != known:
-        raise ConfigError(f"{source}: expected exactly the keys {', '.join(sorted(known))}")
-    if not isinstance(data["seeds"], list) or not all(isinstance(seed, int) for seed in data["seeds"]):
-        raise ConfigError(f"{source}: seeds: expected a list of integers, got {data['seeds']!r}")
+    data = read_yaml(path, {"name", "task", "scoring", "seeds", "run", "models", "equal_to"})
     task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
     scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
+    base = {"data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]}, "output_dir": "none"}
+    runs = build_runs(data, {**base, "evaluation": {"plans": []}}, overrides or {}, source)
+    return Experiment(data["name"], task, scoring, tuple(data["seeds"]), runs)
+
+
+def build_runs(
+    data: Mapping[str, Any], base: Mapping[str, Any], overrides: Mapping[str, Any], source: str
+) -> dict[str, RunConfig]:
+    """A run per entry of `models`: `base`, the `run` section, the entry's changes and `overrides`, in this order.
+
+    All get as many parameters as the model `equal_to`. Raises ConfigError.
+    """
     runs = {}
     for name, changes in data["models"].items():
-        plain = {
-            "data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]},
-            "output_dir": "none",
-            "evaluation": {"plans": []},
-        }
-        for part in (data["run"], changes or {}, overrides or {}, {"model": {"name": name}}):
+        plain: dict[str, Any] = {}
+        for part in (base, data["run"], changes or {}, overrides, {"model": {"name": name}}):
             plain = merge(plain, part)
         runs[name] = from_dict(RunConfig, plain, source=f"{source}: {name}")
     if data["equal_to"] not in runs:
@@ -113,7 +113,34 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
     runs = {name: replace(run, model=equalised(run.model, wanted)) for name, run in runs.items()}
     for run in runs.values():
         validate(run, 1)
-    return Experiment(data["name"], task, scoring, tuple(data["seeds"]), runs)
+    return runs
+
+
+def read_yaml(path: str | Path, keys: set[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, which must have exactly these keys. Raises ConfigError."""
+    try:
+        data = parse_yaml(Path(path).read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict) or set(data) != keys:
+        raise ConfigError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}")
+    if not isinstance(data["seeds"], list) or not all(isinstance(seed, int) for seed in data["seeds"]):
+        raise ConfigError(f"{path}: seeds: expected a list of integers, got {data['seeds']!r}")
+    return data
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """["train.iterations=10"] → {"train": {"iterations": 10}}; values are YAML. Raises ConfigError."""
+    changes: dict[str, Any] = {}
+    for item in items:
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: expected key=value, e.g. train.iterations=100")
+        change: Any = parse_yaml(value, f"--set {item}")
+        for key in reversed(path.split(".")):
+            change = {key: change}
+        changes = merge(changes, change)
+    return changes
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +204,12 @@ def read_outcomes(folder: Path) -> list[Outcome]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON by atomic rename."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by atomic rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from typing import Any
 import experiment as ex
 
 from oryx_megatron.cli import main_guard
-from oryx_megatron.config.loading import parse_yaml
 from oryx_megatron.errors import ConfigError
 
 SCORING_SECONDS = 20.0
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "SEED", "DEADLINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    experiment = ex.load_experiment(arguments.config, overrides(arguments.set))
+    experiment = ex.load_experiment(arguments.config, ex.parse_overrides(arguments.set))
     if arguments.worker:
         from training import train_one  # torch and megatron-core: seconds that the process above is spared
 
@@ -75,20 +73,6 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"{arguments.out}: holds no results")
     summarize(experiment, outcomes, arguments.out)
     return 1 if failed else 0
-
-
-def overrides(items: Sequence[str]) -> dict[str, Any]:
-    """["train.iterations=10"] → {"train": {"iterations": 10}}; values are YAML."""
-    changes: dict[str, Any] = {}
-    for item in items:
-        path, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: expected key=value, e.g. train.iterations=100")
-        change: Any = parse_yaml(value, f"--set {item}")
-        for key in reversed(path.split(".")):
-            change = {key: change}
-        changes = ex.merge(changes, change)
-    return changes
 
 
 # -------------------------------------------------------------------------------------------------------- processes
@@ -217,7 +201,7 @@ def summarize(experiment: ex.Experiment, outcomes: list[ex.Outcome], folder: Pat
         rows.append({"model": model, "parameters": some[0].parameters, "tokens": trained, "accuracy": found})
     claims = _claims(experiment, by)
     text = "\n".join([*lines, "", *claims]) + "\n"
-    _write(folder / "summary.md", text)
+    ex.write_text(folder / "summary.md", text)
     ex.write_json(folder / "summary.json", {"experiment": experiment.name, "models": rows, "claims": claims})
     print(text, flush=True)
     plot_accuracy(experiment, by, folder / "accuracy.png")
@@ -260,12 +244,6 @@ def _spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _figure(path: Path, columns: int, draw: Any) -> None:

@@ -209,7 +209,7 @@ def _plans_on_the_way(scoring: ScoringConfig) -> list[str]:
 
 
 def train_one(experiment: Experiment, model: str, seed: int, *, deadline: float, folder: Path) -> Outcome:
-    """Train and score one model in this process; its outcome goes to `folder`/MODEL-SEED.json, Oryx's weights to .pt."""
+    """Train and score one model in this process: outcome in `folder`/MODEL-SEED.json, weights of Oryx models in .pt."""
     parallel.initialize(experiment.run(model, seed).parallel, seed=seed)
     path = outcome_path(folder, model, seed)
     try:

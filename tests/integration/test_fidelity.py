@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oryx_megatron.testing.project import tiny_project
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = {
     "name": "tiny",
@@ -92,3 +94,21 @@ def test_a_wrong_config_is_told_in_one_line(tmp_path: Path, change: dict, messag
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_language_experiment(tmp_path: Path) -> None:
+    run = yaml.safe_load(tiny_project(tmp_path).read_text())
+    del run["output_dir"]
+    run |= {"train": {"iterations": 2, "global_batch_size": 2, "micro_batch_size": 2}, "checkpoint": {"interval": 0}}
+    run["model"] |= {"num_layers": 1}
+    config, out = tmp_path / "language.yaml", tmp_path / "out"
+    models = {"gdn": {"evaluation": {"plans": ["attention", "last:8"]}}}
+    config.write_text(yaml.safe_dump({"name": "tiny", "seeds": [5], "equal_to": "gdn", "run": run, "models": models}))
+    script = ROOT / "benchmarks" / "fidelity" / "language.py"
+    command = [sys.executable, "-W", "ignore", str(script), str(config), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads((out / "summary.json").read_text())["results"]
+    assert (result["model"], result["seed"], result["tokens"]) == ("gdn", 5, 2 * 2 * 48)
+    assert all(4 < result["losses"][plan] < 7 for plan in ("attention", "last:8"))
+    assert "attention" in (out / "summary.md").read_text()

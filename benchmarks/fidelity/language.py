@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Language modelling after mixed training: Oryx under several mode plans against models of one mode, equal tokens.
+
+    python benchmarks/fidelity/language.py benchmarks/fidelity/language.yaml --out runs/language
+
+Every model of the config with every seed is an ordinary run, `python -m oryx_megatron.train OUT/MODEL-SEED/run.yaml`;
+then their metrics become summary.md and summary.json. Started again, finished runs are skipped and others resumed from
+their last checkpoint. How to make the data stands in the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import experiment as ex
+
+from oryx_megatron import arch
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import to_yaml
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.errors import ConfigError
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", help="models and their run (YAML)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds, after which running ones are ended")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the config's `run`")
+    parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
+    arguments = parser.parse_args(argv)
+    data = ex.read_yaml(arguments.config, {"name", "seeds", "run", "models", "equal_to"})
+    runs = ex.build_runs(data, {"output_dir": "none"}, ex.parse_overrides(arguments.set), arguments.config)
+    unknown = set(arguments.models or []) - set(runs)
+    if unknown:
+        raise ConfigError(f"--models {min(unknown)}: unknown; known: {', '.join(runs)}")
+    named = [
+        replace(runs[name], seed=seed, output_dir=str(arguments.out / f"{name}-{seed}"))
+        for seed, name in itertools.product(arguments.seeds or data["seeds"], arguments.models or list(runs))
+    ]
+    failed = 0 if arguments.summarize else train(named, arguments)
+    results = [found for run in named if (found := read_result(run)) is not None]
+    if not results:
+        raise ConfigError(f"{arguments.out}: holds no finished run")
+    summarize(data["name"], results, arguments.out)
+    return 1 if failed else 0
+
+
+def train(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> int:
+    """Train what is not finished, some at a time; returns how many failed."""
+    begun = time.monotonic()
+    waiting = [run for run in runs if read_result(run) is None]
+    running: list[tuple[RunConfig, subprocess.Popen]] = []
+    failed, slots = 0, itertools.count()
+    try:
+        while waiting or running:
+            left = arguments.budget - (time.monotonic() - begun)
+            while waiting and len(running) < arguments.processes and left > 0:
+                run = waiting.pop(0)
+                running.append((run, _start(run, next(slots) % max(1, arguments.gpus), arguments.gpus)))
+            if not running:
+                break
+            time.sleep(0.5)
+            for run, process in list(running):
+                if left <= 0 and process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                    print(f"{run.output_dir}: out of time", flush=True)
+                    running.remove((run, process))
+                elif process.poll() is not None:
+                    running.remove((run, process))
+                    failed += process.returncode != 0
+                    how = f"failed, see {run.output_dir}/log.txt" if process.returncode else "done"
+                    print(f"{time.monotonic() - begun:5.0f} s  {run.output_dir}: {how}", flush=True)
+    finally:
+        for _, process in running:
+            process.kill()
+    return failed
+
+
+def _start(run: RunConfig, gpu: int, gpus: int) -> subprocess.Popen:
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "run.yaml"
+    config.write_text(to_yaml(run))
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus > 1 else {})
+    with (folder / "log.txt").open("a") as log:
+        command = [sys.executable, "-m", "oryx_megatron.train", str(config)]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    model: str
+    seed: int
+    parameters: int
+    tokens: int
+    losses: dict[str, float]
+    """Validation loss at the end, nats per token, by plan."""
+    bits_per_byte: dict[str, float]
+    tokens_per_second: float
+    """By the median step."""
+
+
+def read_result(run: RunConfig) -> Result | None:
+    """The result of a run, or None while it is not finished."""
+    path = Path(run.output_dir) / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # cut off by a kill
+            continue
+    last = [line for line in lines if line.get("kind") == "evaluation" and line["iteration"] == run.train.iterations]
+    steps = {line["iteration"]: line for line in lines if line.get("kind") == "step"}
+    if {line["plan"] for line in last} != set(run.evaluation.plans) or not steps:
+        return None
+    seconds = statistics.median(line["seconds"] for line in steps.values())
+    tokens = next(iter(steps.values()))["tokens"]
+    return Result(
+        run.model.name,
+        run.seed,
+        arch.parameter_counts(run.model).total,
+        tokens * run.train.iterations,
+        {line["plan"]: line["loss"] for line in last},
+        {line["plan"]: line["bits_per_byte"] for line in last},
+        tokens / seconds,
+    )
+
+
+def summarize(name: str, results: list[Result], folder: Path) -> None:
+    """Write and print the table of validation losses."""
+    lines = [f"# {name}", "", "Validation loss in nats per token, mean (lowest to highest) over seeds.", ""]
+    lines += ["| model | parameters | seeds | tokens | tokens/s | loss by plan |", "|---|---|---|---|---|---|"]
+    for model in dict.fromkeys(result.model for result in results):
+        some = [result for result in results if result.model == model]
+        told = "; ".join(f"{plan} {_spread([r.losses[plan] for r in some])}" for plan in some[0].losses)
+        rate = statistics.median(r.tokens_per_second for r in some)
+        lines.append(
+            f"| {model} | {some[0].parameters / 1e6:.1f} M | {len(some)} | {some[0].tokens / 1e6:.0f} M | {rate:,.0f} "
+            f"| {told} |"
+        )
+    text = "\n".join(lines) + "\n"
+    ex.write_text(folder / "summary.md", text)
+    ex.write_json(folder / "summary.json", {"experiment": name, "results": [vars(result) for result in results]})
+    print(text, flush=True)
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
