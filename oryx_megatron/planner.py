@@ -1,8 +1,8 @@
 """Which layouts fit a model on a number of GPUs, what memory and communication each takes, and how fast it should be.
 
 Arithmetic only, from the model's shapes and the kernels that a GPU runs (model/fused.py with TransformerEngine's
-linears). Constants of speed are those measured on an H200 with plain models (docs/parallelism.md says which); the
-estimates of Oryx models have not been held against a GPU yet.
+linears). Constants of speed are those measured on an H200 with plain models and single kernels; what came of them for
+whole Oryx models stands in docs/parallelism.md.
 
 Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width, V vocabulary,
 t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens.
@@ -38,8 +38,8 @@ LINEAR_SHARE = 0.62
 """Of the peak FLOP rate that a block's matrix products reach: 62,400 tokens/s of the measured 1.3B GPT."""
 ATTENTION_SHARE = 0.52
 """Of the peak that attention reaches, forward and backward (cuDNN, 8,192 tokens, 16 heads of 128)."""
-RECURRENCE_SECONDS = {"gdn": 2.04e-3 / (32768 * 16), "mamba2": 4.12e-3 / (32768 * 16)}
-"""Per token and head of 128 × 128 on an H200, forward and backward."""
+RECURRENCE_SECONDS = {"gdn": 2.04e-3 / (32768 * 16), "mamba2": 2.17e-3 / (32768 * 16)}
+"""Per token and head of 128 × 128 on an H200, forward and backward (flash_qla at 8,192 tokens, our Triton kernels)."""
 COPY_BYTES = 4.27e12
 """Bytes per second that an H200 copies."""
 PEAK = 989e12
@@ -136,7 +136,8 @@ def activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[s
         "attention": (projected[0] * (2.0 * queries + 2.0 * outputs + 4.0 * heads)) / tp,
         "recurrence": recurs * (2.0 * queries + 2.0 * outputs + _recurrence_bytes(model)) / tp,
         "mixer output": 2.0 * outputs / tp,
-        "mlp": 6.0 * f / tp,
+        # Both halves of its input; with tokens sorted by mode the output of SwiGLU is computed again, not kept.
+        "mlp": (4.0 if layout.cp == 1 else 6.0) * f / tp,
     }
     if layout.cp > 1:  # the exchanged copy of what the projections made
         items["context exchange"] = items["projections"] - 2.0 * gate / tp + 2.0 * outputs / tp
