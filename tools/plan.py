@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Layouts of a model on a number of GPUs: memory, communication, step time and bubble of each, best first.
+"""Layouts of a model on a number of GPUs: memory, communication, step time and
+bubble of each, best first.
 
 Examples:
     python tools/plan.py 1.4b-gdn --gpus 8 --sequence 4096 --batch 256
-    python tools/plan.py 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 --picture schedule.png
-    python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 --sequence 32768 --batch 64 --json
+    python tools/plan.py 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 \\
+        --picture schedule.png
+    python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 \\
+        --sequence 32768 --batch 64 --json
 
-On paper: times come from an H200's measured speeds with plain models, memory from the shapes of what is kept. Take the
-first few layouts as those to measure, not as promises.
+On paper: times come from an H200's measured speeds, memory from the shapes of
+what is kept. Take the first few layouts as those to measure, not as promises.
 """
 
 from __future__ import annotations
@@ -91,15 +94,15 @@ def _plain(e: Estimate) -> dict[str, object]:
 
 def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int) -> str:
     lines = [
-        f"{model.name} on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB, {work.batch} × {work.sequence} tokens per "
-        f"step, {work.attention_share:.0%} in attention mode: {len(found)} layouts fit",
+        f"{model.name} on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB: {len(found)} layouts fit",
+        f"{work.batch} × {work.sequence} tokens per step, {work.attention_share:.0%} in attention mode",
         "",
-        f"{'layout':<26}{'micro':>6}{'m':>5} {'recompute':<10}{'GiB':>7}{'step s':>9}{'tokens/s':>12}{'bubble':>8}",
+        f"{'layout':<26}{'micro':>5}{'m':>5} {'recompute':<9}{'GiB':>6}{'step s':>8}{'tokens/s':>12}{'bubble':>7}",
     ]
     for e in found[:top]:
         lines.append(
-            f"{e.name():<26}{e.micro_batch:>6}{e.layout.microbatches:>5} {e.recompute:<10}{e.gib:>7.1f}"
-            f"{e.step_seconds:>9.2f}{e.tokens_per_second:>12,.0f}{e.bubble:>8.1%}"
+            f"{e.name():<26}{e.micro_batch:>5}{e.layout.microbatches:>5} {e.recompute:<9}{e.gib:>6.1f}"
+            f"{e.step_seconds:>8.2f}{e.tokens_per_second:>12,.0f}{e.bubble:>7.1%}"
         )
     best = found[0]
     lines += ["", f"best: {best.name()}", "", "memory of the fullest GPU, GiB"]
@@ -111,9 +114,11 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     layout = best.layout
     lines += [
         "",
-        f"set parallel.tensor={layout.tp} parallel.pipeline={layout.pp} parallel.virtual_pipeline={layout.vpp} "
-        f"parallel.context={layout.cp}",
-        f"    parallel.recompute={best.recompute} train.micro_batch_size={best.micro_batch} parallel.overlap=true",
+        "micro: sequences per microbatch; m: microbatches per step; pp 8·2: virtual stages",
+        "",
+        f"set parallel.tensor={layout.tp} parallel.pipeline={layout.pp} parallel.virtual_pipeline={layout.vpp}",
+        f"    parallel.context={layout.cp} parallel.recompute={best.recompute} parallel.overlap=true",
+        f"    train.micro_batch_size={best.micro_batch}",
     ]
     return "\n".join(lines) + "\n"
 
