@@ -17,6 +17,8 @@ What is not BPE decides where the libraries part, and each cause is either refus
 - Tokens with a meaning of their own (added tokens, user-defined pieces) are found by different rules.
 - Pre-tokenisation by regular expression knows letters and digits from Unicode tables: gigatoken's are of Unicode 17,
   those in `tokenizers` of Unicode 16. Compared on every code point; the letters and digits that differ are UNICODE_17.
+- An old form of cl100k's pattern ends in `|\\s*[\\r\\n]|\\s+(?!\\S)|\\s+`. gigatoken reads it as tiktoken does, with
+  `\\s++$` before: a text that ends in a line break and then spaces is divided elsewhere.
 - Normalisation: only texts that NFC leaves as they are, in every version of Unicode that knows their characters.
 """
 
@@ -39,6 +41,7 @@ import numpy as np
 
 from oryx_megatron.data.corpus import Text
 from oryx_megatron.data.tokenizer import (
+    CL100K,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -76,6 +79,8 @@ class FastPath:
     """Pre-tokenisation depends on Unicode tables."""
     nfc: bool = False
     """The tokenizer normalises to NFC."""
+    last_spaces: bool = False
+    """Spaces after the last line break: the tokenizer's pattern parts them from it, gigatoken does not."""
 
 
 class Encoder:
@@ -148,6 +153,8 @@ class Encoder:
             return self.refusal
         if self._reserved is not None and self._reserved(text):
             return "holds the text of a special token"
+        if self._path.last_spaces and text.last and _ends_in_spaces(text.text):
+            return "ends in a line break and spaces"
         if text.text.isascii():
             return None
         if self._path.regex:
@@ -190,6 +197,14 @@ class Encoder:
                     "use --fast off, and please report this document"
                 )
             self.counts["verified"] += texts[i].first
+
+
+def _ends_in_spaces(text: str) -> bool:
+    """Whether a text ends in a line break and then other white space."""
+    if not text[-1:].isspace() or text[-1] in "\r\n":
+        return False
+    end = text[len(text.rstrip()) :]
+    return "\n" in end or "\r" in end
 
 
 def _stays_in_nfc(text: str) -> bool:
@@ -331,7 +346,8 @@ def _of_hugging_face(config: dict[str, Any]) -> FastPath | str:
         return "no token for some bytes"
     if not knows_pre_tokenizer(config["pre_tokenizer"]):
         return "an unknown pre-tokeniser"
-    return FastPath(bare, added, regex=True, nfc=normalizer is not None)
+    pattern = flatten(config["pre_tokenizer"], "pretokenizers")[0].get("pattern", {}).get("Regex")
+    return FastPath(bare, added, regex=True, nfc=normalizer is not None, last_spaces=pattern == CL100K)
 
 
 def _byte_alphabet() -> list[str]:

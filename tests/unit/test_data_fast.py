@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from oryx_megatron.data import fast
 from oryx_megatron.data.corpus import Text, read_documents
 from oryx_megatron.data.fast import UNICODE_17, Encoder, FastPath, fast_path
-from oryx_megatron.data.tokenizer import PRE_TOKENIZERS, Tokenizer, load_tokenizer, write_manifest
+from oryx_megatron.data.tokenizer import CL100K, PRE_TOKENIZERS, Tokenizer, load_tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
 STDLIB_8K = Path(__file__).parents[2] / "tokenizers" / "stdlib-8k"
@@ -298,17 +298,9 @@ def test_parts_of_a_document_give_the_tokens_of_the_whole(tmp_path: Path, dummy:
             assert tokens.tolist() == tokenizer_.encode(text)
 
 
-@pytest.mark.parametrize("pattern", [None, *PRE_TOKENIZERS])
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_every_code_point(tmp_path: Path, pattern: str | None) -> None:
-    """With a merge over every border, a pre-tokeniser that cuts elsewhere gives other tokens."""
-    from oryx_megatron.data.fast import _byte_alphabet
-
-    letters = [chr(i) for i in range(256)]
-    alphabet = sorted(_byte_alphabet(), key=lambda c: ord(c))
-    names = dict(zip(_byte_order(), alphabet, strict=True))
-    assert len(letters) == len(names)
+def borders(folder: Path, pattern: str | None) -> Tokenizer:
+    """A merge over every border: a pre-tokeniser that cuts elsewhere gives other tokens."""
+    names = dict(zip(_byte_order(), sorted(fast._byte_alphabet(), key=ord), strict=True))
     left = [*b"aA1. \n\r'_/", *range(0x80, 0xC0)]
     right = [*b"aA1. \n\r'_/", *range(0xC2, 0xF5)]
     vocabulary = {names[byte]: byte for byte in range(256)}
@@ -322,7 +314,24 @@ def test_every_code_point(tmp_path: Path, pattern: str | None) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-    tokenizer = save(tmp_path / "hf", backend)
+    return save(folder, backend)
+
+
+@pytest.mark.parametrize("pattern", [None, *PRE_TOKENIZERS])
+def test_every_short_text(tmp_path: Path, pattern: str | None) -> None:
+    """Beginnings and ends: spaces, line breaks and letters in every order."""
+    tokenizer = borders(tmp_path / "hf", pattern)
+    texts = ["".join(part) for size in (1, 2, 3, 4) for part in itertools.product("aA1. \n\r'\u00a0", repeat=size)]
+    encoder = assert_exact(tokenizer, texts, at_least=0.8)
+    ends = sum(re.search("[\r\n][ \u00a0]+$", text) is not None and text[-1] not in "\r\n" for text in texts)
+    assert encoder.counts["because: ends in a line break and spaces"] == (pattern == CL100K) * ends
+
+
+@pytest.mark.parametrize("pattern", [None, *PRE_TOKENIZERS])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_code_point(tmp_path: Path, pattern: str | None) -> None:
+    tokenizer = borders(tmp_path / "hf", pattern)
     contexts = [
         "a{}a",
         "1{}1",

@@ -282,9 +282,10 @@ def test_killed_after_the_last_rename(tmp_path: Path, monkeypatch: pytest.Monkey
         clear(folder, but)
 
     clear = preprocess_module._clear
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(preprocess_module, "_clear", killed)
-        preprocess(job(source), tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(job(source), tmp_path / "out")
     assert (tmp_path / "out.work").exists()
     before = (tmp_path / "out.idx").stat().st_mtime_ns
     with pytest.raises(DataError, match="exists already"):
@@ -342,9 +343,10 @@ def test_a_disk_that_fills_while_finished_parts_are_joined(tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"cannot write .*out\.work: No space left on"):
+    with monkeypatch.context() as patch:
         patch.setattr(preprocess_module, "_log", full)
-        preprocess(job(source), tmp_path / "out")
+        with pytest.raises(DataError, match=r"cannot write .*out\.work: No space left on"):
+            preprocess(job(source), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.work"]
     assert preprocess(job(source), tmp_path / "out")["documents"] == 61
 
