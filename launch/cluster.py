@@ -91,8 +91,8 @@ class Profile:
     """`HH:MM:SS` or `D-HH:MM:SS`, in quotes."""
     signal_lead: int = 300
     """Seconds before the time limit at which Slurm tells the job to save and requeue."""
-    stop_seconds: int = 600
-    """Seconds that ranks may take to finish a step and save once they are told to stop."""
+    end_wait: int = 120
+    """Seconds that torchrun's agents may take to end once one of them has (srun --wait)."""
     account: str | None = None
     """--account."""
     partition: str | None = None
@@ -222,7 +222,7 @@ def _check(profile: Profile, source: str) -> None:
     for name, text in texts(profile):
         if not one_line(text):
             raise wrong(f"{name}: {text!r} holds a line break or a control character")
-    least = {"nodes": 1, "cpus_per_task": 1, "signal_lead": 1, "stop_seconds": 1, "gpus_per_node": 0}
+    least = {"nodes": 1, "cpus_per_task": 1, "signal_lead": 1, "end_wait": 1, "gpus_per_node": 0}
     for name, number in {**least, "max_restarts": 0, "max_requeues": 0}.items():
         if getattr(profile, name) < number:
             raise wrong(f"{name}: {getattr(profile, name)} should be at least {number}")

@@ -4,26 +4,67 @@
 REPOSITORY=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 
-# Signals that ask for a checkpoint and an end. torchrun passes them on to its ranks, starts none of them anew, and waits
-# this long for them to finish their step and save. (Environment rather than options, because older versions of torch
-# ignore what they do not know; they wait for 30 s.)
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${ORYX_STOP_SECONDS:-600}"
+# wait_for PID: wait to its end, through signals that are trapped; returns its status.
+wait_for() {
+    local status=0 again
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1" && status=0 || status=$?
+    done
+    wait "$1" 2>/dev/null && again=0 || again=$?
+    ((again == 127)) || status=$again # 127: it was waited for already
+    return "$status"
+}
 
-# Run a command to its end, passing on SIGUSR1 and SIGTERM that come meanwhile; returns its status. Sets `stopped` when
-# one came.
+# run_with_signals COMMAND...: run it to its end, passing on SIGUSR1 and SIGTERM as SIGUSR1; returns its status. Sets
+# `stopped` when one came.
 run_with_signals() {
+    local status=0
     "$@" &
     child=$!
-    trap 'signalled=1; stopped=yes; kill -USR1 "$child" 2>/dev/null || true' USR1
-    trap 'signalled=1; stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-    local status=0 again signalled=1
-    while ((signalled)); do # a signal ends `wait`, not the command
-        signalled=0
-        again=0
-        wait "$child" || again=$?
-        ((again == 127)) || status=$again # 127: it was waited for already
-    done
+    trap 'stopped=yes; kill -USR1 "$child" 2>/dev/null || true' USR1 TERM
+    wait_for "$child" || status=$?
     trap - USR1 TERM
     return "$status"
+}
+
+# run_agent COMMAND...: run torchrun to its end. SIGUSR1, SIGTERM and SIGINT ask its ranks for a checkpoint and an end,
+# and leave the agent alone: of these signals it would give the ranks 30 s and kill them. A second SIGINT ends all.
+run_agent() {
+    local status=0
+    export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+    stopped=
+    (
+        trap '' USR1 TERM INT # what starts ignoring a signal goes on ignoring it, unless it asks for it as ranks do
+        exec "$@"
+    ) &
+    child=$!
+    trap 'stopped=yes; stop_ranks "$child"' USR1 TERM
+    trap '[[ -z $stopped ]] || abandon "$child"; stopped=yes; stop_ranks "$child"' INT
+    while kill -0 "$child" 2>/dev/null && [[ -z $stopped ]]; do
+        wait "$child" || true
+    done
+    while kill -0 "$child" 2>/dev/null; do # again and again, for ranks that had not started far enough to listen
+        stop_ranks "$child"
+        sleep 1 || true
+    done
+    wait_for "$child" || status=$?
+    trap - USR1 TERM INT
+    return "$status"
+}
+
+# ranks_of AGENT: its child processes.
+ranks_of() {
+    cat "/proc/$1/task"/*/children 2>/dev/null || true
+}
+
+# stop_ranks AGENT: ask for a checkpoint and an end.
+stop_ranks() {
+    local rank
+    for rank in $(ranks_of "$1"); do kill -USR1 "$rank" 2>/dev/null || true; done
+}
+
+# abandon AGENT: end it and its ranks at once; it first, so that it starts none anew.
+abandon() {
+    local process
+    for process in "$1" $(ranks_of "$1"); do kill -KILL "$process" 2>/dev/null || true; done
 }

@@ -4,7 +4,7 @@
 # --ranks     processes (default: one per GPU; without GPUs one)
 # --restarts  how often torchrun starts all ranks anew after one died (default: 3)
 # PYTHON      interpreter (environment; default: .venv/bin/python here, else python3)
-# Ends with 75 when it was stopped by SIGTERM or SIGUSR1 with a checkpoint: start it again to go on.
+# Ends with 75 when it was stopped by Ctrl-C, SIGTERM or SIGUSR1 with a checkpoint: start it again to go on.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -49,7 +49,7 @@ sys.stdout.write(load_run(sys.argv[1], sys.argv[2:]).output_dir)' "$@")
 rm -f -- "$run_folder/requeue"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
-run_with_signals "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+run_agent "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
     --max-restarts "$restarts" -m oryx_megatron.train "$@" || status=$?
 # Left by a run that stopped with all saved and steps to go (oryx_megatron/train/signals.py).
 if [[ -e $run_folder/requeue ]]; then

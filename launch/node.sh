@@ -36,4 +36,6 @@ if [[ $ORYX_NUMA != none ]]; then
         echo "${SLURMD_NODENAME:-$(hostname)}: numactl is missing: ranks are not bound to the CPUs near their GPUs" >&2
     fi
 fi
-exec "$ORYX_PYTHON" -m torch.distributed.run "${agent[@]}" "$@"
+status=0
+run_agent "$ORYX_PYTHON" -m torch.distributed.run "${agent[@]}" "$@" || status=$?
+exit "$status"

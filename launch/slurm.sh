@@ -30,7 +30,7 @@ set_step() {
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks"
         --cpus-per-task="$((cpus / tasks))" # srun does not take it over from sbatch
         --export=ALL
-        --kill-on-bad-exit=0 --wait="$ORYX_STOP_SECONDS" # agents end one after the other when they are stopped
+        --kill-on-bad-exit=0 --wait="$ORYX_END_WAIT" # agents do not end at the very same time
         "${SRUN[@]}" "${INSIDE[@]}" bash "$REPOSITORY/launch/node.sh" "$@"
     )
 }

@@ -239,7 +239,7 @@ class _Scripts:
             "ORYX_RESTARTS": str(profile.max_restarts if name == "pretrain" else 0),
             "ORYX_REQUEUES": str(profile.max_requeues),
             "ORYX_NUMA": profile.numa if gpus else "none",
-            "ORYX_STOP_SECONDS": str(profile.stop_seconds),
+            "ORYX_END_WAIT": str(profile.end_wait),
         }
         lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
         srun, inside = self._container(gpus)

@@ -195,7 +195,6 @@ PROFILE = {
     "time_limit": "00:20:00",
     "exclusive": False,
     "health": False,
-    "stop_seconds": 60,
 }
 SMALL = (
     *("model.num_layers=1", "train.iterations=80", "data.split=[9,1,0]", "evaluation.plans=[attention]"),
@@ -216,7 +215,7 @@ class Project:
     def submit(self, *arguments: str, **changes: object) -> dict[str, str]:
         """Submit through launch/submit.py; numbers of the jobs by name."""
         self.profile.write_text(yaml.safe_dump(PROFILE | changes))
-        command = [sys.executable, str(REPOSITORY / "launch/submit.py"), str(self.config), "--cluster", str(self.profile)]
+        command = [sys.executable, str(REPOSITORY / "launch/submit.py"), str(self.config), f"--cluster={self.profile}"]
         done = subprocess.run(
             [*command, *SMALL, *arguments], env=self.slurm.environment(), cwd=self.folder, capture_output=True,
             text=True, timeout=120, check=False,
