@@ -80,13 +80,20 @@ class Experiment:
         return replace(self.runs[model], seed=seed)
 
 
-def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+def load_experiment(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, models_of: str | Path | None = None
+) -> Experiment:
     """The experiment of a YAML file; `overrides` change its `run` section, e.g. {"train": {"iterations": 10}}.
+
+    `models_of`: another YAML file, whose `models` and `equal_to` replace those of the first.
 
     Raises ConfigError for what does not parse or fit.
     """
     source = str(path)
     data = read_yaml(path, {"name", "task", "scoring", "seeds", "run", "models", "equal_to"})
+    if models_of is not None:
+        data |= read_yaml(models_of, {"models", "equal_to"})
+        data["name"] += f", models of {Path(models_of).stem}"
     task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
     scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
     base = {"data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]}, "output_dir": "none"}
@@ -124,7 +131,9 @@ def read_yaml(path: str | Path, keys: set[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(data, dict) or set(data) != keys:
         raise ConfigError(f"{path}: expected exactly the keys {', '.join(sorted(keys))}")
-    if not isinstance(data["seeds"], list) or not all(isinstance(seed, int) for seed in data["seeds"]):
+    if "seeds" in keys and not (
+        isinstance(data["seeds"], list) and all(isinstance(seed, int) for seed in data["seeds"])
+    ):
         raise ConfigError(f"{path}: seeds: expected a list of integers, got {data['seeds']!r}")
     return data
 

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="experiment (YAML)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--models-of", metavar="FILE", help="take `models` and `equal_to` from this file (ablations)")
     parser.add_argument("--models", nargs="*", help="only these")
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
     parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "SEED", "DEADLINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    experiment = ex.load_experiment(arguments.config, ex.parse_overrides(arguments.set))
+    experiment = ex.load_experiment(arguments.config, ex.parse_overrides(arguments.set), arguments.models_of)
     if arguments.worker:
         from training import train_one  # torch and megatron-core: seconds that the process above is spared
 
