@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,10 +14,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from oryx_megatron.model.config import OryxTransformerConfig
-from oryx_megatron.model.fused import FusedOryxMixer, LocalLinear
+from oryx_megatron.model.fused import FusedMLP, FusedOryxMixer, LocalLinear
 from oryx_megatron.model.mixer import OryxMixer, OryxMixerSubmodules
 from oryx_megatron.model.norm import RMSNorm
 from oryx_megatron.ops import fused
+
+# TransformerLayer gives an MLP of another class than its own no width (`params` below does), and warns for every layer.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: "Unknown MLP type" not in record.getMessage()
+)
 
 NORM_NAMES = {
     "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
@@ -83,7 +89,9 @@ def _layer_spec(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_mlp_layernorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation)
+                module=FusedMLP if activation else MLP,
+                submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation),
+                params={"ffn_hidden_size": config.ffn_hidden_size} if activation else {},
             ),
             mlp_bda=get_bias_dropout_add,
             **layer,

@@ -479,15 +479,36 @@ class SwiGLU(torch.nn.Module):
         return _SwiGLU.apply(x)
 
 
+def discard_swiglu(y: Tensor, x: Tensor, output: Tensor) -> None:
+    """Free y = SwiGLU(x) until the gradient of `output`, which was computed from it, arrives.
+
+    What made `output` may have saved y, or a view of it, for its backward pass: it will find it there, computed again.
+    x stays, since the backward pass of SwiGLU reads it.
+    """
+    storage, y, x = y.untyped_storage(), y.detach(), x.detach().contiguous()
+    size = storage.size()
+
+    def restore(grad: Tensor) -> None:
+        storage.resize_(size)
+        _swiglu(x, y)
+
+    output.register_hook(restore)
+    storage.resize_(0)
+
+
+def _swiglu(x: Tensor, y: Tensor) -> None:
+    _, kernels = _kernels()
+    width = y.shape[-1]
+    kernels.swiglu_forward[(y.numel() // width, -(-width // _SWIGLU["BLOCK"]))](x, y, WIDTH=width, **_SWIGLU)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        _, kernels = _kernels()
         x = x.contiguous()
         ctx.save_for_backward(x)
-        width = x.shape[-1] // 2
-        y = x.new_empty(*x.shape[:-1], width)
-        kernels.swiglu_forward[(y.numel() // width, -(-width // _SWIGLU["BLOCK"]))](x, y, WIDTH=width, **_SWIGLU)
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        _swiglu(x, y)
         return y
 
     @staticmethod
