@@ -257,14 +257,17 @@ def mamba(sequence: int, batch: int, precision: PrecisionConfig, *, attention_ev
 
 
 def _finish_mamba(model: torch.nn.Module) -> torch.nn.Module:
-    scalars = {
-        name: p.detach().clone() for name, p in model.named_parameters() if p.dim() == 1 or "conv1d" in name
-    }
+    """`_finish`, with dt_bias and D as their module gave them, A in 1 … 16 and small convolutions."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("dt_bias", ".D"))}
     _finish(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in scalars:  # A_log, dt_bias, D and the convolution keep what their module gave them
-                parameter.copy_(scalars[name])
+            if name in kept:
+                parameter.copy_(kept[name])
+            elif name.endswith("A_log"):
+                parameter.uniform_(1, 16).log_()
+            elif "conv1d" in name:
+                parameter.uniform_(-0.5, 0.5)
     return model
 
 
