@@ -24,7 +24,11 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     if not torch.distributed.is_initialized():
         timeout = timedelta(seconds=parallel.distributed_timeout)
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(platform.backend(), timeout=timeout)
+            store = _store_of_this_start(timeout)
+            rank, size = (-1, -1) if store is None else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+            torch.distributed.init_process_group(
+                platform.backend(), store=store, rank=rank, world_size=size, timeout=timeout
+            )
         else:
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
@@ -38,6 +42,20 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         create_gloo_process_groups=platform.has_gpu(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _store_of_this_start(timeout: timedelta) -> torch.distributed.Store | None:
+    """torchrun's store under a name of this start's own: in the bare one, ranks would find the addresses of the dead.
+
+    Its agent keeps one store over all restarts (PyTorch issue 135712; still so in 2.13). On several nodes the count of
+    restarts can differ between agents: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes rank 0 host a new store
+    at every start. Then, and without torchrun, there is nothing to do: None.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    return torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def release() -> None:

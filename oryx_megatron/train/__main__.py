@@ -40,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     _quiet()
-    stop = StopRequest().install()
+    stop = StopRequest()
     # Everything below needs torch and megatron-core: a config error above costs no import.
     from oryx_megatron import parallel, platform
 
     platform.use_kernel_cache(run.kernels.cache_dir)
     try:
         parallel.initialize(run.parallel, seed=run.seed)
+        stop.install()  # not before: a rank that waits for one that died must end when torchrun tells it to
         from oryx_megatron.train.trainer import Trainer
 
         stopped = Trainer(run, layout, stop=stop).fit()

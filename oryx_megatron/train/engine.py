@@ -12,7 +12,6 @@ from oryx_megatron import platform
 from oryx_megatron.checkpoint import CheckpointManager
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.config.validate import Layout
 from oryx_megatron.model import build_model
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.train.optimizer import (
@@ -110,12 +109,3 @@ def warm(run: RunConfig, chunks: list[Any]) -> None:
     """Compile the kernels of this run's model, where kernels are compiled."""
     if platform.has_gpu():
         log.info("kernels ready after %.0f s", compile_in_turn(run, chunks))
-
-
-def build_engine(run: RunConfig, layout: Layout) -> Engine:
-    """The engine that the run asks for."""
-    if run.engine == "deepspeed":
-        from oryx_megatron.train.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(run, layout)
-    return MegatronEngine(run)

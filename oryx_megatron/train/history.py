@@ -36,11 +36,11 @@ class Events:
     def start(self, iteration: int, **facts: Any) -> None:
         """A process group begins: close the one before it, should it have died."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = read_events(self.folder)
+        before, began = read_events(self.folder), psutil.Process().create_time()
         if before and before[-1]["event"] not in ("stop", "end", "lost"):
             written = [p.stat().st_mtime for p in (self.path, self.folder / metrics.NAME) if p.exists()]
-            self._append({"event": "lost", "time": max(written), "iteration": before[-1]["iteration"]})
-        began = psutil.Process().create_time()
+            lost = min(max(written), began)
+            self._append({"event": "lost", "time": lost, "iteration": before[-1]["iteration"]})
         self._append({"event": "start", "time": began, "iteration": iteration, **facts})
 
     def add(self, event: str, iteration: int, **facts: Any) -> None:

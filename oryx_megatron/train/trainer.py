@@ -43,7 +43,7 @@ from oryx_megatron.train.callbacks import (
     check_installed,
 )
 from oryx_megatron.train.clock import Clock
-from oryx_megatron.train.engine import build_engine
+from oryx_megatron.train.engine import Engine, MegatronEngine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged, record_path, write_record
 from oryx_megatron.train.step import Microbatch, Totals
@@ -93,7 +93,7 @@ class Trainer:
                 log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
-        self.engine = build_engine(run, layout)
+        self.engine = _build_engine(run, layout)
         self.chunks = self.engine.chunks
         self.checkpoints = self.engine.checkpoints(self.folder / "checkpoints")
         self.clock = Clock()
@@ -490,6 +490,14 @@ def _reproduction(run: RunConfig, layout: Layout) -> list[str]:
     return lines
 
 
+def _build_engine(run: RunConfig, layout: Layout) -> Engine:
+    if run.engine == "deepspeed":
+        from oryx_megatron.train.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(run, layout)
+    return MegatronEngine(run)
+
+
 def _reporters(run: RunConfig, layout: Layout, folder: Path, clock: Clock) -> list[Callback]:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.tmp"
@@ -506,7 +514,7 @@ def _reporters(run: RunConfig, layout: Layout, folder: Path, clock: Clock) -> li
         reporters.append(TensorBoard(folder / "tensorboard"))
     if run.logging.wandb_project:
         reporters.append(WeightsAndBiases(run.logging.wandb_project, run, to_dict(run)))
-    return [*reporters, history]
+    return [history, *reporters]  # it looks at when the others last wrote, before they do
 
 
 _OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")

@@ -218,7 +218,7 @@ def test_interrupted_save(
     """A process that ends anywhere in a save leaves the last good checkpoint, and no trace after the next save."""
     from oryx_megatron.checkpoint import manager
 
-    def die(*arguments: object) -> None:
+    def die(*arguments: object, **named: object) -> None:
         raise SystemExit("killed")
 
     first = trainer("checkpoint.interval=1", "checkpoint.keep=1", "train.iterations=2")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -17,10 +19,11 @@ import pytest
 import torch
 
 from oryx_megatron import parallel
-from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
+from oryx_megatron.checkpoint import list_checkpoints, read_manifest, safe, store
+from oryx_megatron.checkpoint.manifest import file_digest, write_manifest
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import FaultsConfig, ParallelConfig
-from oryx_megatron.errors import ConfigError, TrainingError
+from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
 from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train import signals
 from oryx_megatron.train.callbacks import Callback, StepRecord
@@ -69,12 +72,12 @@ def steps(folder: Path, field: str) -> list[Any]:
 def poison_weight(opened: Trainer) -> None:
     """What a broken device may do to a weight."""
     with torch.no_grad():
-        opened.optimizer.get_parameters()[0].view(-1)[3] = float("nan")
-        next(iter(opened.chunks[0].parameters())).view(-1)[3] = float("nan")
+        opened.engine.optimizer.get_parameters()[0].view(-1)[3] = float("nan")
+        next(iter(opened.engine.chunks[0].parameters())).view(-1)[3] = float("nan")
 
 
 def poison_next_gradient(opened: Trainer) -> None:
-    parameter = next(iter(opened.chunks[0].parameters()))
+    parameter = next(iter(opened.engine.chunks[0].parameters()))
     handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
 
 
@@ -149,7 +152,7 @@ def test_going_back(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pyt
 def test_giving_up(trainer: Callable[..., Trainer]) -> None:
     """Numbers that stay bad, with and without a checkpoint to go back to, end the run in one line."""
     opened = trainer("train.iterations=9", "faults.bad_steps=2", "faults.returns=1", "checkpoint.interval=3")
-    parameter = next(iter(opened.chunks[0].parameters()))
+    parameter = next(iter(opened.engine.chunks[0].parameters()))
     opened.callbacks = [At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("nan")))]
     with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* going back 1 times; "):
         opened.fit()
@@ -302,3 +305,45 @@ def test_disk_fills_up(
     assert [store.iteration_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [1, 3, 4]
     assert steps(tmp_path, "iteration") == [1, 2, 3, 4]  # lines that found no room are written later
     assert trainer("train.iterations=4").iteration == 4
+
+
+# -------------------------------------------------------------------------------------------------------- hostile files
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "object"])
+def test_hostile_checkpoint(trainer: Callable[..., Trainer], tmp_path: Path, file: str) -> None:
+    """A run that resumes from a checkpoint made to run code, with right checksums, ends in one line and runs none."""
+    trainer("train.iterations=1").fit()
+    (folder,) = list_checkpoints(tmp_path / "checkpoints")
+    bomb = Bomb(tmp_path / "bomb")
+    if file == ".metadata":
+        (folder / file).write_bytes(pickle.dumps(bomb))
+    elif file == "common.pt":
+        torch.save(bomb, folder / file)
+    else:  # the extra state of a layer lies among the tensors
+        metadata = safe.read_metadata(folder)
+        index = next(index for index in metadata.storage_data if "_extra_state" in index.fqn)
+        data = io.BytesIO()
+        torch.save([bomb], data)
+        place = metadata.storage_data[index]
+        tensors = (folder / place.relative_path).read_bytes()
+        place.offset, place.length = len(tensors), len(data.getvalue())
+        (folder / place.relative_path).write_bytes(tensors + data.getvalue())
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest(folder)
+    manifest.files.update({name: file_digest(folder / name) for name in manifest.files})
+    write_manifest(folder, manifest)
+    with pytest.raises(CheckpointError, match=r"is damaged|hostile \(it names posix.mkdir") as error:
+        trainer("train.iterations=2")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "bomb").exists()

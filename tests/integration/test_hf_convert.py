@@ -265,7 +265,7 @@ def test_missing_shard_is_named(project: Path, tmp_path: Path) -> None:
     ("harm", "error", "message"),
     [
         (lambda f: (f / "manifest.json").unlink(), CheckpointError, "no complete checkpoint"),
-        (lambda f: (f / ".metadata").write_bytes(b"x"), CheckpointError, ".metadata cannot be read"),
+        (lambda f: (f / ".metadata").write_bytes(b"x"), CheckpointError, ".metadata is damaged or hostile"),
         (lambda f: next(f.glob("*.distcp")).unlink(), CheckpointError, "distcp is missing"),
         (lambda f: [p.write_bytes(b"") for p in f.glob("*.distcp")], CheckpointError, "cannot be read"),
     ],

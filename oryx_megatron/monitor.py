@@ -1,0 +1,189 @@
+"""`python -m oryx_megatron.monitor RUN [RUN …]`: follow runs in the terminal, from their files alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config.loading import parse_yaml
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.train import metrics
+from oryx_megatron.train.history import duration, read_events, short
+from oryx_megatron.train.signals import MARKER
+
+WINDOW = 50
+"""Latest steps that loss and speed are averaged over."""
+SILENT = 300.0
+"""Seconds without a new line after which a run is called silent (or ten steps, whichever is longer)."""
+FIELDS = {"loss", "grad_norm", "lr", "tokens", "seconds", "skipped"}
+"""What is shown of a step."""
+WIDTH = 80
+CLEAR = "\x1b[H\x1b[J"
+
+
+@main_guard
+def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
+    """Follow; see --help."""
+    parser = argparse.ArgumentParser(prog="oryx_megatron.monitor", description=(__doc__ or "").replace("`", ""))
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (output_dir); may not exist yet")
+    parser.add_argument("--once", action="store_true", help="print the table once and end")
+    parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between looks (default: 5)")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.interval < math.inf:
+        raise ConfigError(f"--interval {arguments.interval:g}: give seconds above 0")
+    paths = [Path(run) for run in arguments.runs]
+    followed = [Followed(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    shown: list[str] = []
+    while True:
+        for run in followed:
+            run.look()
+        lines = table(followed, time.time())
+        if lines != shown or out.isatty():
+            out.write((CLEAR if out.isatty() and not arguments.once else "") + "".join(f"{x}\n" for x in lines))
+            out.flush()
+        shown = lines
+        if arguments.once:
+            return 0
+        time.sleep(arguments.interval)
+
+
+@dataclass
+class Followed:
+    """One run, read as its files grow; they may be missing, cut off in a line, or replaced at a resume."""
+
+    folder: Path
+    name: str
+    steps: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    tokens: int = 0
+    skipped: int = 0
+    evaluations: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    iterations: int | None = None
+    changed: float | None = None
+    """Unix time of the latest line."""
+    _place: tuple[int, int] = (0, 0)
+    """Inode and offset of metrics.jsonl up to which it was read."""
+
+    def look(self) -> None:
+        """Read what is new."""
+        try:
+            with (self.folder / metrics.NAME).open("rb") as file:
+                facts = os.fstat(file.fileno())
+                inode, offset = self._place
+                if facts.st_ino != inode or facts.st_size < offset:
+                    self._forget()
+                    offset = 0
+                file.seek(offset)
+                content = file.read()
+                self.changed = facts.st_mtime
+        except OSError:
+            self._forget()
+            content, facts, offset = b"", None, 0
+        whole = content[: content.rfind(b"\n") + 1]
+        for text in whole.decode("utf-8", "replace").splitlines():
+            self._take(metrics.parse_line(text))
+        self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
+        self.events = read_events(self.folder)
+        self.iterations = self.iterations or _iterations(self.folder)
+
+    def state(self, now: float) -> str:
+        """What the run is doing, in a word or two."""
+        last = self.events[-1]["event"] if self.events else ""
+        if last == "end":
+            return "done"
+        if (self.folder / MARKER).exists() or last == "stop":
+            return "stopped"
+        if self.changed is None:
+            return "starting" if last else "no files"
+        pace = 10 * max((step["seconds"] for step in self.steps), default=0.0)
+        idle = now - max(self.changed, self.events[-1]["time"] if self.events else 0.0)
+        return f"silent {duration(idle)}" if idle > max(SILENT, pace) else "running"
+
+    def _take(self, line: dict[str, Any] | None) -> None:
+        if line is None:
+            return
+        if line["kind"] == "step" and line.keys() >= FIELDS:
+            self.steps.append(line)
+            self.tokens += line["tokens"]
+            self.skipped += bool(line["skipped"])
+        elif line["kind"] == "evaluation" and line.keys() >= {"dataset", "plan", "loss"}:
+            self.evaluations[line["dataset"], line["plan"]] = line
+
+    def _forget(self) -> None:
+        self.steps.clear()
+        self.evaluations.clear()
+        self.tokens = self.skipped = 0
+        self.changed = None
+
+
+def table(runs: Sequence[Followed], now: float) -> list[str]:
+    """Lines of at most 80 columns: one for each run; below, the latest evaluations and events of a single run."""
+    width = min(max(len(run.name) for run in runs), 20)
+    lines = [f"{'run':<{width}} {'step':>13} {'loss':>7} {'grad':>6} {'lr':>7} {'tok/s':>6} {'left':>8} state"]
+    for run in runs:
+        steps = list(run.steps)
+        name = run.name if len(run.name) <= width else "…" + run.name[-(width - 1) :]
+        if not steps:
+            lines.append(f"{name:<{width}} {'':>52} {run.state(now)}"[:WIDTH])
+            continue
+        last = steps[-1]
+        finite = [step["loss"] for step in steps if math.isfinite(step["loss"])]
+        seconds = sum(step["seconds"] for step in steps)
+        loss = sum(finite) / len(finite) if finite else math.nan
+        counter = f"{last['iteration']}/{run.iterations or '?'}"
+        left = ""
+        if run.iterations is not None and run.state(now) == "running":
+            left = duration((run.iterations - last["iteration"]) * seconds / len(steps))
+        speed = short(sum(step["tokens"] for step in steps) / seconds) if seconds else ""
+        lines.append(
+            f"{name:<{width}} {counter:>13} {loss:7.4f} {last['grad_norm']:6.2f} {last['lr']:7.1e} {speed:>6} "
+            f"{left:>8} {run.state(now)}"[:WIDTH]
+        )
+    if len(runs) == 1:
+        (run,) = runs
+        if run.steps:
+            skipped = f", {run.skipped} steps skipped" if run.skipped else ""
+            lines.append(f"{short(run.tokens)} tokens{skipped}; loss and speed over the last {len(run.steps)} steps")
+        for (dataset, plan), line in run.evaluations.items():
+            lines.append(f"  {dataset}, {plan}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])
+        lines += [_event(event, now) for event in run.events[-5:]]
+    return lines
+
+
+def _event(event: dict[str, Any], now: float) -> str:
+    facts = {key: value for key, value in event.items() if key not in ("event", "time", "iteration", "commit")}
+    text = ", ".join(f"{key} {f'{value:.1f}' if isinstance(value, float) else value}" for key, value in facts.items())
+    line = f"  {duration(now - event['time'])} ago, step {event['iteration']}: {event['event']}  {text}"
+    return line[:WIDTH].rstrip()
+
+
+def _iterations(folder: Path) -> int | None:
+    try:
+        config = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+        value = config["train"]["iterations"]
+    except (OSError, UnicodeDecodeError, ConfigError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, or as much of their paths as tells them apart."""
+    folders = [path.resolve() for path in paths]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

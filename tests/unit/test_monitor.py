@@ -1,0 +1,181 @@
+"""The monitor and the summary, from files that grow, break off, are replaced, or are not there."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from oryx_megatron import monitor
+from oryx_megatron.monitor import Followed, table
+from oryx_megatron.train.clock import PARTS
+from oryx_megatron.train.history import Events, read_events, summarize, summary_lines
+from oryx_megatron.train.signals import Stop, write_marker
+from oryx_megatron.train.stragglers import slowest
+
+
+def step(iteration: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "kind": "step",
+        "iteration": iteration,
+        "loss": 2.0,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens": 1000,
+        "seconds": 2.0,
+        "data_seconds": 0.25,
+        "forward_backward_seconds": 1.25,
+        "optimizer_seconds": 0.5,
+        "model_flops": 1e12,
+        "skipped": False,
+    } | fields
+
+
+def write(folder: Path, *lines: dict[str, Any], end: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines) + end)
+
+
+def test_a_growing_file(tmp_path: Path) -> None:
+    run = Followed(tmp_path / "run", "run")
+    run.look()
+    assert run.state(time.time()) == "no files"
+    write(run.folder, step(1), step(2, loss=3.0), end='{"kind": "step", "iterat')
+    (run.folder / "config.yaml").write_text("train: {iterations: 12}\n")
+    run.look()
+    assert ([line["iteration"] for line in run.steps], run.tokens) == ([1, 2], 2000)
+    header, line, *_ = table([run], time.time())
+    assert line.split() == ["run", "2/12", "2.5000", "1.00", "1.0e-03", "500", "0:20", "running"]
+    assert header.split() == ["run", "step", "loss", "grad", "lr", "tok/s", "left", "state"]
+    with (run.folder / "metrics.jsonl").open("a") as file:  # the rest of the line that was cut off
+        file.write('ion": 3, "loss": NaN}\nnonsense\n')
+    write(run.folder, {"kind": "evaluation", "iteration": 2, "dataset": "valid", "plan": "recurrent", "loss": 2.5})
+    run.look()
+    assert len(run.steps) == 2  # that step lacks what is shown
+    assert "  valid, recurrent: loss 2.5000 at step 2" in table([run], time.time())
+
+
+def test_a_replaced_file(tmp_path: Path) -> None:
+    """A resumed run writes its metrics anew, without the steps that are done again."""
+    run = Followed(tmp_path, "run")
+    write(tmp_path, *(step(i) for i in range(1, 9)))
+    run.look()
+    write(tmp_path / "new", step(1), step(2), step(3, skipped=True, loss=float("nan")))
+    os.replace(tmp_path / "new" / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    run.look()
+    assert ([line["iteration"] for line in run.steps], run.skipped) == ([1, 2, 3], 1)
+    assert "1 steps skipped" in table([run], time.time())[2]
+    (tmp_path / "metrics.jsonl").unlink()
+    run.look()
+    assert not run.steps
+    assert run.state(time.time()) == "no files"
+
+
+def test_states(tmp_path: Path) -> None:
+    run = Followed(tmp_path, "run")
+    events = Events(tmp_path)
+    events.start(0, ranks=2)
+    run.look()
+    assert run.state(time.time()) == "starting"
+    write(tmp_path, step(1))
+    run.look()
+    assert run.state(time.time()) == "running"
+    assert run.state(time.time() + 3600).startswith("silent 1:00:0")
+    write_marker(tmp_path, Stop("SIGTERM", 1))
+    assert run.state(time.time()) == "stopped"
+    events.add("end", 1)
+    run.look()
+    assert run.state(time.time()) == "done"
+
+
+def test_eighty_columns(tmp_path: Path) -> None:
+    runs = []
+    for name in ("short", "a-run-with-a-very-long-name-indeed-gdn-130m"):
+        write(tmp_path / name, step(99_999_999, loss=12345.678, grad_norm=1e9, seconds=1e-4))
+        Events(tmp_path / name).add("slow", 7, text="rank 5 (" + "host" * 30 + ") is slow")
+        runs.append(Followed(tmp_path / name, name))
+        runs[-1].look()
+    for lines in (table(runs, time.time()), table(runs[:1], time.time())):
+        assert max(map(len, lines)) <= 80
+        assert len(lines) >= 3
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Two runs of one name are told apart by their parents; a second look without news prints nothing."""
+    for parent in ("a", "b"):
+        write(tmp_path / parent / "run", step(1))
+    command = [sys.executable, "-X", "importtime", "-m", "oryx_megatron.monitor"]
+    command += [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), str(tmp_path / "none"), "--once"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["run", "a/run", "b/run", f"{tmp_path.name}/none"[:20]] or names[1:3] == ["a/run", "b/run"]
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}  # starts at once
+    out = io.StringIO()
+    assert monitor.main([str(tmp_path / "a" / "run"), "--interval", "0"], out) == 2
+
+
+def test_summary(tmp_path: Path) -> None:
+    """Two starts, the first of which was killed: each step counts once, what was lost counts against goodput."""
+    write(tmp_path, *(step(i) for i in range(1, 9)), step(9, skipped=True), step(10))
+    lines = [
+        {"event": "start", "time": 1000.0, "iteration": 0},
+        {"event": "checkpoint", "time": 1010.0, "iteration": 4, "seconds": 3.0},
+        {"event": "lost", "time": 1020.0, "iteration": 4},
+        {"event": "start", "time": 2000.0, "iteration": 4},
+        {"event": "skip", "time": 2010.0, "iteration": 9},
+        {"event": "evaluation", "time": 2015.0, "iteration": 10, "seconds": 2.0},
+        {"event": "end", "time": 2020.0, "iteration": 10},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "sta')
+    summary = summarize(tmp_path, peak_flops=2e12)
+    assert summary["seconds"] == {
+        "running": 40.0,  # 980 seconds in the queue are not running
+        "data": 2.5,
+        "forward_backward": 12.5,
+        "optimizer": 5.0,
+        "checkpoint": 3.0,
+        "evaluation": 2.0,
+        "other": 15.0,
+    }
+    assert summary["goodput"] == 18.0 / 40.0
+    assert summary["mfu"] == 10e12 / 20.0 / 2e12
+    assert (summary["tokens"], summary["iterations"], summary["restarts"]) == (10_000, 10, 1)
+    assert (summary["skipped_steps"], summary["returns"]) == (1, 0)
+    text = summary_lines(summary)
+    assert max(map(len, text)) <= 80
+    assert text[0] == "10 steps, 10.0k tokens, 500 tokens/s while stepping, MFU 25.0%"
+    assert all(any(part.replace("_", "-") in line for line in text) for part in PARTS)
+
+
+def test_nothing_to_sum_up(tmp_path: Path) -> None:
+    summary = summarize(tmp_path)
+    assert (summary["iterations"], summary["goodput"], summary["mfu"]) == (0, None, None)
+    assert max(map(len, summary_lines(summary))) <= 80
+
+
+def test_a_start_closes_what_died(tmp_path: Path) -> None:
+    events = Events(tmp_path)
+    events.start(0)
+    write(tmp_path, step(1))
+    for name in ("metrics.jsonl", "events.jsonl"):
+        os.utime(tmp_path / name, (0, 1000.0))  # the last sign of life
+    events.start(0)
+    events.add("stop", 3, reason="SIGTERM")
+    events.start(3)
+    kinds = [(event["event"], event["time"]) for event in read_events(tmp_path)]
+    assert [kind for kind, _ in kinds] == ["start", "lost", "start", "stop", "start"]
+    assert kinds[1][1] == 1000.0
+
+
+def test_the_slowest_rank() -> None:
+    """Compared with those that hold the same part of the model only: another stage may well take longer."""
+    peers = [((0, stage, 0), f"host{replica}") for replica in range(3) for stage in range(2)]
+    assert slowest([1.0, 3.0, 1.0, 3.0, 1.2, 3.1], peers, 1.5) is None
+    text = slowest([1.0, 3.0, 1.0, 3.0, 1.2, 6.0], peers, 1.5)
+    assert text == "rank 5 (host2) is slow: 6.000 s for its part of a step, its peers take 3.000 s"
+    assert slowest([1e-4, 9e-4], [((0,), "a"), ((0,), "b")], 1.5) is None  # noise
+    assert slowest([1.0, 2.0], [((0,), "a"), ((0,), "b")], 1.5) is not None
