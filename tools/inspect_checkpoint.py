@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Show what a checkpoint holds, without building its model: tree of tensors, shapes, sizes, config, evaluations.
+"""Show what a checkpoint holds, without building its model: tree of tensors,
+shapes, sizes, config, evaluations.
 
 Examples:
     python tools/inspect_checkpoint.py runs/quickstart
-    python tools/inspect_checkpoint.py runs/quickstart/checkpoints/iteration_0000100 --part all --depth 3
+    python tools/inspect_checkpoint.py runs/quickstart --part all --depth 3
     python tools/inspect_checkpoint.py runs/quickstart --config
     python tools/inspect_checkpoint.py runs/quickstart --verify
 """
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
 import yaml
 
-from oryx_megatron.checkpoint import find_checkpoint
-from oryx_megatron.checkpoint.inspect import Summary, summarize, tree
-from oryx_megatron.checkpoint.store import damaged_files
 from oryx_megatron.cli import main_guard
 from oryx_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from oryx_megatron.checkpoint.inspect import Summary
 
 
 @main_guard
@@ -34,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
     arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from oryx_megatron.checkpoint import find_checkpoint
+    from oryx_megatron.checkpoint.inspect import summarize
+
     summary = summarize(find_checkpoint(arguments.path))
     if arguments.verify:
         return _verify(summary)
@@ -48,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verify(summary: Summary) -> int:
+    from oryx_megatron.checkpoint.store import damaged_files
+
     if bad := damaged_files(summary.folder, summary.manifest):
         raise CheckpointError(f"{summary.folder} is damaged: {', '.join(bad)} differ from the manifest or are missing")
     sys.stdout.write(f"{summary.folder}: all {len(summary.manifest.files)} files are as they were written\n")
@@ -55,6 +64,8 @@ def _verify(summary: Summary) -> int:
 
 
 def _report(summary: Summary, part: str, depth: int | None) -> str:
+    from oryx_megatron.checkpoint.inspect import tree
+
     manifest = summary.manifest
     model, layout = manifest.config["model"], manifest.layout
     lines = [
@@ -63,7 +74,8 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
         f"  model {model['name']}: {model['mixer']}, modes {model['modes']}, {model['num_layers']} layers × "
         f"{model['hidden_size']}",
         f"  written under {' × '.join(f'{name} {size}' for name, size in layout.items())}; loads under any layout",
-        f"  {_size(summary.file_bytes)} in {len(manifest.files) + 1} files; commit {manifest.commit or 'unknown'}",
+        f"  {_size(summary.file_bytes)} in {len(manifest.files) + 1} files",
+        f"  commit {manifest.commit or 'unknown'}",
     ]
     for result in manifest.evaluations:
         lines.append(f"  {result['dataset']} under {result['plan']}: loss {result['loss']:.4f}")
@@ -71,12 +83,12 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
     for name, (tensors, elements, size) in summary.parts().items():
         lines.append(f"{name:<22}{tensors:>8,}{elements:>18,}{_size(size):>12}")
     shown = tuple(e for e in summary.entries if part == "all" or e.part.split(".")[0] == part)
-    lines += ["", f"{'tensor':<58}{'shape':<20}{'type':<9}{'size':>10}"]
+    lines += ["", f"{'tensor':<46}{'shape':<15}{'type':<9}{'size':>10}"]
     for level, name, group in tree(shown, depth=depth):
         shape, dtype = ("", "")
         if len(group) == 1:
             shape, dtype = " × ".join(map(str, group[0].shape)) or "scalar", group[0].dtype
-        lines.append(f"{'  ' * level + name:<58}{shape:<20}{dtype:<9}{_size(sum(e.bytes for e in group)):>10}")
+        lines.append(f"{'  ' * level + name:<46}{shape:<15}{dtype:<9}{_size(sum(e.bytes for e in group)):>10}")
     return "\n".join(lines)
 
 
