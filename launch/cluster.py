@@ -29,6 +29,8 @@ class Network:
     """NCCL_IB_HCA, e.g. `mlx5` or `=mlx5_0:1,mlx5_1:1`; infiniband and roce only."""
     gid_index: int | None = None
     """NCCL_IB_GID_INDEX; roce only."""
+    listen: Literal["address", "any"] = "address"
+    """Where the rendezvous listens: on the first node's address as Slurm knows it, or on all of its interfaces."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,8 @@ sys.stdout.write(load_run(sys.argv[1], sys.argv[2:]).output_dir)' "$@")
 rm -f -- "$run_folder/requeue"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
-run_agent "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+run_agent "$PYTHON" -m oryx_megatron.agent --nproc-per-node "$ranks" --local-addr 127.0.0.1 \
+    --rdzv-backend oryx --rdzv-endpoint 127.0.0.1:0 --rdzv-conf is_host=true --rdzv-id "local-$$" \
     --max-restarts "$restarts" -m oryx_megatron.train "$@" || status=$?
 # Left by a run that stopped with all saved and steps to go (oryx_megatron/train/signals.py).
 if [[ -e $run_folder/requeue ]]; then

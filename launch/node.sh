@@ -15,7 +15,7 @@ fi
 
 agent=(
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ORYX_RANKS" --max-restarts="$ORYX_RESTARTS"
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"
+    --rdzv-backend=oryx --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"
 )
 # Said outright rather than guessed from host names, which differ between Slurm, DNS and the machine itself.
 if [[ $SLURM_NODEID == 0 ]]; then
@@ -37,5 +37,5 @@ if [[ $ORYX_NUMA != none ]]; then
     fi
 fi
 status=0
-run_agent "$ORYX_PYTHON" -m torch.distributed.run "${agent[@]}" "$@" || status=$?
+run_agent "$ORYX_PYTHON" -m oryx_megatron.agent "${agent[@]}" "$@" || status=$?
 exit "$status"

@@ -319,6 +319,8 @@ def _network(profile: Profile) -> dict[str, str]:
         found["NCCL_IB_HCA"] = network.hca
     if network.gid_index is not None:
         found["NCCL_IB_GID_INDEX"] = str(network.gid_index)
+    if network.listen == "any":
+        found["ORYX_LISTEN"] = "any"
     return found
 
 

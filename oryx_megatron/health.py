@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 
 from oryx_megatron import platform
+from oryx_megatron.agent import serve
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
@@ -678,15 +679,11 @@ def _store(rank: int, world: int, timeout: float) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            world,
-            is_master=rank == 0 and not hosted,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        patience = timedelta(seconds=timeout)
+        if rank == 0 and not hosted:
+            store = serve(address, port, patience, world_size=world, wait_for_workers=False)
+        else:
+            store = dist.TCPStore(address, port, world, timeout=patience, wait_for_workers=False, multi_tenant=True)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise _local(f"{node_name()}: cannot reach rank 0 at {address}:{port}: {_first_line(error)}") from None
     return dist.PrefixStore(f"health/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

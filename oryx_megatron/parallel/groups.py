@@ -47,15 +47,21 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
 def _store_of_this_start(timeout: timedelta) -> torch.distributed.Store | None:
     """torchrun's store under a name of this start's own: in the bare one, ranks would find the addresses of the dead.
 
-    Its agent keeps one store over all restarts (PyTorch issue 135712; still so in 2.13). On several nodes the count of
-    restarts can differ between agents: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which makes rank 0 host a new store
-    at every start. Then, and without torchrun, there is nothing to do: None.
+    Its agent keeps one store over all restarts (PyTorch issue 135712; still so in 2.13). None without such an agent.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
-    return torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return torch.distributed.PrefixStore(f"start {start_name()}", store)
+
+
+def start_name() -> str:
+    """Differs between the starts of all ranks by one agent, and is the same on all of them.
+
+    torchrun's count of restarts can differ between the agents of several nodes; oryx_megatron.agent mends that.
+    """
+    return os.environ.get("ORYX_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def release() -> None:

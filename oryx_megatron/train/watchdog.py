@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from oryx_megatron import platform
+from oryx_megatron import parallel, platform
 from oryx_megatron.errors import HANG_EXIT_CODE
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def _store() -> Any:
         return None
     try:
         store = torch.distributed.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=10))
-        return torch.distributed.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return torch.distributed.PrefixStore(f"watchdog/{parallel.start_name()}", store)
     except (RuntimeError, ValueError) as error:
         log.warning("the watchdog cannot reach the rendezvous store (%s): it will not name other ranks", error)
         return None

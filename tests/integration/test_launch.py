@@ -6,15 +6,21 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
-from oryx_megatron.errors import REQUEUE_EXIT_CODE
+from oryx_megatron import agent
+from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 from oryx_megatron.testing.project import tiny_project
 
 REPOSITORY = Path(__file__).parents[2]
@@ -239,6 +245,7 @@ def test_local_stops_and_goes_on(tmp_path) -> None:
     try:
         while process.poll() is None and len(iterations()) < 2:
             time.sleep(0.05)
+        assert {address for address, _ in listening(psutil.Process(process.pid).children())} == {"127.0.0.1"}
         process.send_signal(signal.SIGUSR1)
         assert process.wait(120) == REQUEUE_EXIT_CODE, (tmp_path / "log").read_text()
     finally:
@@ -249,6 +256,86 @@ def test_local_stops_and_goes_on(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert iterations() == list(range(1, 41))
     assert not (out / "requeue").exists()
+
+
+def listening(processes: Sequence[psutil.Process]) -> set[tuple[str, int]]:
+    """Address and port of what processes of this machine listen on."""
+    connections = [connection for process in processes for connection in process.net_connections("tcp")]
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize(
+    ("address", "configured", "expected"),
+    [
+        ("127.0.0.1", "address", "127.0.0.1"),
+        ("127.0.0.2", "address", "127.0.0.2"),
+        ("localhost", "address", "127.0.0.1"),
+        ("127.0.0.1", "any", "::"),
+        ("203.0.113.7", "address", "::"),  # none of this machine's (RFC 5737), as behind NAT: it says so
+    ],
+)
+def test_rendezvous_listens_as_configured(monkeypatch, caplog, address, configured, expected) -> None:
+    monkeypatch.setenv("ORYX_LISTEN", configured)
+    before = listening([psutil.Process()])
+    if address.startswith("203"):  # its client could not connect to it either
+        monkeypatch.setattr(agent, "TCPStore", lambda host, *rest, **options: TCPStore("localhost", *rest, **options))
+    store = agent.serve(address, 0, timedelta(seconds=10))
+    assert [ip for ip, _ in listening([psutil.Process()]) - before] in ([expected], ["::1"] * (address == "localhost"))
+    store.set("a", "b")
+    assert store.get("a") == b"b"
+    assert ("listens on all interfaces" in caplog.text) == address.startswith("203")
+    if expected != "::":
+        with pytest.raises(ConfigError, match=rf"rendezvous: port {store.port} of {address} is taken"):
+            agent.serve(address, store.port, timedelta(seconds=10))
+
+
+RANK = """
+import os, sys, datetime, pathlib, torch
+from oryx_megatron.parallel.groups import _store_of_this_start
+died = pathlib.Path(sys.argv[1])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if os.environ["GROUP"] == "1" and not died.exists():
+    died.touch()
+    os.kill(os.getpid(), 9)
+patience = datetime.timedelta(seconds=60)
+torch.distributed.init_process_group("gloo", store=_store_of_this_start(patience), rank=rank, world_size=size,
+                                     timeout=patience)
+value = torch.ones(1)
+torch.distributed.all_reduce(value)
+print("sum", int(value), "restarts", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+"""
+
+
+def test_agents_that_count_restarts_differently(tmp_path) -> None:
+    """Only one of two agents sees its rank die; the ranks of the next start find each other all the same."""
+    (tmp_path / "rank.py").write_text(RANK)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for group in range(2):
+        command = [
+            *(sys.executable, "-m", "oryx_megatron.agent", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"),
+            *("--rdzv-backend=oryx", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=x", "--local-addr=127.0.0.1"),
+            *("--monitor-interval=0.1", f"--rdzv-conf=is_host={str(group == 0).lower()}"),
+            *(str(tmp_path / "rank.py"), str(tmp_path / "died")),
+        ]
+        own = {"GROUP": str(group), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        processes.append(
+            subprocess.Popen(
+                command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        texts = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            for rank in psutil.Process(process.pid).children() if process.poll() is None else ():
+                rank.kill()
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert "sum 2 restarts 0" in texts[0]
+    assert "sum 2 restarts 1" in texts[1]
 
 
 def test_local_refuses_in_one_line(tmp_path) -> None:

@@ -1,0 +1,131 @@
+"""`python -m oryx_megatron.agent …`: torchrun, with a rendezvous of its own; its options, and --rdzv-backend=oryx.
+
+What differs from torchrun's c10d:
+- its stores listen on one address, that of --rdzv-endpoint and --local-addr, and not on all interfaces: what agents
+  tell each other is pickled, so who reaches the port can run code. With ORYX_LISTEN=any, on all.
+- ORYX_START names a start of the ranks alike on all nodes. TORCHELASTIC_RESTART_COUNT does not: an agent whose ranks
+  were well when another's died does not count the restart, and ranks that go by it would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import main as torchrun
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LISTEN = "ORYX_LISTEN"
+START = "ORYX_START"
+PATIENCE = timedelta(seconds=300)
+"""For the first node: agents start as fast as their file system gives them torch."""
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Run torchrun."""
+    rendezvous_handler_registry.register("oryx", _create)
+    torchrun(sys.argv[1:] if argv is None else argv)
+    return 0
+
+
+def serve(address: str, port: int, timeout: timedelta, **options: Any) -> TCPStore:
+    """A key-value store that listens on `address` (name or number) and a port (0: a free one).
+
+    It listens on all interfaces, and says so, when the address is none of this machine's, or a name that means the
+    machine itself only, by which others could not find it.
+
+    Args:
+        timeout: For reading.
+        options: More of TCPStore's.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    listening = None
+    if os.environ.get(LISTEN, "address") != "any":
+        try:
+            family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            if _loopback(str(place[0])) and not (address == "localhost" or _loopback(address)):
+                raise OSError(f"it means {place[0]} here")
+            listening = socket.create_server(place, family=family, backlog=4096)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(_taken(address, port)) from None
+            log.warning("rendezvous: cannot listen on %s alone (%s): it listens on all interfaces", address, error)
+    if listening is not None:
+        port = listening.getsockname()[1]
+        options["master_listen_fd"] = listening.detach()
+    try:
+        return TCPStore(address, port, is_master=True, multi_tenant=True, timeout=timeout, **options)
+    except DistError as error:
+        raise ConfigError(f"{_taken(address, port)} ({str(error).splitlines()[0]})") from None
+
+
+class Backend(C10dRendezvousBackend):
+    """torchrun's, under another name."""
+
+    @property
+    def name(self) -> str:
+        """See base class."""
+        return "oryx"
+
+
+class Rendezvous(DynamicRendezvousHandler):
+    """torchrun's, with the two differences above."""
+
+    def next_rendezvous(self) -> Any:
+        """See base class."""
+        found = super().next_rendezvous()
+        os.environ[START] = str(self._state_holder.state.round)  # the ranks inherit it
+        return found
+
+    def _create_tcp_store_server(self, master_addr: str, master_port: int) -> TCPStore:
+        return serve(master_addr, master_port, PATIENCE)
+
+
+def _create(parameters: RendezvousParameters) -> Rendezvous:
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=0)
+    if parameters.get_as_bool("is_host"):
+        store = serve(host, port, PATIENCE, wait_for_workers=False)
+    else:
+        try:
+            store = TCPStore(host, port, is_master=False, timeout=PATIENCE)
+        except DistError as error:
+            raise ConfigError(
+                f"rendezvous: cannot reach the first node at {host}:{port} ({str(error).splitlines()[0]})"
+            ) from None
+    backend = Backend(store, parameters.run_id)
+    return Rendezvous.from_backend(
+        parameters.run_id, store, backend, parameters.min_nodes, parameters.max_nodes, parameters.local_addr
+    )
+
+
+def _taken(address: str, port: int) -> str:
+    return f"rendezvous: port {port} of {address} is taken; start (submit) again, for another"
+
+
+def _loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
