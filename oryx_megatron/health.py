@@ -38,10 +38,10 @@ import torch
 import torch.distributed as dist
 
 from oryx_megatron import platform
-from oryx_megatron.agent import serve
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
+from oryx_megatron.platform.store import serve
 
 
 @dataclass(frozen=True, kw_only=True)

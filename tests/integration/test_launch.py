@@ -19,8 +19,8 @@ import pytest
 import yaml
 from torch.distributed import TCPStore
 
-from oryx_megatron import agent
 from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
+from oryx_megatron.platform import store as stores
 from oryx_megatron.testing.project import tiny_project
 
 REPOSITORY = Path(__file__).parents[2]
@@ -278,15 +278,15 @@ def test_rendezvous_listens_as_configured(monkeypatch, caplog, address, configur
     monkeypatch.setenv("ORYX_LISTEN", configured)
     before = listening([psutil.Process()])
     if address.startswith("203"):  # its client could not connect to it either
-        monkeypatch.setattr(agent, "TCPStore", lambda host, *rest, **options: TCPStore("localhost", *rest, **options))
-    store = agent.serve(address, 0, timedelta(seconds=10))
+        monkeypatch.setattr(stores, "TCPStore", lambda host, *rest, **options: TCPStore("localhost", *rest, **options))
+    store = stores.serve(address, 0, timedelta(seconds=10))
     assert [ip for ip, _ in listening([psutil.Process()]) - before] in ([expected], ["::1"] * (address == "localhost"))
     store.set("a", "b")
     assert store.get("a") == b"b"
     assert ("listens on all interfaces" in caplog.text) == address.startswith("203")
     if expected != "::":
         with pytest.raises(ConfigError, match=rf"rendezvous: port {store.port} of {address} is taken"):
-            agent.serve(address, store.port, timedelta(seconds=10))
+            stores.serve(address, store.port, timedelta(seconds=10))
 
 
 RANK = """
