@@ -121,6 +121,9 @@ class Profile:
     """More options of every srun."""
     max_restarts: int = 3
     """Times that torchrun starts the ranks anew after one died."""
+    heartbeat: int | None = None
+    """Have nvidia-resiliency-ext (which must be installed) start the ranks, and end one that makes no progress for this
+    many seconds, ten times as many before its first step; null: torchrun, and faults.hang_timeout in the run config."""
     max_requeues: int = 1000
     """Times that the job puts itself back into the queue."""
     numa: Literal["node", "socket", "exclusive", "core-complex", "none"] = "node"
@@ -228,6 +231,8 @@ def _check(profile: Profile, source: str) -> None:
     for name, number in {**least, "max_restarts": 0, "max_requeues": 0}.items():
         if getattr(profile, name) < number:
             raise wrong(f"{name}: {getattr(profile, name)} should be at least {number}")
+    if profile.heartbeat is not None and profile.heartbeat < 1:
+        raise wrong(f"heartbeat: {profile.heartbeat} should be at least 1, or null")
     if profile.ranks_per_node is not None:
         if profile.gpus_per_node and profile.ranks_per_node != profile.gpus_per_node:
             raise wrong(f"ranks_per_node: {profile.ranks_per_node}, but there is one rank for each of gpus_per_node")

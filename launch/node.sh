@@ -3,7 +3,7 @@
 # node's ranks, or with --single one plain process per task.
 #   node.sh [--single] PYTHON_OPTIONS...        e.g. node.sh -m oryx_megatron.train RUN.yaml
 # Environment, set by the batch script: ORYX_PYTHON, ORYX_RANKS (per node), ORYX_RESTARTS, ORYX_NUMA, MASTER_ADDR and
-# MASTER_PORT (rendezvous).
+# MASTER_PORT (rendezvous); ORYX_HEARTBEAT (seconds) where nvidia-resiliency-ext is to start the ranks.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -15,7 +15,7 @@ fi
 
 agent=(
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ORYX_RANKS" --max-restarts="$ORYX_RESTARTS"
-    --rdzv-backend=oryx --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"
+    --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"
 )
 # Said outright rather than guessed from host names, which differ between Slurm, DNS and the machine itself.
 if [[ $SLURM_NODEID == 0 ]]; then
@@ -29,7 +29,17 @@ with socket.socket(family, kind) as probe:
     print(probe.getsockname()[0])' "$MASTER_ADDR" "$MASTER_PORT")
     agent+=(--rdzv-conf=is_host=false --local-addr="$address")
 fi
-if [[ $ORYX_NUMA != none ]]; then
+if [[ -n ${ORYX_HEARTBEAT:-} ]]; then
+    program=nvidia_resiliency_ext.fault_tolerance.launcher
+    agent+=(
+        --rdzv-backend=c10d --ft-rank-heartbeat-timeout="$ORYX_HEARTBEAT"
+        --ft-initial-rank-heartbeat-timeout="$((10 * ORYX_HEARTBEAT))"
+    )
+else
+    program=oryx_megatron.agent
+    agent+=(--rdzv-backend=oryx)
+fi
+if [[ $ORYX_NUMA != none && -z ${ORYX_HEARTBEAT:-} ]]; then # its launcher does not know how
     if command -v numactl >/dev/null; then
         agent+=(--numa-binding="$ORYX_NUMA")
     else
@@ -37,5 +47,5 @@ if [[ $ORYX_NUMA != none ]]; then
     fi
 fi
 status=0
-run_agent "$ORYX_PYTHON" -m oryx_megatron.agent "${agent[@]}" "$@" || status=$?
+run_agent "$ORYX_PYTHON" -m "$program" "${agent[@]}" "$@" || status=$?
 exit "$status"

@@ -240,6 +240,7 @@ class _Scripts:
             "ORYX_REQUEUES": str(profile.max_requeues),
             "ORYX_NUMA": profile.numa if gpus else "none",
             "ORYX_END_WAIT": str(profile.end_wait),
+            **({} if profile.heartbeat is None else {"ORYX_HEARTBEAT": str(profile.heartbeat)}),
         }
         lines += [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
         srun, inside = self._container(gpus)

@@ -9,6 +9,8 @@ a hang costs at most hang_timeout, a quarter of it between looks, and that.
 
 Should the main thread hold the interpreter's lock, no thread of Python can run: faulthandler's own, which needs no
 lock, then writes the stacks and ends the process a little later.
+
+Where nvidia-resiliency-ext's launcher started this rank, its monitor hears of every step too, whatever hang_timeout is.
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ FIRST = 10.0
 """Times hang_timeout that the first step may take: kernels are compiled in it."""
 
 
+MONITOR = "FT_RANK_MONITOR_IPC_SOCKET"
+"""Environment variable by which nvidia-resiliency-ext's launcher tells its ranks of their monitor."""
+
+
 class Watchdog:
     """Watches this rank's main thread. Use as a context manager; `beat` whenever it got on.
 
@@ -57,8 +63,14 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._file: Any = None
         self._main = threading.main_thread().ident
+        self._monitor: Any = None
 
     def __enter__(self) -> Watchdog:
+        if MONITOR in os.environ:
+            from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+            self._monitor = RankMonitorClient()
+            self._monitor.init_workload_monitoring()
         if self.timeout is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = self.stacks_path.open("w")
@@ -70,6 +82,8 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
+        if self._monitor is not None:
+            self._monitor.shutdown_workload_monitoring()
         if self._thread is not None:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join(5.0)
@@ -90,6 +104,8 @@ class Watchdog:
             first: Whether kernels may still have to be compiled.
             more: Seconds that it may take on top, for what has a timeout of its own.
         """
+        if self._monitor is not None:
+            self._monitor.send_heartbeat()
         if self.timeout is None:
             return
         self._allowed = self.timeout * (FIRST if first else 1.0) + more

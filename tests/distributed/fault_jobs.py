@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,16 @@ SMALL = ("model.num_layers=1", "train.global_batch_size=4", "data.split=[9, 0, 1
 class Job:
     """One torchrun agent with its ranks, in RUN = `folder`; a context manager that leaves no process behind."""
 
-    def __init__(self, config: Path, folder: Path, *overrides: str, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        config: Path,
+        folder: Path,
+        *overrides: str,
+        restarts: int = 0,
+        agent: Sequence[str] = ("torch.distributed.run",),
+    ) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        command = [sys.executable, "-m", *agent, "--standalone", f"--nproc-per-node={RANKS}"]
         command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "oryx_megatron.train", str(config)]
         self.command = [*command, f"output_dir={folder}", *SMALL, *overrides]
 

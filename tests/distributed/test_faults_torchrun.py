@@ -36,6 +36,7 @@ def all_whole(folder: Path) -> bool:
 def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     """One job lives through kill -9 of ranks, a rank that stops answering, and SIGTERM to a single rank."""
     settings = ("train.iterations=30", "checkpoint.interval=2", "checkpoint.keep=3", "faults.hang_timeout=5")
+    settings += ("checkpoint.timeout=60",)  # should it hang in one after all
     expected = undisturbed(project, tmp_path / "whole", settings[0])
     folder, rng, old = tmp_path / "run", random.Random(6), set[int]()
     with Job(project, folder, *settings, restarts=5) as job:
@@ -44,7 +45,7 @@ def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
 
         # A rank that stops: the other one sees it, says so, and ends for torchrun to restart both.
         ranks, before = job.wait_for_ranks(old), job.iteration()
-        job.wait_for(lambda: job.iteration() > before + 1, "steps")
+        job.wait_for(lambda: job.iteration() > before + 1 and job.iteration() % 2, "a step with no checkpoint after it")
         ranks[1].send_signal(signal.SIGSTOP)
         stacks = folder / "faults" / "stacks-rank0.txt"
         job.wait_for(lambda: "ending with" in job.log(), "the watchdog")
@@ -108,3 +109,22 @@ def test_hang_ends_within_a_bound(project: Path, tmp_path: Path) -> None:
         assert job.finish(300.0) == 0, job.log()
     assert "stacks-rank1.txt; ending with" in job.log()
     assert losses(folder) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_hang_under_nvidia_resiliency_ext(project: Path, tmp_path: Path) -> None:
+    """Its monitor, in a process of its own, ends ranks that make no progress; its launcher starts them again."""
+    pytest.importorskip("nvidia_resiliency_ext", reason="pip install nvidia-resiliency-ext==0.4.1")
+    settings = ("train.iterations=20", "checkpoint.interval=2", "logging.tensorboard=false")
+    expected = undisturbed(project, tmp_path / "whole", settings[0])
+    folder = tmp_path / "run"
+    agent = ("nvidia_resiliency_ext.fault_tolerance.launcher", "--ft-rank-heartbeat-timeout=6")
+    with Job(project, folder, *settings, restarts=2, agent=agent) as job:
+        ranks = job.wait_for_ranks(set())
+        job.wait_for(lambda: job.iteration() > 3, "steps")
+        ranks[0].send_signal(signal.SIGSTOP)
+        assert job.finish(300.0) == 0, job.log()
+    assert "Did not get subsequent heartbeat" in job.log()
+    assert losses(folder) == expected
+    assert not (folder / "faults").exists()  # hang_timeout is off: the monitor saw it

@@ -104,7 +104,13 @@ def test_script_of_a_gpu_cluster(capsys, config, tmp_path) -> None:
         f"pretrain {config} train.global_batch_size=64",
     ):  # fmt: skip
         assert f"\n{line}\n" in text
-    assert "NCCL_IB_DISABLE" not in text
+    for absent in ("NCCL_IB_DISABLE", "ORYX_LISTEN", "ORYX_HEARTBEAT"):
+        assert absent not in text
+    text = scripts(
+        capsys, config, "--cluster", profile(tmp_path, heartbeat=600, network={"kind": "ethernet", "listen": "any"})
+    )["pretrain"]
+    for line in ("export NCCL_IB_DISABLE=1", "export ORYX_LISTEN=any", "export ORYX_HEARTBEAT=600"):
+        assert f"\n{line}\n" in text
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
