@@ -39,6 +39,13 @@ STEPS, HALF = 6, 3
 FIELDS = {"gdn": (), "mamba2": ("model.mixer=mamba2", "data.documents=isolated")}
 HALVES = (f"checkpoint.interval={HALF}", f"evaluation.interval={HALF}")
 
+
+@pytest.fixture(autouse=True)
+def _no_environment_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing DeepSpeed sets what other libraries would take for torchrun's."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
 Case = tuple[str, int, int, int, tuple[str, ...]]
 """Variant, ZeRO stage, tensor-parallel size, ranks, further overrides."""
 

@@ -164,7 +164,7 @@ def test_giving_up(trainer: Callable[..., Trainer]) -> None:
 
 def test_loss_spike(trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch whose loss jumps is left out, and a resumed run remembers the losses that it is judged by."""
-    from oryx_megatron.train import trainer as module
+    from oryx_megatron.train import engine as module
 
     settings = ("train.iterations=8", "faults.spike=6", "faults.spike_window=8", "optimizer.lr=1e-5")
     computed = module.forward_backward
