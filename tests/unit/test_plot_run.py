@@ -1,0 +1,77 @@
+"""tools/plot_run.py: pictures of runs, and pages that run nothing that a run's name says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
+spec = importlib.util.spec_from_file_location("plot_run", TOOL)
+plot_run = importlib.util.module_from_spec(spec)
+sys.modules["plot_run"] = plot_run
+spec.loader.exec_module(plot_run)
+HOSTILE = "a--><script>alert(1)<"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Two runs, one with a hostile name, whose steps read 100 and 200 tokens."""
+    folders = []
+    for i, name in enumerate(("first", HOSTILE)):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        lines = [{"kind": "step", "iteration": n, "tokens": 100 * (i + 1), "loss": 5.0 - n / 10} for n in range(1, 11)]
+        lines[4]["loss"] = float("nan")
+        for plan in ("attention", "recurrent"):
+            lines.append({"kind": "evaluation", "iteration": 10, "dataset": "valid", "plan": plan, "loss": 4.5 + i})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(str(folder))
+    return folders
+
+
+def test_html(runs, tmp_path, capsys) -> None:
+    out = tmp_path / "pages" / "runs.html"
+    assert plot_run.main([*runs, "--x", "tokens", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    page = out.read_text()
+    assert "<svg" in page
+    assert "<script" not in page
+    assert "a--&gt;&lt;script&gt;alert(1)&lt;" in page
+    assert "<td>first</td><td>training</td><td>1000</td><td>4.0000</td>" in page
+    assert "<td>valid, recurrent</td><td>2000</td><td>5.5000</td>" in page
+    assert [path.name for path in out.parent.iterdir()] == ["runs.html"]
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_pictures(runs, tmp_path, suffix, magic) -> None:
+    out = tmp_path / f"run.{suffix}"
+    assert plot_run.main([runs[0], "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(magic)
+
+
+def test_curves(runs) -> None:
+    """A step without a finite loss is left out, and counts as tokens."""
+    curves = plot_run.read_curves(Path(runs[0], "metrics.jsonl"), "tokens", "first")
+    assert [position for position, _ in curves.steps] == [100, 200, 300, 400, 600, 700, 800, 900, 1000]
+    assert curves.evaluations == {"valid": {"attention": [(1000, 4.5)], "recurrent": [(1000, 4.5)]}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--out", "x.jpg"], "error: --out x.jpg: the name must end in one of .png, .svg, .pdf, .html"),
+        (["nowhere", "--out", "x.png"], "nowhere does not exist; give a run folder"),
+        (["empty", "--out", "x.png"], "metrics.jsonl holds no step yet"),
+    ],
+)
+def test_errors(runs, tmp_path, capsys, monkeypatch, arguments, expected) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty/metrics.jsonl").touch()
+    assert plot_run.main([runs[0], *arguments]) == 2
+    assert expected in capsys.readouterr().err
+    assert not Path("x.png").exists()
