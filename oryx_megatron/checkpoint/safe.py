@@ -192,6 +192,26 @@ def load_object(data: io.BytesIO, name: str) -> Any:
     return value
 
 
+def load_file(path: str | os.PathLike[str], map_location: Any, classes: list[type]) -> Any:
+    """A file of torch.save that holds tensors, numbers, containers and objects of `classes`.
+
+    Raises:
+        CheckpointError: damaged, or holding anything else, also inside of a layer's extra state.
+    """
+    try:
+        with torch.serialization.safe_globals([bytes, *classes]):
+            content = torch.load(path, map_location=map_location, weights_only=True)
+        module = content.get("module") if isinstance(content, dict) else None
+        for name, value in module.items() if isinstance(module, dict) else ():
+            if name.endswith("_extra_state"):
+                check_extra_state(value)
+    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
+        hostile = CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint")
+        hostile.rank_local = True  # each rank reads files of its own
+        raise hostile from None
+    return content
+
+
 def check_extra_state(value: Any) -> None:
     """Raise UnpicklingError when the pickle inside a layer's extra state would build anything unknown."""
     if isinstance(value, io.BytesIO):

@@ -23,7 +23,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.checkpoint import Manifest, read_manifest, store
+from oryx_megatron.checkpoint import Manifest, read_manifest, safe, store
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import file_digest
 from oryx_megatron.checkpoint.state import allocate_torch_state
@@ -230,10 +230,27 @@ class DeepSpeedCheckpoints(Checkpoints):
 
 
 def restore(engine: Any, folder: Path) -> None:
-    """Fill DeepSpeed's engine, new and of the same layout, from a checkpoint; CheckpointError when there is none."""
+    """Fill DeepSpeed's engine, new and of the same layout, from a checkpoint; CheckpointError when there is none.
+
+    DeepSpeed would unpickle whatever its files hold.
+    """
+    engine.checkpoint_engine.load = load_file
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
+
+
+def load_file(path: str | Path, map_location: Any = None) -> Any:
+    """A file of a DeepSpeed checkpoint: tensors, numbers, containers, and the three classes that DeepSpeed 0.19 adds.
+
+    Raises:
+        CheckpointError: damaged, or holding anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return safe.load_file(path, map_location, [LossScaler, ZeroStageEnum, fragment_address])
 
 
 def convert(folder: Path, output: Path) -> Path:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,45 @@ def test_small_objects(marker: Path, form: str) -> None:
     data.seek(0)
     with pytest.raises(CheckpointingException, match=r"its object layer is damaged or hostile \(it names "):
         safe.load_object(data, "layer")
+    assert not marker.exists()
+
+
+def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
+    """What DeepSpeed keeps is read; anything else is not, nor what hides in a layer's extra state."""
+    from oryx_megatron.train import deepspeed
+
+    deepspeed.import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class Engine:
+        """As much of DeepSpeed's as reads a file."""
+
+        checkpoint_engine = type("CheckpointEngine", (), {})()
+
+        def load_checkpoint(self, root: str, tag: str) -> tuple[str, Any]:
+            path = f"{root}/{tag}/mp_rank_00_model_states.pt"
+            return path, self.checkpoint_engine.load(path, map_location="cpu")
+
+    path = tmp_path / "iteration_0000001" / "mp_rank_00_model_states.pt"
+    path.parent.mkdir()
+    usual = {
+        "optimizer_state_dict": {"loss_scaler": LossScaler(2.0), "zero_stage": ZeroStageEnum(2)},
+        "slices": OrderedDict(weight=fragment_address(3, 4)),
+        "module": {"weight": torch.ones(2), "layer._extra_state": torch.empty(0, dtype=torch.uint8)},
+    }
+    torch.save(usual, path)
+    deepspeed.restore(Engine(), path.parent)
+    read = deepspeed.load_file(path)
+    assert read["optimizer_state_dict"]["loss_scaler"].cur_scale == 2.0
+    assert read["optimizer_state_dict"]["zero_stage"] is ZeroStageEnum(2)
+    assert read["slices"]["weight"] == fragment_address(3, 4)
+    inner = torch.frombuffer(bytearray(pickle.dumps(Bomb(marker))), dtype=torch.uint8)
+    for hostile in (Bomb(marker), usual | {"x": Bomb(marker)}, {"module": {"layer._extra_state": inner}}):
+        torch.save(hostile, path)
+        with pytest.raises(CheckpointError, match=r"model_states\.pt is damaged or hostile \(it names posix.mkdir"):
+            deepspeed.restore(Engine(), path.parent)
     assert not marker.exists()
 
 
