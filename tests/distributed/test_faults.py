@@ -24,6 +24,7 @@ from oryx_megatron.checkpoint.manifest import file_digest, write_manifest
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import FaultsConfig, ParallelConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
+from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train import signals
 from oryx_megatron.train.callbacks import Callback, StepRecord
@@ -260,6 +261,39 @@ def test_limits_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     stop.limit_time(FaultsConfig(time_limit=1e-3, time_margin=0.0))
     assert stop.notes()[3] == 1.0
     assert stop.notes(started=False)[3] == 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- slow ranks
+
+
+def with_a_slow_rank(config: Path, folder: Path) -> None:
+    """Rank 1 takes its time for every batch."""
+    from oryx_megatron.train import trainer as module
+
+    run = load_run(
+        config,
+        ["model.num_layers=1", "train.global_batch_size=4", "train.iterations=6", "data.split=[1,0,0]",
+         "logging.interval=2", f"output_dir={folder}"],
+    )  # fmt: skip
+    parallel.initialize(run.parallel, seed=1)
+    made = module.training_batches
+    if torch.distributed.get_rank() == 1:
+
+        def slow(*arguments: Any, **keywords: Any) -> Any:
+            time.sleep(0.5)
+            return made(*arguments, **keywords)
+
+        module.training_batches = slow
+    Trainer(run, validate(run, 2)).fit()
+    parallel.destroy()
+
+
+def test_a_slow_rank_is_named(project: Path, tmp_path: Path) -> None:
+    run_distributed(with_a_slow_rank, 2, project, tmp_path)
+    events = [event for event in read_events(tmp_path) if event["event"] == "slow"]
+    assert [event["iteration"] for event in events][-2:] == [4, 6]  # in step 2 the first step's warm-up may hide it
+    for event in events[-2:]:
+        assert re.match(r"rank 1 \(.+\) is slow: \d\.\d+ s for its part of a step, its peers take ", event["text"])
 
 
 # ------------------------------------------------------------------------------------------------------- full disks

@@ -33,6 +33,17 @@ def all_whole(folder: Path) -> bool:
     return bool(folders) and all(store.damaged_files(path, read_manifest(path)) == [] for path in folders)
 
 
+def went_on_from_the_newest(folder: Path) -> bool:
+    """Whether every start went on from the newest checkpoint: nothing but the steps since was lost."""
+    newest = 0
+    for event in read_events(folder):
+        if event["event"] == "start" and event["iteration"] < newest:
+            return False
+        if event["event"] == "checkpoint":
+            newest = event["iteration"]
+    return newest > 0
+
+
 def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     """One job lives through kill -9 of ranks, a rank that stops answering, and SIGTERM to a single rank."""
     settings = ("train.iterations=30", "checkpoint.interval=2", "checkpoint.keep=3", "faults.hang_timeout=5")
@@ -77,6 +88,11 @@ def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     events = [event["event"] for event in read_events(folder)]
     assert events.count("stop") == events.count("end") == 1
     assert events.count("lost") >= 3
+    assert went_on_from_the_newest(folder)
+    log = (folder / "log").read_text()
+    for fact in ("command: ", "code: commit ", "versions: python ", "layout: 2 ranks: ", "kernels: ", "seed 1234"):
+        assert fact in log  # what it takes to do the run again
+    assert "goodput" in log
 
 
 @pytest.mark.slow
@@ -93,6 +109,7 @@ def test_fifty_kills(project: Path, tmp_path: Path, seed: int) -> None:
         assert job.finish(600.0) == 0, job.log()
     assert losses(folder) == expected
     assert all_whole(folder)
+    assert went_on_from_the_newest(folder)
 
 
 @pytest.mark.slow

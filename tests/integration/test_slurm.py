@@ -38,7 +38,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=1
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -291,12 +291,12 @@ def test_preempted_requeued_finished(slurm, data, expected, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_time_limit(slurm, project, expected) -> None:
-    """Near its time limit a run saves and goes back into the queue; every start gets on by a step at least."""
-    number = project.submit("faults.time_margin=1200", "train.exit_after=3")["pretrain"]  # all of the job's 20 minutes
+    """Near its time limit a run saves and goes back into the queue; every start gets on, here by two steps."""
+    number = project.submit("faults.time_margin=1200", "train.exit_after=5")["pretrain"]  # all of the job's 20 minutes
     job = project.finish(number)
     assert job["Restarts"] == "2"
     assert project.log().count("(time limit); everything is saved") == 2
-    assert project.losses() == pytest.approx({i: expected[i] for i in (1, 2, 3)}, abs=1e-4)
+    assert project.losses() == pytest.approx({i: expected[i] for i in range(1, 6)}, abs=1e-4)
 
 
 @pytest.mark.slow
