@@ -1,4 +1,8 @@
-"""Run a function on several ranks of one machine: gloo on CPUs, NCCL where there are GPUs."""
+"""Run a function on several ranks of one machine: gloo on CPUs, NCCL where there are GPUs.
+
+On CPUs the ranks are forked from a server process that has imported torch and megatron-core (preload.py): that takes
+most of ten seconds. CUDA does not survive a fork, so beside a GPU every rank is a fresh process.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+
+from oryx_megatron import platform
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
@@ -29,11 +35,15 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Raises:
         RuntimeError: a rank raised (with its traceback), died or ran out of time.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context: Any = torch.multiprocessing.get_context("spawn" if platform.has_gpu() else "forkserver")
+    if not platform.has_gpu():
+        context.set_forkserver_preload(["oryx_megatron.testing.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        environment = dict(os.environ) | _torchrun(world_size)
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args))
+            context.Process(
+                target=_rank_main, args=(environment | {"RANK": str(rank)}, os.getcwd(), folder, function, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -66,16 +76,12 @@ def _join(processes: list[Any], folder: Path, timeout: float) -> None:
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    environment: dict[str, str], cwd: str, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.clear()  # a forked rank has that of the server, as it was when the server began
+    os.environ.update(environment | {"LOCAL_RANK": environment["RANK"]})
+    os.chdir(cwd)
+    rank = environment["RANK"]
     torch.set_num_threads(1)
     try:
         result = function(*args)
@@ -88,7 +94,10 @@ def _rank_main(
             torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def _torchrun(world_size: int) -> dict[str, str]:
+    """Its environment, but for the rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port = probe.getsockname()[1]
+    size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -42,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     stop = StopRequest()
     # Everything below needs torch and megatron-core: a config error above costs no import.
-    from oryx_megatron import parallel, platform
+    from oryx_megatron import platform
 
     platform.use_kernel_cache(run.kernels.cache_dir)
+    platform.install()  # before megatron-core is imported: on CPUs so without torch's compiler, which takes seconds
+    from oryx_megatron import parallel
+
     try:
         parallel.initialize(run.parallel, seed=run.seed)
         stop.install()  # not before: a rank that waits for one that died must end when torchrun tells it to
