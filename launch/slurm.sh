@@ -17,7 +17,8 @@ prepare() {
     export ORYX_NODES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
     end=${SLURM_JOB_END_TIME:-}
     if [[ -z $end ]]; then # before Slurm 22.05
-        end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) || end=
+        end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e | sed -n 1p) # one line for each task of an array
+        end=$(date --date="$end" +%s) || end=
     fi
     if [[ -n $end ]]; then export ORYX_TIME_LIMIT_AT=$end; fi
 }

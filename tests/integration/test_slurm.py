@@ -333,8 +333,8 @@ def test_from_text_to_export(slurm, project, data) -> None:
     """An array of shards, their merge, training that is preempted, evaluation and conversion: each after the other."""
     corpus = project.folder / "corpus"
     corpus.mkdir()
-    for i, text in enumerate(synthetic_texts()):
-        (corpus / f"{i:03d}.txt").write_text(text)
+    for i, text in enumerate(synthetic_texts(1200)):  # above 128 KiB, for two shards
+        (corpus / f"{i:04d}.txt").write_text(text)
     prefix = project.folder / "tokens"
     tokenizer = data.parent / "tokenizer"
     jobs = project.submit(
