@@ -247,7 +247,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def _figure(path: Path, columns: int, draw: Any) -> None:
+def figure(path: Path, columns: int, draw: Any) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
@@ -290,7 +290,7 @@ def plot_accuracy(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], pa
             axes.legend(fontsize=7)
         panels[0].set_ylabel("answers found")
 
-    _figure(path, 2, draw)
+    figure(path, 2, draw)
 
 
 def plot_pairs(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path: Path) -> None:
@@ -310,7 +310,7 @@ def plot_pairs(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path:
         panels[0].grid(alpha=0.3)
         panels[0].legend(fontsize=6)
 
-    _figure(path, 1, draw)
+    figure(path, 1, draw)
 
 
 def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path: Path) -> None:
@@ -331,7 +331,7 @@ def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path
         if panels[0].get_legend_handles_labels()[0]:
             panels[0].legend(fontsize=7)
 
-    _figure(path, 1, draw)
+    figure(path, 1, draw)
 
 
 if __name__ == "__main__":

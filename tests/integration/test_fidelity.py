@@ -49,9 +49,9 @@ EXPERIMENT = {
 }
 
 
-def _run(config: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "benchmarks" / "fidelity" / "retrieval.py"
-    command = [sys.executable, "-W", "ignore", str(script), str(config), "--out", str(out), *arguments]
+def _run(config: Path, out: Path, *arguments: str, script: str = "retrieval.py") -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "benchmarks" / "fidelity" / script)
+    command = [sys.executable, "-W", "ignore", script, str(config), "--out", str(out), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
 
 
@@ -77,6 +77,18 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     again = _run(config, out, "--models", "gdn", "--budget", "60")
     assert again.returncode == 0, again.stderr
     assert (out / "gdn-1.json").stat().st_mtime_ns == written
+
+    chosen = _run(config, out, "--examples", "16", script="policy.py")
+    assert chosen.returncode == 0, chosen.stderr
+    rows = {(row["policy"], row["wanted"]): row for row in json.loads((out / "policy.json").read_text())}
+    scores = {cell["plan"]: cell["accuracy"] for cell in outcome["cells"] if cell["task"] == "mqar"}
+    for plan, share in (("attention", 1.0), ("recurrent", 0.0)):  # the same texts, the same weights
+        assert rows[plan, None]["accuracy"] == pytest.approx(scores[plan])
+        assert rows[plan, None]["share"] == share
+    assert rows["asked", None]["share"] == 2 / 16
+    assert rows["asked", None]["accuracy"] == pytest.approx(scores["last:2"])
+    assert 0 < rows["entropy", 0.2]["share"] < 0.5
+    assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

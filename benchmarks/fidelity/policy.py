@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""Which tokens should attend? Policies that choose them from the text itself, against plans fixed beforehand.
+
+    python benchmarks/fidelity/policy.py benchmarks/fidelity/mqar-cpu.yaml --out runs/mqar-cpu
+
+Takes the models with both modes that retrieval.py trained into the folder; writes policy.json, policy.md and
+policy.png there: answers found against the share of attention tokens.
+
+Policies, token by token and without looking ahead:
+
+- entropy: attend where the prediction of an all-recurrent pass is least certain, above a threshold found on other
+  texts for each share;
+- seen: attend where the token has occurred in the text before;
+- seen+entropy: of those, the least certain;
+- random, ratio: the same shares without looking at the text;
+- asked: exactly the tokens whose answers count, which only the examiner knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import experiment as ex
+import numpy as np
+import torch
+from torch import Tensor
+from training import Training
+
+from oryx_megatron import parallel
+from oryx_megatron.cli import main_guard
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch
+from oryx_megatron.modes import Mode, ModePlan, parse_plan
+
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Of attention tokens, where a policy can be given one."""
+Chooser = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Tokens, entropies and labels of one text, each [s] → bool [s]: which tokens attend."""
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", help="experiment (YAML)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of retrieval.py's results")
+    parser.add_argument("--examples", type=int, default=128, help="texts (default: 128)")
+    arguments = parser.parse_args(argv)
+    experiment = ex.load_experiment(arguments.config)
+    found = [
+        o
+        for o in ex.read_outcomes(arguments.out)
+        if ex.outcome_path(arguments.out, o.model, o.seed).with_suffix(".pt").is_file()
+    ]
+    if not found:
+        raise ConfigError(f"{arguments.out}: holds no weights; train models with both modes by retrieval.py first")
+    rows = [row for outcome in found for row in _try_all(experiment, outcome, arguments.out, arguments.examples)]
+    ex.write_json(arguments.out / "policy.json", rows)
+    text = _table(experiment, rows)
+    ex.write_text(arguments.out / "policy.md", text)
+    sys.stdout.write(text)
+    _plot(experiment, rows, arguments.out / "policy.png")
+    return 0
+
+
+def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examples: int) -> list[dict[str, Any]]:
+    """Every policy with one model."""
+    parallel.initialize(experiment.run(outcome.model, outcome.seed).parallel, seed=outcome.seed)
+    try:
+        training = Training(experiment, outcome.model, outcome.seed)
+        weights = ex.outcome_path(folder, outcome.model, outcome.seed).with_suffix(".pt")
+        training.chunks[0].module.load_state_dict(torch.load(weights, weights_only=True))
+        training.chunks[0].eval()
+        length = experiment.task.length
+        texts, others = (training.task.sample(length, examples, seed) for seed in (0, 1))
+        entropies, calibration = entropy(training, texts.tokens), entropy(training, others.tokens)
+        rows = []
+        for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length):
+            plans = [
+                ModePlan.from_mask(choose(*parts))
+                for parts in zip(texts.tokens.numpy(), entropies, texts.labels.numpy(), strict=True)
+            ]
+            rows.append(
+                {
+                    "model": outcome.model,
+                    "seed": outcome.seed,
+                    "policy": policy,
+                    "wanted": wanted,
+                    "share": statistics.mean(plan.attention_share for plan in plans),
+                    "accuracy": answers_found(training, texts, plans),
+                }
+            )
+        return rows
+    finally:
+        parallel.destroy()
+
+
+def policies(tokens: np.ndarray, entropies: np.ndarray, length: int) -> list[tuple[str, float | None, Chooser]]:
+    """Name, wanted share (None: the policy's own) and rule; thresholds from these other texts, both [n, s]."""
+    repeated = np.stack([seen(text) for text in tokens])
+    rules: list[tuple[str, float | None, Chooser]] = [
+        ("recurrent", None, lambda text, entropy, labels: np.zeros(length, bool)),
+        ("attention", None, lambda text, entropy, labels: np.ones(length, bool)),
+        ("asked", None, lambda text, entropy, labels: labels != IGNORED),
+        ("seen", None, lambda text, entropy, labels: seen(text)),
+    ]
+    for share in SHARES:
+        least = float(np.quantile(entropies, 1 - share))
+        rules.append(("entropy", share, lambda text, entropy, labels, least=least: entropy > least))
+        if share < repeated.mean():
+            of_seen = float(np.quantile(entropies[repeated], 1 - share / repeated.mean()))
+            rules.append(
+                (
+                    "seen+entropy",
+                    share,
+                    lambda text, entropy, labels, least=of_seen: seen(text) & (entropy > least),
+                )
+            )
+        rng = np.random.default_rng(7)
+        rules.append(("random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share))
+        evenly = parse_plan(f"ratio:{share}", length, chunk=1).is_attention()
+        rules.append(("ratio", share, lambda text, entropy, labels, evenly=evenly: evenly))
+    return rules
+
+
+def seen(text: np.ndarray) -> np.ndarray:
+    """Where a token [s] has occurred before."""
+    first = np.zeros(len(text), bool)
+    first[np.unique(text, return_index=True)[1]] = True
+    return ~first
+
+
+@torch.no_grad()
+def entropy(training: Training, tokens: Tensor) -> np.ndarray:
+    """Of the predictions after each token [n, s], all of them recurrent; in nats."""
+    plan = ModePlan.uniform(Mode.RECURRENT, tokens.shape[1])
+    logs = torch.cat([training.logits(part, plan).float().log_softmax(-1) for part in tokens.split(32)])
+    return -(logs.exp() * logs).sum(-1).cpu().numpy()
+
+
+def answers_found(training: Training, texts: RetrievalBatch, plans: list[ModePlan]) -> float:
+    """Share of the answers, each text under its own plan; texts of one plan go together."""
+    by_plan: dict[ModePlan, list[int]] = defaultdict(list)
+    for row, plan in enumerate(plans):
+        by_plan[plan].append(row)
+    predictions = torch.empty_like(texts.tokens)
+    for plan, rows in by_plan.items():
+        predictions[rows] = torch.cat([training.predict(part, plan) for part in texts.tokens[rows].split(64)])
+    asked = texts.labels != IGNORED
+    return float((predictions == texts.labels)[asked].float().mean())
+
+
+def _table(experiment: ex.Experiment, rows: list[dict[str, Any]]) -> str:
+    models = sorted({row["model"] for row in rows})
+    lines = [
+        f"# {experiment.name}: policies",
+        "",
+        "Answers found (share of attention tokens); means over seeds.",
+        "",
+        f"| policy | {' | '.join(models)} |",
+        f"|---|{'---|' * len(models)}",
+    ]
+    for key in dict.fromkeys((row["policy"], row["wanted"]) for row in rows):
+        cells = []
+        for model in models:
+            some = [row for row in rows if (row["policy"], row["wanted"]) == key and row["model"] == model]
+            mean = {name: statistics.mean(row[name] for row in some) for name in ("accuracy", "share")}
+            cells.append(f"{mean['accuracy']:.3f} ({mean['share']:.1%})")
+        lines.append(f"| {key[0]} {'' if key[1] is None else key[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(experiment: ex.Experiment, rows: list[dict[str, Any]], path: Path) -> None:
+    from retrieval import figure
+
+    models = sorted({row["model"] for row in rows})
+
+    def draw(panels: Any) -> None:
+        for axes, model in zip(panels, models, strict=True):
+            for number, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+                points: dict[float | None, list[dict[str, Any]]] = defaultdict(list)
+                for row in rows:
+                    if (row["model"], row["policy"]) == (model, policy):
+                        points[row["wanted"]].append(row)
+                means = sorted(
+                    (statistics.mean(r["share"] for r in some), statistics.mean(r["accuracy"] for r in some))
+                    for some in points.values()
+                )
+                axes.plot(*zip(*means, strict=True), "o-", ms=4, lw=1, color=f"C{number}", label=policy)
+            axes.set(title=f"{experiment.name}: {model}", xlabel="share of attention tokens", ylim=(-0.03, 1.05))
+            axes.set_xscale("symlog", linthresh=0.02)
+            axes.set_xticks([0, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"])
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+        panels[0].set_ylabel("answers found")
+
+    figure(path, len(models), draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
