@@ -20,6 +20,7 @@ from oryx_megatron.train import metrics
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")  # Okabe and Ito
 LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v")
 SMOOTH = 50  # the smoothed curve averages over a fiftieth of the run
 
 
@@ -110,8 +111,9 @@ def draw(runs: list[Curves], x: str) -> Any:
                     *zip(*points),
                     color=COLOURS[(i if several else j) % len(COLOURS)],
                     linestyle=LINES[j % len(LINES)] if several else "-",
-                    marker="o",
-                    markersize=4,
+                    marker=MARKERS[j % len(MARKERS)],
+                    markersize=6,
+                    markerfacecolor="none",  # plans may be as good as equal: one must not hide another
                     label=f"{run.name}, {plan}" if several else f"{name}, {plan}",
                 )
     titles = [runs[0].name] if single else ["training", *sets]
