@@ -309,6 +309,7 @@ torch.distributed.init_process_group("gloo", store=_store_of_this_start(patience
 value = torch.ones(1)
 torch.distributed.all_reduce(value)
 print("sum", int(value), "restarts", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
 """
 
 
