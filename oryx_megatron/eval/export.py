@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oryx_megatron import platform
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.eval.retrieval import Codec
+from oryx_megatron.hf.configuration_oryx import OryxConfig
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 
 class _ExportCodec:
@@ -24,13 +26,18 @@ class _ExportCodec:
 def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[Any, Codec]:
     """Model in eval mode on this machine's device, and its tokenizer (or the one of a tokenizer folder).
 
-    Runs the code in the folder. Raises ConversionError when it does not load.
+    Runs no code of the folder: an export is read by this project's own classes.
+
+    Raises:
+        ConversionError: it does not load.
     """
+    AutoConfig.register(OryxConfig.model_type, OryxConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OryxConfig, OryxForCausalLM, exist_ok=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto")
         if tokenizer is not None:
             return model.to(platform.device()).eval(), load_tokenizer(tokenizer)  # type: ignore[arg-type]
-        codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
+        codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(
             f"{folder} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"

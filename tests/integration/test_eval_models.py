@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_retrieval_finds_the_same_on_both_sides(hf_project: Path, folder: Path, 
             assert (ours == theirs).float().mean() > 0.99  # near ties may fall either way
     finally:
         parallel.destroy()
+
+
+def test_code_in_an_export_does_not_run(folder: Path, tmp_path: Path) -> None:
+    """Evaluation reads weights and config; the Python files beside them are for machines without this project."""
+    hostile, marker = tmp_path / "hostile", tmp_path / "marker"
+    shutil.copytree(folder, hostile)
+    for name in ("modeling_oryx.py", "configuration_oryx.py"):
+        (hostile / name).write_text(f"open({str(marker)!r}, 'w')\n")
+    model, _ = load_export(hostile)
+    twin, _ = load_export(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert not marker.exists()
 
 
 def test_lm_eval_runs_on_an_export_unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
