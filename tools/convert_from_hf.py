@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)  # overrides may stand before and after options
     if arguments.overrides and arguments.run is None:
         raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="data/stdlib", help="prefix of the tokens; made when missing")
     parser.add_argument("--stop", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     os.chdir(ROOT)
     started = time.monotonic()
     # Two processes share the cores.

@@ -543,7 +543,7 @@ def _line_problem(line: bytes, key: str) -> str | tuple[str, str]:
     except UnicodeDecodeError as error:
         return "not UTF-8", f"byte {line[error.start]:#04x} at {error.start} of the line"
     except json.JSONDecodeError as error:
-        return "invalid JSON", f"{error.msg} at column {error.colno}"
+        return "invalid JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:
         return "invalid JSON", "nested too deep"
     if not isinstance(record, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,12 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     _check_shards(parts)
     known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
-    skipped: dict[str, int] = {}
-    for part in parts:
-        for reason, number in (part.manifest or {}).get("skipped", {}).items():
-            skipped[reason] = skipped.get(reason, 0) + number
+    skipped, paths = (_sums(parts, field) for field in ("skipped", "paths"))
     with IndexedWriter(output, _vocabulary(first), overwrite=overwrite) as writer:
         for part in parts:
             _copy(part, writer, 0, part.documents)
-        return _finish(writer, first, size, merged=[str(prefix) for prefix in prefixes], skipped=skipped)
+        sources = [str(prefix) for prefix in prefixes]
+        return _finish(writer, first, size, merged=sources, skipped=skipped, paths=paths)
 
 
 def split(
@@ -103,6 +102,14 @@ def _copy(dataset: Dataset, writer: IndexedWriter, start: int, stop: int) -> Non
             writer.add_tokens(data[position : position + BLOCK])
             first = position + BLOCK
         writer.add(data[first:last], lengths, np.diff(bounds))
+
+
+def _sums(parts: Sequence[Dataset], field: str) -> dict[str, int]:
+    """What the manifests count under `field`, added up by name."""
+    sums: Counter[str] = Counter()
+    for part in parts:
+        sums.update((part.manifest or {}).get(field, {}))
+    return dict(sorted(sums.items()))
 
 
 def _tokenizer(dataset: Dataset) -> str | None:

@@ -333,6 +333,10 @@ def test_tools_convert_and_complain_in_one_line(project: Path, tmp_path: Path) -
     done = tool("convert_to_hf.py", project.parent / "mamba2 pp2", tmp_path / "hf", "--verify")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verified") == 10
+    # Overrides behind an option, as in the documentation.
+    options = ("--run", project, "train.iterations=99")
+    assert tool("convert_from_hf.py", tmp_path / "hf", tmp_path / "next", *options).returncode == 0
+    assert read_manifest(find_checkpoint(tmp_path / "next")).run().train.iterations == 99
     refused = tool("convert_from_hf.py", tmp_path / "hf" / "nowhere", tmp_path / "back")
     assert refused.returncode == 2
     assert refused.stderr.strip().startswith("error: ")

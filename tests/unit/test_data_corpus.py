@@ -129,6 +129,7 @@ def test_remote_files(tmp_path: Path) -> None:
 
 
 BAD_LINES = [
+    ('{"text": "a', r"invalid JSON \(Unterminated string starting at column 10\)"),
     ('{"text": "a"', r"invalid JSON \(Expecting ',' delimiter at column 13\)"),
     ('{"body": "a", "n": 1}', r"missing key \(no 'text', only 'body', 'n'; see --text-key\)"),
     ("{}", r"missing key \(no 'text', only nothing"),

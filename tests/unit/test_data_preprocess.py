@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from oryx_megatron.data import corpus
 from oryx_megatron.data import preprocess as preprocess_module
 from oryx_megatron.data.corpus import ReadOptions
+from oryx_megatron.data.datasets import merge
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.preprocess import Job, preprocess, shard_prefix
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
@@ -231,6 +232,9 @@ def test_shards_are_contiguous_and_cover_everything(tmp_path: Path) -> None:
         preprocess(job(source, unit_bytes=500, shard=(number, 3)), prefix)
         data += Path(f"{prefix}.bin").read_bytes()
     assert data == (tmp_path / "whole.bin").read_bytes()
+    merged = merge([shard_prefix(tmp_path / "part", (number, 3)) for number in (1, 2, 3)], tmp_path / "merged")
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert {name for name in whole if merged.get(name) != whole[name]} == {"source"}
     with pytest.raises(DataError, match="shard 4/3: count shards from 1 to 3"):
         preprocess(job(source, shard=(4, 3)), tmp_path / "x")
     with pytest.raises(DataError, match="900 shards are too many: the corpus has"):
