@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from oryx_megatron import parallel
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import CheckpointConfig, ParallelConfig
 from oryx_megatron.testing.layouts import Session, session, tiny_run
@@ -68,7 +68,7 @@ def background(opened: Session, root: Path, repeats: int) -> tuple[list[float], 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measure both ways; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="preset or YAML file")
     parser.add_argument("--folder", type=Path, required=True, help="where to write; emptied of its two runs at the end")
     parser.add_argument("--layers", type=int, help="use only so many layers")

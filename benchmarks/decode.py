@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM, StaticCache
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConfigError
@@ -213,7 +213,7 @@ SIDES = {
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measure all sides and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="1.4b-gdn", help="Oryx preset or YAML (default: %(default)s)")
     parser.add_argument("--llama-model", default="1.4b-transformer", help="preset that gives Llama its SwiGLU width")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import read_documents
 from oryx_megatron.data.train_tokenizer import train_byte_level
 from oryx_megatron.errors import DataError
@@ -40,12 +40,13 @@ MEGATRON_KINDS = {"sentencepiece": "SentencePieceTokenizer", "byte-level": "Hugg
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--megatron", type=Path, metavar="FOLDER", help="checkout of Megatron-LM; without: ours alone")
     parser.add_argument("--megatron-python", default=sys.executable, help="a Python that can run its tools")
     parser.add_argument("--megabytes", type=int, default=300, help="of text (default: 300)")
     parser.add_argument("--processes", type=int, default=2, help="for both (default: 2)")
-    parser.add_argument("--kinds", nargs="+", choices=list(MEGATRON_KINDS), default=list(MEGATRON_KINDS))
+    kinds = list(MEGATRON_KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=" and ".join(kinds))
     parser.add_argument("--folder", type=Path, help="where text and datasets go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     args = parser.parse_args(argv)

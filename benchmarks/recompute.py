@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from oryx_megatron import parallel, platform
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
@@ -83,7 +83,7 @@ def measure(
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measure every recompute mode under every plan; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="preset or YAML file")
     parser.add_argument("--layers", type=int, help="use only so many layers")
     parser.add_argument("--sequence", type=int, default=512)

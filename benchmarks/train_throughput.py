@@ -410,8 +410,9 @@ def main() -> None:
         "--run",
         nargs="+",
         action="append",
-        metavar="SHAPE PRECISION CASE",
-        help="as 2048x16; bf16, delayed, tensorwise or blockwise; gpt, mamba, hybrid, gdn/PLAN, mamba2/PLAN",
+        metavar="WORD",
+        help="SHAPE PRECISION CASE …: as 2048x16; bf16, delayed, tensorwise or blockwise; gpt, mamba, hybrid, "
+        "gdn/PLAN, mamba2/PLAN",
     )
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case")
     parser.add_argument("--profile", action="store_true", help="write the kernels of one step of every case")

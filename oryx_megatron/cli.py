@@ -1,4 +1,4 @@
-"""What every command line of the project shares: user errors become one line on stderr and exit code 2.
+"""What every command line of the project shares: user errors become one line on stderr and exit code 2; its --help.
 
 Under torchrun an error of config, data or checkpoint is the same on all ranks, so rank 0 alone prints it; one that only
 a single rank can see carries `rank_local = True` and is printed there.
@@ -6,9 +6,12 @@ a single rank can see carries `rank_local = True` and is printed there.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import itertools
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 
 from oryx_megatron.errors import OryxError
@@ -33,3 +36,37 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return guarded
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """For descriptions that are docstrings: text is filled to the terminal's width, indented lines are commands.
+
+    A command that is too long goes on behind a backslash.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        def kind(line: str) -> str:
+            return "command" if line.startswith(" ") else "text" if line else "gap"
+
+        lines: list[str] = []
+        for what, group in itertools.groupby(text.strip().splitlines(), kind):
+            if what == "text":
+                lines += textwrap.wrap(" ".join(group), width)
+            elif what == "gap":
+                lines.append("")
+            else:
+                for command in group:
+                    if len(command) <= width + 2:  # argparse leaves two columns free
+                        lines.append(command)
+                        continue
+                    start = command[: len(command) - len(command.lstrip())]
+                    parts = textwrap.wrap(
+                        command.strip(),
+                        width - 2,
+                        initial_indent=start,
+                        subsequent_indent=f"{start}    ",
+                        break_long_words=False,
+                        break_on_hyphens=False,
+                    )
+                    lines += [f"{part} \\" for part in parts[:-1]] + parts[-1:]
+        return "\n".join(indent + line for line in lines)

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from oryx_megatron import platform
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
 from oryx_megatron.platform.store import serve
@@ -119,7 +119,7 @@ SHOWN = 4
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, print (rank 0)."""
     parser = argparse.ArgumentParser(
-        prog="oryx_megatron.health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="oryx_megatron.health", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("config", nargs="?", metavar="RUN.yaml", help="run config that is about to start")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
 from oryx_megatron.checkpoint.store import by_deepspeed
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConversionError
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Start the ranks, convert; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
     parser.add_argument("output", type=Path, help="run folder to make")
     arguments = parser.parse_args(argv)

@@ -16,12 +16,12 @@ import argparse
 import sys
 import warnings
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("output", help="run folder to make")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to --run")

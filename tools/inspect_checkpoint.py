@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse and print; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
     parser.add_argument("--part", choices=("model", "optimizer", "all"), default="model", help="tensors to list")
     parser.add_argument("--depth", type=int, help="levels of the tree to show; deeper tensors are summed")

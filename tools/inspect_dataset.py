@@ -18,7 +18,7 @@ import textwrap
 
 import numpy as np
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import compare, document_lengths, verify
 from oryx_megatron.data.files import replacing
 from oryx_megatron.data.indexed import Dataset, open_dataset
@@ -28,7 +28,7 @@ from oryx_megatron.errors import DataError
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("dataset", metavar="PREFIX")
     parser.add_argument("--documents", nargs="+", type=int, default=[], metavar="N", help="print these, from 0")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to print text; its vocabulary is used by --verify")

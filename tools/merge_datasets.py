@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import merge
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("datasets", nargs="+", help="prefixes, or their .idx files, in the order of the documents")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the merged dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

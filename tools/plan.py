@@ -22,7 +22,7 @@ import os
 import sys
 from pathlib import Path
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConfigError
@@ -35,7 +35,7 @@ PICTURE_MICROBATCHES = 16
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, plan and print; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     defaults = Cluster(1)
     parser.add_argument("model", help="preset or YAML file")
     parser.add_argument("--gpus", type=int, required=True)

@@ -23,7 +23,7 @@ import time
 
 from tqdm import tqdm
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import ReadOptions
 from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
 from oryx_megatron.errors import DataError
@@ -163,7 +163,7 @@ def share(text: str) -> float:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", required=True, nargs="+", help="`stdlib`, files, folders, URLs; in this order")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the dataset without ending")

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from oryx_megatron.cli import HelpFormatter
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, TOKENIZER = "configs/run/quickstart.yaml", "tokenizers/stdlib-8k"
 PROMPT = "def read_lines(path):\n"
@@ -22,7 +24,7 @@ PROMPT = "def read_lines(path):\n"
 
 def main(argv: list[str] | None = None) -> int:
     """Run all steps; stops at the first that fails, with its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
     parser.add_argument("--data", default="data/stdlib", help="prefix of the tokens; made when missing")
     parser.add_argument("--stop", type=int, default=100, help="step to stop and resume at (default: %(default)s)")

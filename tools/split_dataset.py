@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import split
 from oryx_megatron.errors import DataError
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("dataset", metavar="PREFIX")
     parser.add_argument("parts", nargs="+", metavar="NAME=SHARE", help="names and relative sizes of the parts")
     parser.add_argument("--seed", type=int, help="assign documents at random; default: parts follow each other")

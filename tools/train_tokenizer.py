@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import STDLIB, read_documents
 from oryx_megatron.data.tokenizer import Tokenizer, write_manifest
 from oryx_megatron.data.train_tokenizer import measure, train_byte_level, train_sentencepiece
@@ -102,7 +102,7 @@ def report(found: dict) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", nargs="+", default=[STDLIB], help=f"`{STDLIB}`, files, folders, URLs")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument("--output", metavar="FOLDER", help="folder to write")

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config.schema import ParallelConfig
 
 PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
@@ -25,7 +25,7 @@ PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="oryx_megatron.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="oryx_megatron.eval", description=__doc__, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     perplexity = commands.add_parser("perplexity", help="loss, perplexity and bits per byte per plan")
