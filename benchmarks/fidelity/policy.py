@@ -191,12 +191,15 @@ def _plot(experiment: ex.Experiment, rows: list[dict[str, Any]], path: Path) -> 
                     (statistics.mean(r["share"] for r in some), statistics.mean(r["accuracy"] for r in some))
                     for some in points.values()
                 )
-                axes.plot(*zip(*means, strict=True), "o-", ms=4, lw=1, color=f"C{number}", label=policy)
+                fixed = policy in ("recurrent", "attention", "asked")  # larger: others may lie on them
+                style = {"marker": "s", "ms": 10, "mfc": "none", "ls": "none"} if fixed else {"marker": "o", "ms": 4}
+                axes.plot(*zip(*means, strict=True), lw=1, color=f"C{number}", label=policy, **style)
             axes.set(title=f"{experiment.name}: {model}", xlabel="share of attention tokens", ylim=(-0.03, 1.05))
-            axes.set_xscale("symlog", linthresh=0.02)
-            axes.set_xticks([0, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"])
+            axes.set_xscale("symlog", linthresh=0.02, linscale=0.5)
+            axes.set_xlim(-0.003, 1.3)
+            axes.set_xticks([0, 0.02, 0.05, 0.1, 0.2, 0.4, 1], ["0", "2 %", "5 %", "10 %", "20 %", "40 %", "all"])
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="lower right")
         panels[0].set_ylabel("answers found")
 
     figure(path, len(models), draw)
