@@ -29,7 +29,7 @@ from pathlib import Path
 
 from cluster import Profile, Side, load_profile, one_line
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
@@ -385,7 +385,7 @@ def _described(job: Job) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", metavar="RUN.yaml", help="run config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
     parser.add_argument("--cluster", required=True, metavar="PROFILE", help="cluster profile (YAML)")

@@ -118,9 +118,7 @@ SHOWN = 4
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, print (rank 0)."""
-    parser = argparse.ArgumentParser(
-        prog="oryx_megatron.health", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="oryx_megatron.health", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", nargs="?", metavar="RUN.yaml", help="run config that is about to start")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")
     d = Options()

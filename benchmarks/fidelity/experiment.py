@@ -6,8 +6,10 @@ All models see the same batches in the same order; their SwiGLU is as wide as gi
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -168,6 +170,18 @@ def equalised(model: ModelConfig, parameters: int) -> ModelConfig:
     return replace(model, ffn_hidden_size=max(8, 8 * (1 + round((parameters - rest) / per_eight))))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every script that trains models of a YAML file is given."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is under way then is cut short")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the config's `run`")
+    parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
+
+
 # ----------------------------------------------------------------------------------------------------------- results
 
 
@@ -222,3 +236,10 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean (lowest to highest)."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

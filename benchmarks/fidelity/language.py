@@ -36,14 +36,7 @@ from oryx_megatron.errors import ConfigError
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="models and their run (YAML)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--models", nargs="*", help="only these")
-    parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds, after which running ones are ended")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the config's `run`")
-    parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
+    ex.add_options(parser)
     arguments = parser.parse_args(argv)
     data = ex.read_yaml(arguments.config, {"name", "seeds", "run", "models", "equal_to"})
     runs = ex.build_runs(data, {"output_dir": "none"}, ex.parse_overrides(arguments.set), arguments.config)
@@ -157,7 +150,7 @@ def summarize(name: str, results: list[Result], folder: Path) -> None:
     lines += ["| model | parameters | seeds | tokens | tokens/s | loss by plan |", "|---|---|---|---|---|---|"]
     for model in dict.fromkeys(result.model for result in results):
         some = [result for result in results if result.model == model]
-        told = "; ".join(f"{plan} {_spread([r.losses[plan] for r in some])}" for plan in some[0].losses)
+        told = "; ".join(f"{plan} {ex.spread([r.losses[plan] for r in some], 4)}" for plan in some[0].losses)
         rate = statistics.median(r.tokens_per_second for r in some)
         lines.append(
             f"| {model} | {some[0].parameters / 1e6:.1f} M | {len(some)} | {some[0].tokens / 1e6:.0f} M | {rate:,.0f} "
@@ -167,12 +160,6 @@ def summarize(name: str, results: list[Result], folder: Path) -> None:
     ex.write_text(folder / "summary.md", text)
     ex.write_json(folder / "summary.json", {"experiment": name, "results": [vars(result) for result in results]})
     print(text, flush=True)
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from training import Training
 from oryx_megatron import parallel
 from oryx_megatron.cli import main_guard
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch
+from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch, score
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -151,8 +151,7 @@ def answers_found(training: Training, texts: RetrievalBatch, plans: list[ModePla
     predictions = torch.empty_like(texts.tokens)
     for plan, rows in by_plan.items():
         predictions[rows] = torch.cat([training.predict(part, plan) for part in texts.tokens[rows].split(64)])
-    asked = texts.labels != IGNORED
-    return float((predictions == texts.labels)[asked].float().mean())
+    return score(predictions, texts).accuracy
 
 
 def _table(experiment: ex.Experiment, rows: list[dict[str, Any]]) -> str:

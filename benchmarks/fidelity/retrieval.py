@@ -44,15 +44,8 @@ WORKER_ENVIRONMENT = {
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="experiment (YAML)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    ex.add_options(parser)
     parser.add_argument("--models-of", metavar="FILE", help="take `models` and `equal_to` from this file (ablations)")
-    parser.add_argument("--models", nargs="*", help="only these")
-    parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
-    parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is trained by then is scored")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the config's `run`")
-    parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "SEED", "DEADLINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     experiment = ex.load_experiment(arguments.config, ex.parse_overrides(arguments.set), arguments.models_of)
@@ -194,8 +187,8 @@ def summarize(experiment: ex.Experiment, outcomes: list[ex.Outcome], folder: Pat
         plans = list(some[0].accuracies(task))
         found = {plan: [o.accuracies(task)[plan] for o in some] for plan in plans}
         trained = sorted({o.tokens for o in some})
-        told = "; ".join(f"{plan} {_spread(values)}" for plan, values in found.items())
-        loss = _spread([o.curve[-1]["loss"] for o in some])
+        told = "; ".join(f"{plan} {ex.spread(values)}" for plan, values in found.items())
+        loss = ex.spread([o.curve[-1]["loss"] for o in some])
         millions = " to ".join(f"{tokens / 1e6:.1f} M" for tokens in dict.fromkeys((trained[0], trained[-1])))
         unfinished = "" if all(o.finished for o in some) else " (cut short)"
         lines.append(f"| {model} | {some[0].parameters:,} | {len(some)} | {millions}{unfinished} | {loss} | {told} |")
@@ -239,12 +232,6 @@ def _ratios(own: dict[str, float], focus: str, transformer: float) -> str:
 
 def _share(outcome: ex.Outcome, plan: str) -> float:
     return next(cell["attention_share"] for cell in outcome.cells if cell["plan"] == plan)
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def figure(path: Path, columns: int, draw: Any) -> None:

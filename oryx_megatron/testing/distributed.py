@@ -35,8 +35,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     Raises:
         RuntimeError: a rank raised (with its traceback), died or ran out of time.
     """
-    context: Any = torch.multiprocessing.get_context("spawn" if platform.has_gpu() else "forkserver")
-    if not platform.has_gpu():
+    forks = not platform.has_gpu()
+    context: Any = torch.multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
         context.set_forkserver_preload(["oryx_megatron.testing.preload"])
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ) | _torchrun(world_size)

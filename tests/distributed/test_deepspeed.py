@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import math
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Runs, copy_checkpoint
+from tiny_runs import Runs, close, copy_checkpoint, train
 
-from oryx_megatron import parallel, platform
+from oryx_megatron import parallel
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Worlds, forget_hooks
+from oryx_megatron.testing.layouts import Worlds
 from oryx_megatron.testing.project import tiny_project
 
 pytestmark = [
@@ -75,35 +73,6 @@ RESUMED, CONVERTED = (FAST[2], FAST[3]), (FAST[1], FAST[3])
 RESUMED_WIDELY, CONVERTED_WIDELY = (WIDE[2], WIDE[3]), (WIDE[6], WIDE[7], WIDE[12], WIDE[13])
 
 
-def _train(config: Path, name: str, *overrides: str) -> None:
-    """As tiny_runs.train, with either engine."""
-    warnings.simplefilter("ignore")
-    platform.install()
-    from oryx_megatron.train.trainer import Trainer
-
-    run = load_run(config, ["model.num_layers=2", *overrides, f"output_dir={config.parent / name}"])
-    parallel.initialize(run.parallel, seed=run.seed)
-    try:
-        trainer = Trainer(run, validate(run, torch.distributed.get_world_size()))
-        if trainer.iteration:
-            loaded = {result.plan: result.loss for result in trainer.evaluate()}
-            (config.parent / name / "loaded.json").write_text(json.dumps(loaded))
-        trainer.fit()
-        _close(trainer)
-    finally:
-        trainer = None
-        parallel.release()
-        gc.collect()
-
-
-def _close(trainer: Any) -> None:
-    if trainer.run.engine == "deepspeed":
-        trainer.chunks = []
-        trainer.engine.close()
-    else:
-        forget_hooks(trainer.chunks)
-
-
 def _overrides(case: Case) -> tuple[str, ...]:
     variant, stage, tensor, _, more = case
     return (
@@ -131,23 +100,23 @@ def _train_all(config: Path, cases: tuple[Case, ...], resumed: tuple[Case, ...],
     for case in cases:
         if case[3] == 4:
             with worlds.of(4, _name(case)):
-                _train(config, _name(case), *_overrides(case))
+                train(config, _name(case), *_overrides(case))
     for case in worlds.share(2, [case for case in cases if case[3] == 2]):
         with worlds.of(2, _name(case)):
-            _train(config, _name(case), *_overrides(case))
+            train(config, _name(case), *_overrides(case))
             if case in resumed:
                 copy_checkpoint(root, _name(case), f"{_name(case)} resumed")
-                _train(config, f"{_name(case)} resumed", *_overrides(case))
+                train(config, f"{_name(case)} resumed", *_overrides(case))
             if case in converted:
                 _convert(root, case)
     for variant in worlds.share(1, FIELDS):
         with worlds.of(1, variant):
-            _train(config, variant, *FIELDS[variant], *HALVES)
+            train(config, variant, *FIELDS[variant], *HALVES)
     with worlds.of(4, "all are done"):  # conversions too
         torch.distributed.barrier()
     for case in worlds.share(1, converted):
         with worlds.of(1, _name(case)):
-            _train(config, f"{_name(case)} converted", *FIELDS[case[0]])
+            train(config, f"{_name(case)} converted", *FIELDS[case[0]])
 
 
 def _runs(root: Path, *arguments: Any) -> Runs:
@@ -278,7 +247,7 @@ def test_what_other_programs_say(fast: Runs, tmp_path: Path, one_rank: None) -> 
         trainer("run", "engine=deepspeed", "deepspeed.zero_stage=3")
     own = trainer("own", "train.iterations=1", "evaluation.batches=1")
     own.fit()
-    _close(own)
+    close(own)
     with pytest.raises(CheckpointError, match="written by engine megatron, whose checkpoints DeepSpeed cannot read"):
         trainer("own", "engine=deepspeed")
 
@@ -311,7 +280,7 @@ def test_bad_steps_are_left_out(tmp_path: Path, one_rank: None, stage: int) -> N
     assert engine.gradients(first).mean_loss < loss
     engine.discard()
     trainer.stream.close()
-    _close(trainer)
+    close(trainer)
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,20 @@ def train(config: Path, name: str, *overrides: str) -> None:
             loaded = {result.plan: result.loss for result in trainer.evaluate()}
             (config.parent / name / "loaded.json").write_text(json.dumps(loaded))
         trainer.fit()
-        forget_hooks(trainer.chunks)
+        close(trainer)
     finally:
         trainer = None
         parallel.release()
         gc.collect()
+
+
+def close(trainer: Any) -> None:
+    """Let go of a trainer's model, under either engine, so that another can follow in this process."""
+    if trainer.run.engine == "deepspeed":
+        trainer.chunks = []
+        trainer.engine.close()
+    else:
+        forget_hooks(trainer.chunks)
 
 
 def copy_checkpoint(root: Path, source: str, target: str, iteration: int = HALF) -> None:
