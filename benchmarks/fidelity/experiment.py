@@ -31,7 +31,7 @@ class TaskConfig:
     length: int
     """Tokens per text."""
     pairs: int = 8
-    """mqar: key-value pairs at the start."""
+    """mqar: key-value pairs at the start; needle: needles."""
     queries: int | None = None
     """mqar: keys asked for."""
     tail: int | None = None
@@ -39,7 +39,8 @@ class TaskConfig:
     digits: int = 5
     """needle, phonebook: digits of a number."""
     easiest: int | None = None
-    """mqar: training texts have from this many pairs to `pairs`, queries fill the rest; null: as in scoring."""
+    """mqar, needle: training texts have from this many pairs to `pairs` and ask for all (mqar: as long as there is
+    room); null: as in scoring."""
     short_length: int | None = None
     """Training begins with texts of this length (proportionally fewer pairs, more texts: as many tokens a step)."""
     short_iterations: int = 0
@@ -59,7 +60,7 @@ class ScoringConfig:
     batch_size: int = 64
     """Texts per forward pass."""
     pairs: tuple[int, ...] = ()
-    """mqar: further scores with so many pairs, all recurrent, all attention and under `focus`."""
+    """mqar, needle: further scores with so many pairs, all recurrent, all attention and under `focus`."""
     interval: int = 0
     """Iterations between scores (an eighth of the texts; all, recurrent, focus) on the way; 0: none."""
 
@@ -92,10 +93,7 @@ def load_experiment(
     Raises ConfigError for what does not parse or fit.
     """
     source = str(path)
-    data = read_yaml(path, {"name", "task", "scoring", "seeds", "run", "models", "equal_to"})
-    if models_of is not None:
-        data |= read_yaml(models_of, {"models", "equal_to"})
-        data["name"] += f", models of {Path(models_of).stem}"
+    data = read_experiment(path, {"name", "task", "scoring", "seeds", "run", "models", "equal_to"}, models_of)
     task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
     scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
     base = {"data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]}, "output_dir": "none"}
@@ -123,6 +121,15 @@ def build_runs(
     for run in runs.values():
         validate(run, 1)
     return runs
+
+
+def read_experiment(path: str | Path, keys: set[str], models_of: str | Path | None) -> dict[str, Any]:
+    """`read_yaml`, with `models` and `equal_to` of another file if one is given. Raises ConfigError."""
+    data = read_yaml(path, keys)
+    if models_of is not None:
+        data |= read_yaml(models_of, {"models", "equal_to"})
+        data["name"] += f", models of {Path(models_of).stem}"
+    return data
 
 
 def read_yaml(path: str | Path, keys: set[str]) -> dict[str, Any]:
@@ -174,12 +181,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What every script that trains models of a YAML file is given."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--models-of", metavar="FILE", help="take `models` and `equal_to` from this file (ablations)")
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of the config's")
     parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to spread them over")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is under way then is cut short")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the config's `run`")
     parser.add_argument("--summarize", action="store_true", help="only read results and write the summary")
+
+
+def on_gpu(slot: int, gpus: int) -> dict[str, str]:
+    """The environment of a training that is the `slot`-th on the first `gpus` GPUs that this process may use."""
+    if gpus <= 1:
+        return dict(os.environ)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    return os.environ | {"CUDA_VISIBLE_DEVICES": seen.split(",")[:gpus][slot % gpus]}
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -209,8 +225,9 @@ class Outcome:
     run: dict[str, Any] = field(default_factory=dict)
     """The resolved run config."""
 
-    def accuracies(self, task: str = "mqar") -> dict[str, float]:
-        """Share of answers found, by plan; empty where a task was not scored."""
+    def accuracies(self, task: str | None = None) -> dict[str, float]:
+        """Share of answers found, by plan; empty where a task was not scored. None: the experiment's own task."""
+        task = task or self.cells[0]["task"]
         return {cell["plan"]: cell["accuracy"] for cell in self.cells if cell["task"] == task}
 
 

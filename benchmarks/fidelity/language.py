@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="models and their run (YAML)")
     ex.add_options(parser)
     arguments = parser.parse_args(argv)
-    data = ex.read_yaml(arguments.config, {"name", "seeds", "run", "models", "equal_to"})
+    data = ex.read_experiment(arguments.config, {"name", "seeds", "run", "models", "equal_to"}, arguments.models_of)
     runs = ex.build_runs(data, {"output_dir": "none"}, ex.parse_overrides(arguments.set), arguments.config)
     unknown = set(arguments.models or []) - set(runs)
     if unknown:
@@ -66,7 +65,7 @@ def train(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> int:
             left = arguments.budget - (time.monotonic() - begun)
             while waiting and len(running) < arguments.processes and left > 0:
                 run = waiting.pop(0)
-                running.append((run, _start(run, next(slots) % max(1, arguments.gpus), arguments.gpus)))
+                running.append((run, _start(run, next(slots), arguments.gpus)))
             if not running:
                 break
             time.sleep(0.5)
@@ -87,12 +86,12 @@ def train(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> int:
     return failed
 
 
-def _start(run: RunConfig, gpu: int, gpus: int) -> subprocess.Popen:
+def _start(run: RunConfig, slot: int, gpus: int) -> subprocess.Popen:
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "run.yaml"
     config.write_text(to_yaml(run))
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus > 1 else {})
+    environment = ex.on_gpu(slot, gpus)
     with (folder / "log.txt").open("a") as log:
         command = [sys.executable, "-m", "oryx_megatron.train", str(config)]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -45,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="experiment (YAML)")
     ex.add_options(parser)
-    parser.add_argument("--models-of", metavar="FILE", help="take `models` and `equal_to` from this file (ablations)")
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "SEED", "DEADLINE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     experiment = ex.load_experiment(arguments.config, ex.parse_overrides(arguments.set), arguments.models_of)
@@ -123,17 +122,11 @@ def run_jobs(jobs: list[Job], arguments: argparse.Namespace) -> int:
 
 
 def _start(job: Job, slot: int, deadline: float, arguments: argparse.Namespace) -> None:
-    environment = os.environ | WORKER_ENVIRONMENT
-    if arguments.gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % arguments.gpus)
+    environment = ex.on_gpu(slot, arguments.gpus) | WORKER_ENVIRONMENT
     command = [sys.executable, "-W", "ignore", __file__, arguments.config, "--out", str(arguments.out)]
-    command += [
-        "--worker",
-        job.model,
-        str(job.seed),
-        str(deadline),
-        *(["--set", *arguments.set] if arguments.set else []),
-    ]
+    command += ["--worker", job.model, str(job.seed), str(deadline)]
+    command += ["--models-of", arguments.models_of] if arguments.models_of else []
+    command += ["--set", *arguments.set] if arguments.set else []
     with (arguments.out / f"{job.name}.log").open("w") as log:
         job.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -283,17 +276,20 @@ def plot_accuracy(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], pa
 def plot_pairs(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path: Path) -> None:
     """Answers found against the number of pairs: what the states hold, and what attention at the queries adds."""
 
+    kind = experiment.task.kind
+
     def draw(panels: Any) -> None:
         for number, (model, outcomes) in enumerate(by.items()):
-            for plan in outcomes[0].accuracies(f"mqar-{experiment.scoring.pairs[0]}"):
+            for plan in outcomes[0].accuracies(f"{kind}-{experiment.scoring.pairs[0]}"):
                 points = []
                 for pairs in experiment.scoring.pairs:
-                    values = [o.accuracies(f"mqar-{pairs}")[plan] for o in outcomes]
+                    values = [o.accuracies(f"{kind}-{pairs}")[plan] for o in outcomes]
                     points.append((pairs, statistics.mean(values)))
                 style = {"attention": "-", "recurrent": ":"}.get(plan, "--")
                 panels[0].plot(*zip(*points), f"o{style}", ms=3, color=f"C{number}", label=f"{model}: {plan}")
         panels[0].set_xscale("log", base=2)
-        panels[0].set(title=experiment.name, xlabel="key-value pairs", ylabel="answers found", ylim=(-0.03, 1.05))
+        panels[0].set(title=experiment.name, ylabel="answers found", ylim=(-0.03, 1.05))
+        panels[0].set_xlabel("needles" if kind == "needle" else "key-value pairs")
         panels[0].grid(alpha=0.3)
         panels[0].legend(fontsize=6)
 

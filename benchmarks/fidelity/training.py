@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config import to_dict
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.grid import Cell, run_grid
 from oryx_megatron.eval.retrieval import (
     IGNORED,
     AssociativeRecall,
-    ByteCodec,
     Needle,
     PhoneBook,
     RetrievalBatch,
     RetrievalTask,
+    WordCodec,
 )
 from oryx_megatron.model import SequenceInfo, build_model
 from oryx_megatron.modes import ModePlan, draw_plan
@@ -34,16 +35,21 @@ from oryx_megatron.train.step import Microbatch, forward_backward
 
 
 def build_task(task: TaskConfig, vocab_size: int) -> RetrievalTask:
-    """The task that is scored."""
+    """The task that is scored. Raises ConfigError where its words are more than `vocab_size`."""
     if task.kind == "mqar":
         return AssociativeRecall(vocab_size, task.pairs, queries=task.queries, tail=task.tail)
-    return (Needle if task.kind == "needle" else PhoneBook)(ByteCodec(), task.digits)
+    codec = WordCodec()
+    if codec.vocab_size > vocab_size:
+        raise ConfigError(f"run.model.vocab_size: {vocab_size} is below the {codec.vocab_size} words of {task.kind}")
+    return Needle(codec, task.digits, needles=task.pairs) if task.kind == "needle" else PhoneBook(codec, task.digits)
 
 
 def build_lessons(task: TaskConfig, vocab_size: int) -> RetrievalTask:
     """The task to train on."""
     if task.easiest is None:
         return build_task(task, vocab_size)
+    if task.kind == "needle":
+        return EasyAndHardNeedles(task.digits, task.easiest, task.pairs)
     return EasyAndHard(vocab_size, task.easiest, task.pairs / task.length)
 
 
@@ -55,24 +61,57 @@ class EasyAndHard:
     least: int
     most: float
     """Pairs per token of the text."""
-    group: int = 8
-    """Texts with one number of pairs."""
     name: str = "mqar"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
-        rng = np.random.default_rng([seed, length])
-        parts = []
-        for start in range(0, count, self.group):
-            pairs = round(self.least * (self.most * length / self.least) ** rng.random())
+
+        def draw(rng: np.random.Generator) -> RetrievalTask:
+            pairs = log_uniform(rng, self.least, self.most * length)
             rest = length - 2 * pairs
-            task = AssociativeRecall(self.vocab_size, pairs, queries=rest, tail=rest)
-            parts.append(task.sample(length, min(self.group, count - start), int(rng.integers(2**62))))
-        return RetrievalBatch(
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.labels for part in parts]),
-            torch.cat([part.answers for part in parts]),
-        )
+            return AssociativeRecall(self.vocab_size, pairs, queries=rest, tail=rest)
+
+        return sample_in_groups(draw, length, count, seed)
+
+
+@dataclass(frozen=True)
+class EasyAndHardNeedles:
+    """Needles, few to many, log-uniform; all of them are asked for."""
+
+    digits: int
+    least: int
+    most: int
+    name: str = "needle"
+
+    def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
+        """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
+
+        def draw(rng: np.random.Generator) -> RetrievalTask:
+            needles = log_uniform(rng, self.least, self.most)
+            return Needle(WordCodec(), self.digits, needles=needles, questions=needles)
+
+        return sample_in_groups(draw, length, count, seed)
+
+
+def log_uniform(rng: np.random.Generator, least: float, most: float) -> int:
+    """A whole number between the two."""
+    return round(least * (most / least) ** rng.random())
+
+
+def sample_in_groups(
+    draw: Callable[[np.random.Generator], RetrievalTask], length: int, count: int, seed: int, group: int = 8
+) -> RetrievalBatch:
+    """`count` texts, every `group` of them of a task that was drawn."""
+    rng = np.random.default_rng([seed, length])
+    parts = []
+    for start in range(0, count, group):
+        task = draw(rng)
+        parts.append(task.sample(length, min(group, count - start), int(rng.integers(2**62))))
+    return RetrievalBatch(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.answers for part in parts]),
+    )
 
 
 class Training:
@@ -160,12 +199,9 @@ class Training:
     def final_scores(self) -> list[Cell]:
         """All that the experiment asks for."""
         scoring, task = self.experiment.scoring, self.experiment.task
-        cells = self.scores(scoring.plans)
-        vocabulary = self.run.model.vocab_size
-        tasks = [
-            AssociativeRecall(vocabulary, n, queries=min(n, task.queries or n), tail=task.tail, name=f"mqar-{n}")
-            for n in scoring.pairs
-        ]
+        cells, vocabulary = self.scores(scoring.plans), self.run.model.vocab_size
+        variants = [replace(task, pairs=n, queries=min(n, task.queries or n)) for n in scoring.pairs]
+        tasks = [replace(build_task(variant, vocabulary), name=f"{task.kind}-{variant.pairs}") for variant in variants]
         return cells + (self.scores(_plans_on_the_way(scoring), tasks, part=2) if tasks else [])
 
     def fit(self, *, deadline: float, report: Callable[[Outcome], None]) -> Outcome:

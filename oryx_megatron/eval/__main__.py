@@ -24,9 +24,7 @@ PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="oryx_megatron.eval", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="oryx_megatron.eval", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     perplexity = commands.add_parser("perplexity", help="loss, perplexity and bits per byte per plan")
     perplexity.add_argument("model", help="run folder or checkpoint")

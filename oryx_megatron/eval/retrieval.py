@@ -6,7 +6,8 @@ train (labels are -100 elsewhere) and evaluate (`score`). Torch and numpy only; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -187,35 +188,76 @@ _VERBS = _words("follows leaves watches remembers builds carries crosses paints 
 _CITIES = _words("Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk")
 
 
+class WordCodec:
+    """Words, single digits and marks of the tasks below as tokens: for small models trained on these tasks alone."""
+
+    _PARTS = re.compile(r"\d|[A-Za-z]+|[^\w ]")
+
+    def __init__(self) -> None:
+        words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, *_CITIES, *_words("The the near secret number of is Question")}
+        self._ids = {word: i for i, word in enumerate([*"0123456789.:\n", *sorted(words)])}
+        self.vocab_size = len(self._ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of these tasks."""
+        return [self._ids[part] for part in self._PARTS.findall(text)]
+
+
 @dataclass(frozen=True)
 class Needle:
-    """One fact at a drawn depth of a text of plain sentences, asked for at its end."""
+    """Facts at drawn depths of a text of plain sentences, asked for at its end."""
 
     codec: Codec
     digits: int = 5
     depth: float | None = None
-    """Where the fact stands, from 0 (start) to 1 (end); None: drawn for every text."""
+    """Where the facts stand, from 0 (start) to 1 (end); None: drawn for every fact."""
+    needles: int = 1
+    """Facts, each of another city; more than one is RULER's multi-key needle (arXiv 2404.06654)."""
+    questions: int = 1
+    """Of them, how many are asked for, one after the other with the right answers between."""
     name: str = "needle"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See RetrievalTask."""
+        if not 1 <= self.questions <= self.needles <= len(_CITIES):
+            raise ConfigError(
+                f"{self.name}: {self.questions} questions about {self.needles} needles; "
+                f"1 ≤ questions ≤ needles ≤ {len(_CITIES)} was expected"
+            )
         rng = _generator(self.name, seed, length)
         texts: list[Any] = []
         labels: list[Any] = []
         answers: list[Any] = []
         for row in range(count):
-            city = _pick(rng, _CITIES)
-            number = _number(rng, self.digits)
-            asked = f"The secret number of {city} is"
-            needle = self.codec.encode(f"{asked} {number}.\n")
-            question, answer = self.codec.encode(f"Question: {asked}"), _continuation(self.codec, asked, f" {number}")
-            room = length - len(needle) - len(question) - len(answer)
+            cities = [_CITIES[i] for i in rng.permutation(len(_CITIES))[: self.needles]]
+            numbers = [_number(rng, self.digits) for _ in cities]
+            facts = [self.codec.encode(f"{_secret(c)} {n}.\n") for c, n in zip(cities, numbers)]
+            asked = rng.permutation(self.needles)[: self.questions]
+            exam = [self._question(cities[i], numbers[i]) for i in asked]
+            *earlier, (last, answer) = exam
+            before = [token for question, digits in earlier for token in question + digits + self.codec.encode(".\n")]
+            room = length - sum(map(len, facts)) - len(before) - len(last) - len(answer)
             if room < 0:
                 raise ConfigError(f"{self.name}: length {length} is too small; {length - room} tokens are needed")
             hay = _filled(lambda: self.codec.encode(_sentence(rng)), room)
-            at = _line_start(hay, round((self.depth if self.depth is not None else rng.random()) * room))
-            _finish(hay.upto(at) + needle + hay.after(at) + question, answer, row, texts, labels, answers)
+            depths = [rng.random() if self.depth is None else self.depth for _ in facts]
+            body = hay.with_inserts([(_line_start(hay, round(d * room)), fact) for d, fact in zip(depths, facts)])
+            _finish(body + before + last, answer, row, texts, labels, answers)
+            start = len(body)
+            for question, digits in earlier:
+                start += len(question)
+                labels[-1][start - 1 : start - 1 + len(digits)] = digits
+                answers.append((row, start - 1, start - 1 + len(digits)))
+                start += len(digits) + len(self.codec.encode(".\n"))
         return _batch(np.array(texts), np.array(labels), answers)
+
+    def _question(self, city: str, number: str) -> tuple[list[int], list[int]]:
+        """Tokens of a question and of its answer."""
+        return self.codec.encode(f"Question: {_secret(city)}"), _continuation(self.codec, _secret(city), f" {number}")
+
+
+def _secret(city: str) -> str:
+    return f"The secret number of {city} is"
 
 
 @dataclass(frozen=True)
@@ -268,11 +310,13 @@ class _Filler:
     starts: tuple[int, ...]
     """Where its lines begin."""
 
-    def upto(self, at: int) -> list[int]:
-        return self.tokens[:at]
-
-    def after(self, at: int) -> list[int]:
-        return self.tokens[at:]
+    def with_inserts(self, inserts: Sequence[tuple[int, list[int]]]) -> list[int]:
+        """The tokens with others put in where they say."""
+        parts, done = [], 0
+        for at, tokens in sorted(inserts, key=lambda insert: insert[0]):
+            parts += [*self.tokens[done:at], *tokens]
+            done = at
+        return parts + self.tokens[done:]
 
 
 def _filled(make: Callable[[], list[int]], room: int) -> _Filler:

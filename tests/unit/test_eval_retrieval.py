@@ -18,6 +18,7 @@ from oryx_megatron.eval.retrieval import (
     Needle,
     PhoneBook,
     RetrievalBatch,
+    WordCodec,
     retrieval_task,
     score,
 )
@@ -77,6 +78,32 @@ def test_needle_stands_at_its_depth_and_is_asked_for_at_the_end(depth: float | N
         assert max(abs(d - depth) for d in depths) < 0.15
     else:
         assert min(depths) < 0.3 < 0.7 < max(depths)
+
+
+def test_several_needles_and_questions() -> None:
+    task = Needle(ByteCodec(), needles=6, questions=3)
+    batch = task.sample(900, 10, 3)
+    assert len(batch.answers) == 30
+    for row, start, stop in batch.answers.tolist():
+        text = bytes(batch.tokens[row].tolist()).decode()
+        answer = bytes(batch.labels[row, start:stop].tolist()).decode()
+        asked = text[: start + 1].rsplit("Question: ", 1)[1]
+        assert text[start + 1 :].startswith(answer)
+        facts, exam = text.split("Question: ", 1)
+        assert facts.count(f"{asked}{answer}.\n") == 1
+        assert facts.count("secret number") == 6
+        assert exam.count("secret number") == 3
+        assert exam.count(asked) == 1
+
+
+def test_words_as_tokens() -> None:
+    codec = WordCodec()
+    batch = Needle(codec, needles=3).sample(100, 4, 0)
+    assert batch.tokens.max() < codec.vocab_size
+    assert (batch.answers[:, 2] - batch.answers[:, 1] == 5).all()
+    assert codec.encode("The secret number of Lima is 12.\n")[-4:] == [1, 2, 10, 12]
+    for task in (AssociativeRecall(64), PhoneBook(codec)):
+        assert task.sample(200, 2, 0).tokens.max() < codec.vocab_size
 
 
 def test_phone_book_lists_the_asked_entry_once() -> None:
@@ -161,6 +188,7 @@ def test_grid_scores_by_plan_and_writes_json_and_plot(tmp_path: Path) -> None:
         (lambda: AssociativeRecall(64, pairs=20).sample(50, 1, 0), "20 pairs need a length of at least 60"),
         (lambda: AssociativeRecall(16, pairs=8).sample(50, 1, 0), "vocabulary of at least 32"),
         (lambda: Needle(ByteCodec()).sample(30, 1, 0), "length 30 is too small"),
+        (lambda: Needle(ByteCodec(), needles=2, questions=3).sample(900, 1, 0), "3 questions about 2 needles"),
         (lambda: PhoneBook(ByteCodec()).sample(20, 1, 0), "length 20 is too small"),
         (lambda: retrieval_task("nedle", ByteCodec()), "known: mqar, needle, phonebook"),
         (lambda: run_grid(lambda t, p: t, [TASKS[0]], [60], ["prefix:61"], chunk=8), "61 tokens are more than the 60"),
