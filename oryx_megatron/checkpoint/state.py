@@ -14,14 +14,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oryx_megatron.checkpoint import safe
+from oryx_megatron.checkpoint import safe, shards
 from oryx_megatron.checkpoint.store import check_format
 from oryx_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 # Flattened optimizer ranges in a form that any other layout can read.
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM}
 
 
 def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
@@ -30,9 +30,12 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
     state: dict[str, Any] = {_name(i): model.sharded_state_dict(metadata={}) for i, model in enumerate(models)}
     if optimizer is not None:
         model_state = state if len(models) > 1 else state[_name(0)]
-        state["optimizer"] = optimizer.sharded_state_dict(
-            model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
-        )
+        if (single := shards.own_shards(optimizer)) is not None:
+            state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
+        else:
+            state["optimizer"] = optimizer.sharded_state_dict(
+                model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
+            )
     return state
 
 
@@ -93,19 +96,16 @@ def allocate_torch_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    singles = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(singles) > 1 or type(singles[0].optimizer) is not torch.optim.AdamW or "param_state" not in state:
+    single = shards.own_shards(optimizer)
+    if single is None:
         optimizer.load_state_dict(state)
         return
-    # megatron-core's sharded parameter state has no "step", which torch's AdamW keeps per parameter: it comes with the
-    # param_groups, and must be out of the way while the tensors are filled.
-    inner = singles[0].optimizer
-    parameters = state.pop("param_state")
-    singles[0].load_state_dict(state)
-    steps = {parameter: values.pop("step") for parameter, values in inner.state.items()}
-    singles[0].load_parameter_state_from_fully_reshardable(parameters)
-    for parameter, step in steps.items():
-        inner.state[parameter]["step"] = step.clone()
+    # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
+    single.load_state_dict({name: value for name, value in state.items() if name != "param_state"})
+    if type(single.optimizer) is torch.optim.AdamW:  # all parameters were given one tensor, which each would increase
+        for values in single.optimizer.state.values():
+            values["step"] = values["step"].clone()
+    shards.fill(single, state)
 
 
 def _name(chunk: int) -> str:
