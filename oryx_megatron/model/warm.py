@@ -79,8 +79,8 @@ def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
     _backward(mixer.mix_rows(*inputs, layout), [x for x in inputs if x is not None])  # type: ignore[arg-type, call-arg]
 
 
-def _random(*shape: int, like: torch.nn.Module) -> Tensor:
-    dtype = next(like.parameters()).dtype
+def _random(*shape: int, like: FusedOryxMixer) -> Tensor:
+    dtype = like.config.params_dtype  # not that of its first parameter: decays stay in fp32
     return torch.randn(*shape, dtype=dtype, device=platform.device(), requires_grad=True)
 
 
