@@ -14,14 +14,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from oryx_megatron import platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
-from oryx_megatron.checkpoint.writers import end_writers, renew_reports
+from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError
 
@@ -36,6 +36,8 @@ class _Pending:
     deadline: float
     digests: Future[dict[str, dict[str, Any]] | OSError] | None = None
     """Of this rank's files, from when the writers are done."""
+    final: Future[Path] | None = None
+    """On rank 0, from when all digests are known; elsewhere it is done at once and without meaning."""
 
 
 class Checkpoints:
@@ -127,23 +129,33 @@ class Checkpoints:
         mine: dict[str, dict[str, Any]] | OSError,
     ) -> Path:
         """Make `folder`, whose tensors are all written, a complete checkpoint; `mine` are this rank's digests."""
+        files = self._gather(folder, mine)
+        return self._on_main_rank(lambda: self._complete(folder, manifest, files))
+
+    @staticmethod
+    def _gather(folder: Path, mine: dict[str, dict[str, Any]] | OSError) -> dict[str, dict[str, Any]]:
+        """Digests of the files of all ranks."""
         digests: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, mine)
         for part in digests:
             if isinstance(part, OSError):
                 raise CheckpointError(f"{folder}: could not read back what was written ({part})")
+        return {name: digest for part in digests for name, digest in part.items()}
 
-        def complete() -> Path:
-            self._settle(folder)
-            files = {name: digest for part in digests for name, digest in part.items()}
-            files |= {path.name: file_digest(path) for path in folder.iterdir() if path.name not in files}
-            write_manifest(folder, manifest(dict(sorted(files.items()))))
-            final = store.commit(folder)
-            self._damaged.discard(final.name)
-            store.apply_retention(self.root, self.config.keep, self.config.keep_every, damaged=self._damaged)
-            return final
-
-        return self._on_main_rank(complete)
+    def _complete(
+        self,
+        folder: Path,
+        manifest: Callable[[dict[str, dict[str, Any]]], Manifest],
+        files: dict[str, dict[str, Any]],
+    ) -> Path:
+        """On rank 0: what turns written tensors into a checkpoint, and the removal of old ones."""
+        self._settle(folder)
+        files = files | {path.name: file_digest(path) for path in folder.iterdir() if path.name not in files}
+        write_manifest(folder, manifest(dict(sorted(files.items()))))
+        final = store.commit(folder)
+        self._damaged.discard(final.name)
+        store.apply_retention(self.root, self.config.keep, self.config.keep_every, damaged=self._damaged)
+        return final
 
     def _candidates(self, before: int | None) -> list[Path]:
         """Folders to try, newest first, as rank 0 sees them: on shared storage others may see them later."""
@@ -177,18 +189,14 @@ class Checkpoints:
         return "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
 
     @staticmethod
-    def _any_rank(condition: bool) -> bool:
-        conditions: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(conditions, condition)
-        return any(conditions)
-
-    @staticmethod
     def _on_main_rank(action: Callable[[], T]) -> T:
         """Run on rank 0 and give its result to all; a failure there is a CheckpointError everywhere."""
         outcome: list[Any] = [None]
         if torch.distributed.get_rank() == 0:
             try:
                 outcome = [action()]
+            except CheckpointError as error:
+                outcome = [error]
             except OSError as error:
                 outcome = [CheckpointError(f"could not write a checkpoint: {error}")]
         torch.distributed.broadcast_object_list(outcome, src=0)
@@ -213,10 +221,11 @@ class CheckpointManager(Checkpoints):
         super().__init__(root, config)
         self.chunks, self.optimizer = chunks, optimizer
         self._queue = AsyncCallsQueue()
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="digests")
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        """What goes on beside training: reading files for their digests, and rank 0's last steps."""
         safe.install()
         renew_reports()
-        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        self._strategy = SaveStrategy()
         self._pending: _Pending | None = None
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
@@ -241,6 +250,7 @@ class CheckpointManager(Checkpoints):
             if failure is None:
                 self._queue.schedule_async_request(request)
         except (CheckpointException, CheckpointingException) as error:  # raised on all ranks
+            self._strategy.forget()
             raise CheckpointError(f"{folder}: could not start to save ({_cause(error)})") from error
         except OSError as error:  # this rank could not start its writer
             failure = error
@@ -260,22 +270,50 @@ class CheckpointManager(Checkpoints):
             return None
         pending = self._pending
         try:
-            if pending.digests is None and self._queue.maybe_finalize_async_calls(blocking=False):
+            if pending.digests is None:
+                writers = [call.async_caller for call in self._queue.async_calls]
+                if not self._all_done(all(w.is_current_async_call_done(no_dist=True) for w in writers)):
+                    return None
+                self._queue.maybe_finalize_async_calls(blocking=False)
                 # Hashing takes as long as reading the files: it goes on beside training, too.
-                pending.digests = self._hashing.submit(_digests, pending.folder, torch.distributed.get_rank())
+                pending.digests = self._beside.submit(_digests, pending.folder, torch.distributed.get_rank())
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
             # CheckpointException, torch's report of what the writers ran into, is no subclass of Exception.
             self._pending = None
             raise CheckpointError(f"{pending.folder}: a writer failed ({_cause(error)})") from error
-        if pending.digests is None or self._any_rank(not pending.digests.done()):
-            if self._any_rank(time.monotonic() > pending.deadline):
-                self._abandon()
-                raise CheckpointError(
-                    f"{pending.folder}: not written within checkpoint.timeout = {self.config.timeout:g} s"
-                )
+        if pending.final is None:
+            if not self._all_done(pending.digests.done()):
+                return None
+            self._pending = None
+            files = self._gather(pending.folder, pending.digests.result())
+            self._pending = pending
+            if torch.distributed.get_rank() == 0:
+                pending.final = self._beside.submit(self._complete, pending.folder, pending.manifest, files)
+            else:
+                pending.final = Future()
+                pending.final.set_result(pending.folder)
+        if not self._all_done(pending.final.done(), abandon=False):
             return None
         self._pending = None
-        return self._finish(pending.folder, pending.manifest, pending.digests.result())
+        return self._on_main_rank(pending.final.result)
+
+    def _all_done(self, mine: bool, *, abandon: bool = True) -> bool:
+        """Whether all ranks are done with the present part of the save, in one small exchange.
+
+        Raises:
+            CheckpointError: some are not although its time is up; the save is abandoned.
+        """
+        pending = self._pending
+        assert pending is not None
+        flags = torch.tensor([not mine, time.monotonic() > pending.deadline], device=platform.device()).int()
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        busy, late = flags.tolist()
+        if busy and late and abandon:
+            self._abandon()
+            raise CheckpointError(
+                f"{pending.folder}: not written within checkpoint.timeout = {self.config.timeout:g} s"
+            )
+        return not busy
 
     def wait(self) -> Path | None:
         """See Checkpoints."""
@@ -293,14 +331,14 @@ class CheckpointManager(Checkpoints):
         load_sharded_state(folder, self.chunks, self.optimizer)
 
     def _settle(self, folder: Path) -> None:
-        if safe.common_save.failure is not None:  # .metadata could not be written
-            raise safe.common_save.failure
+        self._strategy.describe()
         save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(folder))
 
     def _abandon(self) -> None:
         end_writers(call.async_caller for call in self._queue.async_calls)
         self._queue.async_calls.clear()
         self._pending = None
+        self._strategy.forget()
         renew_reports()
 
 

@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.strategies.common import (
     TorchCommonLoadStrategy,
     TorchCommonSaveStrategy,
 )
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -156,16 +155,6 @@ class CommonSave(TorchCommonSaveStrategy):
 
 
 common_save = CommonSave()
-_finish = FileSystemWriterAsync.finish
-
-
-def _finish_or_keep(writer: FileSystemWriterAsync, metadata: Metadata, results: Any) -> None:
-    """Write `.metadata` on rank 0; a failure is kept for the same reason."""
-    try:
-        _finish(writer, metadata, results)
-    except OSError as error:
-        common_save.failure = error
-
 
 def install() -> None:
     """Let megatron-core read and write checkpoints by the rules above, process-wide."""
@@ -173,7 +162,6 @@ def install() -> None:
     megatron_torch.MCoreLoadPlanner.load_bytes = _load_bytes
     register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, CommonLoad())
     register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, common_save)
-    FileSystemWriterAsync.finish = _finish_or_keep
 
 
 def load_object(data: io.BytesIO, name: str) -> Any:

@@ -177,7 +177,7 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory, parameter: Tensor) -> 
     whole = torch.empty(parameter.shape, dtype=torch.float32, device="meta")
     parts = list(nested_values({"": replace(sharded, data=whole).build()}))
     for part in sorted(parts, key=lambda part: part.data.storage_offset()):
-        if part.data is not whole and part.data._base is not whole or not part.data.is_contiguous():
+        if (part.data is not whole and part.data._base is not whole) or not part.data.is_contiguous():
             raise CheckpointError(
                 f"{part.key} is no block of rows of {sharded.key}; set parallel.distributed_optimizer to false"
             )

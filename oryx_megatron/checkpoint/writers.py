@@ -11,11 +11,19 @@ import contextlib
 import multiprocessing
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from oryx_megatron import platform
 
 GRACE = 20.0
 """Seconds that a report may take from the pipe to the queue after its writer has ended."""
@@ -50,6 +58,52 @@ class ReportQueue:
     def close(self) -> None:
         """Let the thread end, once no writer is left that could report."""
         self._writing.close()
+
+
+class SaveStrategy(TorchDistSaveShardedStrategy):
+    """megatron-core's way to save, with less for the training loop to wait for.
+
+    The plan, who writes what, is made by a gathering of all ranks' parts and kept for the saves after it. megatron-core
+    would keep it without looking whether it still holds; here it does as long as every rank's state has the structure
+    that it had. `.metadata` is not written when all parts are, but by whoever calls `describe`, on rank 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1, cached_metadata=True)
+        self._structure: list[Any] | None = None
+        self.describe: Callable[[], None] = lambda: None
+
+    def forget(self) -> None:
+        """Make the next plan anew, on all ranks: after a save that may have ended differently on each."""
+        self._structure = None
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+        """See megatron-core."""
+        structure = [_structure(entry) for entry in nested_values(sharded_state_dict)]
+        changed = torch.tensor([structure != self._structure], dtype=torch.int32, device=platform.device())
+        torch.distributed.all_reduce(changed, op=torch.distributed.ReduceOp.MAX)
+        if changed.item():
+            self.cached_central_plan = self.cached_local_plan = self.cached_global_metadata = None
+            self.validated_cache_reuse = False
+        self._structure = structure
+        return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        self.describe = lambda: None
+        finish = writer.finish
+
+        def keep(metadata: Any, results: Any) -> None:
+            self.describe = lambda: finish(metadata, results)
+
+        writer.finish = keep
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
+def _structure(entry: ShardedTensor | ShardedObject) -> tuple[Any, ...]:
+    """What a plan depends on."""
+    if isinstance(entry, ShardedTensor):
+        return entry.key, entry.global_offset, entry.local_shape, entry.global_shape, entry.dtype, entry.replica_id
+    return entry.unique_key, entry.replica_id
 
 
 def renew_reports() -> None:
