@@ -332,11 +332,12 @@ def measure(case: str, runner: Runner, precision: str, steps: int, profile: Path
 
 
 def write_profile(runner: Runner, plans: list[ModePlan | None], path: Path) -> None:
-    """Kernels of one step by their share of GPU time."""
+    """Kernels of one step by their share of GPU time, and, for the time between them, a trace of it (chrome://tracing)."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         runner.time(plans[:1], 1)
+    profiler.export_chrome_trace(str(path.with_suffix(".trace.json.gz")))
     kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     lines = [f"{'ms':>9} {'calls':>6}  kernel"]
