@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -65,12 +65,15 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
     The plan, who writes what, is made by a gathering of all ranks' parts and kept for the saves after it. megatron-core
     would keep it without looking whether it still holds; here it does as long as every rank's state has the structure
-    that it had. `.metadata` is not written when all parts are, but by whoever calls `describe`, on rank 0.
+    that it had. What is in host memory is copied to memory that stays from save to save, as torch keeps the pinned
+    memory that a GPU's tensors are copied to: fresh memory costs several times the copy. `.metadata` is not written
+    when all parts are, but by whoever calls `describe`, on rank 0.
     """
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1, cached_metadata=True)
         self._structure: list[Any] | None = None
+        self._copies: dict[int, torch.Tensor] = {}
         self.describe: Callable[[], None] = lambda: None
 
     def forget(self) -> None:
@@ -79,13 +82,21 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """See megatron-core."""
-        structure = [_structure(entry) for entry in nested_values(sharded_state_dict)]
+        entries = list(nested_values(sharded_state_dict))
+        structure = [_structure(entry) for entry in entries]
         changed = torch.tensor([structure != self._structure], dtype=torch.int32, device=platform.device())
         torch.distributed.all_reduce(changed, op=torch.distributed.ReduceOp.MAX)
         if changed.item():
             self.cached_central_plan = self.cached_local_plan = self.cached_global_metadata = None
             self.validated_cache_reuse = False
+        if structure != self._structure:
+            self._copies.clear()
         self._structure = structure
+        for i, entry in enumerate(entries):
+            if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id) and entry.data.is_cpu:
+                if i not in self._copies:
+                    self._copies[i] = torch.empty(entry.data.shape, dtype=entry.dtype)
+                entry.data = self._copies[i].copy_(entry.data.detach())
         return super().async_save(sharded_state_dict, checkpoint_dir)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
