@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 
-from oryx_megatron.checkpoint import shards
+from oryx_megatron import parallel
+from oryx_megatron.checkpoint import safe, shards
 from oryx_megatron.checkpoint.state import allocate_torch_state, load_sharded_state, sharded_state
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.checkpoint.writers import SaveStrategy, renew_reports
+from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Session, Worlds, session, tiny_run
 
@@ -95,3 +99,41 @@ def test_own_parts_and_the_gathered_form(tmp_path: Path) -> None:
     for part in results:
         assert part["gathered, read as own"] == part["expected"]
         assert part["own, read as gathered"] == part["expected"]
+
+
+def _saves(root: Path) -> list[tuple[bool, dict[str, list[int]]]]:
+    """What is read back of six saves, the structure changing on one rank before the fifth; and if its plan was kept."""
+    parallel.initialize(ParallelConfig(), seed=1)
+    safe.install()
+    renew_reports()
+    rank, strategy, queue, found = torch.distributed.get_rank(), SaveStrategy(), AsyncCallsQueue(), []
+    for i in range(6):
+        values = {"a": torch.tensor([10 * i + rank]), "b": torch.tensor([20 * i + rank, 30 * i + rank])}
+        state = {name: ShardedTensor.from_rank_offsets(name, value, (0, rank, 2)) for name, value in values.items()}
+        if rank == 1 and i >= 4:
+            state["c"] = ShardedTensor.from_rank_offsets("c", torch.tensor([i]))
+        folder = root / str(i)
+        if rank == 0:
+            folder.mkdir()
+        torch.distributed.barrier()
+        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+        kept = strategy.validated_cache_reuse
+        for tensor in values.values():
+            tensor.zero_()  # after the call, the state may change
+        queue.schedule_async_request(request)
+        queue.maybe_finalize_async_calls(blocking=True)
+        if rank == 0:
+            strategy.describe()
+        torch.distributed.barrier()
+        read = dist_checkpointing.load_plain_tensors(str(folder))
+        found.append((kept, {name: value.tolist() for name, value in sorted(read.items())}))
+    return found
+
+
+def test_a_kept_plan(tmp_path: Path) -> None:
+    """Saves by a kept plan hold what was there at each; a change of structure on one rank makes a new one on all."""
+    for found in run_distributed(_saves, 2, tmp_path):
+        for i, (kept, read) in enumerate(found):
+            expected = {"a": [10 * i, 10 * i + 1], "b": [20 * i, 30 * i, 20 * i + 1, 30 * i + 1]}
+            assert read == expected | ({"c": [i]} if i >= 4 else {})
+            assert kept == (i not in (0, 4))
