@@ -251,7 +251,7 @@ class PrecisionConfig:
     fp8_params: bool = False
     """Keep the linear weights in FP8 between steps."""
     fp8_attention: bool = False
-    """FP8 dot-product attention for whole-sequence attention plans."""
+    """FP8 dot-product attention for whole-sequence attention plans; on Hopper with `fp8: delayed` alone."""
     bf16_first_layers: int = 0
     """First layers kept out of FP8."""
     bf16_last_layers: int = 0

@@ -478,6 +478,10 @@ class SwiGLU(torch.nn.Module):
         """[..., 2 f] → [..., f]"""
         return _SwiGLU.apply(x)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """Nothing; megatron-core's MLP asks all of its modules."""
+        return {}
+
 
 def discard_swiglu(y: Tensor, x: Tensor, output: Tensor) -> None:
     """Free y = SwiGLU(x) until the gradient of `output`, which was computed from it, arrives.

@@ -174,6 +174,7 @@ def _met(tokens: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _table(mask: Tensor, full: Tensor) -> BlockTable:
     def lists(met: Tensor) -> tuple[Tensor, Tensor]:
         index = met.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-        return met.sum(1, dtype=torch.int32), index.int().contiguous()
+        # Not contiguous(), which leaves a single column with the strides that it had; flash-attn-4 reads the last one.
+        return met.sum(1, dtype=torch.int32), index.int().clone(memory_format=torch.contiguous_format)
 
     return BlockTable(*lists(mask), *lists(full))
