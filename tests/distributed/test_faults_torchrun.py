@@ -46,9 +46,8 @@ def went_on_from_the_newest(folder: Path) -> bool:
 
 def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     """One job lives through kill -9 of ranks, a rank that stops answering, and SIGTERM to a single rank."""
-    settings = ("train.iterations=30", "checkpoint.interval=2", "checkpoint.keep=3", "faults.hang_timeout=5")
-    settings += ("checkpoint.timeout=30",)  # on top of hang_timeout while a checkpoint is under way
-    settings += ("checkpoint.timeout=60",)  # should it hang in one after all
+    settings = ("train.iterations=30", "checkpoint.interval=2", "checkpoint.keep=3", "faults.hang_timeout=8")
+    settings += ("checkpoint.timeout=60",)  # on top of hang_timeout while a checkpoint is under way
     expected = undisturbed(project, tmp_path / "whole", settings[0])
     folder, rng, old = tmp_path / "run", random.Random(6), set[int]()
     with Job(project, folder, *settings, restarts=5) as job:
