@@ -16,7 +16,6 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.planner import (
     CONTEXT_GIB,
-    GIB,
     Cluster,
     Work,
     estimate,
@@ -85,18 +84,18 @@ def test_speed_of_a_plain_gpt(sequence: int, batch: int, measured: float) -> Non
 
 
 MEASURED = [
-    ("1.4b-gdn", 2048, 16, 0.56, 0.875, 59_071, 102.5),
-    ("1.4b-gdn", 2048, 16, 1.0, 1.0, 58_760, 92.7),
-    ("1.4b-gdn", 2048, 16, 0.0, 0.0, 60_957, 94.2),
-    ("1.4b-mamba2", 2048, 16, 0.56, 0.875, 58_886, 101.0),
-    ("1.4b-gdn", 8192, 4, 0.5, 0.5, 50_296, 100.3),
-    ("1.4b-gdn", 8192, 4, 0.09, 0.09, 56_065, 97.8),
-    ("1.4b-gdn", 32768, 1, 0.5, 0.5, 37_566, 100.6),
-    ("1.4b-gdn", 32768, 1, 0.09, 0.09, 52_975, 98.2),
+    ("1.4b-gdn", 2048, 16, 0.56, 0.875, 57_472, 94.5),
+    ("1.4b-gdn", 2048, 16, 1.0, 1.0, 57_519, 84.6),
+    ("1.4b-gdn", 2048, 16, 0.0, 0.0, 59_579, 86.2),
+    ("1.4b-mamba2", 2048, 16, 0.56, 0.875, 57_134, 92.9),
+    ("1.4b-gdn", 8192, 4, 0.5, 0.5, 49_370, 92.2),
+    ("1.4b-gdn", 8192, 4, 0.09, 0.09, 54_085, 89.8),
+    ("1.4b-gdn", 32768, 1, 0.5, 0.5, 37_079, 92.6),
+    ("1.4b-gdn", 32768, 1, 0.09, 0.09, 51_919, 90.1),
 ]
 """Preset, shape, mean and (in the fullest step) largest attention share; tokens/s and peak GiB of one H200.
 
-docs/performance.md, bf16, one microbatch, nothing recomputed. SwiGLU's output was still kept in that run.
+docs/performance.md, bf16, one microbatch, nothing recomputed; the host's cores were busy with other work.
 """
 
 
@@ -104,14 +103,13 @@ docs/performance.md, bf16, one microbatch, nothing recomputed. SwiGLU's output w
 def test_measured_oryx(
     name: str, sequence: int, batch: int, share: float, fullest: float, speed: float, peak: float
 ) -> None:
-    """Peak memory within 3 % (10 % is what a plan needs) and speed within 6 % of what was measured."""
+    """Peak memory within 2 % (10 % is what a plan needs) and speed within 9 % of what was measured."""
     model = load_model(name)
     layout = layout_of(model, Work(sequence, batch), ParallelConfig(), batch, 1)
     found = estimate(model, Cluster(1), Work(sequence, batch, share), layout, batch, "none")
-    assert found.tokens_per_second == pytest.approx(speed, rel=0.06)
+    assert found.tokens_per_second == pytest.approx(speed, rel=0.09)
     full = estimate(model, Cluster(1), Work(sequence, batch, fullest), layout, batch, "none")
-    swiglu = 2 * model.ffn_hidden_size * model.num_layers * sequence * batch / GIB
-    assert full.gib - CONTEXT_GIB + swiglu == pytest.approx(peak, rel=0.03)  # torch's allocator alone was measured
+    assert full.gib - CONTEXT_GIB == pytest.approx(peak, rel=0.02)  # torch's allocator alone was measured
 
 
 def test_recompute_trades_memory_for_time() -> None:
