@@ -17,10 +17,15 @@ from typing import Any
 
 import psutil
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from oryx_megatron import platform
@@ -63,16 +68,19 @@ class ReportQueue:
 class SaveStrategy(TorchDistSaveShardedStrategy):
     """megatron-core's way to save, with less for the training loop to wait for.
 
-    The plan, who writes what, is made by a gathering of all ranks' parts and kept for the saves after it. megatron-core
-    would keep it without looking whether it still holds; here it does as long as every rank's state has the structure
-    that it had. What is in host memory is copied to memory that stays from save to save, as torch keeps the pinned
-    memory that a GPU's tensors are copied to: fresh memory costs several times the copy. `.metadata` is not written
-    when all parts are, but by whoever calls `describe`, on rank 0.
+    Weights, which data-parallel ranks hold alike, are divided among them. This and the plan, who writes what, are made
+    by a gathering of all ranks' parts and kept for the saves after it. megatron-core would keep them without looking
+    whether they still hold; here it does as long as every rank's state has the structure that it had. What is in host
+    memory is copied to memory that stays from save to save, as torch keeps the pinned memory that a GPU's tensors are
+    copied to: fresh memory costs several times the copy. `.metadata` is not written when all parts are, but by whoever
+    calls `describe`, on rank 0.
     """
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1, cached_metadata=True)
         self._structure: list[Any] | None = None
+        self._shares: Any = None
+        """Which rank writes which weights, as megatron-core divides them."""
         self._copies: dict[int, torch.Tensor] = {}
         self.describe: Callable[[], None] = lambda: None
 
@@ -86,11 +94,13 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         structure = [_structure(entry) for entry in entries]
         changed = torch.tensor([structure != self._structure], dtype=torch.int32, device=platform.device())
         torch.distributed.all_reduce(changed, op=torch.distributed.ReduceOp.MAX)
+        alike = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if changed.item():
             self.cached_central_plan = self.cached_local_plan = self.cached_global_metadata = None
             self.validated_cache_reuse = False
-        if structure != self._structure:
+            self._shares = determine_main_replica_uniform_distribution(sharded_state_dict, alike)
             self._copies.clear()
+        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, alike, self._shares)
         self._structure = structure
         for i, entry in enumerate(entries):
             if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id) and entry.data.is_cpu:

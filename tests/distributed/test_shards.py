@@ -74,7 +74,12 @@ def _both_ways(root: Path) -> dict[str, Any]:
                 len(list(shards.boxes(tuple(parameter.shape), start, stop))) > 1
                 for parameter, start, stop in shards._ranges(_single(opened))
             )
+            manager = opened.checkpoints(root / "managed")
+            results["managed"] = manager.save(2, opened.manifest) or manager.wait()
             results["expected"] = opened.steps(2)
+        with session(_run(), iteration=2) as opened:
+            opened.checkpoints(root / "managed").load()
+            results["managed, read"] = opened.steps(2)
         with session(_run(), iteration=2) as opened:
             load_sharded_state(root / "gathered", opened.chunks, opened.optimizer)
             results["gathered, read as own"] = opened.steps(2)
@@ -99,6 +104,11 @@ def test_own_parts_and_the_gathered_form(tmp_path: Path) -> None:
     for part in results:
         assert part["gathered, read as own"] == part["expected"]
         assert part["own, read as gathered"] == part["expected"]
+        assert part["managed, read"] == part["expected"]
+    # Every rank writes some of the weights, which all of them hold.
+    places = safe.read_metadata(results[0]["managed"]).storage_data.items()
+    writers = {place.relative_path for index, place in places if not index.fqn.startswith("optimizer.")}
+    assert {int(name.split("_")[2]) for name in writers} == set(range(RANKS))
 
 
 def _saves(root: Path) -> list[tuple[bool, dict[str, list[int]]]]:
