@@ -31,6 +31,8 @@ from oryx_megatron.errors import ConfigError
 
 SCORING_SECONDS = 20.0
 """Of the time budget, kept for scores after training; a process that takes twice as long is ended."""
+LEARNED = 0.1
+"""Share of answers below which a model is no yardstick."""
 WORKER_ENVIRONMENT = {
     # Small models: nothing is worth compiling, and a process has one core.
     "TORCHDYNAMO_DISABLE": "1",
@@ -218,8 +220,8 @@ def _claims(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]]) -> list[
 
 
 def _ratios(own: dict[str, float], focus: str, transformer: float) -> str:
-    if not transformer:
-        return "found nothing"
+    if transformer < LEARNED:
+        return "did not learn the task"
     return f"attention {own['attention'] / transformer:.3f} of it, {focus} {own[focus] / transformer:.3f} of it"
 
 

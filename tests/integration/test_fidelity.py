@@ -91,6 +91,28 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_needle_experiment(tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    experiment = EXPERIMENT | {"task": {"kind": "needle", "length": 60, "pairs": 2, "digits": 2, "easiest": 1}}
+    experiment["scoring"] = EXPERIMENT["scoring"] | {"pairs": [1], "interval": 0, "plans": ["last:12", "attention"]}
+    run = EXPERIMENT["run"]
+    train = {"iterations": 6, "global_batch_size": 4, "micro_batch_size": 4}
+    experiment["run"] = run | {"model": run["model"] | {"vocab_size": 112}, "train": train}
+    experiment["models"] = {"gdn": {}, "shared": {"model": {"shared_query": True}}}
+    config.write_text(yaml.safe_dump(experiment))
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"equal_to": "plain", "models": {"plain": {}}}))
+    done = _run(config, out, "--models-of", str(other))
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome = json.loads((out / "plain-1.json").read_text())
+    assert {cell["task"] for cell in outcome["cells"]} == {"needle", "needle-1"}
+    assert all(cell["answers"] for cell in outcome["cells"])
+    config.write_text(yaml.safe_dump(experiment | {"run": run}))
+    done = _run(config, tmp_path / "small", "--models", "gdn")
+    assert done.returncode != 0
+    assert "run.model.vocab_size: 32 is below the 104 words of needle" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

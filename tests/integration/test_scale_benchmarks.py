@@ -1,5 +1,6 @@
 """The benchmarks of scale-out run, and recompute keeps less for the backward pass (no time is looked at)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,22 @@ def _lines(script: str, *arguments: str) -> list[list[str]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_layouts_agree_on_the_loss() -> None:
+    script = str(ROOT / "benchmarks" / "layouts.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    sizes = ["--sequence", "64", "--batch", "4", "--micro", "2", "--chunk", "16", "--steps", "1", "--warm", "1"]
+    asked = ["--layout", "tensor=2", "--layout", "pipeline=2,recompute=full", "--layout", "data=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command, "tiny-gdn", *sizes, *asked],
+        capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| tiny")]
+    assert [row[1].strip() for row in rows] == asked[1::2]
+    assert len({float(row[-1]) for row in rows}) == 1
 
 
 def test_recompute_keeps_less() -> None:
