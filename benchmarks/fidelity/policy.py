@@ -74,7 +74,7 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
     try:
         training = Training(experiment, outcome.model, outcome.seed)
         weights = ex.outcome_path(folder, outcome.model, outcome.seed).with_suffix(".pt")
-        training.chunks[0].module.load_state_dict(torch.load(weights, weights_only=True))
+        training.chunks[0].module.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
         training.chunks[0].eval()
         length = experiment.task.length
         texts, others = (training.task.sample(length, examples, seed) for seed in (0, 1))

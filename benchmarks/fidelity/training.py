@@ -76,7 +76,7 @@ class EasyAndHard:
 
 @dataclass(frozen=True)
 class EasyAndHardNeedles:
-    """Needles, few to many, log-uniform; all of them are asked for."""
+    """Needles, few to many, log-uniform, and questions about them in all the rest of the text."""
 
     digits: int
     least: int
@@ -85,10 +85,16 @@ class EasyAndHardNeedles:
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
+        codec = WordCodec()
+        fact, question = (
+            len(codec.encode(f"{start}The secret number of Lima is {'1' * self.digits}.\n"))
+            for start in ("", "Question: ")
+        )
 
         def draw(rng: np.random.Generator) -> RetrievalTask:
             needles = log_uniform(rng, self.least, self.most)
-            return Needle(WordCodec(), self.digits, needles=needles, questions=needles)
+            task = Needle(codec, self.digits, needles=needles)
+            return replace(task, questions=(length - needles * fact) // question)
 
         return sample_in_groups(draw, length, count, seed)
 

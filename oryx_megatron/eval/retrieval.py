@@ -189,12 +189,13 @@ _CITIES = _words("Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Base
 
 
 class WordCodec:
-    """Words, single digits and marks of the tasks below as tokens: for small models trained on these tasks alone."""
+    """Words, set phrases, digits and marks of the tasks below as tokens: for small models trained on these alone."""
 
-    _PARTS = re.compile(r"\d|[A-Za-z]+|[^\w ]")
+    _PARTS = re.compile(r"Question:|The secret number of|\d|[A-Za-z]+|[^\w ]")
 
     def __init__(self) -> None:
-        words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, *_CITIES, *_words("The the near secret number of is Question")}
+        words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, *_CITIES, "The", "the", "near", "is"}
+        words |= {"Question:", "The secret number of"}
         self._ids = {word: i for i, word in enumerate([*"0123456789.:\n", *sorted(words)])}
         self.vocab_size = len(self._ids)
 
@@ -214,15 +215,15 @@ class Needle:
     needles: int = 1
     """Facts, each of another city; more than one is RULER's multi-key needle (arXiv 2404.06654)."""
     questions: int = 1
-    """Of them, how many are asked for, one after the other with the right answers between."""
+    """How many are asked for, one after the other with the right answers between; more than needles: drawn anew."""
     name: str = "needle"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See RetrievalTask."""
-        if not 1 <= self.questions <= self.needles <= len(_CITIES):
+        if not (self.questions >= 1 and 1 <= self.needles <= len(_CITIES)):
             raise ConfigError(
-                f"{self.name}: {self.questions} questions about {self.needles} needles; "
-                f"1 ≤ questions ≤ needles ≤ {len(_CITIES)} was expected"
+                f"{self.name}: {self.questions} questions about {self.needles} needles; at least one question and "
+                f"1 to {len(_CITIES)} needles were expected"
             )
         rng = _generator(self.name, seed, length)
         texts: list[Any] = []
@@ -233,6 +234,8 @@ class Needle:
             numbers = [_number(rng, self.digits) for _ in cities]
             facts = [self.codec.encode(f"{_secret(c)} {n}.\n") for c, n in zip(cities, numbers)]
             asked = rng.permutation(self.needles)[: self.questions]
+            if self.questions > self.needles:
+                asked = rng.integers(0, self.needles, self.questions)
             exam = [self._question(cities[i], numbers[i]) for i in asked]
             *earlier, (last, answer) = exam
             before = [token for question, digits in earlier for token in question + digits + self.codec.encode(".\n")]

@@ -102,6 +102,8 @@ def test_words_as_tokens() -> None:
     assert batch.tokens.max() < codec.vocab_size
     assert (batch.answers[:, 2] - batch.answers[:, 1] == 5).all()
     assert codec.encode("The secret number of Lima is 12.\n")[-4:] == [1, 2, 10, 12]
+    assert len(codec.encode("Question: The secret number of Lima is 12")) == 6
+    assert len(Needle(codec, needles=2, questions=9).sample(120, 2, 0).answers) == 18
     for task in (AssociativeRecall(64), PhoneBook(codec)):
         assert task.sample(200, 2, 0).tokens.max() < codec.vocab_size
 
@@ -188,7 +190,7 @@ def test_grid_scores_by_plan_and_writes_json_and_plot(tmp_path: Path) -> None:
         (lambda: AssociativeRecall(64, pairs=20).sample(50, 1, 0), "20 pairs need a length of at least 60"),
         (lambda: AssociativeRecall(16, pairs=8).sample(50, 1, 0), "vocabulary of at least 32"),
         (lambda: Needle(ByteCodec()).sample(30, 1, 0), "length 30 is too small"),
-        (lambda: Needle(ByteCodec(), needles=2, questions=3).sample(900, 1, 0), "3 questions about 2 needles"),
+        (lambda: Needle(ByteCodec(), needles=17).sample(900, 1, 0), "1 questions about 17 needles"),
         (lambda: PhoneBook(ByteCodec()).sample(20, 1, 0), "length 20 is too small"),
         (lambda: retrieval_task("nedle", ByteCodec()), "known: mqar, needle, phonebook"),
         (lambda: run_grid(lambda t, p: t, [TASKS[0]], [60], ["prefix:61"], chunk=8), "61 tokens are more than the 60"),
