@@ -186,17 +186,29 @@ class DeepSpeedCheckpoints(Checkpoints):
     def __init__(self, root: Path, run: RunConfig, engine: Any) -> None:
         super().__init__(root, run.checkpoint)
         self.run, self.engine = run, engine
+        self._failure: Exception | None = None
+        # What fails on one rank alone must not keep it from the barriers of a save, in which the others wait.
+        engine.checkpoint_engine.save = self._kept(engine.checkpoint_engine.save)
+        engine._copy_recovery_script = self._kept(engine._copy_recovery_script)
+
+    def _kept(self, write: Callable[..., None]) -> Callable[..., None]:
+        """`write`, which leaves what went wrong in `_failure` instead of raising it."""
+
+        def write_or_keep(*arguments: Any, **keywords: Any) -> None:
+            try:
+                write(*arguments, **keywords)
+            except (OSError, RuntimeError) as error:  # torch.save makes some RuntimeErrors of OSErrors
+                self._failure = self._failure or error
+
+        return write_or_keep
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path:
         """See Checkpoints; always in the foreground."""
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
-        failed: OSError | RuntimeError | None = None
-        try:
-            self.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
-        except (OSError, RuntimeError) as error:
-            failed = error
-        if failed is not None:
-            raise CheckpointError(f"{folder}: could not be written ({failed})") from failed
+        self._failure = None
+        self.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
+        if failures := self._failures(self._failure):
+            raise CheckpointError(f"{folder}: could not be written ({failures})")
         return self._finish(folder, manifest, self._digests(folder))
 
     def _digests(self, folder: Path) -> dict[str, dict[str, Any]] | OSError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,40 @@ def test_what_other_programs_say(fast: Runs, tmp_path: Path, one_rank: None) -> 
     close(own)
     with pytest.raises(CheckpointError, match="written by engine megatron, whose checkpoints DeepSpeed cannot read"):
         trainer("own", "engine=deepspeed")
+
+
+def _save_on_full_disk(config: Path) -> None:
+    """Train with a first save during which rank 1 cannot write."""
+    from oryx_megatron.train.trainer import Trainer
+
+    more = ("engine=deepspeed", "deepspeed.zero_stage=2", "model.num_layers=2", *HALVES)
+    run = load_run(config, [*more, f"output_dir={config.parent / 'out'}"])
+    parallel.initialize(run.parallel, seed=run.seed)
+    trainer = Trainer(run, validate(run, 2))
+    save, (soft, hard) = trainer.checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_little_room(iteration: int, *arguments: Any) -> Path | None:
+        if torch.distributed.get_rank() == 1 and iteration == HALF:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            return save(iteration, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.checkpoints.save = with_little_room  # type: ignore[method-assign]
+    trainer.fit()
+    close(trainer)
+    parallel.destroy()
+
+
+def test_a_disk_that_is_full_for_one_rank(tmp_path: Path) -> None:
+    """The save fails for all ranks, and the run goes on to the next one."""
+    config = tiny_project(tmp_path)
+    run_distributed(_save_on_full_disk, 2, config)
+    (whole,) = list_checkpoints(tmp_path / "out" / "checkpoints")
+    assert store.iteration_of(whole) == STEPS
+    assert not store.damaged_files(whole, read_manifest(whole))
+    assert len(Runs(tmp_path).losses("out")) == STEPS
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
