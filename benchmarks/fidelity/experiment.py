@@ -39,7 +39,8 @@ class TaskConfig:
     digits: int = 5
     """needle, phonebook: digits of a number."""
     easiest: int | None = None
-    """mqar, needle: training texts have from this many pairs to `pairs`, queries fill the rest; null: as in scoring."""
+    """mqar, needle: training texts have from this many pairs to `pairs`, and queries in all (mqar) or some of the rest;
+    null: as in scoring."""
     short_length: int | None = None
     """Training begins with texts of this length (proportionally fewer pairs, more texts: as many tokens a step)."""
     short_iterations: int = 0

@@ -76,7 +76,7 @@ class EasyAndHard:
 
 @dataclass(frozen=True)
 class EasyAndHardNeedles:
-    """Needles, few to many, log-uniform, and questions about them in all the rest of the text."""
+    """Few to many needles and questions, log-uniform, among as many plain sentences as there is room for."""
 
     digits: int
     least: int
@@ -94,7 +94,7 @@ class EasyAndHardNeedles:
         def draw(rng: np.random.Generator) -> RetrievalTask:
             needles = log_uniform(rng, self.least, self.most)
             task = Needle(codec, self.digits, needles=needles)
-            return replace(task, questions=(length - needles * fact) // question)
+            return replace(task, questions=log_uniform(rng, 1, (length - needles * fact) // question))
 
         return sample_in_groups(draw, length, count, seed)
 

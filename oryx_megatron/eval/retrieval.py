@@ -191,11 +191,11 @@ _CITIES = _words("Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Base
 class WordCodec:
     """Words, set phrases, digits and marks of the tasks below as tokens: for small models trained on these alone."""
 
-    _PARTS = re.compile(r"Question:|The secret number of|\d|[A-Za-z]+|[^\w ]")
+    _PARTS = re.compile(r"Question:|The secret number of|[A-Z][a-z]+ is|\d|[A-Za-z]+|[^\w ]")
 
     def __init__(self) -> None:
-        words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, *_CITIES, "The", "the", "near", "is"}
-        words |= {"Question:", "The secret number of"}
+        words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, "The", "the", "near"}
+        words |= {"Question:", "The secret number of", *(f"{city} is" for city in _CITIES)}
         self._ids = {word: i for i, word in enumerate([*"0123456789.:\n", *sorted(words)])}
         self.vocab_size = len(self._ids)
 

@@ -110,7 +110,7 @@ def test_needle_experiment(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(experiment | {"run": run}))
     done = _run(config, tmp_path / "small", "--models", "gdn")
     assert done.returncode != 0
-    assert "run.model.vocab_size: 32 is below the 104 words of needle" in done.stdout
+    assert "run.model.vocab_size: 32 is below the 101 words of needle" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_words_as_tokens() -> None:
     assert batch.tokens.max() < codec.vocab_size
     assert (batch.answers[:, 2] - batch.answers[:, 1] == 5).all()
     assert codec.encode("The secret number of Lima is 12.\n")[-4:] == [1, 2, 10, 12]
-    assert len(codec.encode("Question: The secret number of Lima is 12")) == 6
+    assert len(codec.encode("Question: The secret number of Lima is 12")) == 5
     assert len(Needle(codec, needles=2, questions=9).sample(120, 2, 0).answers) == 18
     for task in (AssociativeRecall(64), PhoneBook(codec)):
         assert task.sample(200, 2, 0).tokens.max() < codec.vocab_size
