@@ -117,12 +117,14 @@ class Watchdog:
     def _watch(self) -> None:
         assert self.timeout is not None
         store = _store()
-        while not self._end.wait(min(self.timeout / 4, 10.0)):
+        while True:
             idle = time.monotonic() - self._since
             sign = {"time": time.time(), "idle": idle, "doing": self._doing, "host": socket.gethostname()}
             _put(store, f"alive/{self.rank}", sign | {"waits": self._waits_in()})
             if idle > self._allowed:
                 self._give_up(store, idle)
+            if self._end.wait(min(self.timeout / 4, 10.0)):
+                return
 
     def _give_up(self, store: Any, idle: float) -> None:
         """Write down what is known and end the process."""
@@ -148,9 +150,14 @@ class Watchdog:
         """What the other ranks' signs of life say: first who gives none, then who hangs outside of a collective."""
         assert self.timeout is not None
         silent, elsewhere = [], []
+        if _get(store, f"alive/{self.rank}") is None:  # the store is gone: nothing is known
+            return []
         for rank in range(self.world):
-            sign = None if rank == self.rank else _get(store, f"alive/{rank}")
+            if rank == self.rank:
+                continue
+            sign = _get(store, f"alive/{rank}")
             if sign is None:
+                silent.append(f"rank {rank} has given no sign of life since the start")
                 continue
             age = time.time() - sign["time"]
             if age > min(self.timeout / 2, 30.0) + 1.0:
