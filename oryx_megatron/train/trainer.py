@@ -150,7 +150,7 @@ class Trainer:
                 in_order = not self.guard.row or self.iteration == last
                 if _due(self.iteration, run.checkpoint.interval, last) and in_order:
                     self.save()
-                self._complete_save(self.checkpoints.poll)
+                self._complete_save(self.checkpoints.poll, more=0.0)  # a look, which takes no time of its own
             if self._stop is not None and self.iteration and not self.guard.row:
                 self.save()
             self._complete_save(self.checkpoints.wait)
@@ -272,9 +272,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- internals
 
-    def _complete_save(self, complete: Callable[[], Path | None]) -> None:
-        """Make or finish a checkpoint, or report that it failed."""
-        self.watchdog.beat("with a checkpoint", more=self.run.checkpoint.timeout)
+    def _complete_save(self, complete: Callable[[], Path | None], *, more: float | None = None) -> None:
+        """Make or finish a checkpoint, or report that it failed; `more`: seconds on top of hang_timeout."""
+        self.watchdog.beat("with a checkpoint", more=self.run.checkpoint.timeout if more is None else more)
         try:
             with self.clock.time("checkpoint"):
                 path = complete()
