@@ -44,7 +44,6 @@ class Found:
 
     model: str
     layout: str
-    recompute: str
     micro: int
     peak_gib: float
     planned_gib: float
@@ -125,7 +124,6 @@ def measure(model: ModelConfig, layout: ParallelConfig, text: str, arguments: ar
     return Found(
         model.name,
         text,
-        layout.recompute,
         arguments.micro,
         float(fullest[0]),
         planned.gib - CONTEXT_GIB,

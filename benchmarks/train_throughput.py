@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import gzip
 import importlib.metadata
 import json
 import sys
@@ -48,6 +49,8 @@ from oryx_megatron.train.step import Microbatch, forward_microbatch
 
 PEAK_TFLOPS = 989.0
 """Dense bf16 rate of one H100 or H200 (SXM) by its data sheet; MFU is against this, for FP8 too."""
+GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of a trace's events that occupy the GPU."""
 CHUNK = 256
 DRAWS = 16
 """Plans of the case `drawn`: the first draws of a run with the default mixing probabilities and seed."""
@@ -332,17 +335,33 @@ def measure(case: str, runner: Runner, precision: str, steps: int, profile: Path
 
 
 def write_profile(runner: Runner, plans: list[ModePlan | None], path: Path) -> None:
-    """Kernels of one step by their share of GPU time, and, for the time between them, a trace of it (chrome://tracing)."""
+    """Kernels of one step by their share of GPU time, the time without any, and a trace (chrome://tracing)."""
     from torch.profiler import ProfilerActivity
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         runner.time(plans[:1], 1)
-    profiler.export_chrome_trace(str(path.with_suffix(".trace.json.gz")))
+    trace = path.with_suffix(".trace.json.gz")
+    profiler.export_chrome_trace(str(trace))
     kernels = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda event: -event.self_device_time_total)
-    lines = [f"{'ms':>9} {'calls':>6}  kernel"]
+    span, idle, count = gpu_time(trace)
+    lines = [f"{span:.1f} ms from the first kernel to the last of {count}, {idle:.1f} ms without one"]
+    lines += [f"{'ms':>9} {'calls':>6}  kernel"]
     lines += [f"{e.self_device_time_total / 1e3:9.3f} {e.count:6d}  {e.key[:150]}" for e in kernels[:80]]
     path.write_text("\n".join(lines) + "\n")
+
+
+def gpu_time(trace: Path) -> tuple[float, float, int]:
+    """Milliseconds of a trace from its first kernel (or copy) to its last, those of them without any, and how many."""
+    with gzip.open(trace) as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("cat") in GPU_WORK]
+    events.sort(key=lambda event: event["ts"])
+    first = end = events[0]["ts"]
+    idle = 0.0
+    for event in events:
+        idle += max(0.0, event["ts"] - end)
+        end = max(end, event["ts"] + event["dur"])
+    return (end - first) / 1e3, idle / 1e3, len(events)
 
 
 def show(results: list[Result]) -> str:

@@ -85,16 +85,10 @@ class EasyAndHardNeedles:
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
-        codec = WordCodec()
-        fact, question = (
-            len(codec.encode(f"{start}The secret number of Lima is {'1' * self.digits}.\n"))
-            for start in ("", "Question: ")
-        )
 
         def draw(rng: np.random.Generator) -> RetrievalTask:
-            needles = log_uniform(rng, self.least, self.most)
-            task = Needle(codec, self.digits, needles=needles)
-            return replace(task, questions=log_uniform(rng, 1, (length - needles * fact) // question))
+            task = Needle(WordCodec(), self.digits, needles=log_uniform(rng, self.least, self.most))
+            return replace(task, questions=log_uniform(rng, 1, task.most_questions(length)))
 
         return sample_in_groups(draw, length, count, seed)
 

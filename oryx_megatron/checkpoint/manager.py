@@ -284,7 +284,7 @@ class CheckpointManager(Checkpoints):
         if pending.final is None:
             if not self._all_done(pending.digests.done()):
                 return None
-            self._pending = None
+            self._pending = None  # should a rank's digests be an error, which ends this save on all
             files = self._gather(pending.folder, pending.digests.result())
             self._pending = pending
             if torch.distributed.get_rank() == 0:

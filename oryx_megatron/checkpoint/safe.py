@@ -156,6 +156,7 @@ class CommonSave(TorchCommonSaveStrategy):
 
 common_save = CommonSave()
 
+
 def install() -> None:
     """Let megatron-core read and write checkpoints by the rules above, process-wide."""
     megatron_torch._get_filesystem_reader = _reader

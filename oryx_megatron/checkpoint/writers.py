@@ -59,7 +59,6 @@ class ReportQueue:
         """The report of a writer that has ended; queue.Empty when it left none."""
         return self._reports.get(timeout=GRACE)
 
-
     def close(self) -> None:
         """Let the thread end, once no writer is left that could report."""
         self._writing.close()

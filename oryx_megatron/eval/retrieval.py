@@ -232,7 +232,7 @@ class Needle:
         for row in range(count):
             cities = [_CITIES[i] for i in rng.permutation(len(_CITIES))[: self.needles]]
             numbers = [_number(rng, self.digits) for _ in cities]
-            facts = [self.codec.encode(f"{_secret(c)} {n}.\n") for c, n in zip(cities, numbers)]
+            facts = [self._fact(city, number) for city, number in zip(cities, numbers)]
             asked = rng.permutation(self.needles)[: self.questions]
             if self.questions > self.needles:
                 asked = rng.integers(0, self.needles, self.questions)
@@ -253,6 +253,16 @@ class Needle:
                 answers.append((row, start - 1, start - 1 + len(digits)))
                 start += len(digits) + len(self.codec.encode(".\n"))
         return _batch(np.array(texts), np.array(labels), answers)
+
+    def most_questions(self, length: int) -> int:
+        """How many questions a text of this length can surely ask."""
+        number = "0" * self.digits
+        fact = max(len(self._fact(city, number)) for city in _CITIES)
+        question = max(sum(map(len, self._question(city, number))) for city in _CITIES) + len(self.codec.encode(".\n"))
+        return (length - self.needles * fact) // question
+
+    def _fact(self, city: str, number: str) -> list[int]:
+        return self.codec.encode(f"{_secret(city)} {number}.\n")
 
     def _question(self, city: str, number: str) -> tuple[list[int], list[int]]:
         """Tokens of a question and of its answer."""

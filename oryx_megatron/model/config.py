@@ -91,13 +91,12 @@ def transformer_config(
             raise ConfigError(
                 "precision.fp8_attention: needs kernels.mixer fused and parallel.context 1; set it to false"
             )
-        if precision.fp8_attention and precision.fp8 != "delayed":
-            blackwell = precision.fp8 == "tensorwise" and platform.capability() >= (10, 0)
-            if not blackwell:
-                raise ConfigError(
-                    f"precision.fp8_attention: TransformerEngine has none for precision.fp8 {precision.fp8} on this "
-                    "GPU; choose delayed or set it to false"
-                )
+        current = precision.fp8 == "tensorwise" and platform.capability() >= (10, 0)  # from Blackwell on
+        if precision.fp8_attention and precision.fp8 != "delayed" and not current:
+            raise ConfigError(
+                f"precision.fp8_attention: TransformerEngine has none for precision.fp8 {precision.fp8} on this "
+                "GPU; choose delayed or set it to false"
+            )
         fields |= _fp8(precision)
     if parallel.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

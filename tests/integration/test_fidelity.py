@@ -98,7 +98,6 @@ def test_needle_experiment(tmp_path: Path) -> None:
     run = EXPERIMENT["run"]
     train = {"iterations": 6, "global_batch_size": 4, "micro_batch_size": 4}
     experiment["run"] = run | {"model": run["model"] | {"vocab_size": 112}, "train": train}
-    experiment["models"] = {"gdn": {}, "shared": {"model": {"shared_query": True}}}
     config.write_text(yaml.safe_dump(experiment))
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({"equal_to": "plain", "models": {"plain": {}}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,12 @@ def test_words_as_tokens() -> None:
     assert codec.encode("The secret number of Lima is 12.\n")[-4:] == [1, 2, 10, 12]
     assert len(codec.encode("Question: The secret number of Lima is 12")) == 5
     assert len(Needle(codec, needles=2, questions=9).sample(120, 2, 0).answers) == 18
+    for length in (50, 51, 90):
+        task = Needle(codec, needles=2)
+        full = replace(task, questions=task.most_questions(length))
+        assert full.sample(length, 2, 0).tokens.shape == (2, length)
+        with pytest.raises(ConfigError, match="is too small"):
+            replace(full, questions=full.questions + 1).sample(length, 2, 0)
     for task in (AssociativeRecall(64), PhoneBook(codec)):
         assert task.sample(200, 2, 0).tokens.max() < codec.vocab_size
 

@@ -84,18 +84,18 @@ def test_speed_of_a_plain_gpt(sequence: int, batch: int, measured: float) -> Non
 
 
 MEASURED = [
-    ("1.4b-gdn", 2048, 16, 0.56, 0.875, 57_472, 94.5),
-    ("1.4b-gdn", 2048, 16, 1.0, 1.0, 57_519, 84.6),
-    ("1.4b-gdn", 2048, 16, 0.0, 0.0, 59_579, 86.2),
-    ("1.4b-mamba2", 2048, 16, 0.56, 0.875, 57_134, 92.9),
-    ("1.4b-gdn", 8192, 4, 0.5, 0.5, 49_370, 92.2),
-    ("1.4b-gdn", 8192, 4, 0.09, 0.09, 54_085, 89.8),
-    ("1.4b-gdn", 32768, 1, 0.5, 0.5, 37_079, 92.6),
-    ("1.4b-gdn", 32768, 1, 0.09, 0.09, 51_919, 90.1),
+    ("1.4b-gdn", 2048, 16, 0.56, 0.875, 59_071, 94.5),
+    ("1.4b-gdn", 2048, 16, 1.0, 1.0, 58_760, 84.6),
+    ("1.4b-gdn", 2048, 16, 0.0, 0.0, 60_957, 86.2),
+    ("1.4b-mamba2", 2048, 16, 0.56, 0.875, 58_886, 92.9),
+    ("1.4b-gdn", 8192, 4, 0.5, 0.5, 50_296, 92.2),
+    ("1.4b-gdn", 8192, 4, 0.09, 0.09, 56_065, 89.8),
+    ("1.4b-gdn", 32768, 1, 0.5, 0.5, 37_566, 92.6),
+    ("1.4b-gdn", 32768, 1, 0.09, 0.09, 52_975, 90.1),
 ]
 """Preset, shape, mean and (in the fullest step) largest attention share; tokens/s and peak GiB of one H200.
 
-docs/performance.md, bf16, one microbatch, nothing recomputed; the host's cores were busy with other work.
+docs/performance.md, bf16, one microbatch, nothing recomputed; speeds on a quiet host, memory as of now.
 """
 
 
@@ -103,11 +103,11 @@ docs/performance.md, bf16, one microbatch, nothing recomputed; the host's cores 
 def test_measured_oryx(
     name: str, sequence: int, batch: int, share: float, fullest: float, speed: float, peak: float
 ) -> None:
-    """Peak memory within 2 % (10 % is what a plan needs) and speed within 9 % of what was measured."""
+    """Peak memory within 2 % (10 % is what a plan needs) and speed within 6 % of what was measured."""
     model = load_model(name)
     layout = layout_of(model, Work(sequence, batch), ParallelConfig(), batch, 1)
     found = estimate(model, Cluster(1), Work(sequence, batch, share), layout, batch, "none")
-    assert found.tokens_per_second == pytest.approx(speed, rel=0.09)
+    assert found.tokens_per_second == pytest.approx(speed, rel=0.06)
     full = estimate(model, Cluster(1), Work(sequence, batch, fullest), layout, batch, "none")
     assert full.gib - CONTEXT_GIB == pytest.approx(peak, rel=0.02)  # torch's allocator alone was measured
 
