@@ -38,7 +38,7 @@ def build_task(task: TaskConfig, vocab_size: int) -> RetrievalTask:
     """The task that is scored. Raises ConfigError where its words are more than `vocab_size`."""
     if task.kind == "mqar":
         return AssociativeRecall(vocab_size, task.pairs, queries=task.queries, tail=task.tail)
-    codec = WordCodec()
+    codec = WordCodec(task.digits)
     if codec.vocab_size > vocab_size:
         raise ConfigError(f"run.model.vocab_size: {vocab_size} is below the {codec.vocab_size} words of {task.kind}")
     return Needle(codec, task.digits, needles=task.pairs) if task.kind == "needle" else PhoneBook(codec, task.digits)
@@ -87,7 +87,7 @@ class EasyAndHardNeedles:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
 
         def draw(rng: np.random.Generator) -> RetrievalTask:
-            task = Needle(WordCodec(), self.digits, needles=log_uniform(rng, self.least, self.most))
+            task = Needle(WordCodec(self.digits), self.digits, needles=log_uniform(rng, self.least, self.most))
             return replace(task, questions=log_uniform(rng, 1, task.most_questions(length)))
 
         return sample_in_groups(draw, length, count, seed)

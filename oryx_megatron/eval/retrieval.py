@@ -185,23 +185,33 @@ _FIRST = _words("Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Lea Max Nia Oto 
 _LAST = _words("Abel Bauer Costa Diaz Evans Fonda Gupta Hahn Ito Jones Khan Lopez Meyer Novak Olsen Perez Quinn Rossi")
 _NOUNS = _words("river market garden winter letter engine window mountain teacher station harbour picture kitchen")
 _VERBS = _words("follows leaves watches remembers builds carries crosses paints repairs answers visits measures")
-_CITIES = _words("Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk")
+_CITIES = _words(
+    "Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk Paris Rome Milan Genoa "
+    "Bonn Essen Ghent Lyon Nice Malmo Turku Riga Vilnius Split Zadar Varna Izmir Adana Basra Doha Muscat Lahore Patna Pune "
+    "Agra Dhaka Hue Osaka Nara Busan Wuhan Davao Apia Suva Darwin Hobart Luanda Lusaka Harare Durban Maputo Lagos Bamako "
+    "Havana Cusco Bogota Cali Natal Recife"
+)
 
 
 class WordCodec:
-    """Words, set phrases, digits and marks of the tasks below as tokens: for small models trained on these alone."""
+    """Words, set phrases, numbers and marks of the tasks below as tokens: for small models trained on these alone.
 
-    _PARTS = re.compile(r"Question:|The secret number of|[A-Z][a-z]+ is|\d|[A-Za-z]+|[^\w ]")
+    A number is one token for every `digits` of its digits.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, digits: int = 1) -> None:
+        self._parts = re.compile(
+            rf"Question:|The secret number of|[A-Z][a-z]+ is|\d{{{digits}}}|[A-Za-z]+|[^\w ]"
+        )
         words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, "The", "the", "near"}
         words |= {"Question:", "The secret number of", *(f"{city} is" for city in _CITIES)}
-        self._ids = {word: i for i, word in enumerate([*"0123456789.:\n", *sorted(words)])}
+        numbers = [f"{number:0{digits}}" for number in range(10**digits)]
+        self._ids = {word: i for i, word in enumerate([*numbers, *".:\n", *sorted(words)])}
         self.vocab_size = len(self._ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of these tasks."""
-        return [self._ids[part] for part in self._PARTS.findall(text)]
+        return [self._ids[part] for part in self._parts.findall(text)]
 
 
 @dataclass(frozen=True)

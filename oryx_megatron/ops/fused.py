@@ -487,14 +487,17 @@ def discard_swiglu(y: Tensor, x: Tensor, output: Tensor) -> None:
     """Free y = SwiGLU(x) until the gradient of `output`, which was computed from it, arrives.
 
     What made `output` may have saved y, or a view of it, for its backward pass: it will find it there, computed again.
-    x stays, since the backward pass of SwiGLU reads it.
+    x stays, since the backward pass of SwiGLU reads it; both go with that pass, even where `output`'s graph lives on, as
+    a schedule of several microbatches lets it do for one microbatch longer.
     """
-    storage, y, x = y.untyped_storage(), y.detach(), x.detach().contiguous()
-    size = storage.size()
+    storage = y.untyped_storage()
+    size, kept = storage.size(), [x.detach().contiguous(), y.detach()]
 
     def restore(grad: Tensor) -> None:
-        storage.resize_(size)
-        _swiglu(x, y)
+        if kept:
+            y, x = kept.pop(), kept.pop()
+            y.untyped_storage().resize_(size)
+            _swiglu(x, y)
 
     output.register_hook(restore)
     storage.resize_(0)

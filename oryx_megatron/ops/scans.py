@@ -36,10 +36,17 @@ def delta_scan(
     """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    k, v = _per_head(k, q.shape[2]), _per_head(v, q.shape[2])
-    return chunk_gated_delta_rule(
+    heads = q.shape[2]
+    k, v = _per_head(k, heads), _per_head(v, heads)
+    if heads % 2 and q.shape[-1] == v.shape[-1] == 128:
+        # flash_qla 0.1.3 spreads 64 tokens × H gates over 128 threads: tilelang finds no layout for odd H.
+        q, k, v = (F.pad(x, (0, 0, 0, 1)) for x in (q, k, v))
+        decay, beta = F.pad(decay, (0, 1)), F.pad(beta, (0, 1))
+        initial = None if initial is None else F.pad(initial, (0, 0, 0, 0, 0, 1))
+    o, state = chunk_gated_delta_rule(
         q, k, v, g=decay, beta=beta, scale=1.0, initial_state=initial, output_final_state=final
     )
+    return o[:, :, :heads], None if state is None else state[:, :heads]
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

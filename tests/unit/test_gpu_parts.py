@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import TokenLayout, fused
+from oryx_megatron.ops.scans import delta_scan
 
 FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
@@ -68,3 +72,54 @@ def test_fp8_attention_only_where_transformer_engine_has_it(monkeypatch) -> None
     precision = PrecisionConfig(fp8="tensorwise", fp8_attention=True)
     with pytest.raises(ConfigError, match=r"precision.fp8_attention: .* tensorwise on this GPU; choose delayed"):
         transformer_config(load_model("tiny-gdn"), ParallelConfig(), precision)
+
+
+def test_a_discarded_swiglu_is_gone_after_its_backward_pass(monkeypatch) -> None:
+    """The loss of a microbatch, and with it its graph, lives until the next one has its own."""
+
+    def swiglu(x, y):
+        gate, up = x.chunk(2, -1)
+        y.data.copy_(torch.nn.functional.silu(gate) * up)  # as a kernel does: unseen by autograd
+
+    monkeypatch.setattr(fused, "_swiglu", swiglu)
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    hidden, y = x * 1.0, torch.empty(5, 4, requires_grad=True) * 1.0
+    swiglu(hidden, y)
+    (want,) = torch.autograd.grad((y @ weight).sum(), weight)
+    output = y @ weight
+    fused.discard_swiglu(y, hidden, output)
+    assert y.untyped_storage().size() == 0
+    held = weakref.ref(hidden.untyped_storage()), weakref.ref(y.untyped_storage())
+    loss = output.sum()
+    (found,) = torch.autograd.grad(loss, weight)
+    assert torch.equal(found, want)
+    del hidden, y
+    assert [storage() for storage in held] == [None, None]
+    assert loss.grad_fn is not None
+
+
+def test_odd_heads_of_128_are_padded(monkeypatch) -> None:
+    """Where flash_qla computes them it cannot take an odd number."""
+    shapes = []
+
+    def scan(q, k, v, *, g, beta, scale, initial_state, output_final_state):
+        shapes.append([x.shape[2] for x in (q, k, v, g, beta)] + [initial_state.shape[1]])
+        state = initial_state + torch.einsum("bshn,bshp->bhnp", k, v)
+        return scale * torch.einsum("bshn,bhnp->bshp", q, state) * g.exp().unsqueeze(-1), state
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = scan  # type: ignore[attr-defined]
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    for heads in (3, 4):
+        q, k, v = (torch.randn(2, 5, heads, 128, requires_grad=True) for _ in "qkv")
+        gates, initial = torch.randn(2, 5, heads, requires_grad=True), torch.randn(2, heads, 128, 128)
+        o, state = delta_scan(q, k, v, gates, gates, initial=initial, final=True)
+        want, last = scan(q, k, v, g=gates, beta=gates, scale=1.0, initial_state=initial, output_final_state=True)
+        assert state is not None
+        torch.testing.assert_close((o, state), (want, last))
+        inputs = [q, k, v, gates]
+        torch.testing.assert_close(torch.autograd.grad(o.sum(), inputs), torch.autograd.grad(want.sum(), inputs))
+    assert shapes[0] == [4] * 6
+    assert shapes[2] == [4] * 6
