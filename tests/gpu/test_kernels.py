@@ -67,8 +67,9 @@ def compare(
     found, want = fast(*inputs), reference(*copies)
     pairs = [(x, y) for x, y in zip(found, want, strict=True) if x is not None and y is not None and y.requires_grad]
     seeds = [torch.randn_like(y) for _, y in pairs]
-    got = torch.autograd.grad([x for x, _ in pairs], inputs, [s.to(x.dtype) for s, (x, _) in zip(seeds, pairs)],
-                              allow_unused=True)
+    got = torch.autograd.grad(
+        [x for x, _ in pairs], inputs, [s.to(x.dtype) for s, (x, _) in zip(seeds, pairs)], allow_unused=True
+    )
     wanted = torch.autograd.grad([y for _, y in pairs], copies, seeds, allow_unused=True)
     names = [f"output {i}" for i in range(len(pairs))] + [f"gradient {i}" for i in range(len(inputs))]
     for name, x, y in zip(names, [x for x, _ in pairs] + list(got), [y for _, y in pairs] + list(wanted), strict=True):
@@ -109,16 +110,19 @@ def test_attention(use, backend, length, groups, plan, isolated):
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize(("length", "groups", "isolated"), [(512, 4, False), (1000, 2, True), (63, 4, False)])
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "isolated"),
+    [(512, 4, 4, False), (1000, 4, 2, True), (63, 4, 4, False), (300, 3, 3, True), (130, 1, 1, False)],
+)
 @pytest.mark.parametrize("backend", ["fla"])
-def test_gated_delta_rule(use, backend, length, groups, isolated, with_state):
+def test_gated_delta_rule(use, backend, length, heads, groups, isolated, with_state):
     use(recurrence=backend)
     documents = documents_of(length) if isolated else None
-    shapes = [(2, length, 4, 128), (2, length, groups, 128), (2, length, groups, 128)]
-    inputs = [*(leaf(*shape) for shape in shapes), leaf(2, length, 4), leaf(2, length, 4)]
-    inputs += [leaf(4, dtype=torch.float32), leaf(4, dtype=torch.float32)]
+    shapes = [(2, length, heads, 128), (2, length, groups, 128), (2, length, groups, 128)]
+    inputs = [*(leaf(*shape) for shape in shapes), leaf(2, length, heads), leaf(2, length, heads)]
+    inputs += [leaf(heads, dtype=torch.float32), leaf(heads, dtype=torch.float32)]
     if with_state:
-        inputs.append(leaf(2, 4, 128, 128, scale=0.3, dtype=torch.float32))
+        inputs.append(leaf(2, heads, 128, 128, scale=0.3, dtype=torch.float32))
 
     def run(function):
         def call(q, k, v, a, b, bias, a_log, initial=None):
@@ -201,9 +205,7 @@ def test_convolution(use, length, isolated, with_state, activation):
 def test_gated_norm(use):
     use(norm="fla")
     inputs = [leaf(3, 50, 4, 128), leaf(3, 50, 4, 128), leaf(128)]
-    compare(
-        lambda *x: [ops.gated_rms_norm(*x, 1e-5)], lambda *x: [ops.gated_rms_norm.__wrapped__(*x, 1e-5)], inputs
-    )
+    compare(lambda *x: [ops.gated_rms_norm(*x, 1e-5)], lambda *x: [ops.gated_rms_norm.__wrapped__(*x, 1e-5)], inputs)
 
 
 # -------------------------------------------------------------------------------------------------------- fused steps
