@@ -1,6 +1,6 @@
 """Milliseconds of the mixer's parts alone, forward and backward, and their errors against fp32 references.
 
-    python benchmarks/kernels.py --sequence 2048 8192 32768 --tokens 32768 --out OUT
+python benchmarks/kernels.py --sequence 2048 8192 32768 --tokens 32768 --out OUT
 """
 
 from __future__ import annotations

@@ -109,8 +109,10 @@ def main(argv: list[str] | None = None) -> int:
                                 arguments.chunk)  # fmt: skip
                 whole = whole or found["kept"]
                 peak = f"{found['peak'] / 2**30:.2f}" if found["peak"] else "–"
-                print(f"{plan:<12}{recompute:<11}{found['kept'] / 2**20:>10.1f}{found['kept'] / whole:>9.0%}"
-                      f"{found['kept'] / tokens / model.num_layers:>19,.0f}{found['seconds']:>9.2f}{peak:>10}")
+                print(
+                    f"{plan:<12}{recompute:<11}{found['kept'] / 2**20:>10.1f}{found['kept'] / whole:>9.0%}"
+                    f"{found['kept'] / tokens / model.num_layers:>19,.0f}{found['seconds']:>9.2f}{peak:>10}"
+                )
     finally:
         parallel.destroy()
     return 0

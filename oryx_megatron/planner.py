@@ -242,9 +242,7 @@ def estimate(
     model: ModelConfig, cluster: Cluster, work: Work, layout: Layout, micro_batch: int, recompute: Recompute
 ) -> Estimate:
     """Memory, traffic and time of one layout."""
-    stages = [
-        memory_bytes(model, layout, work, micro_batch, recompute, stage) for stage in sorted({0, layout.pp - 1})
-    ]
+    stages = [memory_bytes(model, layout, work, micro_batch, recompute, stage) for stage in sorted({0, layout.pp - 1})]
     traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
     speed, share = cluster.tflops * 1e12 / PEAK, work.attention_share
     tokens = work.sequence * micro_batch / layout.cp

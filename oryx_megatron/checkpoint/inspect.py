@@ -77,9 +77,7 @@ class Summary:
             "evaluations": manifest.evaluations,
             "file_bytes": self.file_bytes,
             "files": manifest.files,
-            "parts": {
-                part: dict(zip(("tensors", "elements", "bytes"), sums)) for part, sums in self.parts().items()
-            },
+            "parts": {part: dict(zip(("tensors", "elements", "bytes"), sums)) for part, sums in self.parts().items()},
             "tensors": {
                 entry.name: {"shape": entry.shape, "dtype": entry.dtype, "shards": entry.shards, "bytes": entry.bytes}
                 for entry in self.entries

@@ -215,9 +215,7 @@ class CheckpointManager(Checkpoints):
         optimizer: Their optimizer.
     """
 
-    def __init__(
-        self, root: Path, config: CheckpointConfig, chunks: list[Any], optimizer: MegatronOptimizer
-    ) -> None:
+    def __init__(self, root: Path, config: CheckpointConfig, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
         super().__init__(root, config)
         self.chunks, self.optimizer = chunks, optimizer
         self._queue = AsyncCallsQueue()

@@ -1,7 +1,7 @@
 """Folders of checkpoints: names, completeness, atomic appearance, retention.
 
-    RUN/checkpoints/iteration_0001000/   complete: it has a manifest, written last and renamed into place
-    RUN/checkpoints/.writing_0002000/    a save in progress, or one that died; removed at the next save
+RUN/checkpoints/iteration_0001000/   complete: it has a manifest, written last and renamed into place
+RUN/checkpoints/.writing_0002000/    a save in progress, or one that died; removed at the next save
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def commit(folder: Path) -> Path:
     return final
 
 
-def apply_retention(
-    root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = ()
-) -> list[Path]:
+def apply_retention(root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = ()) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed.
 
     Damaged ones (those named, and those with files missing or of another size) do not count as kept. They go like any

@@ -186,10 +186,10 @@ _LAST = _words("Abel Bauer Costa Diaz Evans Fonda Gupta Hahn Ito Jones Khan Lope
 _NOUNS = _words("river market garden winter letter engine window mountain teacher station harbour picture kitchen")
 _VERBS = _words("follows leaves watches remembers builds carries crosses paints repairs answers visits measures")
 _CITIES = _words(
-    "Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk Paris Rome Milan Genoa "
-    "Bonn Essen Ghent Lyon Nice Malmo Turku Riga Vilnius Split Zadar Varna Izmir Adana Basra Doha Muscat Lahore Patna Pune "
-    "Agra Dhaka Hue Osaka Nara Busan Wuhan Davao Apia Suva Darwin Hobart Luanda Lusaka Harare Durban Maputo Lagos Bamako "
-    "Havana Cusco Bogota Cali Natal Recife"
+    "Lima Oslo Cairo Quito Tunis Hanoi Perth Turin Dakar Porto Basel Kyoto Delhi Sofia Accra Minsk Paris "
+    "Rome Milan Genoa Bonn Essen Ghent Lyon Nice Malmo Turku Riga Vilnius Split Zadar Varna Izmir Adana "
+    "Basra Doha Muscat Lahore Patna Pune Agra Dhaka Hue Osaka Nara Busan Wuhan Davao Apia Suva Darwin "
+    "Hobart Luanda Lusaka Harare Durban Maputo Lagos Bamako Havana Cusco Bogota Cali Natal Recife"
 )
 
 
@@ -200,9 +200,7 @@ class WordCodec:
     """
 
     def __init__(self, digits: int = 1) -> None:
-        self._parts = re.compile(
-            rf"Question:|The secret number of|[A-Z][a-z]+ is|\d{{{digits}}}|[A-Za-z]+|[^\w ]"
-        )
+        self._parts = re.compile(rf"Question:|The secret number of|[A-Z][a-z]+ is|\d{{{digits}}}|[A-Za-z]+|[^\w ]")
         words = {*_FIRST, *_LAST, *_NOUNS, *_VERBS, "The", "the", "near"}
         words |= {"Question:", "The secret number of", *(f"{city} is" for city in _CITIES)}
         numbers = [f"{number:0{digits}}" for number in range(10**digits)]

@@ -213,8 +213,12 @@ class OryxMixer(MegatronModule):
         recurs = info.states is not None or info.plan.attention_tokens < info.plan.length
         projected, decay = self._project(hidden_states, recurs)
         if self.config.recompute_mixer and self.training:
-            mixed = checkpoint(lambda p, *d: self._mix(p, d[0] if d else None, info), False, projected,
-                               *(() if decay is None else (decay,)))
+            mixed = checkpoint(
+                lambda p, *d: self._mix(p, d[0] if d else None, info),
+                False,
+                projected,
+                *(() if decay is None else (decay,)),
+            )
         else:
             mixed = self._mix(projected, decay, info)
         output, _ = self.out_proj(mixed)
@@ -258,9 +262,7 @@ class OryxMixer(MegatronModule):
         widths = [part.shape[-1] // self.cp_group.size() for part in used.values()]
         return dict(zip(used, exchanged.split(widths, dim=-1))), exchanged
 
-    def _keys_values(
-        self, projected: Tensor, state: LayerState | None, info: SequenceInfo
-    ) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, projected: Tensor, state: LayerState | None, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         """k [b, s, G, N] and v [b, s, G, P], shared by both modes; advances the convolution window."""
         key_rows, value_rows = self.groups * self.model.key_width, self.groups * self.model.value_width
         kv = projected[..., : key_rows + value_rows].transpose(0, 1)  # [b, s, channels]

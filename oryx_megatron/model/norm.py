@@ -22,9 +22,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: OryxTransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.empty(hidden_size, dtype=config.params_dtype, device=_device(config))
-        )
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

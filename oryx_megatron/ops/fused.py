@@ -487,8 +487,8 @@ def discard_swiglu(y: Tensor, x: Tensor, output: Tensor) -> None:
     """Free y = SwiGLU(x) until the gradient of `output`, which was computed from it, arrives.
 
     What made `output` may have saved y, or a view of it, for its backward pass: it will find it there, computed again.
-    x stays, since the backward pass of SwiGLU reads it; both go with that pass, even where `output`'s graph lives on, as
-    a schedule of several microbatches lets it do for one microbatch longer.
+    x stays, since the backward pass of SwiGLU reads it. Both go with that pass, even where the graph of `output` lives
+    on, as a schedule of several microbatches lets it do for one microbatch longer.
     """
     storage = y.untyped_storage()
     size, kept = storage.size(), [x.detach().contiguous(), y.detach()]

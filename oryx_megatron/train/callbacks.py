@@ -159,8 +159,8 @@ class Display(Callback):
         tokens = sum(step.tokens for step in steps)
         loss = sum(step.loss for step in steps) / len(steps)
         share = sum(step.attention_share for step in steps) / len(steps)
-        left = (time.monotonic() - self._started) / (record.iteration - self._first) * (
-            self.iterations - record.iteration
+        left = (
+            (time.monotonic() - self._started) / (record.iteration - self._first) * (self.iterations - record.iteration)
         )
         counter = f"{record.iteration}/{self.iterations}"
         self._write(

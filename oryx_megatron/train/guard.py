@@ -85,9 +85,7 @@ class Prolonged(Blend):
     """A blend that begins anew at its end: what passes over `skipped` samples needs as many more."""
 
     def __init__(self, blend: Blend, skipped: int) -> None:
-        super().__init__(
-            blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity
-        )
+        super().__init__(blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity)
         self._length = len(blend)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

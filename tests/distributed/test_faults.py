@@ -237,9 +237,7 @@ def test_second_interrupt() -> None:
         stop.restore()
 
 
-def test_time_limit(
-    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_limit(trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close to the end of the job each start does one step, saves it and asks for the next."""
     monkeypatch.setenv(signals.TIME_LIMIT_AT, str(time.time() + 10))
     for iteration in (2, 4):

@@ -254,6 +254,4 @@ def test_generate(project: Path, tmp_path: Path) -> None:
 def test_arch(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("name: x\nmixer: gdn\nnum_layer: 2\n")
     done = process("-m", "oryx_megatron.arch", tmp_path / "model.yaml")
-    assert "unknown key `num_layer`; did you mean `num_layers`?" in the_error(
-        done.returncode, done.stdout, done.stderr
-    )
+    assert "unknown key `num_layer`; did you mean `num_layers`?" in the_error(done.returncode, done.stdout, done.stderr)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(LAUNCH))
 import cluster  # noqa: E402
 import submit  # noqa: E402
 
-HOSTILE = "it's \"a\" $(touch pwned) `touch pwned` & ; #x %j * ~"
+HOSTILE = 'it\'s "a" $(touch pwned) `touch pwned` & ; #x %j * ~'
 PROFILE = {"nodes": 2, "gpus_per_node": 0, "cpus_per_task": 2, "time_limit": "01:00:00"}
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
@@ -329,9 +329,7 @@ def test_agents_that_count_restarts_differently(tmp_path) -> None:
         ]
         own = {"GROUP": str(group), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         processes.append(
-            subprocess.Popen(
-                command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            subprocess.Popen(command, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     try:
         texts = [process.communicate(timeout=150)[0] for process in processes]

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmctld and slurmd of the test run as root"),
     pytest.mark.xdist_group("slurm"),
 ]
-HOSTILE = "it's \"a\" $(touch pwned) & ; #x %j"
+HOSTILE = 'it\'s "a" $(touch pwned) & ; #x %j'
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
