@@ -197,7 +197,7 @@ def test_grid_scores_by_plan_and_writes_json_and_plot(tmp_path: Path) -> None:
         (lambda: AssociativeRecall(64, pairs=20).sample(50, 1, 0), "20 pairs need a length of at least 60"),
         (lambda: AssociativeRecall(16, pairs=8).sample(50, 1, 0), "vocabulary of at least 32"),
         (lambda: Needle(ByteCodec()).sample(30, 1, 0), "length 30 is too small"),
-        (lambda: Needle(ByteCodec(), needles=17).sample(900, 1, 0), "1 questions about 17 needles"),
+        (lambda: Needle(ByteCodec(), needles=99).sample(900, 1, 0), "1 questions about 99 needles"),
         (lambda: PhoneBook(ByteCodec()).sample(20, 1, 0), "length 20 is too small"),
         (lambda: retrieval_task("nedle", ByteCodec()), "known: mqar, needle, phonebook"),
         (lambda: run_grid(lambda t, p: t, [TASKS[0]], [60], ["prefix:61"], chunk=8), "61 tokens are more than the 60"),
