@@ -417,10 +417,17 @@ class SampleStream:
             loader: Any = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate)
         else:
             loader = (collate([dataset[i] for i in indices]) for indices in order)
+        forked = threading.Event()
         self._thread = threading.Thread(
-            target=_read_ahead, args=(loader, microbatches, self._queue, self._stop), daemon=True, name="samples"
+            target=_read_ahead,
+            args=(loader, microbatches, self._queue, self._stop, forked),
+            daemon=True,
+            name="samples",
         )
         self._thread.start()
+        # Processes are forked here and at no other time. One that is forked while the caller starts a subprocess keeps
+        # the write end of the pipe on whose end the caller then waits: for ever.
+        forked.wait()
         # The thread holds no reference to the stream: dropping the stream ends it.
         self._finalizer = weakref.finalize(self, self._stop.set)
 
@@ -458,7 +465,11 @@ class SampleStream:
 
 
 def _read_ahead(
-    loader: Any, microbatches: int, results: queue.Queue[list[Batch] | BaseException | None], stop: threading.Event
+    loader: Any,
+    microbatches: int,
+    results: queue.Queue[list[Batch] | BaseException | None],
+    stop: threading.Event,
+    forked: threading.Event,
 ) -> None:
     def hand_over(item: list[Batch] | BaseException | None) -> None:
         while not stop.is_set():
@@ -469,8 +480,12 @@ def _read_ahead(
             return
 
     try:
+        try:
+            batches = iter(loader)  # starts its processes
+        finally:
+            forked.set()
         step: list[Batch] = []
-        for batch in loader:
+        for batch in batches:
             step.append(batch)
             if len(step) == microbatches:
                 hand_over(step)

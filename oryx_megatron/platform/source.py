@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def git_commit() -> str | None:
-    """Commit of the source tree this package runs from, with `+changes` when its files differ; None without git."""
+    """Commit of the source tree this package runs from, with `+changes` when its files differ; None without git.
+
+    As it was at the first call: what this process has imported since does not change with the files.
+    """
     package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_the_order_does_not_depend_on_the_layout(
     assert [stream.consumed for stream in streams] == [24] * ranks
     for stream in streams:
         stream.close()
+
+
+def test_loader_processes_are_forked_before_the_stream_is_there(paths: dict[str, str], tmp_path: Path) -> None:
+    """Forked later, beside a subprocess of the trainer, they would keep its pipe open and the trainer waiting."""
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
+    before = set(multiprocessing.active_children())
+    stream = SampleStream(blend, micro_batch_size=2, microbatches=4, eod=EOD, vocab_size=8192, num_workers=2)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    stream.close()
 
 
 def test_a_resumed_stream_goes_on_where_it_stopped(paths: dict[str, str], tmp_path: Path) -> None:
