@@ -5,7 +5,8 @@
     python benchmarks/recompute.py 1.4b-gdn --sequence 4096 --batch 2 --dtype bf16
 
 Counts the distinct storages that autograd keeps between forward and backward pass, without parameters: exact, on CPU
-and GPU alike. On a GPU also prints the peak that torch's allocator saw. One rank, one microbatch, one step.
+and GPU alike. On a GPU also prints the peak that torch's allocator saw, weights and fp32 gradients included. One rank,
+one microbatch, one step after one that compiles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from oryx_megatron import parallel, platform
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
 
 
 class KeptBytes:
@@ -56,23 +57,36 @@ def measure(
     model: ModelConfig, recompute: str, plan: str, sequence: int, batch: int, dtype: str, chunk: int
 ) -> dict[str, float]:
     """One forward and backward pass: kept bytes, seconds, loss, and on a GPU the peak bytes."""
+    from megatron.core.utils import get_model_config
+
     from oryx_megatron.model import SequenceInfo, build_model
     from oryx_megatron.modes import parse_plan
+    from oryx_megatron.ops import backends
 
     layout = ParallelConfig(recompute=recompute)  # type: ignore[arg-type]
     precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+    backends.select(KernelsConfig(), backends.Workload(model, dtype))
     (network,) = build_model(model, layout, precision, seed=1)
     device = platform.device()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (batch, sequence + 1), generator=generator).to(device)
-    info = SequenceInfo.build(parse_plan(plan, sequence, chunk=chunk), device=device)
+    text = torch.randint(model.vocab_size, (batch, sequence + 1), generator=generator).to(device)
+    sort = get_model_config(network).fused_mixer
+    info = SequenceInfo.build(parse_plan(plan, sequence, chunk=chunk), device=device, sort=sort)
+    tokens, labels = info.arrange(text[:, :-1]), info.arrange(text[:, 1:])
     network.train()
+    for parameter in network.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # where TransformerEngine adds
+
+    def forward() -> torch.Tensor:
+        return network(tokens, None, None, labels=labels, packed_seq_params=info).float().mean()
+
     if platform.has_gpu():
+        forward().backward()
         torch.cuda.reset_peak_memory_stats()
     platform.synchronize()
     started = time.perf_counter()
     with KeptBytes(network) as kept:
-        loss = network(tokens[:, :-1], None, None, labels=tokens[:, 1:], packed_seq_params=info).float().mean()
+        loss = forward()
     total = kept.total()
     loss.backward()
     platform.synchronize()

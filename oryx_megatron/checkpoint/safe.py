@@ -63,6 +63,7 @@ EXTRA_STATE_CLASSES = {
         "Format", "_FormatHelper", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
         "MXFP8BlockScaling", "NVFP4BlockScaling", "QParams", "MMParams", "Recipe",
     )),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def transformer_config(
         "cross_entropy_fusion_impl": "te",
         "recompute_mixer": parallel.recompute == "mixer",
         "fused_mixer": sorts,
-        "te_linears": te_missing is None,
+        "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32
     }
     if precision.fp8 != "none":
         if te_missing is not None:
