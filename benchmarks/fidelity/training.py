@@ -49,7 +49,7 @@ def build_lessons(task: TaskConfig, vocab_size: int) -> RetrievalTask:
     if task.easiest is None:
         return build_task(task, vocab_size)
     if task.kind == "needle":
-        return EasyAndHardNeedles(task.digits, task.easiest, task.pairs)
+        return EasyAndHardNeedles(task.digits, task.easiest, task.pairs, task.length)
     return EasyAndHard(vocab_size, task.easiest, task.pairs / task.length)
 
 
@@ -81,13 +81,16 @@ class EasyAndHardNeedles:
     digits: int
     least: int
     most: int
+    """In texts of `length` tokens; shorter ones have proportionally fewer."""
+    length: int
     name: str = "needle"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
 
         def draw(rng: np.random.Generator) -> RetrievalTask:
-            task = Needle(WordCodec(self.digits), self.digits, needles=log_uniform(rng, self.least, self.most))
+            most = max(self.least, round(self.most * length / self.length))
+            task = Needle(WordCodec(self.digits), self.digits, needles=log_uniform(rng, self.least, most))
             return replace(task, questions=log_uniform(rng, 1, task.most_questions(length)))
 
         return sample_in_groups(draw, length, count, seed)

@@ -112,6 +112,20 @@ def test_measured_oryx(
     assert full.gib - CONTEXT_GIB == pytest.approx(peak, rel=0.02)  # torch's allocator alone was measured
 
 
+@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
+def test_memory_of_two_gpus(mixer: str) -> None:
+    """Within 10 % of the peak on the fuller of two H200s, measured by benchmarks/layouts.py; most within 2 %."""
+    measured = json.loads((ROOT / "benchmarks/results/h200x2-layouts.json").read_text())
+    found = {case["layout"]: case["peak_gib"] for case in measured if case["model"] == f"1.4b-{mixer}"}
+    assert len(found) == 6
+    model, work = load_model(f"1.4b-{mixer}"), Work(2048, 32, 0.5)
+    for text, peak in found.items():
+        fields = dict(part.split("=") for part in text.split(",") if not part.startswith("data="))
+        given = ParallelConfig(**{name: int(x) if x.isdecimal() else x for name, x in fields.items()})  # type: ignore[arg-type]
+        planned = estimate(model, Cluster(2), work, layout_of(model, work, given, 8, 2), 8, given.recompute)
+        assert planned.gib - CONTEXT_GIB == pytest.approx(peak, rel=0.10), text
+
+
 def test_recompute_trades_memory_for_time() -> None:
     model, work = load_model("1.4b-gdn"), Work(4096, 8)
     layout = layout_of(model, work, ParallelConfig(), 8, 1)
