@@ -171,9 +171,12 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
 
 
 def test_harmless_objects() -> None:
-    """What layers do keep: nothing, empty tensors, and scales in a dictionary."""
+    """What layers do keep: nothing, empty tensors, and scales in a dictionary, with the recipe that made them."""
+    from megatron.core.extensions.transformer_engine import TEDelayedScaling  # stands for an object of it
+
     scales = {"scale": torch.ones(3), "amax_history": torch.zeros(4, 3), "extra_fp8_variables": {"eval": True}}
-    pickled = torch.frombuffer(bytearray(pickle.dumps(scales)), dtype=torch.uint8)
+    content = pickle.dumps({"recipe": TEDelayedScaling, **scales})
+    pickled = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     saved = io.BytesIO()
     torch.save(scales, saved)
     for value in (None, torch.empty(0, dtype=torch.uint8), pickled, io.BytesIO(saved.getvalue()), io.BytesIO()):
