@@ -172,14 +172,14 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
 
 def test_harmless_objects() -> None:
     """What layers do keep: nothing, empty tensors, and scales in a dictionary, with the recipe that made them."""
-    from megatron.core.extensions.transformer_engine import TEDelayedScaling  # stands for an object of it
-
     scales = {"scale": torch.ones(3), "amax_history": torch.zeros(4, 3), "extra_fp8_variables": {"eval": True}}
-    content = pickle.dumps({"recipe": TEDelayedScaling, **scales})
-    pickled = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pickled = torch.frombuffer(bytearray(pickle.dumps(scales)), dtype=torch.uint8)
+    recipe = torch.frombuffer(
+        bytearray(b"cmegatron.core.extensions.transformer_engine\nTEDelayedScaling\n."), dtype=torch.uint8
+    )
     saved = io.BytesIO()
     torch.save(scales, saved)
-    for value in (None, torch.empty(0, dtype=torch.uint8), pickled, io.BytesIO(saved.getvalue()), io.BytesIO()):
+    for value in (None, torch.empty(0, dtype=torch.uint8), pickled, recipe, io.BytesIO(saved.getvalue()), io.BytesIO()):
         data = io.BytesIO()
         torch.save([value], data)
         data.seek(0)
