@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -56,14 +57,17 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
     if kept is not None:
         allocate_torch_state(kept)
     state = sharded_state(chunks, kept, loading=True)
+    absent = _take_absent_scales(state, folder)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:
-        raise CheckpointError(f"{folder} does not fit this model: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} does not fit this model: {why[:300]}") from error
     except CheckpointException as error:  # of all ranks; the last line is the cause
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
     for i, chunk in enumerate(chunks):
-        unwrap_model(chunk).load_state_dict(loaded[_name(i)], strict=True)
+        weights = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
+        unwrap_model(chunk).load_state_dict(weights, strict=True)
     if kept is not None:
         _load_optimizer(kept, loaded["optimizer"])
     elif optimizer is not None:
@@ -73,6 +77,26 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
 def load_model_weights(folder: Path, chunks: list[Any]) -> None:
     """Fill the model only, for evaluation, generation and conversion."""
     load_sharded_state(folder, chunks, None)
+
+
+def _take_absent_scales(state: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """Take out of `state` what linear layers keep for FP8, where the checkpoint has none of it; their names by chunk.
+
+    Other linears wrote it: megatron-core's on CPUs, TransformerEngine's and this package's on GPUs, or a conversion.
+    """
+    written = safe.read_metadata(folder).state_dict_metadata
+    absent = {}
+    for chunk, entries in state.items():
+        if chunk == "optimizer":
+            continue
+        absent[chunk] = [
+            name
+            for name, entry in entries.items()
+            if name.endswith("_extra_state") and isinstance(entry, ShardedObject) and entry.unique_key not in written
+        ]
+        for name in absent[chunk]:
+            del entries[name]
+    return absent
 
 
 def _has_optimizer(folder: Path) -> bool:

@@ -97,7 +97,7 @@ def test_needle_experiment(tmp_path: Path) -> None:
     experiment["scoring"] = EXPERIMENT["scoring"] | {"pairs": [1], "interval": 0, "plans": ["last:12", "attention"]}
     run = EXPERIMENT["run"]
     train = {"iterations": 6, "global_batch_size": 4, "micro_batch_size": 4}
-    experiment["run"] = run | {"model": run["model"] | {"vocab_size": 112}, "train": train}
+    experiment["run"] = run | {"model": run["model"] | {"vocab_size": 256}, "train": train}
     config.write_text(yaml.safe_dump(experiment))
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({"equal_to": "plain", "models": {"plain": {}}}))
@@ -109,7 +109,7 @@ def test_needle_experiment(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(experiment | {"run": run}))
     done = _run(config, tmp_path / "small", "--models", "gdn")
     assert done.returncode != 0
-    assert "run.model.vocab_size: 32 is below the 101 words of needle" in done.stdout
+    assert "run.model.vocab_size: 32 is below the 240 words of needle" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from oryx_megatron import parallel, platform
+from oryx_megatron.checkpoint import load_model_weights
+from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
@@ -42,6 +47,31 @@ def test_fused_blocks_save_under_the_names_of_the_others(mixer: str) -> None:
     assert {part.key for part in fast.values()} >= {"embedding.word_embeddings.weight"}
     parts = [{s.key for entry in state.values() for s in _tensors(entry)} for state in (plain, fast)]
     assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
+def test_weights_of_fused_blocks_load_into_the_others_and_back(tmp_path: Path, mixer: str) -> None:
+    """Trained on a GPU and evaluated on a CPU, or the other way round: their linears keep other states for FP8."""
+    model = load_model(f"tiny-{mixer}")
+    built = {"plain": chunk(model), "fast": chunk(model, **FUSED)}
+    for name, source in built.items():
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.normal_()
+        folder = tmp_path / name
+        folder.mkdir()
+        dist_checkpointing.save(sharded_state([source], None), str(folder))
+        target = built["fast" if name == "plain" else "plain"]
+        load_model_weights(folder, [target])
+        for a, b in zip(_weights(source), _weights(target), strict=True):
+            assert a.key == b.key
+            assert torch.equal(a.data, b.data), a.key
+
+
+def _weights(source) -> list[ShardedTensor]:
+    state = source.sharded_state_dict(metadata={})
+    tensors = [s for entry in state.values() for s in _tensors(entry) if isinstance(s, ShardedTensor)]
+    return sorted(tensors, key=lambda tensor: (tensor.key, tensor.global_offset))
 
 
 def _tensors(entry):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -170,13 +173,36 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
     assert not marker.exists()
 
 
-def test_harmless_objects() -> None:
+def _delayed_scaling(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A pickle that names the classes of TransformerEngine's delayed scaling, which is not installed here."""
+
+    class Format(enum.Enum):
+        HYBRID = 1
+
+    class TEDelayedScaling:
+        fp8_format = Format.HYBRID
+
+    recipe = TEDelayedScaling()
+    recipe.__dict__ |= {"margin": 0, "fp8_format": Format.HYBRID}
+    with monkeypatch.context() as patch:
+        for name, found in (
+            ("transformer_engine.common.recipe", Format),
+            ("megatron.core.extensions.transformer_engine", TEDelayedScaling),
+        ):
+            found.__module__, found.__qualname__ = name, found.__name__
+            module = ModuleType(name)
+            setattr(module, found.__name__, found)
+            patch.setitem(sys.modules, name, module)
+        for parent in ("transformer_engine", "transformer_engine.common"):
+            patch.setitem(sys.modules, parent, ModuleType(parent))
+        return pickle.dumps({"recipe": recipe, "scale_fwd": torch.ones(3)})
+
+
+def test_harmless_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     """What layers do keep: nothing, empty tensors, and scales in a dictionary, with the recipe that made them."""
     scales = {"scale": torch.ones(3), "amax_history": torch.zeros(4, 3), "extra_fp8_variables": {"eval": True}}
     pickled = torch.frombuffer(bytearray(pickle.dumps(scales)), dtype=torch.uint8)
-    recipe = torch.frombuffer(
-        bytearray(b"cmegatron.core.extensions.transformer_engine\nTEDelayedScaling\n."), dtype=torch.uint8
-    )
+    recipe = torch.frombuffer(bytearray(_delayed_scaling(monkeypatch)), dtype=torch.uint8)
     saved = io.BytesIO()
     torch.save(scales, saved)
     for value in (None, torch.empty(0, dtype=torch.uint8), pickled, recipe, io.BytesIO(saved.getvalue()), io.BytesIO()):
