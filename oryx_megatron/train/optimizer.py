@@ -91,7 +91,10 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
     overrides[ParamKey(name=("*.a_log", "*.dt_bias", "*.self_attention.d"))] = {"wd_mult": 0.0, "is_decoupled_lr": True}
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
-    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
+    # Without gradients megatron-core's views of fp32 parameters are leaves: torch's optimizers, to which cpu_offload hands
+    # them anew, take no others.
+    with torch.no_grad():
+        return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
 
 
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:

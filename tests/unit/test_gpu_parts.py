@@ -19,12 +19,14 @@ from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.model.build import build_chunk
+from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.scans import delta_scan
+from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.optimizer import build_optimizer, wrap
 
 FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
@@ -153,3 +155,12 @@ def test_odd_heads_of_128_are_padded(monkeypatch) -> None:
         torch.testing.assert_close(torch.autograd.grad(o.sum(), inputs), torch.autograd.grad(want.sum(), inputs))
     assert shapes[0] == [4] * 6
     assert shapes[2] == [4] * 6
+
+
+def test_parameters_can_be_handed_to_another_optimizer() -> None:
+    """As cpu_offload does: fp32 parameters of a bf16 model too, of which megatron-core keeps views."""
+    run = tiny_run("gdn", precision=PrecisionConfig(dtype="bf16"))
+    optimizer = build_optimizer(run, wrap(run, build_model(run.model, run.parallel, run.precision, seed=1)))
+    groups = optimizer.param_groups
+    assert {parameter.dtype for group in groups for parameter in group["params"]} == {torch.float32}
+    assert all(parameter.is_leaf for group in groups for parameter in group["params"])
