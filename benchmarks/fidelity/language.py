@@ -4,8 +4,9 @@
     python benchmarks/fidelity/language.py benchmarks/fidelity/language.yaml --out runs/language
 
 Every model of the config with every seed is an ordinary run, `python -m oryx_megatron.train OUT/MODEL-SEED/run.yaml`;
-then their metrics become summary.md and summary.json. Started again, finished runs are skipped and others resumed from
-their last checkpoint. How to make the data stands in the config.
+then their metrics become summary.md, summary.json, and training.csv: the training loss of every run, unfinished ones
+too. Started again, finished runs are skipped and others resumed from their last checkpoint. How to make the data stands
+in the config.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         raise ConfigError(f"{arguments.out}: holds no finished run")
     summarize(data["name"], results, arguments.out)
+    ex.write_text(arguments.out / "training.csv", training_losses(named))
     return 1 if failed else 0
 
 
@@ -115,17 +117,39 @@ class Result:
     """By the median step."""
 
 
-def read_result(run: RunConfig) -> Result | None:
-    """The result of a run, or None while it is not finished."""
+def read_metrics(run: RunConfig) -> list[dict[str, Any]]:
+    """What the run wrote so far."""
     path = Path(run.output_dir) / "metrics.jsonl"
-    if not path.is_file():
-        return None
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text().splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except ValueError:  # cut off by a kill
             continue
+    return lines
+
+
+def training_losses(runs: Sequence[RunConfig], window: int = 50) -> str:
+    """CSV: mean training loss over every `window` steps, a column per run; empty where a run has not been."""
+    columns = {}
+    for run in runs:
+        losses = {line["iteration"]: line["loss"] for line in read_metrics(run) if line.get("kind") == "step"}
+        means = {}
+        for first in range(1, run.train.iterations + 1, window):
+            steps = range(first, min(first + window, run.train.iterations + 1))
+            if all(step in losses for step in steps):
+                means[f"{first}-{steps[-1]}"] = f"{statistics.mean(losses[step] for step in steps):.4f}"
+        if means:
+            columns[Path(run.output_dir).name] = means
+    rows = list(dict.fromkeys(row for means in columns.values() for row in means))
+    lines = [",".join(["steps", *columns])]
+    lines += [",".join([row, *(means.get(row, "") for means in columns.values())]) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def read_result(run: RunConfig) -> Result | None:
+    """The result of a run, or None while it is not finished."""
+    lines = read_metrics(run)
     last = [line for line in lines if line.get("kind") == "evaluation" and line["iteration"] == run.train.iterations]
     steps = {line["iteration"]: line for line in lines if line.get("kind") == "step"}
     if {line["plan"] for line in last} != set(run.evaluation.plans) or not steps:

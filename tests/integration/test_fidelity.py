@@ -145,3 +145,4 @@ def test_language_experiment(tmp_path: Path) -> None:
     assert (result["model"], result["seed"], result["tokens"]) == ("gdn", 5, 2 * 2 * 48)
     assert all(4 < result["losses"][plan] < 7 for plan in ("attention", "last:8"))
     assert "attention" in (out / "summary.md").read_text()
+    assert (out / "training.csv").read_text().startswith("steps,gdn-5\n1-2,")
