@@ -12,6 +12,8 @@ Policies, token by token and without looking ahead:
   texts for each share;
 - seen: attend where the token has occurred in the text before;
 - seen+entropy: of those, the least certain;
+- learned: where a linear model expects most of attention, from the token, the two before it, whether each occurred
+  before, and the entropy; fitted to what attention gained over recurrence at the answers of other texts;
 - random, ratio: the same shares without looking at the text;
 - asked: exactly the tokens whose answers count, which only the examiner knows.
 """
@@ -80,7 +82,8 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
         texts, others = (training.task.sample(length, examples, seed) for seed in (0, 1))
         entropies, calibration = entropy(training, texts.tokens), entropy(training, others.tokens)
         rows = []
-        for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length):
+        learned = Learned(others.tokens.numpy(), calibration, gains(training, others))
+        for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length, learned):
             plans = [
                 ModePlan.from_mask(choose(*parts))
                 for parts in zip(texts.tokens.numpy(), entropies, texts.labels.numpy(), strict=True)
@@ -100,7 +103,9 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
         parallel.destroy()
 
 
-def policies(tokens: np.ndarray, entropies: np.ndarray, length: int) -> list[tuple[str, float | None, Chooser]]:
+def policies(
+    tokens: np.ndarray, entropies: np.ndarray, length: int, learned: Learned
+) -> list[tuple[str, float | None, Chooser]]:
     """Name, wanted share (None: the policy's own) and rule; thresholds from these other texts, both [n, s]."""
     repeated = np.stack([seen(text) for text in tokens])
     rules: list[tuple[str, float | None, Chooser]] = [
@@ -121,6 +126,9 @@ def policies(tokens: np.ndarray, entropies: np.ndarray, length: int) -> list[tup
                     lambda text, entropy, labels, least=of_seen: seen(text) & (entropy > least),
                 )
             )
+        rules.append(
+            ("learned", share, lambda text, entropy, labels, share=share: learned.choose(text, entropy, share))
+        )
         rng = np.random.default_rng(7)
         rules.append(("random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share))
         evenly = parse_plan(f"ratio:{share}", length, chunk=1).is_attention()
@@ -133,6 +141,42 @@ def seen(text: np.ndarray) -> np.ndarray:
     first = np.zeros(len(text), bool)
     first[np.unique(text, return_index=True)[1]] = True
     return ~first
+
+
+class Learned:
+    """Ridge regression of attention's gain on what a reader of the text so far can see."""
+
+    def __init__(self, tokens: np.ndarray, entropies: np.ndarray, gained: np.ndarray) -> None:
+        """Tokens, entropies and gains of other texts, each [n, s]."""
+        self.vocabulary = int(tokens.max()) + 1
+        rows = np.concatenate([self._features(*text) for text in zip(tokens, entropies, strict=True)])
+        square = rows.T @ rows + np.eye(rows.shape[1])
+        self.weights = np.linalg.solve(square, rows.T @ gained.ravel())
+        self.expected = rows @ self.weights
+
+    def choose(self, text: np.ndarray, entropy: np.ndarray, share: float) -> np.ndarray:
+        """Which tokens [s] attend: those above the threshold that gave other texts this share."""
+        return self._features(text, entropy) @ self.weights > np.quantile(self.expected, 1 - share)
+
+    def _features(self, text: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        """[s, features]"""
+        parts = [np.ones((len(text), 1)), entropy[:, None]]
+        for back in range(3):
+            known = np.concatenate([np.zeros(back, int), np.minimum(text, self.vocabulary - 1)])[: len(text)]
+            parts += [np.eye(self.vocabulary)[known], seen(known)[:, None]]
+        return np.concatenate(parts, 1)
+
+
+@torch.no_grad()
+def gains(training: Training, texts: RetrievalBatch) -> np.ndarray:
+    """[n, s]: nats by which all attention predicts the answers better than all recurrence; 0 where nothing is asked."""
+    asked, wanted = texts.labels != IGNORED, texts.labels.clamp(min=0).unsqueeze(-1)
+    found = []
+    for mode in (Mode.ATTENTION, Mode.RECURRENT):
+        plan = ModePlan.uniform(mode, texts.tokens.shape[1])
+        logs = torch.cat([training.logits(part, plan).float().log_softmax(-1).cpu() for part in texts.tokens.split(32)])
+        found.append(logs.gather(-1, wanted).squeeze(-1))
+    return torch.where(asked, found[0] - found[1], 0.0).numpy()
 
 
 @torch.no_grad()

@@ -34,10 +34,17 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
         if (single := shards.own_shards(optimizer)) is not None:
             state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
         else:
-            state["optimizer"] = optimizer.sharded_state_dict(
-                model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
+            state["optimizer"] = _without_classes(
+                optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
             )
     return state
+
+
+def _without_classes(state: Any) -> Any:
+    """`state` less its entries that are classes: cpu_offload's groups name some, and `safe` would not read them."""
+    if isinstance(state, dict):
+        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
+    return [_without_classes(value) for value in state] if isinstance(state, list) else state
 
 
 def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None) -> None:

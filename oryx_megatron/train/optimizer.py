@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config, unwrap_model
@@ -82,6 +84,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
         optimizer_cpu_offload=settings.cpu_offload,
+        use_precision_aware_optimizer=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
     )
     # The parameters that stay fp32 in a bf16 model get a group of their own: in one with bf16 parameters, megatron-core
@@ -91,10 +94,31 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
     overrides[ParamKey(name=("*.a_log", "*.dt_bias", "*.self_attention.d"))] = {"wd_mult": 0.0, "is_decoupled_lr": True}
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
-    # Without gradients megatron-core's views of fp32 parameters are leaves: torch's optimizers, to which cpu_offload hands
-    # them anew, take no others.
+    if settings.cpu_offload:
+        _count_fp32_as_copied()
+    # Without gradients megatron-core's views of fp32 parameters are leaves: torch's optimizers, to which cpu_offload
+    # hands them anew, take no others.
     with torch.no_grad():
         return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
+
+
+def _count_fp32_as_copied() -> None:
+    """Let megatron-core's offloading optimizer (0.16.1) load what it saved.
+
+    After loading it looks up the fp32 copy of every parameter, and finds none of those that are fp32 themselves: their
+    copies in host memory count as such from here on.
+    """
+    plain = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def groups(self: HybridDeviceOptimizer, fraction: float) -> Any:
+        *others, copies, originals, fp32 = plain(self, fraction)
+        fp32.update({parameter: copy for parameter, copy in copies.items() if parameter.dtype == torch.float32})
+        return *others, copies, originals, fp32
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:
@@ -175,8 +199,10 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip gradients of this norm and update the parameters."""
-    if optimizer.config.clip_grad > 0:
+    config = optimizer.config
+    if config.clip_grad > 0:
         parameters = optimizer.get_parameters()
         if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+            beside = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # where cpu_offload has gradients
+            clip_grad_by_total_norm_fp32(parameters, config.clip_grad, norm, use_decoupled_grad=beside)
     optimizer.step_with_ready_grads()
