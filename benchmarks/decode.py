@@ -30,6 +30,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Mamba2Conf
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
@@ -269,10 +270,10 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
     summarise(results, arguments.contexts)
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
         text = json.dumps({**about, "results": [dataclasses.asdict(result) for result in results]}, indent=1)
-        arguments.output.write_text(text + "\n")
+        with replacing(arguments.output) as temporary:
+            temporary.write_text(text + "\n")
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oryx_megatron.data.files import replacing
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import TokenLayout, attend, backends, fused, scans
 from oryx_megatron.ops.ssd import ssd
@@ -198,7 +199,8 @@ def main() -> None:
                 print(f"{sequence:>6} {name:<32} {times[0]:7.3f} {times[1]:7.3f}", flush=True)
                 del forward, inputs
                 torch.cuda.empty_cache()
-    (args.out / "kernels.json").write_text(json.dumps(found, indent=1))
+    with replacing(args.out / "kernels.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
     print("| forward / backward, ms | " + " | ".join(map(str, args.sequence)) + " |")
     print("|---" * (1 + len(args.sequence)) + "|")
     for name, by in found.items():

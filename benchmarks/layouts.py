@@ -31,6 +31,7 @@ from oryx_megatron.config.schema import (
     PrecisionConfig,
     RunConfig,
 )
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import backends
@@ -177,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
                 if main_rank:
                     print(show(results[-1]), flush=True)
                     if arguments.out is not None:
-                        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                        arguments.out.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+                        with replacing(arguments.out) as temporary:
+                            temporary.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
     finally:
         parallel.destroy()
     return 0

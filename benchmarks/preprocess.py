@@ -30,6 +30,7 @@ import psutil
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import read_documents
+from oryx_megatron.data.files import replacing
 from oryx_megatron.data.train_tokenizer import train_byte_level
 from oryx_megatron.errors import DataError
 
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int | None:
         for kind in args.kinds:
             results += run_kind(kind, text, size, folder, args)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
     return 0 if all(result.get("equal", True) for result in results) else 1
 
 

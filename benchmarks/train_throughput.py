@@ -40,6 +40,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from oryx_megatron.data.files import replacing
 from oryx_megatron.model import build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.modes import ModePlan, draw_plan, parse_plan
@@ -407,7 +408,8 @@ def plot(results: list[Result], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("tokens/s against GPT in bf16")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -464,7 +466,8 @@ def main() -> None:
             results.append(result)
             print(show(results).splitlines()[-1], f"loss {result.loss:.3f}", flush=True)
             found = {"versions": versions(), "results": [asdict(r) for r in results]}
-            (args.out / "throughput.json").write_text(json.dumps(found, indent=1))
+            with replacing(args.out / "throughput.json") as temporary:
+                temporary.write_text(json.dumps(found, indent=1))
             plot(results, args.out / "throughput.png")
         if runner is not None:
             runner.close()

@@ -87,7 +87,8 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
         assert rows[plan, None]["share"] == share
     assert rows["asked", None]["share"] == 2 / 16
     assert rows["asked", None]["accuracy"] == pytest.approx(scores["last:2"])
-    assert 0 < rows["entropy", 0.2]["share"] < 0.5
+    for policy in ("entropy", "learned"):
+        assert 0 < rows[policy, 0.2]["share"] < 0.5
     assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
 
 
