@@ -6,7 +6,6 @@ megatron-core's optimizer of two devices, its copies, its groups and its checkpo
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +79,7 @@ def as_if_beside_a_gpu() -> None:
     optimizer_config.is_te_min_version = lambda version: True
 
 
-def losses(dtype: str, offload: bool) -> list[list[float]]:
+def losses(dtype: str, offload: bool, root: str) -> list[list[float]]:
     """Of three steps, of three more, and of those again after loading."""
     platform.install()
     run = tiny_run(
@@ -102,14 +101,13 @@ def losses(dtype: str, offload: bool) -> list[list[float]]:
                 own.platform.has_gpu, own.get_megatron_optimizer = found, plain
 
         own.build_optimizer = build_beside_a_gpu
-    root = Path(tempfile.mkdtemp())
     with session(run) as opened:
         first = [loss for loss, _ in opened.steps(3)]
-        manager = opened.checkpoints(root)
+        manager = opened.checkpoints(Path(root))
         assert manager.save(3, opened.manifest) or manager.wait()
         second = [loss for loss, _ in opened.steps(3)]
     with session(run, iteration=3) as opened:
-        assert opened.checkpoints(root).load() is not None
+        assert opened.checkpoints(Path(root)).load() is not None
         return [first, second, [loss for loss, _ in opened.steps(3)]]
 
 
@@ -117,10 +115,13 @@ def without_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, use_gloo_process_groups: function(*arguments, use_gloo_process_groups=False)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_state_in_host_memory_trains_and_resumes_as_beside_the_weights(dtype: str) -> None:
-    (plain,), (offloaded,) = (run_distributed(losses, 1, dtype, offload) for offload in (False, True))
-    assert offloaded[1] == offloaded[2]
-    assert plain[1] == plain[2]
+@pytest.mark.parametrize(("dtype", "ranks"), [("bf16", 2), ("fp32", 1)])
+def test_state_in_host_memory_trains_and_resumes_as_beside_the_weights(tmp_path: Path, dtype: str, ranks: int) -> None:
+    plain, offloaded = (
+        run_distributed(losses, ranks, dtype, offload, str(tmp_path / str(offload))) for offload in (False, True)
+    )
     tolerance = 1e-4 if dtype == "bf16" else 1e-5  # torch's fused AdamW on the one side
-    assert offloaded[0] + offloaded[1] == pytest.approx(plain[0] + plain[1], rel=tolerance)
+    for own_way, other_way in zip(plain, offloaded, strict=True):
+        assert own_way[1] == own_way[2]
+        assert other_way[1] == other_way[2]
+        assert other_way[0] + other_way[1] == pytest.approx(own_way[0] + own_way[1], rel=tolerance)
