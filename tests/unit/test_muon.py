@@ -36,7 +36,7 @@ def _muon(parameter: torch.nn.Parameter, matrix: Matrix | None, weight_decay: fl
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
 def test_orthogonalized(shape: tuple[int, int]) -> None:
-    """Singular values over a decade come close to 1; five steps do not lift the smallest of any random matrix so far."""
+    """Singular values over a decade come close to 1; five steps lift not the smallest of any random matrix so far."""
     generator = torch.Generator().manual_seed(5)
     left, right = (torch.linalg.qr(torch.randn(n, min(shape), generator=generator))[0] for n in shape)
     matrix = left * torch.linspace(0.1, 1.0, min(shape)) @ right.T
