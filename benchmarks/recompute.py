@@ -74,13 +74,13 @@ def measure(
     info = SequenceInfo.build(parse_plan(plan, sequence, chunk=chunk), device=device, sort=sort)
     tokens, labels = info.arrange(text[:, :-1]), info.arrange(text[:, 1:])
     network.train()
-    for parameter in network.parameters():
-        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # where TransformerEngine adds
 
     def forward() -> torch.Tensor:
         return network(tokens, None, None, labels=labels, packed_seq_params=info).float().mean()
 
     if platform.has_gpu():
+        for parameter in network.parameters():
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # where TransformerEngine adds
         forward().backward()
         torch.cuda.reset_peak_memory_stats()
     platform.synchronize()

@@ -126,8 +126,9 @@ def policies(
                     lambda text, entropy, labels, least=of_seen: seen(text) & (entropy > least),
                 )
             )
+        gain = learned.threshold(share)
         rules.append(
-            ("learned", share, lambda text, entropy, labels, share=share: learned.choose(text, entropy, share))
+            ("learned", share, lambda text, entropy, labels, gain=gain: learned.expected_gain(text, entropy) > gain)
         )
         rng = np.random.default_rng(7)
         rules.append(("random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share))
@@ -152,11 +153,15 @@ class Learned:
         rows = np.concatenate([self._features(*text) for text in zip(tokens, entropies, strict=True)])
         square = rows.T @ rows + np.eye(rows.shape[1])
         self.weights = np.linalg.solve(square, rows.T @ gained.ravel())
-        self.expected = rows @ self.weights
+        self._others = rows @ self.weights
 
-    def choose(self, text: np.ndarray, entropy: np.ndarray, share: float) -> np.ndarray:
-        """Which tokens [s] attend: those above the threshold that gave other texts this share."""
-        return self._features(text, entropy) @ self.weights > np.quantile(self.expected, 1 - share)
+    def threshold(self, share: float) -> float:
+        """The expected gain above which this share of the other texts' tokens lie."""
+        return float(np.quantile(self._others, 1 - share))
+
+    def expected_gain(self, text: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        """[s]: nats, for each token of a text."""
+        return self._features(text, entropy) @ self.weights
 
     def _features(self, text: np.ndarray, entropy: np.ndarray) -> np.ndarray:
         """[s, features]"""

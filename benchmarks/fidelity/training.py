@@ -88,9 +88,10 @@ class EasyAndHardNeedles:
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:
         """See eval.retrieval.RetrievalTask; answers are counted in the groups."""
 
+        codec, most = WordCodec(self.digits), max(self.least, round(self.most * length / self.length))
+
         def draw(rng: np.random.Generator) -> RetrievalTask:
-            most = max(self.least, round(self.most * length / self.length))
-            task = Needle(WordCodec(self.digits), self.digits, needles=log_uniform(rng, self.least, most))
+            task = Needle(codec, self.digits, needles=log_uniform(rng, self.least, most))
             return replace(task, questions=log_uniform(rng, 1, task.most_questions(length)))
 
         return sample_in_groups(draw, length, count, seed)

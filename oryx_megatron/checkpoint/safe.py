@@ -81,7 +81,7 @@ class _Restricted(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _storage
-        if module.split(".")[0] in ("transformer_engine", "megatron") and self.allowed is EXTRA_STATE_CLASSES:
+        if module.split(".")[0] in ("transformer_engine", "megatron"):
             return _Recipe  # checked only, and also where TransformerEngine is not installed
         return super().find_class(module, name)
 

@@ -57,14 +57,15 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
     """
     safe.install()
     check_format(folder)
+    written = set(safe.read_metadata(folder).state_dict_metadata)
     kept = optimizer
-    if optimizer is not None and not _has_optimizer(folder):
+    if optimizer is not None and not any(name.startswith("optimizer.") for name in written):
         log.warning("%s has no optimizer state: the optimizer starts anew", folder)
         kept = None
     if kept is not None:
         allocate_torch_state(kept)
     state = sharded_state(chunks, kept, loading=True)
-    absent = _take_absent_scales(state, folder)
+    absent = _take_absent_scales(state, written)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:
@@ -86,12 +87,11 @@ def load_model_weights(folder: Path, chunks: list[Any]) -> None:
     load_sharded_state(folder, chunks, None)
 
 
-def _take_absent_scales(state: dict[str, Any], folder: Path) -> dict[str, list[str]]:
-    """Take out of `state` what linear layers keep for FP8, where the checkpoint has none of it; their names by chunk.
+def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:
+    """Take out of `state` what linear layers keep for FP8 and the checkpoint has not written; their names by chunk.
 
     Other linears wrote it: megatron-core's on CPUs, TransformerEngine's and this package's on GPUs, or a conversion.
     """
-    written = safe.read_metadata(folder).state_dict_metadata
     absent = {}
     for chunk, entries in state.items():
         if chunk == "optimizer":
@@ -104,11 +104,6 @@ def _take_absent_scales(state: dict[str, Any], folder: Path) -> dict[str, list[s
         for name in absent[chunk]:
             del entries[name]
     return absent
-
-
-def _has_optimizer(folder: Path) -> bool:
-    names = safe.read_metadata(folder).state_dict_metadata
-    return any(name.startswith("optimizer.") for name in names)
 
 
 def allocate_torch_state(optimizer: MegatronOptimizer) -> None:

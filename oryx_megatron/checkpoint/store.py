@@ -1,7 +1,9 @@
 """Folders of checkpoints: names, completeness, atomic appearance, retention.
 
-RUN/checkpoints/iteration_0001000/   complete: it has a manifest, written last and renamed into place
-RUN/checkpoints/.writing_0002000/    a save in progress, or one that died; removed at the next save
+In RUN/checkpoints:
+
+    iteration_0001000/   complete: it has a manifest, written last and renamed into place
+    .writing_0002000/    a save in progress, or one that died; removed at the next save
 """
 
 from __future__ import annotations

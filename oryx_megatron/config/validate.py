@@ -259,10 +259,10 @@ def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> No
             "optimizer.name: muon orthogonalises whole matrices, which a sharded optimizer state does not hold; set "
             "parallel.distributed_optimizer: false"
         )
-    if optimizer.cpu_offload and not parallel.distributed_optimizer:
-        raise ConfigError("optimizer.cpu_offload: needs parallel.distributed_optimizer; set that to true")
     if optimizer.name == "muon" and optimizer.cpu_offload:
         raise ConfigError("optimizer.cpu_offload: offloads AdamW's state only; set it to false, or use adamw")
+    if optimizer.cpu_offload and not parallel.distributed_optimizer:
+        raise ConfigError("optimizer.cpu_offload: needs parallel.distributed_optimizer; set that to true")
 
 
 def _check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from oryx_megatron import platform
@@ -102,6 +104,8 @@ def losses(dtype: str, offload: bool, root: str) -> list[list[float]]:
 
         own.build_optimizer = build_beside_a_gpu
     with session(run) as opened:
+        if offload:
+            assert_in_host_memory(opened.optimizer)
         first = [loss for loss, _ in opened.steps(3)]
         manager = opened.checkpoints(Path(root))
         assert manager.save(3, opened.manifest) or manager.wait()
@@ -109,6 +113,14 @@ def losses(dtype: str, offload: bool, root: str) -> list[list[float]]:
     with session(run, iteration=3) as opened:
         assert opened.checkpoints(Path(root)).load() is not None
         return [first, second, [loss for loss, _ in opened.steps(3)]]
+
+
+def assert_in_host_memory(optimizer: MegatronOptimizer) -> None:
+    """Every parameter that the optimizer updates has its copy there."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = single.optimizer
+        assert isinstance(inner, HybridDeviceOptimizer)
+        assert len(inner.gpu_params_map_cpu_copy) == sum(len(group["params"]) for group in inner.param_groups) > 0
 
 
 def without_gloo(function: Callable[..., Any]) -> Callable[..., Any]:

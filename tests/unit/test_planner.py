@@ -28,6 +28,9 @@ from oryx_megatron.planner import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import layouts  # noqa: E402
+
 SCHEDULES = [(1, 1, 3), (2, 1, 5), (4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8), (4, 5, 12)]
 GPT = ModelConfig(
     name="gpt-1.3b", mixer="gdn", modes="attention", num_layers=24, hidden_size=2048, ffn_hidden_size=5632,
@@ -120,8 +123,7 @@ def test_memory_of_two_gpus(mixer: str) -> None:
     assert len(found) == 6
     model, work = load_model(f"1.4b-{mixer}"), Work(2048, 32, 0.5)
     for text, peak in found.items():
-        fields = dict(part.split("=") for part in text.split(",") if not part.startswith("data="))
-        given = ParallelConfig(**{name: int(x) if x.isdecimal() else x for name, x in fields.items()})  # type: ignore[arg-type]
+        given = layouts.parse_layout(text, 2)
         planned = estimate(model, Cluster(2), work, layout_of(model, work, given, 8, 2), 8, given.recompute)
         assert planned.gib - CONTEXT_GIB == pytest.approx(peak, rel=0.10), text
 
