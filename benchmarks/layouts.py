@@ -74,7 +74,7 @@ def parse_layout(text: str, world: int) -> ParallelConfig:
 
 
 def run_config(model: ModelConfig, layout: ParallelConfig, arguments: argparse.Namespace) -> RunConfig:
-    run = tiny_run(parallel=layout, optimizer=OptimizerConfig(lr=1e-4))
+    run = tiny_run(parallel=layout, optimizer=OptimizerConfig(lr=1e-4, cpu_offload=arguments.cpu_offload))
     return dataclasses.replace(
         run,
         model=model,
@@ -121,7 +121,7 @@ def measure(model: ModelConfig, layout: ParallelConfig, text: str, arguments: ar
     plan = parse_plan(arguments.plan, arguments.sequence, chunk=arguments.chunk)
     work = Work(arguments.sequence, arguments.batch, plan.attention_share)
     split = layout_of(model, work, layout, arguments.micro, world)
-    planned = estimate(model, Cluster(world), work, split, arguments.micro, layout.recompute)
+    planned = estimate(model, Cluster(world), work, split, arguments.micro, layout.recompute, arguments.cpu_offload)
     return Found(
         model.name,
         text,
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="sequences per step over all GPUs")
     parser.add_argument("--micro", type=int, default=8, help="sequences per microbatch")
     parser.add_argument("--plan", default="ratio:0.5", help="mode plan of every microbatch")
+    parser.add_argument("--cpu-offload", action="store_true", help="optimizer.cpu_offload: its state on the host")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warm", type=int, default=3, help="steps before")

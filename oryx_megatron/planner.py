@@ -44,6 +44,10 @@ COPY_BYTES = 4.27e12
 """Bytes per second that an H200 copies."""
 PEAK = 989e12
 """FLOP/s of an H200 in bf16, of which the constants above are shares."""
+OFFLOAD_SECONDS = 1e-9
+"""Per parameter that a GPU owns, with `optimizer.cpu_offload`."""
+OFFLOAD_BYTES = 16
+"""Of host memory per parameter that a GPU owns, with `optimizer.cpu_offload`: weight, gradient and moments in fp32."""
 CONTEXT_GIB = 2.0
 """Memory that CUDA, NCCL and kernels take outside of torch's allocator."""
 
@@ -92,6 +96,8 @@ class Estimate:
     """Idle share of the pipeline."""
     tokens: int
     """Per step."""
+    host: float
+    """Bytes of host memory for each GPU of the fullest stage, where the optimizer's state is kept there."""
 
     @property
     def gib(self) -> float:
@@ -188,9 +194,15 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 
 def memory_bytes(
-    model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute, stage: int
+    model: ModelConfig,
+    layout: Layout,
+    work: Work,
+    micro_batch: int,
+    recompute: Recompute,
+    stage: int,
+    cpu_offload: bool = False,
 ) -> dict[str, float]:
-    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW."""
+    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded."""
     parameters = parameters_per_gpu(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
     kept, once = _layer_bytes(model, layout, work.attention_share, recompute)
@@ -198,7 +210,7 @@ def memory_bytes(
     items = {
         "parameters": 2 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": 12 * parameters / (layout.dp * layout.cp),
+        "optimizer": 0.0 if cpu_offload else 12 * parameters / (layout.dp * layout.cp),
     }
     if recompute == "full":
         items["activations: block inputs"] = kept * held
@@ -239,10 +251,19 @@ def traffic_bytes(
 
 
 def estimate(
-    model: ModelConfig, cluster: Cluster, work: Work, layout: Layout, micro_batch: int, recompute: Recompute
+    model: ModelConfig,
+    cluster: Cluster,
+    work: Work,
+    layout: Layout,
+    micro_batch: int,
+    recompute: Recompute,
+    cpu_offload: bool = False,
 ) -> Estimate:
     """Memory, traffic and time of one layout."""
-    stages = [memory_bytes(model, layout, work, micro_batch, recompute, stage) for stage in sorted({0, layout.pp - 1})]
+    stages = [
+        memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload)
+        for stage in sorted({0, layout.pp - 1})
+    ]
     traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
     speed, share = cluster.tflops * 1e12 / PEAK, work.attention_share
     tokens = work.sequence * micro_batch / layout.cp
@@ -276,7 +297,8 @@ def estimate(
     # Overlap hides reduction and gathering behind the last microbatch's backward and the next one's forward pass.
     exposed = max(0.0, data - 0.8 * micro)
     parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
-    update = 34.0 * parameters / (layout.dp * layout.cp) / COPY_BYTES
+    owned = parameters / (layout.dp * layout.cp)
+    update = OFFLOAD_SECONDS * owned if cpu_offload else 34.0 * owned / COPY_BYTES
     return Estimate(
         layout=layout,
         micro_batch=micro_batch,
@@ -294,6 +316,7 @@ def estimate(
         },
         bubble=bubble / (1 + bubble),
         tokens=work.sequence * work.batch,
+        host=OFFLOAD_BYTES * owned if cpu_offload else 0.0,
     )
 
 
@@ -331,7 +354,7 @@ def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[
                 continue
 
 
-def plan(model: ModelConfig, cluster: Cluster, work: Work) -> list[Estimate]:
+def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = False) -> list[Estimate]:
     """Layouts that fit in memory, fastest first; of each layout and micro batch the least recompute that fits.
 
     ConfigError when none fits, with the one that comes nearest.
@@ -341,7 +364,7 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work) -> list[Estimate]:
     for layout, micro_batch in layouts(model, cluster, work):
         modes: tuple[Recompute, ...] = ("none", "mixer", "full")
         for recompute in modes:
-            found = estimate(model, cluster, work, layout, micro_batch, recompute)
+            found = estimate(model, cluster, work, layout, micro_batch, recompute, cpu_offload)
             if found.gib <= 0.95 * cluster.memory_gib:  # the allocator needs some room
                 fitting.append(found)
                 break

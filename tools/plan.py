@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nvlink", type=float, default=defaults.node_gbps, help="GB/s per GPU inside a node, one way")
     parser.add_argument("--network", type=float, default=defaults.network_gbps, help="GB/s per GPU between nodes")
     parser.add_argument("--tflops", type=float, default=defaults.tflops, help="peak of a GPU in bf16")
+    parser.add_argument(
+        "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
+    )
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
     parser.add_argument("--json", action="store_true")
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(a.model)
     cluster = Cluster(a.gpus, a.memory, a.gpus_per_node, a.nvlink, a.network, a.tflops)
     work = Work(a.sequence, a.batch, _share(model, a.attention_share))
-    found = plan(model, cluster, work)
+    found = plan(model, cluster, work, a.cpu_offload)
     if a.json:
         sys.stdout.write(json.dumps([_plain(e) for e in found[: a.top]], indent=1) + "\n")
     else:
@@ -83,6 +86,7 @@ def _plain(e: Estimate) -> dict[str, object]:
         "micro_batch_size": e.micro_batch,
         "recompute": e.recompute,
         "gib": e.gib,
+        "host_gib": e.host / GIB,
         "memory_bytes": e.memory,
         "traffic_bytes_per_step": e.traffic,
         "seconds": e.seconds,
@@ -107,7 +111,10 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     best = found[0]
     lines += ["", f"best: {best.name()}", "", "memory of the fullest GPU, GiB"]
     lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.memory.items() if size]
-    lines += [f"  {'sum':<30}{best.gib:>9.2f}", "", "sent per GPU and step, GiB"]
+    lines += [f"  {'sum':<30}{best.gib:>9.2f}"]
+    if best.host:
+        lines += ["", "memory of the host for each such GPU, GiB", f"  {'optimizer':<30}{best.host / GIB:>9.2f}"]
+    lines += ["", "sent per GPU and step, GiB"]
     lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.traffic.items() if size]
     lines += ["", "time of a step, s"]
     lines += [f"  {name:<30}{seconds:>9.3f}" for name, seconds in best.seconds.items() if seconds]
@@ -118,7 +125,7 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
         "",
         f"set parallel.tensor={layout.tp} parallel.pipeline={layout.pp} parallel.virtual_pipeline={layout.vpp}",
         f"    parallel.context={layout.cp} parallel.recompute={best.recompute} parallel.overlap=true",
-        f"    train.micro_batch_size={best.micro_batch}",
+        f"    train.micro_batch_size={best.micro_batch}" + (" optimizer.cpu_offload=true" if best.host else ""),
     ]
     return "\n".join(lines) + "\n"
 

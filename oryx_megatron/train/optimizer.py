@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         optimizer_cpu_offload=settings.cpu_offload,
         use_precision_aware_optimizer=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
+        overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
     )
     # The parameters that stay fp32 in a bf16 model get a group of their own: in one with bf16 parameters, megatron-core
     # (0.16.1, DistributedOptimizer) saves and loads the state of each as another's. `is_decoupled_lr` only tells the
@@ -96,10 +98,17 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         return _build_muon(run, config, chunks, overrides)
     if settings.cpu_offload:
         _count_fp32_as_copied()
+        _use_own_cores()
     # Without gradients megatron-core's views of fp32 parameters are leaves: torch's optimizers, to which cpu_offload
     # hands them anew, take no others.
     with torch.no_grad():
         return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
+
+
+def _use_own_cores() -> None:
+    """A thread for each core of this rank's part of the node: AdamW runs there, and torchrun allows a single one."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks))
 
 
 def _count_fp32_as_copied() -> None:
