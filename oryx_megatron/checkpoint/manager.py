@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
-from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
+from oryx_megatron.checkpoint.state import gather_weights, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError
@@ -236,6 +236,7 @@ class CheckpointManager(Checkpoints):
             raise RuntimeError("a save is in progress: poll or wait first")
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
         started = time.monotonic()
+        gather_weights(self.chunks)
         state = sharded_state(self.chunks, self.optimizer)
         failure: BaseException | None = None
         try:

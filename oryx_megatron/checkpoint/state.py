@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,10 +38,31 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
         if (single := shards.own_shards(optimizer)) is not None:
             state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
         else:
-            state["optimizer"] = _without_classes(
-                optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-            )
+            with _numbering_all_parameters(optimizer):
+                state["optimizer"] = _without_classes(
+                    optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
+                )
     return state
+
+
+@contextlib.contextmanager
+def _numbering_all_parameters(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let megatron-core (0.16.1) find the state of each parameter in an optimizer that is not sharded.
+
+    It looks parameters up by their number among those in bf16, where torch counts those that stay in fp32 too. Each
+    group has parameters of one kind only (train/optimizer.py).
+    """
+    kept = {}
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(single, Float16OptimizerWithFloat16Params):
+            kept[single] = single.float16_groups
+            groups = zip(single.float16_groups, single.fp32_from_fp32_groups, strict=True)
+            single.float16_groups = [halves or whole for halves, whole in groups]
+    try:
+        yield
+    finally:
+        for single, groups in kept.items():
+            single.float16_groups = groups
 
 
 def _without_classes(state: Any) -> Any:
@@ -80,6 +105,18 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
         _load_optimizer(kept, loaded["optimizer"])
     elif optimizer is not None:
         optimizer.reload_model_params()
+
+
+def gather_weights(chunks: list[Any]) -> None:
+    """Bring the weights up to date on every data-parallel rank; collective.
+
+    With overlapped gathering a rank learns of the other ranks' share of an optimizer step only in the next forward
+    pass: until then its weights are those of before.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            for group in chunk.bucket_groups:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def load_model_weights(folder: Path, chunks: list[Any]) -> None:

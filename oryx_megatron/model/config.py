@@ -38,8 +38,7 @@ def transformer_config(
     dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
     gpu = platform.has_gpu() and not overrides.get("use_cpu_initialization", False)
     te_missing = platform.transformer_engine_missing() if gpu else "there is no GPU"
-    # Sorting would leave context-parallel ranks with unequal shares of each mode.
-    sorts = gpu and fused.in_use() and parallel.context == 1
+    sorts = gpu and fused.in_use()
     interleaves = gpu and parallel.virtual_pipeline > 1
     fields: dict[str, Any] = {
         "oryx": model,
@@ -88,9 +87,7 @@ def transformer_config(
         if te_missing is not None:
             raise ConfigError(f"precision.fp8: {precision.fp8} needs TransformerEngine: {te_missing}")
         if precision.fp8_attention and not sorts:
-            raise ConfigError(
-                "precision.fp8_attention: needs kernels.mixer fused and parallel.context 1; set it to false"
-            )
+            raise ConfigError("precision.fp8_attention: needs kernels.mixer fused; set it to false")
         current = precision.fp8 == "tensorwise" and platform.capability() >= (10, 0)  # from Blackwell on
         if precision.fp8_attention and precision.fp8 != "delayed" and not current:
             raise ConfigError(

@@ -7,8 +7,9 @@ The tokens of a microbatch lie sorted by mode (ops/layout.py), attention tokens 
                 ├─ query_recurrent ──► q_r                            the last s − n rows alone
                 └─ decay_proj ──► logits of the gates                 all rows, when some token recurs
 
-and every step in between is a kernel of ops/fused.py. Decoding, context parallelism and whatever those kernels do not
-know take OryxMixer's separate steps, with the same weights.
+and every step in between is a kernel of ops/fused.py. Context parallelism splits the rows: a rank holds s/c consecutive
+ones, projects one query for each, and the exchange brings all rows of its heads together in the order of the layout.
+Decoding and whatever those kernels do not know take OryxMixer's separate steps, with the same weights.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.mixer import OryxMixer, OryxMixerSubmodules, WithZeroGradients, in_proj_parts
 from oryx_megatron.model.sequence import SequenceInfo
 from oryx_megatron.ops import fused
+from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
 
 FP8_ROWS = 16
 """TransformerEngine's FP8 products take rows in multiples of this."""
@@ -156,13 +158,15 @@ class FusedOryxMixer(OryxMixer):
         if (attends and not self.model.has_attention) or (recurs and not self.model.has_recurrence):
             raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {layout.plan}")
         projected, normed = self._input(hidden_states)
-        first, last = self._query_rows(layout, normed.shape[1])
+        own = self._own_attention(layout)
+        first, last = self._query_rows(own, *normed.shape[:2])
         whole, head, tail = _Rows.apply(normed, first, last)
         parts: list[Tensor | None] = [projected, None, None, None]
-        if attends:
+        if own > 0:
             parts[1], _ = self.query_attention(head)
-        if recurs:
+        if own < len(normed):
             parts[2], _ = self.query_recurrent(tail)
+        if recurs:
             parts[3], _ = self.decay_proj(whole)
         if self.config.recompute_mixer and self.training:
             present = [i for i, part in enumerate(parts) if part is not None]
@@ -171,12 +175,12 @@ class FusedOryxMixer(OryxMixer):
                 given: list[Tensor | None] = [None] * 4
                 for i, part in zip(present, some):
                     given[i] = part
-                return self.mix_rows(*given, layout)  # type: ignore[arg-type, call-arg]
+                return self._mix_rows(*given, layout)  # type: ignore[arg-type, call-arg]
 
             mixed = checkpoint(mix, False, *(parts[i] for i in present))
         else:
-            mixed = self.mix_rows(*parts, layout)  # type: ignore[arg-type, call-arg]
-        if torch.is_grad_enabled() and (unused_parameters := self._unused(attends, recurs)):
+            mixed = self._mix_rows(*parts, layout)  # type: ignore[arg-type, call-arg]
+        if torch.is_grad_enabled() and (unused_parameters := self._unused(layout, own)):
             mixed = WithZeroGradients.apply(mixed, *unused_parameters)
         return self.out_proj(mixed)[0], None
 
@@ -193,18 +197,22 @@ class FusedOryxMixer(OryxMixer):
                 normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
         return projected, normed
 
-    def _query_rows(self, layout: ops.TokenLayout, batch: int) -> tuple[int, int]:
+    def _own_attention(self, layout: ops.TokenLayout) -> int:
+        """How many of this rank's rows, the first ones, are in attention mode."""
+        count = layout.length // self.cp_group.size()
+        return min(max(layout.attention - self.cp_group.rank() * count, 0), count)
+
+    def _query_rows(self, attention: int, length: int, batch: int) -> tuple[int, int]:
         """How many of the first rows need an attention query, and from which on a recurrent one is needed.
 
         In FP8 both counts are rounded outwards to what its products take.
         """
-        n = layout.attention
         if not self.config.fp8:
-            return n, n
+            return attention, attention
         multiple = FP8_ROWS // math.gcd(FP8_ROWS, batch)
-        return min(-(-n // multiple) * multiple, layout.length), n // multiple * multiple
+        return min(-(-attention // multiple) * multiple, length), attention // multiple * multiple
 
-    def mix_rows(
+    def _mix_rows(
         self,
         projected: Tensor,
         query_attention: Tensor | None,
@@ -212,17 +220,52 @@ class FusedOryxMixer(OryxMixer):
         logits: Tensor | None,
         layout: ops.TokenLayout,
     ) -> Tensor:
-        """Projections in rows, None for those that no token needs → [s, b, H P] in rows, ready for out_proj."""
+        """Projections in rows, None for those that no token needs → [s/c, b, H P] in rows, ready for out_proj."""
+        if self.cp_group.size() == 1:
+            mixed = self.mix_heads(projected, query_attention, query_recurrent, logits, layout)
+            return self.norm_rows(*mixed, layout)
+        own = self._own_attention(layout)
+        rows = [] if query_attention is None else [query_attention[:own]]
+        rows += [] if query_recurrent is None else [query_recurrent[own - len(projected) :]]
+        inputs = [projected, rows[0] if len(rows) == 1 else torch.cat(rows)]
+        widths = [[self.parts["key"], self.parts["value"]], [inputs[1].shape[-1]]]
+        if logits is not None:
+            inputs.append(logits)
+            widths.append(list(self.decay_parts.values()))
+        (keys_values, query, *others), (gate, *_) = sequence_to_heads(inputs, widths, self.cp_group)
+        if layout.attention and layout.recurrent:
+            query_attention, query_recurrent = query.split((layout.attention, layout.recurrent))
+        else:
+            query_attention, query_recurrent = (query, None) if layout.attention else (None, query)
+        logits = others[0] if others else None
+        o_attention, o_recurrent, _ = self.mix_heads(keys_values, query_attention, query_recurrent, logits, layout)
+        o = heads_to_sequence(fused.in_rows(o_attention, o_recurrent, layout), self.cp_group)
+        shard = layout.shard(self.cp_group.size())
+        return self.norm_rows(o.transpose(0, 1), None, gate if self.model.output_gate else None, shard)
+
+    def mix_heads(
+        self,
+        projected: Tensor,
+        query_attention: Tensor | None,
+        query_recurrent: Tensor | None,
+        logits: Tensor | None,
+        layout: ops.TokenLayout,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Attention and recurrence of all rows and of this rank's heads, from their projections.
+
+        Returns o [b, n, H, P] of the attention rows and o [b, s, H, P] by token, None for a mode that no token has, and
+        the gate where `projected` holds it.
+        """
         model, steps = self.model, self.steps
         read = fused.keys_values(
             projected,
             self.groups,
             (model.key_width, model.value_width),
-            self.conv.weight if model.conv_width else None,
+            self._conv_weight() if model.conv_width else None,
             self.key_norm.summed_weight() if model.has_attention and model.qk_norm else None,
             layout,
             steps,
-            gated=model.output_gate,
+            gated=projected.shape[-1] > self.groups * (model.key_width + model.value_width),
         )
         o_attention = o_recurrent = None
         if query_attention is not None:
@@ -235,23 +278,34 @@ class FusedOryxMixer(OryxMixer):
                 o_attention = ops.attend(q, keys, values, layout)  # type: ignore[arg-type]
         if query_recurrent is not None and logits is not None:
             q = fused.recurrent_query(query_recurrent, model.key_width, layout, steps)
-            decay, rate = fused.gates(logits, self.a_log, self.dt_bias, layout, model.mixer)
+            decay, rate = fused.gates(logits, self._own(self.a_log), self._own(self.dt_bias), layout, model.mixer)
+            keys, values = read.recurrent_keys, read.recurrent_values
             if model.mixer == "mamba2":
-                keys, values = read.recurrent_keys, read.recurrent_values
-                o_recurrent, _ = ops.ssd_scan(q, keys, values, decay, rate, self.d)  # type: ignore[arg-type]
+                d = self._own(self.d)
+                o_recurrent, _ = ops.ssd_scan(q, keys, values, decay, rate, d)  # type: ignore[arg-type]
             else:
-                keys, values = read.recurrent_keys, read.recurrent_values
                 o_recurrent, _ = ops.delta_scan(q, keys, values, decay, rate)  # type: ignore[arg-type]
-        weight = self.out_norm.summed_weight()
-        return fused.gated_norm(o_attention, o_recurrent, read.gate, weight, layout, self.out_norm.eps)
+        return o_attention, o_recurrent, read.gate
 
-    def _unused(self, attends: bool, recurs: bool) -> list[Tensor]:
-        """Parameters without a part in this plan: they get zero gradients, since overlapped reduction waits for all."""
+    def norm_rows(
+        self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None, layout: ops.TokenLayout
+    ) -> Tensor:
+        """Outputs of the rows' own modes and their gate → [s, b, H P] in rows."""
+        weight, epsilon = self.out_norm.summed_weight(), self.out_norm.eps
+        return fused.gated_norm(o_attention, o_recurrent, gate, weight, layout, epsilon)
+
+    def _unused(self, layout: ops.TokenLayout, own: int) -> list[Tensor]:
+        """Parameters without a part in this plan, or in this rank's rows, `own` of them in attention mode.
+
+        They get zero gradients, since overlapped reduction waits for all.
+        """
         unused: list[Tensor] = []
-        if self.model.has_attention and not attends:
-            unused += [self.query_attention.weight, *(norm.weight for norm in self._query_key_norms())]
-        if self.model.has_recurrence and not recurs:
-            unused += [self.query_recurrent.weight, self.decay_proj.weight, *self._decay_parameters()]
+        if self.model.has_attention:
+            unused += [] if own else [self.query_attention.weight]
+            unused += [] if layout.attention else [norm.weight for norm in self._query_key_norms()]
+        if self.model.has_recurrence:
+            unused += [] if own < layout.length // self.cp_group.size() else [self.query_recurrent.weight]
+            unused += [] if layout.recurrent else [self.decay_proj.weight, *self._decay_parameters()]
         return unused
 
     def _project(self, hidden_states: Tensor, recurs: bool) -> tuple[Tensor, Tensor | None]:

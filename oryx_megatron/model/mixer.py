@@ -129,7 +129,6 @@ class OryxMixer(MegatronModule):
         self.conv_parts = conv_parts(model, tp)
         # Inside the mixer, after the context-parallel exchange:
         self.heads, self.groups = model.num_heads // (tp * cp), model.kv_heads // (tp * cp)
-        self.head_slice = slice(self.cp_group.rank() * self.heads, (self.cp_group.rank() + 1) * self.heads)
         self.activation: Literal["silu"] | None = "silu" if model.mixer == "gdn" and model.conv_width else None
 
         linear: dict[str, Any] = {
@@ -250,17 +249,21 @@ class OryxMixer(MegatronModule):
     def _exchange(self, parts: dict[str, Tensor], info: SequenceInfo) -> tuple[dict[str, Tensor], Tensor]:
         """Sequence shards of all heads → whole sequences of this context-parallel rank's heads, by one all-to-all.
 
-        Parts that no token of the plan reads stay out of it. Returns the parts [s, b, width/cp], and the tensor that
-        they are views of, keys and values first.
+        Parts that no token of the plan reads stay out of it. Returns queries and gates [s, b, width/cp], and keys and
+        values side by side.
         """
         assert info.plan is not None
         idle = "query_attention" if info.plan.attention_tokens == 0 else ""
         if info.plan.attention_tokens == info.plan.length and info.states is None:
             idle = "query_recurrent"
-        used = {name: part for name, part in parts.items() if name != idle}
-        exchanged = sequence_to_heads(list(used.values()), self.cp_group)
-        widths = [part.shape[-1] // self.cp_group.size() for part in used.values()]
-        return dict(zip(used, exchanged.split(widths, dim=-1))), exchanged
+        used = {name: part for name, part in parts.items() if name not in ("key", "value", idle)}
+        widths = [parts["key"].shape[-1], parts["value"].shape[-1]]
+        (projected, *others), _ = sequence_to_heads(
+            [torch.cat([parts["key"], parts["value"]], dim=-1), *used.values()],
+            [widths, *([part.shape[-1]] for part in used.values())],
+            self.cp_group,
+        )
+        return dict(zip(used, others)), projected
 
     def _keys_values(self, projected: Tensor, state: LayerState | None, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         """k [b, s, G, N] and v [b, s, G, P], shared by both modes; advances the convolution window."""
@@ -354,18 +357,17 @@ class OryxMixer(MegatronModule):
         if model.rotary == "both":
             q = ops.rotary(q, info.positions, model.rotary_base)
             k = ops.rotary(k, info.positions, model.rotary_base)
-        heads = self.head_slice
         logits = [parts[name].transpose(0, 1) for name in self.decay_parts]
         common: dict[str, Any] = {
-            "dt_bias": self.dt_bias[heads],
-            "a_log": self.a_log[heads],
+            "dt_bias": self._own(self.dt_bias),
+            "a_log": self._own(self.a_log),
             "initial": None if state is None else state.recurrent,
             "documents": info.documents,
             "final": state is not None,
             "chunk": model.recurrence_chunk,
         }
         if model.mixer == "mamba2":
-            o, final = ops.ssd(q, k, v, logits[0], d=self.d[heads], **common)
+            o, final = ops.ssd(q, k, v, logits[0], d=self._own(self.d), **common)
         else:
             o, final = ops.gated_delta_rule(q, k, v, logits[0], logits[1], **common)
         if state is not None:
@@ -375,6 +377,11 @@ class OryxMixer(MegatronModule):
     def _query(self, parts: dict[str, Tensor], name: str) -> Tensor:
         """[b, s, H, N] of a mode's own query, or of the one that both share."""
         return parts["query" if "query" in parts else name].transpose(0, 1).unflatten(-1, (self.heads, -1))
+
+    def _own(self, per_head: Tensor) -> Tensor:
+        """What belongs to the heads that this context-parallel rank holds inside the mixer."""
+        size = self.cp_group.size()
+        return per_head if size == 1 else per_head.chunk(size)[self.cp_group.rank()]
 
     def _conv_weight(self) -> Tensor:
         """Taps of the channels that this context-parallel rank holds inside the mixer."""

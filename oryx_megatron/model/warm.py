@@ -66,17 +66,29 @@ def compile_in_turn(run: RunConfig, chunks: list[Any]) -> float:
 
 
 def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
-    model, shards = mixer.model, mixer.tp_group.size()
-    queries = model.num_heads * model.key_width // shards
+    """What a mixer does between its projections, without the exchange of context parallelism."""
+    model, size = mixer.model, mixer.cp_group.size()
+    queries, outputs = mixer.heads * model.key_width, mixer.heads * size * model.value_width
+    kept = mixer.parts.get("output_gate", 0) if size == 1 else 0  # under context parallelism it stays with its rows
     inputs: list[Tensor | None] = [
-        _random(layout.length, batch, sum(mixer.in_proj_rows.values()), like=mixer),
+        _random(layout.length, batch, mixer.groups * (model.key_width + model.value_width) + kept, like=mixer),
         _random(layout.attention, batch, queries, like=mixer) if layout.attention else None,
         _random(layout.recurrent, batch, queries, like=mixer) if layout.recurrent else None,
         None,
     ]
     if layout.recurrent:
-        inputs[3] = _random(layout.length, batch, sum(mixer.decay_parts.values()), like=mixer)
-    _backward(mixer.mix_rows(*inputs, layout), [x for x in inputs if x is not None])  # type: ignore[arg-type, call-arg]
+        inputs[3] = _random(layout.length, batch, sum(mixer.decay_parts.values()) // size, like=mixer)
+    o_attention, o_recurrent, gate = mixer.mix_heads(*inputs, layout)  # type: ignore[arg-type, call-arg]
+    given = [x for x in inputs if x is not None]
+    if size == 1:
+        _backward(mixer.norm_rows(o_attention, o_recurrent, gate, layout), given)
+        return
+    _backward(fused.in_rows(o_attention, o_recurrent, layout), given)
+    shard = layout.shard(size)
+    rows = _random(shard.length, batch, outputs, like=mixer)
+    gate = _random(shard.length, batch, outputs, like=mixer) if model.output_gate else None
+    o = rows.unflatten(-1, (-1, model.value_width)).transpose(0, 1)
+    _backward(mixer.norm_rows(o, None, gate, shard), [x for x in (rows, gate) if x is not None])
 
 
 def _random(*shape: int, like: FusedOryxMixer) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.ops import backends
 from oryx_megatron.ops.gated_delta import NORM_EPSILON
-from oryx_megatron.ops.layout import TokenLayout
+from oryx_megatron.ops.layout import TokenLayout, around
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -151,7 +151,7 @@ class _KeysValues(torch.autograd.Function):
         key_a, key_r, value_a, value_r, gate = grads
         split = groups * key_width
         end = split + groups * value_width
-        dx = _around(gate, projected) if gate is not None else torch.empty_like(projected)
+        dx = around(gate, projected.shape) if gate is not None else torch.empty_like(projected)
         if gate is None:
             dx[..., end:] = 0
         shares = []
@@ -342,21 +342,6 @@ def _zero_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
 
 
-def _around(gate: Tensor, projected: Tensor) -> Tensor:
-    """The buffer of `projected`'s shape whose last columns `gate` already is, else a new one with `gate` copied in.
-
-    The norm's backward pass writes the gate's gradient where the whole projection's will lie, which saves a
-    concatenation; whether autograd handed that very tensor on is checked here.
-    """
-    offset = projected.shape[-1] - gate.shape[-1]
-    inside = gate.untyped_storage().nbytes() == projected.numel() * projected.element_size()
-    if inside and gate.stride() == projected.stride() and gate.storage_offset() == offset and projected.is_contiguous():
-        return gate.as_strided(projected.shape, projected.stride(), 0)
-    whole = torch.empty_like(projected)
-    whole[..., offset:] = gate
-    return whole
-
-
 def gated_norm(
     o_a: Tensor | None, o_r: Tensor | None, gate: Tensor | None, weight: Tensor, layout: TokenLayout, epsilon: float
 ) -> Tensor:
@@ -365,6 +350,46 @@ def gated_norm(
     o_a [b, n, H, P] of the first rows, o_r [b, s, H, P] by token, gate [s, b, H P] in rows, weight [P] → [s, b, H P].
     """
     return _GatedNorm.apply(o_a, o_r, gate, weight, layout, epsilon)
+
+
+def in_rows(o_a: Tensor | None, o_r: Tensor | None, layout: TokenLayout) -> Tensor:
+    """[s, b, H, P] of each row in its own mode: o_a [b, n, H, P] is of the first rows, o_r [b, s, H, P] by token."""
+    return _InRows.apply(o_a, o_r, layout)
+
+
+class _InRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o_a: Tensor | None, o_r: Tensor | None, layout: TokenLayout) -> Tensor:
+        _, kernels = _kernels()
+        o_a, o_r = (None if o is None else o.contiguous() for o in (o_a, o_r))
+        ctx.layout, ctx.shapes = layout, [None if o is None else o.shape for o in (o_a, o_r)]
+        some = o_a if o_a is not None else o_r
+        assert some is not None
+        rows = some.new_empty(layout.length, some.shape[0], *some.shape[2:])
+        grid, sizes = _copies(rows)
+        kernels.gather_rows[grid](
+            o_a, o_r, layout.tokens, rows, layout.length, layout.attention,
+            HAS_A=o_a is not None, HAS_R=o_r is not None, **sizes,
+        )  # fmt: skip
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, kernels = _kernels()
+        layout, rows = ctx.layout, grads[0].contiguous()
+        do_a, do_r = (None if shape is None else rows.new_empty(shape) for shape in ctx.shapes)
+        grid, sizes = _copies(rows)
+        kernels.scatter_rows[grid](
+            rows, layout.tokens, do_a, do_r, layout.length, layout.attention,
+            HAS_A=do_a is not None, HAS_R=do_r is not None, **sizes,
+        )  # fmt: skip
+        return do_a, do_r, None
+
+
+def _copies(rows: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and sizes of the kernels that copy rows [s, b, H, P]."""
+    width = rows.shape[2] * rows.shape[3]
+    return (*rows.shape[:2], -(-width // _SWIGLU["BLOCK"])), {"WIDTH": width, **_SWIGLU}
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -404,7 +429,7 @@ class _GatedNorm(torch.autograd.Function):
         dgate, strides = None, (0, 0, 0, 0)
         if gate is not None:
             dgate = torch.empty_like(gate)
-            if gate.stride(1) > gate.shape[2]:  # the last columns of a projection: see `_around`
+            if gate.stride(1) > gate.shape[2]:  # the last columns of a projection: see `around`
                 dgate = gate.new_empty(*gate.shape[:2], gate.stride(1))[..., -gate.shape[2] :]
             strides = (*gate.stride()[:2], *dgate.stride()[:2])
         blocks = -(-layout.length // _TILE["BLOCK"])

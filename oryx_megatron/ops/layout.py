@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oryx_megatron.modes import ModePlan
+from oryx_megatron.modes import Mode, ModePlan
 
 BLOCK = 128
 """Queries and keys per block of the block-sparse attention kernels."""
@@ -50,6 +50,7 @@ class TokenLayout:
     isolated: bool
     """Whether there is more than one document."""
     _rotary: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _shards: dict[int, TokenLayout] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, plan: ModePlan, *, device: torch.device, documents: Tensor | None = None) -> TokenLayout:
@@ -103,6 +104,13 @@ class TokenLayout:
         if self.attention in (0, self.length):
             return x
         return x.index_select(1, self.tokens)
+
+    def shard(self, size: int) -> TokenLayout:
+        """That of s/size rows of one mode: for what a context-parallel rank does with its rows whatever their mode."""
+        if size not in self._shards:
+            plan = ModePlan.uniform(Mode.ATTENTION, self.length // size)
+            self._shards[size] = TokenLayout.of(plan, device=self.tokens.device)
+        return self._shards[size]
 
     def rotary(self, base: float, width: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine [s, width / 2] of each token's angles, fp32; positions restart at every document."""
@@ -160,6 +168,22 @@ class TokenLayout:
         """For every block of keys, the blocks of attention rows that meet it."""
         mask, full = self._visible
         return _table(mask.T, full.T)
+
+
+def around(part: Tensor, shape: torch.Size) -> Tensor:
+    """The buffer of this shape whose last columns `part` already is, else a new one with `part` copied in.
+
+    The output norm's backward pass writes the gate's gradient where the whole projection's will lie, which saves a
+    concatenation; whether autograd handed that very tensor on is checked here.
+    """
+    offset, count = shape[-1] - part.shape[-1], shape.numel()
+    strides = tuple(shape[i + 1 :].numel() for i in range(len(shape)))
+    inside = part.untyped_storage().nbytes() == count * part.element_size()
+    if inside and part.stride() == strides and part.storage_offset() == offset:
+        return part.as_strided(shape, strides, 0)
+    whole = part.new_empty(shape)
+    whole[..., offset:] = part
+    return whole
 
 
 def _met(tokens: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@ sequence, so their kernels need no knowledge of the split, and any mode plan cos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from oryx_megatron.ops.layout import around
 
 
 class _AllToAll(torch.autograd.Function):
@@ -33,16 +35,95 @@ class _AllToAll(torch.autograd.Function):
         return out, None
 
 
-def sequence_to_heads(parts: Sequence[Tensor], group: torch.distributed.ProcessGroup) -> Tensor:
-    """Exchange several projections at once: parts [s/c, b, w_i] of all heads → [s, b, Σ w_i/c] of this rank's heads.
+def sequence_to_heads(
+    inputs: Sequence[Tensor], widths: Sequence[Sequence[int]], group: torch.distributed.ProcessGroup
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Exchange several projections at once: sequence shards of all heads → whole sequences of this rank's heads.
 
-    The channels of each part are ordered by head; rank r keeps the r-th of c equal shares of each part, and the shares
-    lie side by side in the order of the parts. One collective for all parts, whatever their number: the copy that
-    gathers them is the one an all-to-all needs anyway.
+    Args:
+        inputs: Each [s/c, b, ≥ Σ widths]: parts side by side, the channels of each ordered by head, and columns that
+            stay with their tokens.
+        widths: Of the parts of each input, multiples of c. Rank r keeps the r-th of c equal shares of each part.
+        group: The context-parallel ranks; rank r holds the r-th s/c of the sequence.
+
+    Returns:
+        For each input [s, b, Σ widths/c], the shares side by side; and for each the columns that stay.
     """
-    size = group.size()
-    shares = [part.unflatten(-1, (size, -1)).permute(2, 0, 1, 3) for part in parts]  # [c, s/c, b, w_i/c]
-    return _AllToAll.apply(torch.cat(shares, dim=-1).contiguous(), group).flatten(0, 1)
+    flat = _SequenceToHeads.apply(group, tuple(tuple(parts) for parts in widths), *inputs)
+    return list(flat[: len(inputs)]), list(flat[len(inputs) :])
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    """One collective for all parts, whatever their number: the copy that gathers them is the one it needs anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: torch.distributed.ProcessGroup, widths: tuple[tuple[int, ...], ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        size, (tokens, batch) = group.size(), inputs[0].shape[:2]
+        ctx.group, ctx.widths, ctx.like = group, widths, [(x.shape, x.dtype) for x in inputs]
+        ctx.set_materialize_grads(False)
+        wide = [sum(parts) // size for parts in widths]
+        packed = inputs[0].new_empty(size, tokens, batch, sum(wide))
+        for x, start, column, width in _parts(inputs, widths, size):
+            _copy(packed[..., column : column + width // size], _by_rank(x[..., start : start + width], size))
+        exchanged = torch.empty_like(packed)
+        torch.distributed.all_to_all_single(exchanged, packed, group=group)
+        whole = exchanged.flatten(0, 1).split(wide, dim=-1)
+        return *whole, *(x[..., sum(parts) :] for x, parts in zip(inputs, widths))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        size, count = ctx.group.size(), len(ctx.widths)
+        given = next(grad for grad in grads if grad is not None)
+        tokens, batch = ctx.like[0][0][:2]
+        packed = given.new_empty(size * tokens, batch, sum(sum(parts) // size for parts in ctx.widths))
+        column = 0
+        for parts, grad in zip(ctx.widths, grads):
+            there = packed[..., column : column + sum(parts) // size]
+            there.zero_() if grad is None else _copy(there, grad)
+            column += sum(parts) // size
+        exchanged = torch.empty_like(packed)
+        torch.distributed.all_to_all_single(exchanged, packed, group=ctx.group)
+        exchanged = exchanged.unflatten(0, (size, tokens))
+        results = []
+        for (shape, _), parts, stayed in zip(ctx.like, ctx.widths, grads[count:]):
+            dx = given.new_empty(shape) if stayed is None else around(stayed, shape)
+            if stayed is None:
+                dx[..., sum(parts) :] = 0
+            results.append(dx)
+        for dx, start, column, width in _parts(results, ctx.widths, size):
+            _copy(_by_rank(dx[..., start : start + width], size), exchanged[..., column : column + width // size])
+        return None, None, *results
+
+
+def _by_rank(part: Tensor, size: int) -> Tensor:
+    """[s/c, b, w] → its shares [c, s/c, b, w/c], a view."""
+    return part.unflatten(-1, (size, -1)).permute(2, 0, 1, 3)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """target.copy_(source), where possible 8 bytes at a time: torch moves elements of strided tensors one by one."""
+    lanes = 8 // target.element_size()
+    if all(x.stride(-1) == 1 and not any(n % lanes for n in _places(x)) for x in (target, source)):
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.copy_(source)
+
+
+def _places(x: Tensor) -> tuple[int, ...]:
+    return x.shape[-1], int(x.storage_offset()), *x.stride()[:-1]
+
+
+def _parts(
+    inputs: Sequence[Tensor], widths: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[Tensor, int, int, int]]:
+    """For each part: its tensor, its first column there and in the exchange, and its width."""
+    column = 0
+    for x, parts in zip(inputs, widths):
+        start = 0
+        for width in parts:
+            yield x, start, column, width
+            start, column = start + width, column + width // size
 
 
 def heads_to_sequence(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
@@ -52,4 +133,22 @@ def heads_to_sequence(x: Tensor, group: torch.distributed.ProcessGroup) -> Tenso
         return x
     tokens, batch, heads, width = x.shape
     parts = _AllToAll.apply(x.contiguous().view(size, tokens // size, batch, heads, width), group)
-    return parts.permute(1, 2, 0, 3, 4).reshape(tokens // size, batch, size * heads, width)
+    return _ByToken.apply(parts).transpose(0, 1)
+
+
+class _ByToken(torch.autograd.Function):
+    """[c, s/c, b, h/c, w] of each rank's heads → [b, s/c, h, w], the order in which the fused output norm reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        size, tokens, batch, heads, width = ctx.shape = parts.shape
+        out = parts.new_empty(batch, tokens, size, heads * width)
+        _copy(out, parts.flatten(3).permute(2, 1, 0, 3))
+        return out.view(batch, tokens, size * heads, width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        size, tokens, batch, heads, width = ctx.shape
+        parts = grads[0].new_empty(ctx.shape)
+        _copy(parts.flatten(3), grads[0].contiguous().view(batch, tokens, size, heads * width).permute(2, 1, 0, 3))
+        return parts

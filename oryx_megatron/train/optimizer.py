@@ -46,7 +46,8 @@ def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
             config=get_model_config(chunk),
             ddp_config=config,
             module=chunk,
-            disable_bucketing=i > 0,
+            # All buffers of a later chunk in one call; gloo would mix up those of unequal types (torch 2.13).
+            disable_bucketing=i > 0 and platform.has_gpu(),
         )
         for i, chunk in enumerate(chunks)
     ]

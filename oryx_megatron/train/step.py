@@ -44,7 +44,8 @@ def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) ->
     info = SequenceInfo.build(batch.plan, device=device, documents=batch.documents, sort=sort)
     local = _context_slice(batch.tokens.shape[1])
     tokens, labels, mask = (
-        info.arrange(x[:, local].to(device, non_blocking=True)) for x in (batch.tokens, batch.labels, batch.loss_mask)
+        info.arrange(x.to(device, non_blocking=True))[:, local].contiguous()
+        for x in (batch.tokens, batch.labels, batch.loss_mask)
     )
     output = chunk(
         tokens,

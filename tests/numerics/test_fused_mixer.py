@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor
 
 from oryx_megatron import ops, parallel, platform
@@ -26,6 +27,7 @@ from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import scans
 from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.ssd import recurrent_ssd
+from oryx_megatron.testing import run_distributed
 
 pytestmark = pytest.mark.skipif(
     not platform.installed("triton") or os.environ.get("TRITON_INTERPRET") != "1" or platform.has_gpu(),
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 PLANS = ("attention", "recurrent", "ratio:0.5", "runs:a0-13,r13-30,a30-37")
 LENGTH, ROWS, VOCABULARY = 37, 2, 31
+RANKS = 2
 DOCUMENTS = (0, 9, 10, 26, 37)
 
 
@@ -63,21 +66,35 @@ def delta_by_steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor)
     return torch.stack(out, 1), None
 
 
-def gradients(model: ModelConfig, plan: str, *, fused: bool, documents: Tensor | None) -> dict[str, Tensor]:
+def gradients(
+    model: ModelConfig,
+    plan: str,
+    *,
+    fused: bool,
+    documents: Tensor | None,
+    length: int = LENGTH,
+    context: int = 1,
+) -> dict[str, Tensor]:
     """Loss and gradients by parameter name, queries under the names that both mixers share."""
     extra = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False} if fused else {}
-    chunk = build_chunk(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), **extra))
+    chunk = build_chunk(
+        transformer_config(model, ParallelConfig(context=context), PrecisionConfig(dtype="fp32"), **extra)
+    )
     initialize_weights(chunk, model, seed=3)
     rows = 1 if documents is not None else ROWS
-    tokens = torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(1))
     where = {"device": platform.device(), "documents": documents, "sort": fused}
-    info = SequenceInfo.build(parse_plan(plan, LENGTH, chunk=8), **where)
-    inputs, labels = info.arrange(tokens[:, :-1]), info.arrange(tokens[:, 1:])
-    losses = chunk(inputs, None, None, labels=labels, packed_seq_params=info)
-    weights = torch.linspace(0.5, 1.5, LENGTH).expand(rows, -1)
-    loss = (losses * info.arrange(weights)).sum()
+    info = SequenceInfo.build(parse_plan(plan, length, chunk=8), **where)
+    weights = torch.linspace(0.5, 1.5, length).expand(rows, -1)
+    rank, share = parallel_state.get_context_parallel_rank(), length // context
+    own = slice(rank * share, (rank + 1) * share)
+    inputs, labels, weights = (info.arrange(x)[:, own] for x in (tokens[:, :-1], tokens[:, 1:], weights))
+    loss = (chunk(inputs, None, None, labels=labels, packed_seq_params=info) * weights).sum()
     loss.backward()
     found = {"loss": loss.detach()}
+    if context > 1:
+        for x in (found["loss"], *(parameter.grad for parameter in chunk.parameters())):
+            torch.distributed.all_reduce(x)
     for name, parameter in chunk.named_parameters():
         assert parameter.grad is not None, name
         if name.endswith("in_proj.weight"):
@@ -112,6 +129,38 @@ def test_fused_equals_separate(monkeypatch, changes, plan):
         for name, want in separate.items():
             error = (fused[name] - want).norm() / want.norm().clamp(min=1e-3)
             assert error < 2e-4, (name, error)
+
+
+def of_one_rank_in_two(changes: dict, plans: tuple[str, ...]) -> list[list[dict[str, Tensor]]]:
+    ops.delta_scan = delta_by_steps
+    parallel.initialize(ParallelConfig(context=RANKS), seed=1)
+    documents = (None, torch.tensor((*DOCUMENTS[:-1], LENGTH + 1), dtype=torch.int32))
+    return [
+        [
+            gradients(config(**changes), plan, fused=True, documents=d, length=LENGTH + 1, context=RANKS)
+            for d in documents
+        ]
+        for plan in plans
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixer": "mamba2", "num_heads": 4, "num_kv_heads": 2}, {"conv_width": 0, "output_gate": False}],
+    ids=["gdn", "mamba2 grouped", "gdn, no convolution, no gate"],
+)
+def test_fused_under_context_parallelism(changes):
+    """Two ranks, of which one has rows of both modes or none of attention, against the separate steps on one."""
+    plans = (*PLANS[:3], "runs:a0-5,r5-30,a30-31,r31-38", "runs:r0-3,a3-38")
+    found = run_distributed(of_one_rank_in_two, RANKS, changes, plans)
+    for plan, *ranks in zip(plans, *found, strict=True):
+        for i, documents in enumerate((None, torch.tensor((*DOCUMENTS[:-1], LENGTH + 1), dtype=torch.int32))):
+            want = gradients(config(**changes), plan, fused=False, documents=documents, length=LENGTH + 1)
+            for rank in ranks:
+                assert rank[i].keys() == want.keys()
+                for name, expected in want.items():
+                    error = (rank[i][name] - expected).norm() / expected.norm().clamp(min=1e-3)
+                    assert error < 2e-4, (plan, i, name, error)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 130])

@@ -91,6 +91,42 @@ def gated_norm_backward(
     tl.store(dweight + (batch * tl.num_programs(0) + tl.program_id(0)) * P + cols, tl.sum(total, axis=0))
 
 
+@triton.jit(do_not_specialize=VARYING)
+def gather_rows(
+    o_a, o_r, tokens, y, length, attention,
+    HAS_A: tl.constexpr, HAS_R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y [s, b, WIDTH] of each row in its own mode; grid (s, b, blocks of WIDTH = h P)."""
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside, attends = cols < WIDTH, row < attention
+    out = y + (row * tl.num_programs(1) + batch) * WIDTH + cols
+    if HAS_A:
+        own = inside & attends
+        tl.store(out, tl.load(o_a + (batch * attention + row) * WIDTH + cols, mask=own), mask=own)
+    if HAS_R:
+        own = inside & (row >= attention)
+        token = tl.load(tokens + row).to(tl.int64)
+        tl.store(out, tl.load(o_r + (batch * length + token) * WIDTH + cols, mask=own), mask=own)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def scatter_rows(
+    dy, tokens, do_a, do_r, length, attention,
+    HAS_A: tl.constexpr, HAS_R: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The way back of `gather_rows`; zeros for the tokens whose recurrent output nobody read."""
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside, attends = cols < WIDTH, row < attention
+    d = tl.load(dy + (row * tl.num_programs(1) + batch) * WIDTH + cols, mask=inside, other=0.0)
+    if HAS_A:
+        tl.store(do_a + (batch * attention + row) * WIDTH + cols, d, mask=inside & attends)
+    if HAS_R:
+        token = tl.load(tokens + row).to(tl.int64)
+        tl.store(do_r + (batch * length + token) * WIDTH + cols, tl.where(attends, 0.0, d), mask=inside)
+
+
 @triton.jit
 def _softplus(x):
     e = tl.exp(tl.minimum(x, 20.0))
