@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 # Flattened optimizer ranges in a form that any other layout can read.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM}
 
+MASTERS = "fp32_from_fp16_params"
+"""megatron-core's name for the masters of an optimizer that is not sharded."""
+
 
 def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
     """Sharded state of all model chunks of this rank and, if given, of the optimizer."""
@@ -39,9 +42,10 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
             state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
         else:
             with _numbering_all_parameters(optimizer):
-                state["optimizer"] = _without_classes(
-                    optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-                )
+                own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
+            if MASTERS in own:  # lists by group; an empty one would not come back
+                own[MASTERS] = {i: dict(enumerate(group)) for i, group in enumerate(own[MASTERS]) if group}
+            state["optimizer"] = _without_classes(own)
     return state
 
 
@@ -161,6 +165,9 @@ def allocate_torch_state(optimizer: MegatronOptimizer) -> None:
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     single = shards.own_shards(optimizer)
     if single is None:
+        if MASTERS in state:
+            count = len(state["optimizer"]["param_groups"])
+            state[MASTERS] = [list(state[MASTERS].get(i, {}).values()) for i in range(count)]
         optimizer.load_state_dict(state)
         return
     # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.

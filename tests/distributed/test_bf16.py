@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 def _run(variant: str, layout: dict[str, Any]) -> RunConfig:
     mixer, *muon = variant.split()
-    optimizer = {"optimizer__name": "muon"} if muon else {}
+    optimizer = {"optimizer__lr": 2e-3} | ({"optimizer__name": "muon"} if muon else {})
     return tiny_run(mixer, parallel=ParallelConfig(**layout), precision=PrecisionConfig(dtype="bf16"), **optimizer)
 
 
@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
 def test_losses(name: str, trained: tuple[Path, dict[str, list[float]]]) -> None:
     """Those of one rank but for bf16's roundings, and bit-equal behind a checkpoint."""
     losses = trained[1][name]
-    assert losses[: BEFORE + AFTER] == pytest.approx(trained[1][LAYOUTS[name][0]], rel=2e-3)
+    assert losses[: BEFORE + AFTER] == pytest.approx(trained[1][LAYOUTS[name][0]], rel=3e-3)
     assert losses[BEFORE + AFTER :] == losses[BEFORE : BEFORE + AFTER]
 
 
