@@ -74,7 +74,7 @@ def parse_layout(text: str, world: int) -> ParallelConfig:
 
 
 def run_config(model: ModelConfig, layout: ParallelConfig, arguments: argparse.Namespace) -> RunConfig:
-    run = tiny_run(parallel=layout, optimizer=OptimizerConfig(lr=1e-4, cpu_offload=arguments.cpu_offload))
+    run = tiny_run(parallel=layout, optimizer=OptimizerConfig(lr=1e-5, cpu_offload=arguments.cpu_offload))
     return dataclasses.replace(
         run,
         model=model,

@@ -16,6 +16,7 @@ from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
 from oryx_megatron.testing import layouts, run_distributed
 from oryx_megatron.testing.layouts import session, tiny_run
+from oryx_megatron.testing.masters import compare_masters
 
 STEPS, WINDOW = 200, 20
 WIDE = {
@@ -25,7 +26,7 @@ WIDE = {
     "model__value_width": 128,
     "model__num_heads": 4,
     "model__num_kv_heads": 4,
-    "model__num_layers": 2,
+    "model__num_layers": 4,
     "data__sequence_length": 256,
     "modes__chunk": 64,
     "train__iterations": STEPS,
@@ -128,6 +129,7 @@ TWO = {
     "pipeline": ParallelConfig(pipeline=2),
     "context": ParallelConfig(context=2),
     "data": ParallelConfig(overlap=True),
+    "virtual stages": ParallelConfig(pipeline=2, virtual_pipeline=2, overlap=True),
 }
 
 
@@ -144,6 +146,30 @@ def test_two_gpus_compute_what_one_does(mixer):
         found = run_distributed(few_losses, 2, name, mixer)
         assert found[0] == found[1], name
         assert found[0] == pytest.approx(want, rel=5e-3), name
+
+
+def save_and_go_on(root: Path) -> list[list[float]]:
+    run = tiny_run("gdn", **WIDE, parallel=ParallelConfig(overlap=True), precision=PrecisionConfig())
+    platform.install()
+    backends.select(KernelsConfig(), backends.Workload(run.model, "bf16"))
+    with session(run) as opened:
+        opened.steps(3)
+        manager = opened.checkpoints(root)
+        assert manager.save(3, opened.manifest) or manager.wait()
+        curves = [[loss for loss, _ in opened.steps(3)]]
+    with session(run, iteration=3) as opened:
+        assert opened.checkpoints(root).load() is not None
+        return [*curves, [loss for loss, _ in opened.steps(3)]]
+
+
+def test_checkpoints_under_overlap_hold_the_weights_of_their_step(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are not two GPUs")
+    want, found = run_distributed(save_and_go_on, 2, tmp_path)[0]
+    assert found == pytest.approx(want, rel=1e-3)
+    compared, apart = compare_masters(tmp_path / "iteration_0000003")
+    assert compared > 10
+    assert not apart
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
