@@ -44,8 +44,12 @@ COPY_BYTES = 4.27e12
 """Bytes per second that an H200 copies."""
 PEAK = 989e12
 """FLOP/s of an H200 in bf16, of which the constants above are shares."""
-OFFLOAD_SECONDS = 1e-9
-"""Per parameter that a GPU owns, with `optimizer.cpu_offload`."""
+LAUNCH_SECONDS = 3.1e-3
+"""What the host needs for a layer and microbatch, forward and backward: `benchmarks/layouts.py --micro 1`."""
+COLLECTIVE_SECONDS = 0.13e-3
+"""Of a collective beside its bytes, while ranks wait for each other: `benchmarks/layouts.py --layout tensor=2`."""
+OFFLOAD_SECONDS = 0.96e-9
+"""Per parameter that a GPU owns, with `optimizer.cpu_offload` and 16 cores of the host for the GPU."""
 OFFLOAD_BYTES = 16
 """Of host memory per parameter that a GPU owns, with `optimizer.cpu_offload`: weight, gradient and moments in fp32."""
 CONTEXT_GIB = 2.0
@@ -60,10 +64,10 @@ class Cluster:
     memory_gib: float = 141.0
     """Of one GPU."""
     gpus_per_node: int = 8
-    node_gbps: float = 450.0
-    """GB/s of one GPU to others of its node, one direction."""
+    node_gbps: float = 260.0
+    """GB/s that NCCL sends from one GPU to others of its node: benchmarks/links.py on two H200 (450 on paper)."""
     network_gbps: float = 50.0
-    """GB/s of one GPU to other nodes, one direction."""
+    """GB/s that NCCL sends from one GPU to other nodes; not measured here (400 Gbit/s on paper)."""
     tflops: float = 989.0
     """Peak of one GPU in bf16, TFLOP/s."""
 
@@ -131,22 +135,20 @@ def activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[s
     values, queries, outputs = model.kv_heads * model.value_width, heads * model.key_width, heads * model.value_width
     attends, recurs = share > 0, share < 1
     gate = outputs if model.output_gate else 0
-    # Under context parallelism tokens are not sorted by mode: both queries are made for all tokens.
-    projected = (share, 1 - share) if layout.cp == 1 else (float(attends), float(recurs))
     logits = (1 if model.mixer == "mamba2" else 2) * heads * recurs
     items = {
         # Residual stream and normed input, before the mixer and before the MLP; sharded by sequence parallelism.
         "block inputs": 8.0 * d / tp + (2.0 * d if tp > 1 else 0.0),
-        "projections": 2.0 * (keys + values + gate + sum(projected) * queries + logits) / tp,
+        "projections": 2.0 * (keys + values + gate + queries + logits) / tp,
         "keys and values": 2.0 * (keys * (attends + recurs) + values) / tp,
-        "attention": (projected[0] * (2.0 * queries + 2.0 * outputs + 4.0 * heads)) / tp,
+        "attention": (share * (2.0 * queries + 2.0 * outputs + 4.0 * heads)) / tp,
         "recurrence": recurs * (2.0 * queries + 2.0 * outputs + _recurrence_bytes(model)) / tp,
         "mixer output": 2.0 * outputs / tp,
-        # Both halves of its input; with tokens sorted by mode the output of SwiGLU is computed again, not kept.
-        "mlp": (4.0 if layout.cp == 1 else 6.0) * f / tp,
+        # Both halves of its input; the output of SwiGLU is computed again, not kept.
+        "mlp": 4.0 * f / tp,
     }
-    if layout.cp > 1:  # the exchanged copy of what the projections made
-        items["context exchange"] = items["projections"] - 2.0 * gate / tp + 2.0 * outputs / tp
+    if layout.cp > 1:  # keys and values before it, because they lie beside the gate; and outputs after it
+        items["context exchange"] = 2.0 * (keys + values + outputs) / tp
     return items
 
 
@@ -226,6 +228,19 @@ def memory_bytes(
     return items
 
 
+def _collectives(recompute: Recompute) -> int:
+    """Gathers and scatters of sequence parallelism a layer.
+
+    4 forward, 4 backward, 2 to gather inputs again, 2 for queries.
+    """
+    return 12 + (4 if recompute == "full" else 0)
+
+
+def _exchanges(recompute: Recompute) -> int:
+    """How often a layer goes to heads and back under context parallelism."""
+    return 2 if recompute == "none" else 3
+
+
 def traffic_bytes(
     model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute
 ) -> dict[str, float]:
@@ -233,13 +248,11 @@ def traffic_bytes(
     tp, cp, tokens = layout.tp, layout.cp, work.sequence // layout.cp * micro_batch
     layers, passes = max(layout.stage_layers), layout.microbatches
     stream = 2.0 * model.hidden_size * tokens
-    # Gathers and scatters of sequence parallelism: 4 forward, 4 backward, 2 to gather inputs again, 2 for queries.
-    collectives = 12 + (4 if recompute == "full" else 0)
+    collectives = _collectives(recompute)
     gates = (1 if model.mixer == "mamba2" else 2) * model.num_heads * (work.attention_share < 1)
-    modes = (work.attention_share > 0) + (work.attention_share < 1)
-    widths = model.kv_heads * (model.key_width + model.value_width) + modes * model.num_heads * model.key_width + gates
-    widths += model.num_heads * model.value_width
-    exchanges = 2 if recompute == "none" else 3
+    widths = model.kv_heads * (model.key_width + model.value_width) + gates
+    widths += model.num_heads * (model.key_width + model.value_width)  # one query a token, and the outputs
+    exchanges = _exchanges(recompute)
     ranks = layout.dp * cp
     parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
     return {
@@ -283,14 +296,17 @@ def estimate(
     again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
     head = 3 * flops["output_layer"] / (LINEAR_SHARE * PEAK) / layout.tp
     micro = tokens * ((forward + backward + again) * part + head / layout.pp) / speed
+    micro = max(micro, LAUNCH_SECONDS * max(layout.stage_layers))
     node, network = cluster.node_gbps * 1e9, cluster.network_gbps * 1e9
 
     def link(ranks: int) -> float:
         return node if ranks <= cluster.gpus_per_node else network
 
     compute = layout.microbatches * micro
-    tensor = traffic["tensor"] / link(layout.tp)
-    context = traffic["context"] / link(layout.tp * layout.cp)
+    passes = layout.microbatches * max(layout.stage_layers)
+    waiting = COLLECTIVE_SECONDS * passes
+    tensor = traffic["tensor"] / link(layout.tp) + (layout.tp > 1) * waiting * _collectives(recompute)
+    context = traffic["context"] / link(layout.tp * layout.cp) + (layout.cp > 1) * waiting * 2 * _exchanges(recompute)
     pipeline = traffic["pipeline"] / link(layout.world_size)
     bubble = (layout.pp - 1) / (layout.microbatches * layout.vpp)
     data = traffic["data"] / link(layout.tp * layout.cp * layout.dp)

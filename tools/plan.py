@@ -44,8 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
     parser.add_argument("--memory", type=float, default=defaults.memory_gib, help="GiB per GPU (default %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, default=defaults.gpus_per_node)
-    parser.add_argument("--nvlink", type=float, default=defaults.node_gbps, help="GB/s per GPU inside a node, one way")
-    parser.add_argument("--network", type=float, default=defaults.network_gbps, help="GB/s per GPU between nodes")
+    parser.add_argument(
+        "--nvlink", type=float, default=defaults.node_gbps, help="GB/s that NCCL sends per GPU inside a node"
+    )
+    parser.add_argument(
+        "--network", type=float, default=defaults.network_gbps, help="GB/s that NCCL sends per GPU between nodes"
+    )
     parser.add_argument("--tflops", type=float, default=defaults.tflops, help="peak of a GPU in bf16")
     parser.add_argument(
         "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"

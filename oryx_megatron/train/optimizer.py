@@ -88,7 +88,6 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         optimizer_cpu_offload=settings.cpu_offload,
         use_precision_aware_optimizer=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
-        overlap_cpu_optimizer_d2h_h2d=settings.cpu_offload,
     )
     # The parameters that stay fp32 in a bf16 model get a group of their own: in one with bf16 parameters, megatron-core
     # (0.16.1, DistributedOptimizer) saves and loads the state of each as another's. `is_decoupled_lr` only tells the

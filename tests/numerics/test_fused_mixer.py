@@ -1,8 +1,8 @@
-"""The fused mixer and its Triton kernels, in Triton's interpreter on a CPU, against the separate steps.
+"""The fused mixer against the separate steps, its kernels written out in plain torch or in Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m pytest tests/numerics/test_fused_mixer.py
 
-Needs Triton, which torch for CPUs does not bring, and NumPy below 2.4 (Triton 3.6's interpreter). tests/gpu runs the
+The interpreter needs Triton, which torch for CPUs does not bring, and NumPy below 2.4 (Triton 3.6). tests/gpu runs the
 compiled kernels.
 """
 
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+import written_out_steps
 from megatron.core import parallel_state
 from torch import Tensor
+from written_out_steps import delta_by_steps
 
-from oryx_megatron import ops, parallel, platform
+from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.model.build import build_chunk
@@ -29,10 +31,8 @@ from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.ssd import recurrent_ssd
 from oryx_megatron.testing import run_distributed
 
-pytestmark = pytest.mark.skipif(
-    not platform.installed("triton") or os.environ.get("TRITON_INTERPRET") != "1" or platform.has_gpu(),
-    reason="needs Triton and TRITON_INTERPRET=1 on a machine without a GPU",
-)
+INTERPRETED = platform.installed("triton") and os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels")
 
 PLANS = ("attention", "recurrent", "ratio:0.5", "runs:a0-13,r13-30,a30-37")
 LENGTH, ROWS, VOCABULARY = 37, 2, 31
@@ -42,28 +42,32 @@ DOCUMENTS = (0, 9, 10, 26, 37)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
+    kept = [(owner, name, getattr(owner, name)) for owner, name in REPLACED]
+    replace_kernels()
     parallel.initialize(ParallelConfig(), seed=1)
     yield
     parallel.destroy()
+    for owner, name, value in kept:
+        setattr(owner, name, value)
+
+
+def replace_kernels() -> None:
+    """Those that this machine cannot run."""
+    ops.delta_scan = delta_by_steps  # type: ignore[assignment]
+    if not INTERPRETED:
+        written_out_steps.install()
+
+
+STEPS = ("keys_values", "attention_query", "recurrent_query", "gates", "in_rows", "gated_norm", "discard_swiglu")
+REPLACED = [(ops.fused, name) for name in STEPS] + [
+    (ops.fused.SwiGLU, "forward"), (ops, "delta_scan"), (ops, "ssd_scan"),
+]  # fmt: skip
 
 
 def config(**changes) -> ModelConfig:
     fields = {"name": "t", "mixer": "gdn", "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 40, "num_heads": 2}
     fields |= {"key_width": 16, "value_width": 32, "vocab_size": VOCABULARY, "init_std": 0.2}
     return ModelConfig(**(fields | changes))
-
-
-def delta_by_steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, None]:
-    """`ops.delta_scan`, written out."""
-    repeat = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
-    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
-    for t in range(q.shape[1]):
-        state = state * decay[:, t].exp()[..., None, None]
-        new = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhn,bhnp->bhp", k[:, t], state))
-        state = state + k[:, t].unsqueeze(-1) * new.unsqueeze(-2)
-        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
-    return torch.stack(out, 1), None
 
 
 def gradients(
@@ -120,8 +124,7 @@ def gradients(
     ],
     ids=["gdn", "mamba2", "mamba2 grouped, plain keys", "gdn grouped, no convolution, no gate"],
 )
-def test_fused_equals_separate(monkeypatch, changes, plan):
-    monkeypatch.setattr(ops, "delta_scan", delta_by_steps)
+def test_fused_equals_separate(changes, plan):
     for documents in (None, torch.tensor(DOCUMENTS, dtype=torch.int32)):
         separate = gradients(config(**changes), plan, fused=False, documents=documents)
         fused = gradients(config(**changes), plan, fused=True, documents=documents)
@@ -132,7 +135,7 @@ def test_fused_equals_separate(monkeypatch, changes, plan):
 
 
 def of_one_rank_in_two(changes: dict, plans: tuple[str, ...]) -> list[list[dict[str, Tensor]]]:
-    ops.delta_scan = delta_by_steps
+    replace_kernels()
     parallel.initialize(ParallelConfig(context=RANKS), seed=1)
     documents = (None, torch.tensor((*DOCUMENTS[:-1], LENGTH + 1), dtype=torch.int32))
     return [
@@ -163,6 +166,31 @@ def test_fused_under_context_parallelism(changes):
                     assert error < 2e-4, (plan, i, name, error)
 
 
+def bytes_exchanged(mixer: str, spec: str) -> int:
+    """Sent to the other rank by one microbatch, forward and backward, in fp32."""
+    replace_kernels()
+    parallel.initialize(ParallelConfig(context=RANKS), seed=1)
+    sent, exchange = [], torch.distributed.all_to_all_single
+
+    def counted(output: Tensor, given: Tensor, **keywords) -> None:
+        sent.append(given.nbytes * (RANKS - 1) // RANKS)
+        exchange(output, given, **keywords)
+
+    torch.distributed.all_to_all_single = counted
+    gradients(config(mixer=mixer), spec, fused=True, documents=None, length=LENGTH + 1, context=RANKS)
+    return sum(sent)
+
+
+@pytest.mark.parametrize(("mixer", "spec"), [("gdn", "ratio:0.5"), ("mamba2", "recurrent"), ("gdn", "attention")])
+def test_bytes_of_the_exchange_are_those_of_the_planner(mixer, spec):
+    model, length = config(mixer=mixer), LENGTH + 1
+    work = planner.Work(length, ROWS, parse_plan(spec, length, chunk=8).attention_share)
+    layout = planner.layout_of(model, work, ParallelConfig(context=RANKS), ROWS, RANKS)
+    planned = planner.traffic_bytes(model, layout, work, ROWS, "none")["context"]  # in bf16
+    assert run_distributed(bytes_exchanged, RANKS, mixer, spec) == [2 * planned] * RANKS
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("length", [1, 63, 64, 130])
 def test_ssd_scan(length):
     """Outputs, last state and all gradients against the step-by-step form, with an initial state and documents."""

@@ -1,0 +1,117 @@
+"""The fused mixer's steps (ops/fused.py) written out in plain torch: for machines where Triton cannot run them.
+
+With these in their places the rest of the fused mixer is tested: order of rows, projections of some rows, exchanges.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oryx_megatron import ops
+from oryx_megatron.ops import TokenLayout, fused
+from oryx_megatron.ops.fused import HeadSteps, KeysValues
+from oryx_megatron.ops.gated_delta import NORM_EPSILON
+
+
+def install() -> None:
+    """Put them in the kernels' places, for the rest of the process."""
+    fused.keys_values, fused.attention_query, fused.recurrent_query = keys_values, attention_query, recurrent_query
+    fused.gates, fused.in_rows, fused.gated_norm = gates, in_rows, gated_norm  # type: ignore[assignment]
+    fused.SwiGLU.forward = swiglu  # type: ignore[method-assign]
+    fused.discard_swiglu = lambda y, x, output: None
+    ops.ssd_scan = ssd_by_steps
+
+
+def keys_values(projected, groups, widths, conv, key_norm, layout, steps, *, gated):
+    channels = groups * sum(widths)
+    kv = projected[..., :channels].index_select(0, layout.rows).transpose(0, 1)
+    if conv is not None:
+        kv, _ = ops.causal_conv(kv, conv, activation="silu" if steps.silu else None, documents=_documents(layout))
+    keys, values = kv.split((groups * widths[0], groups * widths[1]), dim=-1)
+    keys, values = keys.unflatten(-1, (groups, -1)), values.unflatten(-1, (groups, -1))
+    read = _attention(keys, key_norm, layout.identity, layout, steps), _recurrent(keys, steps, 1.0)
+    attends, recurs = layout.attention > 0, layout.recurrent > 0
+    gate = projected[..., channels:] if gated else None
+    return KeysValues(
+        read[0] if attends else None, read[1] if recurs else None,
+        values if attends else None, values if recurs else None, gate,
+    )  # fmt: skip
+
+
+def attention_query(projected, width, norm, layout, steps):
+    q = projected[: layout.attention].transpose(0, 1).unflatten(-1, (-1, width))
+    return _attention(q, norm, layout.tokens[: layout.attention], layout, steps)
+
+
+def recurrent_query(projected, width, layout, steps):
+    q = projected[projected.shape[0] - layout.recurrent :].transpose(0, 1).unflatten(-1, (-1, width))
+    by_token = q.new_zeros(q.shape[0], layout.length, *q.shape[2:])
+    by_token = by_token.index_copy(1, layout.tokens[layout.attention :].long(), q)
+    return _recurrent(by_token, steps, width**-0.5)
+
+
+def gates(logits, a_log, dt_bias, layout, kind):
+    first, *second = logits.index_select(0, layout.rows).transpose(0, 1).float().split(len(a_log), dim=-1)
+    step = F.softplus(first + dt_bias)
+    decay = -a_log.exp() * step
+    if layout.isolated:
+        decay = decay - fused.RESET * layout.opens_document[:, None]
+    return decay, second[0].sigmoid() if kind == "gdn" else step
+
+
+def in_rows(o_a, o_r, layout):
+    parts = [] if o_a is None else [o_a]
+    parts += [] if o_r is None else [o_r.index_select(1, layout.tokens[layout.attention :])]
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def gated_norm(o_a, o_r, gate, weight, layout, epsilon):
+    y = ops.rms_norm(in_rows(o_a, o_r, layout), weight, epsilon).flatten(2)
+    return y if gate is None else y * F.silu(gate)
+
+
+def swiglu(self: fused.SwiGLU, x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def delta_by_steps(q, k, v, decay, beta) -> tuple[Tensor, None]:
+    """`ops.delta_scan`."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        state = state * decay[:, t].exp()[..., None, None]
+        new = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhn,bhnp->bhp", k[:, t], state))
+        state = state + k[:, t].unsqueeze(-1) * new.unsqueeze(-2)
+        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
+    return torch.stack(out, 1), None
+
+
+def ssd_by_steps(q, k, v, decay, step, d) -> tuple[Tensor, None]:
+    """`ops.ssd_scan`."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        new = (step[:, t, :, None] * k[:, t]).unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        state = state * decay[:, t].exp()[..., None, None] + new
+        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state) + d[:, None] * v[:, t])
+    return torch.stack(out, 1), None
+
+
+def _attention(x: Tensor, norm: Tensor | None, tokens: Tensor, layout: TokenLayout, steps: HeadSteps) -> Tensor:
+    x = x if norm is None else ops.rms_norm(x, norm, steps.epsilon)
+    return x if steps.rotary_base is None else ops.rotary(x, (tokens - layout.starts[tokens]).long(), steps.rotary_base)
+
+
+def _recurrent(x: Tensor, steps: HeadSteps, scale: float) -> Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt() * scale if steps.l2 else x
+
+
+def _documents(layout: TokenLayout) -> Tensor | None:
+    if not layout.isolated:
+        return None
+    return torch.cat((layout.starts.unique(), layout.starts.new_tensor([layout.length]))).int()
