@@ -28,7 +28,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from oryx_megatron.config.validate import Layout, layout_for
+from oryx_megatron.config.validate import Layout, layout_for, uneven_first_stage
 from oryx_megatron.errors import ConfigError
 
 Recompute = Literal["none", "mixer", "full"]
@@ -48,10 +48,14 @@ LAUNCH_SECONDS = 3.1e-3
 """What the host needs for a layer and microbatch, forward and backward: `benchmarks/layouts.py --micro 1`."""
 COLLECTIVE_SECONDS = 0.13e-3
 """Of a collective beside its bytes, while ranks wait for each other: `benchmarks/layouts.py --layout tensor=2`."""
+EXCHANGE_SECONDS = 1.0e-3
+"""Of an exchange of context parallelism beside its bytes: 0.7 (mamba2) and 1.4 ms (gdn) with 8,192 tokens a rank."""
 OFFLOAD_SECONDS = 0.96e-9
 """Per parameter that a GPU owns, with `optimizer.cpu_offload` and 16 cores of the host for the GPU."""
 OFFLOAD_BYTES = 16
 """Of host memory per parameter that a GPU owns, with `optimizer.cpu_offload`: weight, gradient and moments in fp32."""
+USABLE = 0.95
+"""Of a GPU's memory: the allocator needs some room."""
 CONTEXT_GIB = 2.0
 """Memory that CUDA, NCCL and kernels take outside of torch's allocator."""
 
@@ -117,6 +121,12 @@ class Estimate:
     def tokens_per_second(self) -> float:
         """Over all GPUs."""
         return self.tokens / self.step_seconds
+
+    @property
+    def first_stage(self) -> int | None:
+        """Layers of the first stage where it differs from the others."""
+        layers = self.layout.stage_layers
+        return layers[0] if layers[0] != layers[-1] else None
 
     def name(self) -> str:
         """In words."""
@@ -275,7 +285,7 @@ def estimate(
     """Memory, traffic and time of one layout."""
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload)
-        for stage in sorted({0, layout.pp - 1})
+        for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
     ]
     traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
     speed, share = cluster.tflops * 1e12 / PEAK, work.attention_share
@@ -304,9 +314,11 @@ def estimate(
 
     compute = layout.microbatches * micro
     passes = layout.microbatches * max(layout.stage_layers)
-    waiting = COLLECTIVE_SECONDS * passes
-    tensor = traffic["tensor"] / link(layout.tp) + (layout.tp > 1) * waiting * _collectives(recompute)
-    context = traffic["context"] / link(layout.tp * layout.cp) + (layout.cp > 1) * waiting * 2 * _exchanges(recompute)
+    tensor, context = traffic["tensor"] / link(layout.tp), traffic["context"] / link(layout.tp * layout.cp)
+    if layout.tp > 1:
+        tensor += COLLECTIVE_SECONDS * _collectives(recompute) * passes
+    if layout.cp > 1:
+        context += EXCHANGE_SECONDS * 2 * _exchanges(recompute) * passes
     pipeline = traffic["pipeline"] / link(layout.world_size)
     bubble = (layout.pp - 1) / (layout.microbatches * layout.vpp)
     data = traffic["data"] / link(layout.tp * layout.cp * layout.dp)
@@ -358,12 +370,15 @@ def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_ba
 
 def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[Layout, int]]:
     """Every layout and micro batch that a run on this cluster accepts; tensor parallelism stays within a node."""
-    powers = [2**i for i in range(cluster.gpus.bit_length())]
-    for tp, pp, cp in itertools.product(powers, powers, powers):
+    sizes = [n for n in range(1, cluster.gpus + 1) if cluster.gpus % n == 0]
+    for tp, pp, cp in itertools.product(sizes, repeat=3):
         if tp > cluster.gpus_per_node or cluster.gpus % (tp * pp * cp) or pp > model.num_layers:
             continue
+        first = uneven_first_stage(model.num_layers, pp)
         for vpp, micro_batch in itertools.product((1, 2, 4, 5, 8, 10), (1, 2, 4, 8, 16, 32)):
-            parallel = ParallelConfig(tensor=tp, pipeline=pp, context=cp, virtual_pipeline=vpp, overlap=True)
+            parallel = ParallelConfig(
+                tensor=tp, pipeline=pp, context=cp, virtual_pipeline=vpp, first_stage_layers=first, overlap=True
+            )
             try:
                 yield layout_of(model, work, parallel, micro_batch, cluster.gpus), micro_batch
             except ConfigError:
@@ -381,21 +396,26 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = F
         modes: tuple[Recompute, ...] = ("none", "mixer", "full")
         for recompute in modes:
             found = estimate(model, cluster, work, layout, micro_batch, recompute, cpu_offload)
-            if found.gib <= 0.95 * cluster.memory_gib:  # the allocator needs some room
+            if found.gib <= USABLE * cluster.memory_gib:
                 fitting.append(found)
                 break
             if nearest is None or found.gib < nearest.gib:
                 nearest = found
     if fitting:
-        return sorted(fitting, key=lambda found: found.step_seconds)
+        return sorted(fitting, key=lambda found: (found.step_seconds, -found.micro_batch))
     if nearest is None:
         raise ConfigError(
             f"no layout of {cluster.gpus} GPUs divides {model.num_heads} heads ({model.kv_heads} of keys), "
             f"{model.num_layers} layers, {work.sequence} tokens and a batch of {work.batch}; change the batch first"
         )
+    hint = ""
+    if not cpu_offload:
+        leaner = estimate(model, cluster, work, nearest.layout, nearest.micro_batch, nearest.recompute, True).gib
+        hint = f", with optimizer.cpu_offload (--cpu-offload) {leaner:.0f} GiB"
     raise ConfigError(
-        f"model {model.name} does not fit on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB: the leanest layout, "
-        f"{nearest.name()} with full recompute, needs {nearest.gib:.0f} GiB"
+        f"model {model.name} does not fit on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB, of which "
+        f"{USABLE * cluster.memory_gib:.0f} are usable: the leanest layout, {nearest.name()} with full recompute, "
+        f"needs {nearest.gib:.0f} GiB{hint}"
     )
 
 

@@ -20,13 +20,14 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.planner import GIB, Cluster, Estimate, Work, plan, schedule
+from oryx_megatron.planner import GIB, USABLE, Cluster, Estimate, Work, plan, schedule
 
 PICTURE_MICROBATCHES = 16
 """More would not be seen."""
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
         if not getattr(a, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")
+    if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
+        raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
     model = load_model(a.model)
     cluster = Cluster(a.gpus, a.memory, a.gpus_per_node, a.nvlink, a.network, a.tflops)
     work = Work(a.sequence, a.batch, _share(model, a.attention_share))
@@ -97,12 +100,31 @@ def _plain(e: Estimate) -> dict[str, object]:
         "step_seconds": e.step_seconds,
         "tokens_per_second": e.tokens_per_second,
         "bubble": e.bubble,
+        "settings": _settings(e),
     }
+
+
+def _settings(e: Estimate) -> list[str]:
+    """Overrides that give a run this layout."""
+    layout = e.layout
+    first = [] if e.first_stage is None else [f"parallel.first_stage_layers={e.first_stage}"]
+    return [
+        f"parallel.tensor={layout.tp}",
+        f"parallel.pipeline={layout.pp}",
+        f"parallel.virtual_pipeline={layout.vpp}",
+        *first,
+        f"parallel.context={layout.cp}",
+        f"parallel.recompute={e.recompute}",
+        "parallel.overlap=true",
+        f"train.micro_batch_size={e.micro_batch}",
+        *(["optimizer.cpu_offload=true"] if e.host else []),
+    ]
 
 
 def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int) -> str:
     lines = [
-        f"{model.name} on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB: {len(found)} layouts fit",
+        f"{model.name} on {_count(cluster.gpus, 'GPU')} of {cluster.memory_gib:g} GiB: {_count(len(found), 'layout')} "
+        f"within {USABLE:.0%} of that",
         f"{work.batch} × {work.sequence} tokens per step, {work.attention_share:.0%} in attention mode",
         "",
         f"{'layout':<26}{'micro':>5}{'m':>5} {'recompute':<9}{'GiB':>6}{'step s':>8}{'tokens/s':>12}{'bubble':>7}",
@@ -110,7 +132,7 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     for e in found[:top]:
         lines.append(
             f"{e.name():<26}{e.micro_batch:>5}{e.layout.microbatches:>5} {e.recompute:<9}{e.gib:>6.1f}"
-            f"{e.step_seconds:>8.2f}{e.tokens_per_second:>12,.0f}{e.bubble:>7.1%}"
+            f"{e.step_seconds:>8.3g}{e.tokens_per_second:>12,.0f}{e.bubble:>7.1%}"
         )
     best = found[0]
     lines += ["", f"best: {best.name()}", "", "memory of the fullest GPU, GiB"]
@@ -118,20 +140,17 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     lines += [f"  {'sum':<30}{best.gib:>9.2f}"]
     if best.host:
         lines += ["", "memory of the host for each such GPU, GiB", f"  {'optimizer':<30}{best.host / GIB:>9.2f}"]
-    lines += ["", "sent per GPU and step, GiB"]
+    lines += ["", "sent per GPU and step, GiB"] if any(best.traffic.values()) else []
     lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.traffic.items() if size]
     lines += ["", "time of a step, s"]
     lines += [f"  {name:<30}{seconds:>9.3f}" for name, seconds in best.seconds.items() if seconds]
-    layout = best.layout
-    lines += [
-        "",
-        "micro: sequences per microbatch; m: microbatches per step; pp 8·2: virtual stages",
-        "",
-        f"set parallel.tensor={layout.tp} parallel.pipeline={layout.pp} parallel.virtual_pipeline={layout.vpp}",
-        f"    parallel.context={layout.cp} parallel.recompute={best.recompute} parallel.overlap=true",
-        f"    train.micro_batch_size={best.micro_batch}" + (" optimizer.cpu_offload=true" if best.host else ""),
-    ]
+    lines += ["", "micro: sequences per microbatch; m: microbatches per step; pp 8·2: virtual stages", ""]
+    lines += textwrap.wrap("set " + " ".join(_settings(best)), 79, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def draw(best: Estimate, path: Path) -> None:

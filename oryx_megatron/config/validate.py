@@ -196,8 +196,10 @@ def _check_training(run: RunConfig) -> None:
     if train.exit_after is not None and not 0 < train.exit_after <= train.iterations:
         raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
     _check_optimizer(optimizer, run.parallel)
-    if not 0 <= schedule.warmup <= train.iterations:
-        raise ConfigError(f"schedule.warmup: {schedule.warmup} is not within the run's {train.iterations} iterations")
+    if not 0 <= schedule.warmup < train.iterations:
+        raise ConfigError(
+            f"schedule.warmup: {schedule.warmup} should be from 0 to {train.iterations - 1}, below train.iterations"
+        )
     if not 0 <= schedule.min_lr <= optimizer.lr:
         raise ConfigError(f"schedule.min_lr: {schedule.min_lr} should be from 0 to optimizer.lr {optimizer.lr}")
     if schedule.decay is not None and schedule.name != "wsd":
@@ -303,7 +305,7 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
         f", {which} stage {layers}" for which, layers in (("first", first), ("last", last)) if layers is not None
     )
     if rest < ranks or (rest % ranks if ranks else rest):
-        hint = "" if given else "; or set parallel.first_stage_layers / last_stage_layers"
+        hint = "" if given or num_layers < pp else "; or set parallel.first_stage_layers / last_stage_layers"
         raise ConfigError(
             f"model.num_layers {num_layers} do not divide evenly over pipeline {pp}{given}: {rest} layers are left for "
             f"{ranks} stages{hint}"
@@ -319,6 +321,29 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     return tuple(stages)
 
 
+def _stage_variants(parallel: ParallelConfig, num_layers: int) -> list[ParallelConfig]:
+    """The same numbers of ranks with other pipeline stages, the least changed first."""
+    even = dataclasses.replace(parallel, first_stage_layers=None, last_stage_layers=None)
+    if parallel.pipeline == 1:
+        return [dataclasses.replace(even, virtual_pipeline=1)]
+    chunks = range(parallel.virtual_pipeline, 0, -1)
+    variants = [dataclasses.replace(stages, virtual_pipeline=n) for stages in (parallel, even) for n in chunks]
+    if (first := uneven_first_stage(num_layers, parallel.pipeline)) is not None:
+        variants.append(dataclasses.replace(even, virtual_pipeline=1, first_stage_layers=first))
+    return variants
+
+
+def uneven_first_stage(num_layers: int, pipeline: int) -> int | None:
+    """Layers of a first stage that leave the others with equal numbers, fewer than theirs if possible.
+
+    None where all stages can be equal, or there are not enough layers.
+    """
+    if num_layers % pipeline == 0 or num_layers < pipeline:
+        return None
+    others, more = pipeline - 1, -(-num_layers // pipeline)
+    return first if (first := num_layers - others * more) > 0 else num_layers - others * (more - 1)
+
+
 def _alternatives(run: RunConfig, world_size: int) -> str:
     """The nearest layouts that do use `world_size` ranks, in words."""
     parallel = run.parallel
@@ -328,16 +353,21 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
     for tp, pp, cp in itertools.product(divisors, repeat=3):
         if world_size % (tp * pp * cp):
             continue
-        other = dataclasses.replace(parallel, tensor=tp, pipeline=pp, context=cp)
-        if pp == 1:
-            other = dataclasses.replace(other, virtual_pipeline=1, first_stage_layers=None, last_stage_layers=None)
-        try:
-            layout = layout_for(dataclasses.replace(run, parallel=other), world_size)
-        except ConfigError:
-            continue
         distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp), wanted))
-        virtual = f" (virtual {layout.vpp})" if layout.vpp > 1 else ""
-        found.append((distance, f"tensor {tp} × pipeline {pp}{virtual} × context {cp} × data {layout.dp}"))
+        other = dataclasses.replace(parallel, tensor=tp, pipeline=pp, context=cp)
+        for changes, stages in enumerate(_stage_variants(other, run.model.num_layers)):
+            try:
+                layout = layout_for(dataclasses.replace(run, parallel=stages), world_size)
+            except ConfigError:
+                continue
+            how = [f"virtual {layout.vpp}"] if layout.vpp > 1 else []
+            for name in ("first", "last"):
+                layers = getattr(stages, f"{name}_stage_layers")
+                how += [] if layers is None else [f"{name} stage {layers} layers"]
+            split = f" ({', '.join(how)})" if how else ""
+            text = f"tensor {tp} × pipeline {pp}{split} × context {cp} × data {layout.dp}"
+            found.append((distance + 0.1 * changes, text))
+            break
     found.sort()
     return (
         f"layouts that work: {'; '.join(text for _, text in found[:3])}"

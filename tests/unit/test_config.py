@@ -361,7 +361,7 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["optimizer.lr=.inf"], "optimizer.lr: inf should be above 0"),
         (["optimizer.beta2=1"], "optimizer.beta2: 1.0 should be at least 0 and below 1"),
         (["optimizer.clip_grad=-1"], "optimizer.clip_grad: -1.0 should not be negative"),
-        (["schedule.warmup=101"], "schedule.warmup: 101 is not within the run's 100 iterations"),
+        (["schedule.warmup=101"], "schedule.warmup: 101 should be from 0 to 99, below train.iterations"),
         (["schedule.min_lr=1"], "schedule.min_lr: 1.0 should be from 0 to optimizer.lr 0.0003"),
         (["schedule.decay=5"], "schedule.decay: only the wsd schedule has a final decay, not cosine"),
         (
@@ -501,14 +501,15 @@ def test_world_size_that_does_not_factor(run_file):
     message = fault(run_file, *overrides, world_size=6)
     assert message == (
         "world size 6 ≠ tensor 2 × pipeline 2 × context 1 × data ? (a multiple of 4); layouts that work: "
-        "tensor 1 × pipeline 2 × context 1 × data 3; tensor 2 × pipeline 1 × context 1 × data 3; "
-        "tensor 1 × pipeline 1 × context 1 × data 6"
+        "tensor 2 × pipeline 3 (first stage 2 layers) × context 1 × data 1; "
+        "tensor 1 × pipeline 2 × context 1 × data 3; tensor 2 × pipeline 1 × context 1 × data 3"
     )
-    for proposal in message.partition("work: ")[2].split("; "):
+    for proposal in message.partition("work: ")[2].replace(" (first stage 2 layers)", "").split("; "):
         sizes = [int(word) for word in proposal.split() if word.isdigit()]
         changed = [f"parallel.{k}={v}" for k, v in zip(("tensor", "pipeline", "context"), sizes)]
+        changed.append(f"parallel.first_stage_layers={2 if sizes[1] == 3 else 'null'}")
         assert validate(load_run(run_file, [*overrides, *changed]), 6).dp == sizes[3]
-    assert "no layout of 7 ranks fits" in fault(run_file, *overrides, world_size=7)
+    assert "no layout of 11 ranks fits" in fault(run_file, *overrides, world_size=11)
     assert "world size 0 ≠" in fault(run_file, world_size=0)
 
 
