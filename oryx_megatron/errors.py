@@ -31,3 +31,7 @@ class ConversionError(OryxError):
 
 class TrainingError(OryxError):
     """A run cannot go on with what it computes."""
+
+
+WEIGHTS_ALONE = "take the weights alone into a new run (tools/convert_to_hf.py, then tools/convert_from_hf.py)"
+"""Advice where a run cannot go on with what it was."""

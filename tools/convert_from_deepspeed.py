@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
-from oryx_megatron.checkpoint.store import by_deepspeed
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConversionError
 
@@ -29,18 +28,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
     parser.add_argument("output", type=Path, help="run folder to make")
     arguments = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
+    from oryx_megatron.checkpoint.store import by_deepspeed
+
     folder = find_checkpoint(arguments.checkpoint)
     if not by_deepspeed(folder):
         raise ConversionError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
     manifest = read_manifest(folder)
+    ranks = manifest.layout["tp"] * manifest.layout["dp"]
     if "RANK" not in os.environ:
         if list_checkpoints(arguments.output / "checkpoints"):
             raise ConversionError(f"{arguments.output} holds checkpoints already; choose another output")
-        ranks = manifest.layout["tp"] * manifest.layout["dp"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(Path(__file__).resolve()), str(folder), str(arguments.output)]
-        os.execve(sys.executable, command, os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    warnings.simplefilter("ignore")
+        return _start(ranks, folder, arguments.output)
+    if (started := int(os.environ["WORLD_SIZE"])) != ranks:
+        raise ConversionError(f"{folder} was written by {ranks} ranks, not {started}: start {ranks}, or no torchrun")
     from oryx_megatron import parallel
 
     run = manifest.run()
@@ -54,6 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         parallel.destroy()
     return 0
+
+
+def _start(ranks: int, folder: Path, output: Path) -> int:
+    """This command again, as so many processes; of what they say of an error, the one line that is meant for users."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(Path(__file__).resolve()), str(folder), str(output)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    sys.stderr.write(f"{errors[0]}\n" if done.returncode and errors else done.stderr)
+    return 2 if done.returncode and errors else done.returncode
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
     arguments = parser.parse_args(argv)
+    if arguments.depth is not None and arguments.depth < 1:
+        raise CheckpointError(f"--depth: {arguments.depth} should be at least 1")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.checkpoint import find_checkpoint
     from oryx_megatron.checkpoint.inspect import summarize

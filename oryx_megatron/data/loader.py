@@ -38,7 +38,7 @@ from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.files import read_json, write_json
 from oryx_megatron.data.indexed import Dataset, open_dataset
 from oryx_megatron.data.tokenizer import Tokenizer
-from oryx_megatron.errors import DataError
+from oryx_megatron.errors import WEIGHTS_ALONE, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -367,7 +367,7 @@ def check_resume(state: dict[str, Any], blend: Blend) -> None:
         if then[field] != now[field]:
             raise DataError(
                 f"the checkpoint's {blend.name} data had {field} {then[field]}, now it is {now[field]}: "
-                "set it back, or start a new run from the weights alone"
+                f"set it back, or {WEIGHTS_ALONE}"
             )
     started = [[s["start"], s["blend"]] for s in then["stages"] if s["start"] < max(consumed, 1)]
     if started != [[s["start"], s["blend"]] for s in now["stages"] if s["start"] < max(consumed, 1)]:

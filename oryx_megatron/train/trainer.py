@@ -28,7 +28,7 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check_resume
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import CheckpointError, DataError, TrainingError
+from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, DataError, TrainingError
 from oryx_megatron.ops import backends
 from oryx_megatron.train import signals
 from oryx_megatron.train.batches import training_batches
@@ -416,13 +416,19 @@ class Trainer:
                 f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
                 f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
             )
+        if manifest.data["train"] is None:  # a conversion: of weights alone, read from no data
+            return
+        if (before := written.optimizer.name) != run.optimizer.name:
+            raise CheckpointError(
+                f"{root}: written with optimizer.name {before}, whose state {run.optimizer.name} cannot read; set it "
+                f"back, or {WEIGHTS_ALONE}"
+            )
         if (sharded := written.parallel.distributed_optimizer) != run.parallel.distributed_optimizer:
             raise CheckpointError(
                 f"{root}: written with parallel.distributed_optimizer {str(sharded).lower()}, whose state the other "
-                "optimizer cannot read; set it back"
+                f"optimizer cannot read; set it back, or {WEIGHTS_ALONE}"
             )
-        if manifest.data["train"] is not None:  # a converted checkpoint knows of no data
-            check_resume(manifest.data["train"], self.datasets["train"])
+        check_resume(manifest.data["train"], self.datasets["train"])
 
     def _manifest(self) -> Any:
         iteration, evaluations, stream = self.iteration, self.evaluations, self.stream.state()

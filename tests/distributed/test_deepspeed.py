@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -214,6 +215,17 @@ def test_conversion_by_command(fast: Runs, tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert again.returncode == 2
     assert "holds checkpoints already; choose another output" in again.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    for file in damaged.rglob("*optim_states.pt"):
+        os.truncate(file, 100)
+    failed = subprocess.run(
+        [*command[:2], str(damaged), str(tmp_path / "none")], capture_output=True, text=True, timeout=300
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+    assert len(failed.stderr.splitlines()) == 1
+    assert not list_checkpoints(tmp_path / "none" / "checkpoints")
     from oryx_megatron.checkpoint.inspect import summarize
 
     parts = summarize(converted).parts()
