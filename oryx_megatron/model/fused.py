@@ -133,7 +133,7 @@ class FusedOryxMixer(OryxMixer):
 
     def _in_proj_rows(self, shards: int) -> dict[str, int]:
         rows = super()._in_proj_rows(shards)
-        return {name: count for name, count in rows.items() if not name.startswith("query")}
+        return {name: count for name, count in rows.items() if not name.startswith("query_")}
 
     def query_projections(self) -> dict[str, torch.nn.Module]:
         names = ("query_attention", "query_recurrent")

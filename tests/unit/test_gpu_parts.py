@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Iterator
@@ -43,9 +44,9 @@ def chunk(model: ModelConfig, dtype: str = "fp32", **overrides) -> torch.nn.Modu
     return build_chunk(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype=dtype), **overrides))
 
 
-@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
-def test_fused_blocks_save_under_the_names_of_the_others(mixer: str) -> None:
-    model = load_model(f"tiny-{mixer}")
+@pytest.mark.parametrize("changes", [{"mixer": "gdn"}, {"mixer": "mamba2"}, {"shared_query": True}], ids=str)
+def test_fused_blocks_save_under_the_names_of_the_others(changes: dict) -> None:
+    model = dataclasses.replace(load_model("tiny-gdn"), **changes)
     plain, fast = (chunk(model, **extra).sharded_state_dict(metadata={}) for extra in ({}, FUSED))
     assert {part.key for part in fast.values()} >= {"embedding.word_embeddings.weight"}
     parts = [{s.key for entry in state.values() for s in _tensors(entry)} for state in (plain, fast)]
