@@ -112,6 +112,8 @@ class Trainer:
         """The last one, as it is recorded."""
         if self._load(before):
             log.info("resumed from iteration %d of %s", self.iteration, self.checkpoints.root)
+            if self.iteration >= run.train.iterations:
+                log.info("nothing is left of train.iterations %d: raise it to go on", run.train.iterations)
         self.stream = self.open_stream()
         self.callbacks: Sequence[Callback] = _reporters(run, layout, self.folder, self.clock) if reports else ()
 
