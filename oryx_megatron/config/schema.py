@@ -223,7 +223,7 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap: bool = False
-    """Overlap gradient reduction and parameter gathering with computation (with engine deepspeed ZeRO's overlap_comm)."""
+    """Overlap gradient reduction and parameter gathering with computation (ZeRO's overlap_comm in DeepSpeed)."""
     recompute: Literal["none", "mixer", "full"] = "none"
     """Activations recomputed in the backward pass: none, those inside the mixer, or whole blocks."""
     distributed_timeout: float = 600.0
