@@ -14,10 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-import written_out_steps
 from megatron.core import parallel_state
 from torch import Tensor
-from written_out_steps import delta_by_steps
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
@@ -29,7 +27,8 @@ from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import scans
 from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.ssd import recurrent_ssd
-from oryx_megatron.testing import run_distributed
+from oryx_megatron.testing import fused_steps, run_distributed
+from oryx_megatron.testing.fused_steps import delta_by_steps
 
 INTERPRETED = platform.installed("triton") and os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels")
@@ -55,7 +54,7 @@ def replace_kernels() -> None:
     """Those that this machine cannot run."""
     ops.delta_scan = delta_by_steps  # type: ignore[assignment]
     if not INTERPRETED:
-        written_out_steps.install()
+        fused_steps.install()
 
 
 STEPS = ("keys_values", "attention_query", "recurrent_query", "gates", "in_rows", "gated_norm", "discard_swiglu")

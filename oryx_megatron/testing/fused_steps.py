@@ -17,11 +17,11 @@ from oryx_megatron.ops.gated_delta import NORM_EPSILON
 
 def install() -> None:
     """Put them in the kernels' places, for the rest of the process."""
-    fused.keys_values, fused.attention_query, fused.recurrent_query = keys_values, attention_query, recurrent_query
-    fused.gates, fused.in_rows, fused.gated_norm = gates, in_rows, gated_norm  # type: ignore[assignment]
-    fused.SwiGLU.forward = swiglu  # type: ignore[method-assign]
-    fused.discard_swiglu = lambda y, x, output: None
-    ops.ssd_scan = ssd_by_steps
+    steps = (keys_values, attention_query, recurrent_query, gates, in_rows, gated_norm)
+    places = [(fused, step.__name__, step) for step in steps]
+    places += [(fused.SwiGLU, "forward", swiglu), (fused, "discard_swiglu", lambda y, x, output: None)]
+    for owner, name, step in [*places, (ops, "ssd_scan", ssd_by_steps), (ops, "delta_scan", delta_by_steps)]:
+        setattr(owner, name, step)
 
 
 def keys_values(projected, groups, widths, conv, key_norm, layout, steps, *, gated):

@@ -1,0 +1,67 @@
+"""Training with fused mixers, their kernels written out in plain torch, under layouts: the losses of separate steps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.model import build
+from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.warm import compile_kernels
+from oryx_megatron.testing import fused_steps, run_distributed
+from oryx_megatron.testing.layouts import Worlds, session, tiny_run
+
+RANKS, STEPS = 4, 3
+FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one": ("gdn", 1, {}),
+    "tp2": ("mamba2", 2, {"tensor": 2}),
+    "tp2-whole-sequences": ("gdn", 2, {"tensor": 2, "sequence": False}),
+    "cp2": ("gdn", 2, {"context": 2}),
+    "cp2-recompute-mixer": ("mamba2", 2, {"context": 2, "recompute": "mixer"}),
+    "cp4": ("mamba2", 4, {"context": 4}),
+    "tp2-cp2": ("gdn", 4, {"tensor": 2, "context": 2}),
+    "pp2-cp2": ("mamba2", 4, {"pipeline": 2, "context": 2, "overlap": True}),
+    "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
+}
+
+
+def _run(mixer: str, layout: dict[str, Any], documents: str):
+    return tiny_run(mixer, parallel=ParallelConfig(**layout), data__documents=documents)
+
+
+def _losses() -> dict[str, list[tuple[float, float]]]:
+    worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
+    for mixer, documents in worlds.share(1, [(m, d) for m in ("gdn", "mamba2") for d in ("isolated", "joined")]):
+        with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
+            results[f"{mixer} {documents}"] = opened.steps(STEPS)
+    fused_steps.install()
+    build.transformer_config = functools.partial(transformer_config, **FUSED)  # type: ignore[assignment]
+    for size in (1, 2, 4):
+        cases = [(name, d) for name, case in LAYOUTS.items() if case[1] == size for d in ("isolated", "joined")]
+        for name, documents in worlds.share(size, cases):
+            mixer, _, layout = LAYOUTS[name]
+            run = _run(mixer, layout, documents)
+            with worlds.of(size, f"{name} {documents}"), session(run) as opened:
+                compile_kernels(run, opened.chunks)  # leaves no trace, and needs no other rank
+                results[f"{name} {documents}"] = opened.steps(STEPS)
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[tuple[float, float]]]:
+    merged: dict[str, list[tuple[float, float]]] = {}
+    for part in run_distributed(_losses, RANKS, timeout=600):
+        merged |= part
+    return merged
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("documents", ["isolated", "joined"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_and_gradient_norms(name: str, documents: str, trained: dict[str, list[tuple[float, float]]]) -> None:
+    for found, want in zip(trained[f"{name} {documents}"], trained[f"{LAYOUTS[name][0]} {documents}"], strict=True):
+        assert found == pytest.approx(want, rel=1e-4)
