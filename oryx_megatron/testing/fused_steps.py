@@ -5,6 +5,9 @@ With these in their places the rest of the fused mixer is tested: order of rows,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +21,7 @@ from oryx_megatron.ops.gated_delta import NORM_EPSILON
 def install() -> None:
     """Put them in the kernels' places, for the rest of the process."""
     steps = (keys_values, attention_query, recurrent_query, gates, in_rows, gated_norm)
-    places = [(fused, step.__name__, step) for step in steps]
+    places: list[tuple[Any, str, Callable[..., Any]]] = [(fused, step.__name__, step) for step in steps]
     places += [(fused.SwiGLU, "forward", swiglu), (fused, "discard_swiglu", lambda y, x, output: None)]
     for owner, name, step in [*places, (ops, "ssd_scan", ssd_by_steps), (ops, "delta_scan", delta_by_steps)]:
         setattr(owner, name, step)
