@@ -61,7 +61,7 @@ class _SequenceToHeads(torch.autograd.Function):
         ctx: Any, group: torch.distributed.ProcessGroup, widths: tuple[tuple[int, ...], ...], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         size, (tokens, batch) = group.size(), inputs[0].shape[:2]
-        ctx.group, ctx.widths, ctx.like = group, widths, [(x.shape, x.dtype) for x in inputs]
+        ctx.group, ctx.widths, ctx.shapes = group, widths, [x.shape for x in inputs]
         ctx.set_materialize_grads(False)
         wide = [sum(parts) // size for parts in widths]
         packed = inputs[0].new_empty(size, tokens, batch, sum(wide))
@@ -76,7 +76,7 @@ class _SequenceToHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         size, count = ctx.group.size(), len(ctx.widths)
         given = next(grad for grad in grads if grad is not None)
-        tokens, batch = ctx.like[0][0][:2]
+        tokens, batch = ctx.shapes[0][:2]
         packed = given.new_empty(size * tokens, batch, sum(sum(parts) // size for parts in ctx.widths))
         column = 0
         for parts, grad in zip(ctx.widths, grads):
@@ -87,7 +87,7 @@ class _SequenceToHeads(torch.autograd.Function):
         torch.distributed.all_to_all_single(exchanged, packed, group=ctx.group)
         exchanged = exchanged.unflatten(0, (size, tokens))
         results = []
-        for (shape, _), parts, stayed in zip(ctx.like, ctx.widths, grads[count:]):
+        for shape, parts, stayed in zip(ctx.shapes, ctx.widths, grads[count:]):
             dx = given.new_empty(shape) if stayed is None else around(stayed, shape)
             if stayed is None:
                 dx[..., sum(parts) :] = 0
