@@ -107,20 +107,26 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
         unwrap_model(chunk).load_state_dict(weights, strict=True)
     if kept is not None:
         _load_optimizer(kept, loaded["optimizer"])
+        # In fp32 each rank's share of the weights are its masters, which a run in bf16 wrote with more digits.
+        gather_weights(chunks, always=True)
     elif optimizer is not None:
         optimizer.reload_model_params()
 
 
-def gather_weights(chunks: list[Any]) -> None:
+def gather_weights(chunks: list[Any], *, always: bool = False) -> None:
     """Bring the weights up to date on every data-parallel rank; collective.
 
     With overlapped gathering a rank learns of the other ranks' share of an optimizer step only in the next forward
-    pass: until then its weights are those of before.
+    pass: until then its weights are those of before. `always`: without it, too.
     """
     for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+        if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        if chunk.ddp_config.overlap_param_gather:
             for group in chunk.bucket_groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
+        elif always:
+            chunk.start_param_sync()
 
 
 def load_model_weights(folder: Path, chunks: list[Any]) -> None:
@@ -162,7 +168,27 @@ def allocate_torch_state(optimizer: MegatronOptimizer) -> None:
                 inner.state[parameter] = {"step": torch.tensor(0.0), **dict(zip(("exp_avg", "exp_avg_sq"), zeros))}
 
 
+@contextlib.contextmanager
+def own_settings(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Learning rates, betas and the like of the groups stay as they are, where a checkpoint brings those of before."""
+    settings = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    yield
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)  # new ones, in the same order
+    for group, own in zip(groups, settings, strict=True):
+        group.update(own)
+
+
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    singles = getattr(optimizer, "chained_optimizers", [optimizer])
+    with own_settings(*(single.optimizer for single in singles if single.optimizer is not None)):
+        _load_optimizer_state(optimizer, state)
+
+
+def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     single = shards.own_shards(optimizer)
     if single is None:
         if MASTERS in state:

@@ -242,7 +242,7 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats. States of the recurrence and the listed small parameters are always fp32."""
+    """Number formats. States of the recurrence and the listed small parameters are always fp32 (but see DeepSpeed)."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Format of weights and activations; bf16 keeps fp32 master weights in the optimizer."""

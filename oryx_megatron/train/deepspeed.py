@@ -26,7 +26,7 @@ from oryx_megatron import platform
 from oryx_megatron.checkpoint import Manifest, read_manifest, safe, store
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import file_digest
-from oryx_megatron.checkpoint.state import allocate_torch_state
+from oryx_megatron.checkpoint.state import allocate_torch_state, own_settings
 from oryx_megatron.config import to_dict, validate
 from oryx_megatron.config.schema import CheckpointConfig, DeepSpeedConfig, RunConfig
 from oryx_megatron.config.validate import Layout
@@ -76,13 +76,14 @@ class DeepSpeedEngine:
             eps=run.optimizer.epsilon,
         )
         size = sum(parameter.numel() for parameter in model.parameters())
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            mpu=ModelParallelUnit(),
-            dist_init_required=False,
-            config=deepspeed_config(run, layout, bucket=min(BUCKET, size)),
-        )
+        with _always_zero():
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                mpu=ModelParallelUnit(),
+                dist_init_required=False,
+                config=deepspeed_config(run, layout, bucket=min(BUCKET, size)),
+            )
         self._forward = _Forward(self.engine)
         self.chunks = [self.engine.module]
         self.schedule = build_schedule(run, self.engine.basic_optimizer)
@@ -107,18 +108,10 @@ class DeepSpeedEngine:
 
     def gradient_norm(self) -> float:
         """See Engine."""
-        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-        from deepspeed.runtime.utils import (
-            combine_grad_norm_groups,
-            get_global_norm_of_tensors,
-            is_invalid_grad_norm,
-        )
+        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 
         optimizer = self.engine.optimizer
-        if isinstance(optimizer, BF16_Optimizer):
-            grads, _ = optimizer.get_grads_for_norm()
-            norm = get_global_norm_of_tensors(grads, mpu=optimizer.mpu, norm_type=optimizer.norm_type)
-        elif self.run.deepspeed.zero_stage == 3:
+        if self.run.deepspeed.zero_stage == 3:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
         else:
             norm = optimizer.scaled_global_norm()
@@ -247,7 +240,8 @@ def restore(engine: Any, folder: Path) -> None:
     DeepSpeed would unpickle whatever its files hold.
     """
     engine.checkpoint_engine.load = load_file
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with own_settings(engine.basic_optimizer):
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
 
@@ -361,6 +355,22 @@ def import_deepspeed() -> Any:
     # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _always_zero() -> Iterator[None]:
+    """ZeRO's own optimizer in stage 1 of bf16 too, where DeepSpeed (0.19) takes another, which cannot `discard`."""
+    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+
+    choose = Engine._do_optimizer_sanity_check
+    Engine._do_optimizer_sanity_check = lambda *arguments: (
+        ZERO_OPTIMIZATION if (chosen := choose(*arguments)) == BFLOAT16 else chosen
+    )
+    try:
+        yield
+    finally:
+        Engine._do_optimizer_sanity_check = choose
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.testing import run_distributed
@@ -87,3 +88,25 @@ def test_weights_in_a_checkpoint_are_the_rounded_masters(
     compared, apart = compare_masters(folder)
     assert compared > 10
     assert not apart
+
+
+def _apart_in_fp32(root: Path) -> int:
+    """How many parameters differ between the ranks of a run that goes on in fp32 where one in bf16 stopped."""
+    layout = {"overlap": False}
+    with session(_run("gdn", layout)) as opened:
+        opened.steps(2)
+        manager = opened.checkpoints(root)
+        assert manager.save(2, opened.manifest) or manager.wait()
+    run = tiny_run("gdn", parallel=ParallelConfig(**layout), optimizer__lr=2e-3)
+    with session(run, iteration=2) as opened:
+        assert opened.checkpoints(root).load() is not None
+        apart = 0
+        for parameter in opened.chunks[0].parameters():
+            first = parameter.detach().clone()
+            torch.distributed.broadcast(first, src=0)
+            apart += not torch.equal(first, parameter)
+        return apart
+
+
+def test_going_on_in_fp32_gives_all_ranks_the_same_weights(tmp_path: Path) -> None:
+    assert run_distributed(_apart_in_fp32, 2, tmp_path) == [0, 0]

@@ -198,11 +198,15 @@ def one_save(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_may_change(trainer: Callable[..., Trainer], one_save: Path, tmp_path: Path) -> None:
     """Names, schedules and microbatches are no part of a checkpoint's identity."""
     shutil.copytree(one_save, tmp_path / "checkpoints")
-    changed = ("model.name=other", "model.recurrence_chunk=8", "optimizer.lr=1e-3", "train.micro_batch_size=1")
+    changed = ("model.name=other", "model.recurrence_chunk=8", "train.micro_batch_size=1", "optimizer.lr=3e-4")
+    changed += ("schedule.name=constant", "schedule.warmup=0", "optimizer.beta1=0.5", "optimizer.epsilon=1e-5")
     resumed = trainer(*changed, "train.iterations=2")
     assert resumed.iteration == 1
+    for group in resumed.engine.optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.5, 0.95), 1e-5)
     resumed.fit()
     assert resumed.iteration == 2
+    assert resumed.engine.learning_rate() == 3e-4
 
 
 def test_checkpoints_of_another_program(trainer: Callable[..., Trainer], tmp_path: Path) -> None:

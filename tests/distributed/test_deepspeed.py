@@ -36,7 +36,11 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 6, 3
-FIELDS = {"gdn": (), "mamba2": ("model.mixer=mamba2", "data.documents=isolated")}
+FIELDS = {
+    "gdn": (),
+    "mamba2": ("model.mixer=mamba2", "data.documents=isolated"),
+    "gdn-bf16": ("precision.dtype=bf16",),
+}
 HALVES = (f"checkpoint.interval={HALF}", f"evaluation.interval={HALF}")
 
 
@@ -61,6 +65,8 @@ FAST: tuple[Case, ...] = (
     ("gdn", 1, 2, 2, ()),
     ("mamba2", 2, 1, 2, ()),
     ("gdn", 3, 1, 2, ("deepspeed.offload=parameters",)),
+    ("gdn-bf16", 1, 1, 2, ()),
+    ("gdn-bf16", 2, 1, 2, ()),
 )
 WIDE: tuple[Case, ...] = (
     ("mamba2", 2, 2, 4, ("deepspeed.offload=optimizer",)),
@@ -71,7 +77,7 @@ WIDE: tuple[Case, ...] = (
     ("gdn", 1, 1, 2, ("deepspeed.offload=optimizer", "parallel.recompute=mixer")),
     ("mamba2", 2, 2, 2, ("parallel.sequence=false", "parallel.overlap=true")),
 )
-RESUMED, CONVERTED = (FAST[2], FAST[3]), (FAST[1], FAST[3])
+RESUMED, CONVERTED = (FAST[2], FAST[3], FAST[4]), (FAST[1], FAST[3], FAST[4])
 RESUMED_WIDELY, CONVERTED_WIDELY = (WIDE[2], WIDE[3]), (WIDE[6], WIDE[7], WIDE[12], WIDE[13])
 
 
@@ -136,20 +142,25 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return _runs(tmp_path_factory.mktemp("deepspeed"), WIDE, RESUMED_WIDELY, CONVERTED_WIDELY)
 
 
+def _tolerance(case: Case) -> float:
+    """Relative; in bf16 DeepSpeed rounds the decays too."""
+    return 1e-3 if "bf16" in case[0] else 1e-4
+
+
 def _assert_equal(runs: Runs, case: Case) -> None:
-    name, reference = _name(case), case[0]
+    name, reference, close = _name(case), case[0], _tolerance(case)
     assert len(runs.losses(name)) == STEPS
-    assert runs.losses(name) == pytest.approx(runs.losses(reference), rel=1e-4)
-    assert runs.steps(name, "grad_norm") == pytest.approx(runs.steps(reference, "grad_norm"), rel=1e-3)
+    assert runs.losses(name) == pytest.approx(runs.losses(reference), rel=close)
+    assert runs.steps(name, "grad_norm") == pytest.approx(runs.steps(reference, "grad_norm"), rel=10 * close)
     for field in ("lr", "attention_share", "consumed_samples", "tokens", "model_flops"):
         assert runs.steps(name, field) == pytest.approx(runs.steps(reference, field), rel=1e-6)
     for iteration in (HALF, STEPS):
-        assert runs.evaluations(name, iteration) == pytest.approx(runs.evaluations(reference, iteration), rel=1e-4)
+        assert runs.evaluations(name, iteration) == pytest.approx(runs.evaluations(reference, iteration), rel=close)
 
 
 @pytest.mark.parametrize("case", FAST, ids=_name)
 def test_losses_equal_the_other_engine(fast: Runs, case: Case) -> None:
-    """fp32, 1e-4, six steps, drawn plans that differ between data-parallel ranks; evaluation under three plans."""
+    """fp32 and bf16, six steps, drawn plans that differ between data-parallel ranks; evaluation under three plans."""
     _assert_equal(fast, case)
 
 
@@ -181,14 +192,14 @@ def test_resume_is_exact_widely(wide: Runs, case: Case) -> None:
 
 
 def _assert_converted(runs: Runs, case: Case) -> None:
-    name = _name(case)
+    name, close = _name(case), _tolerance(case)
     folder = runs.root / f"{name} converted" / "checkpoints" / f"iteration_{HALF:07d}"
     manifest = read_manifest(folder)
     assert (manifest.run().engine, manifest.iteration) == ("megatron", HALF)
     assert store.damaged_files(folder, manifest) == []
-    assert runs.loaded(f"{name} converted") == pytest.approx(runs.evaluations(name, HALF), rel=1e-5)
-    assert runs.losses(f"{name} converted") == pytest.approx(runs.losses(case[0])[HALF:], rel=1e-4)
-    assert runs.evaluations(f"{name} converted") == pytest.approx(runs.evaluations(case[0]), rel=1e-4)
+    assert runs.loaded(f"{name} converted") == pytest.approx(runs.evaluations(name, HALF), rel=close / 10)
+    assert runs.losses(f"{name} converted") == pytest.approx(runs.losses(case[0])[HALF:], rel=close)
+    assert runs.evaluations(f"{name} converted") == pytest.approx(runs.evaluations(case[0]), rel=close)
 
 
 @pytest.mark.parametrize("case", CONVERTED, ids=_name)
