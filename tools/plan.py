@@ -124,7 +124,7 @@ def _settings(e: Estimate) -> list[str]:
 def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int) -> str:
     lines = [
         f"{model.name} on {_count(cluster.gpus, 'GPU')} of {cluster.memory_gib:g} GiB: {_count(len(found), 'layout')} "
-        f"within {USABLE:.0%} of that",
+        f"fit, {1 - USABLE:.0%} left to the allocator",
         f"{work.batch} × {work.sequence} tokens per step, {work.attention_share:.0%} in attention mode",
         "",
         f"{'layout':<26}{'micro':>5}{'m':>5} {'recompute':<9}{'GiB':>6}{'step s':>8}{'tokens/s':>12}{'bubble':>7}",
