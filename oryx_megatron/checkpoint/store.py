@@ -30,10 +30,15 @@ def list_folders(root: str | Path) -> list[Path]:
     return sorted((f for f in folders if f.name.removeprefix(PREFIX).isdecimal()), key=iteration_of)
 
 
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""What DeepSpeed lays beside its checkpoints."""
+
+
 def foreign_files(root: Path) -> list[str]:
     """Names under `root` that no run of this project put there."""
-    known = (PREFIX, WRITING)
-    return sorted(f.name for f in root.iterdir() if not f.name.startswith(known)) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted(f.name for f in root.iterdir() if not f.name.startswith((PREFIX, WRITING)) and f.name not in SCRIPTS)
 
 
 def iteration_of(folder: Path) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
@@ -163,6 +164,10 @@ def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
             raise ConfigError(f"{name}[{i}].path: is empty")
         if not (entry.weight > 0 and math.isfinite(entry.weight)):
             raise ConfigError(f"{name}[{i}].weight: {entry.weight} should be above 0")
+        if any(Path(other.path) == Path(entry.path) for other in blend[:i]):
+            raise ConfigError(
+                f"{name}[{i}].path: {entry.path} is there already; name it once, with the sum of the weights"
+            )
 
 
 def _check_data(data: DataConfig, iterations: int) -> None:
@@ -181,8 +186,8 @@ def _check_data(data: DataConfig, iterations: int) -> None:
             f"data.split: {list(data.split)} should be sizes ≥ 0 of train, validation, test; train above 0"
         )
     for name, blend in data.validation.items():
-        if name == "valid":
-            raise ConfigError("data.validation.valid: `valid` is the split's own part; choose another name")
+        if name in ("train", "valid"):
+            raise ConfigError(f"data.validation.{name}: `{name}` is the split's own part; choose another name")
         _check_blend(f"data.validation.{name}", blend)
 
 
@@ -202,6 +207,8 @@ def _check_training(run: RunConfig) -> None:
         )
     if not 0 <= schedule.min_lr <= optimizer.lr:
         raise ConfigError(f"schedule.min_lr: {schedule.min_lr} should be from 0 to optimizer.lr {optimizer.lr}")
+    if schedule.min_lr and schedule.name == "constant":
+        raise ConfigError("schedule.min_lr: has no effect with schedule.name constant; remove it, or use cosine or wsd")
     if schedule.decay is not None and schedule.name != "wsd":
         raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
     decay = train.iterations // 10 if schedule.decay is None else schedule.decay
@@ -212,6 +219,8 @@ def _check_training(run: RunConfig) -> None:
         )
     if schedule.name == "wsd" and schedule.decay_shape == "exponential" and schedule.min_lr == 0:
         raise ConfigError("schedule.min_lr: an exponential decay needs a minimum above 0")
+    if run.seed >= 2**32:
+        raise ConfigError(f"seed: {run.seed} should be below 2³²")
     _not_negative(
         seed=run.seed,
         checkpoint__interval=run.checkpoint.interval,

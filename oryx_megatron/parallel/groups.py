@@ -37,7 +37,7 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout / 60)),
+        distributed_timeout_minutes=parallel.distributed_timeout / 60,
         # Between CPUs every group is gloo already; a second set would only cost start-up time.
         create_gloo_process_groups=platform.has_gpu(),
     )

@@ -257,9 +257,19 @@ class TensorBoard(Callback):
     """TensorBoard events in `folder`."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_start(self, run: RunConfig, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        # Steps that an earlier process did behind its last checkpoint are done again.
+        self._writer = SummaryWriter(str(self.folder), purge_step=iteration + 1 if iteration else None)
+
+    def on_return(self, iteration: int, to: int, skipped: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer.close()
+        self._writer = SummaryWriter(str(self.folder), purge_step=to + 1)
 
     def on_step(self, record: StepRecord) -> None:
         for name in ("loss", "grad_norm", "lr", "attention_share", "data_seconds"):

@@ -240,8 +240,11 @@ def restore(engine: Any, folder: Path) -> None:
     DeepSpeed would unpickle whatever its files hold.
     """
     engine.checkpoint_engine.load = load_file
+    clip_grad = getattr(engine.optimizer, "clip_grad", None)  # ZeRO 1 and 2 take it from the file
     with own_settings(engine.basic_optimizer):
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if clip_grad is not None:
+        engine.optimizer.clip_grad = clip_grad
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
 

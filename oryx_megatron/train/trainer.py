@@ -93,6 +93,8 @@ class Trainer:
                 log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.datasets = build_datasets(run, self.tokenizer)
+        if reports and len(self.datasets) == 1:
+            log.warning("data.split %s and data.validation leave nothing to evaluate", list(run.data.split))
         self.engine = _build_engine(run, layout)
         self.chunks = self.engine.chunks
         self.checkpoints = self.engine.checkpoints(self.folder / "checkpoints")
@@ -158,7 +160,7 @@ class Trainer:
             self._complete_save(self.checkpoints.wait)
             if self._save_error is not None:
                 raise self._save_error
-            if self.iteration >= last:
+            if self.iteration >= last and not self._missed_evaluation():
                 self._stop = None  # told to stop in the last step: nothing is left to do
             stopped = signals.Stop(self._stop, self.iteration) if self._stop else None
             if stopped and self.callbacks:

@@ -352,6 +352,16 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["data.split=[0, 1, 1]"], "data.split: [0.0, 1.0, 1.0] should be sizes"),
         (["data.split=[2, -1, 1]"], "data.split: [2.0, -1.0, 1.0] should be sizes"),
         (["data.validation={valid: [a]}"], "data.validation.valid: `valid` is the split's own part"),
+        (["data.validation={train: [a]}"], "data.validation.train: `train` is the split's own part"),
+        (
+            ["data.blend=[a, b, ./a]"],
+            "data.blend[2].path: ./a is there already; name it once, with the sum of the weights",
+        ),
+        (
+            ["schedule.name=constant", "schedule.min_lr=1e-4"],
+            "schedule.min_lr: has no effect with schedule.name constant",
+        ),
+        (["seed=4294967296"], "seed: 4294967296 should be below 2³²"),
         (["data.validation={web: []}"], "data.validation.web: no dataset"),
         (["data.num_workers=-1"], "data.num_workers: -1 should not be negative"),
         (["data.tokenizer=''"], "data.tokenizer: is empty"),

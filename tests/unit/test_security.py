@@ -147,7 +147,7 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
         """As much of DeepSpeed's as reads a file."""
 
         checkpoint_engine = type("CheckpointEngine", (), {})()
-        basic_optimizer = torch.optim.SGD([torch.zeros(1)])
+        optimizer = basic_optimizer = torch.optim.SGD([torch.zeros(1)])
 
         def load_checkpoint(self, root: str, tag: str) -> tuple[str, Any]:
             path = f"{root}/{tag}/mp_rank_00_model_states.pt"
