@@ -318,7 +318,8 @@ class Trainer:
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""
         due = self.iteration and _due(self.iteration, self.run.evaluation.interval, self.run.train.iterations)
-        return bool(due) and all(result["iteration"] != self.iteration for result in self.evaluations)
+        missed = all(result["iteration"] != self.iteration for result in self.evaluations)
+        return bool(due) and missed and len(self.datasets) > 1
 
     def _describe(
         self, batches: list[Microbatch], totals: Totals, norm: float, reason: str | None, consumed: int

@@ -223,6 +223,24 @@ def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal
     assert (summary["restarts"], summary["iterations"]) == (1, 4)
 
 
+def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """The evaluation that is due then is left to the next start, which the marker asks for."""
+    settings = ("train.iterations=3", "checkpoint.interval=0", "data.split=[8,2,0]")
+    stop = signals.StopRequest().install()
+    try:
+        opened = trainer(*settings, stop=stop)
+        opened.callbacks = [*opened.callbacks, At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))]
+        assert opened.fit() == signals.Stop("SIGTERM", 3)
+    finally:
+        stop.restore()
+    assert (tmp_path / "requeue").exists()
+    assert trainer(*settings).fit() is None
+    assert not (tmp_path / "requeue").exists()
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds[:3] == ["step"] * 3
+    assert "evaluation" in kinds[3:]
+
+
 def test_second_interrupt() -> None:
     """The copy that torchrun delivers of one Ctrl-C does not count; a second Ctrl-C ends the process."""
     stop = signals.StopRequest().install()

@@ -150,6 +150,7 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
         optimizer = basic_optimizer = torch.optim.SGD([torch.zeros(1)])
 
         def load_checkpoint(self, root: str, tag: str) -> tuple[str, Any]:
+            self.optimizer.clip_grad = 2.0  # as ZeRO 1 and 2 do with that of the file
             path = f"{root}/{tag}/mp_rank_00_model_states.pt"
             return path, self.checkpoint_engine.load(path, map_location="cpu")
 
@@ -161,7 +162,10 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
         "module": {"weight": torch.ones(2), "layer._extra_state": torch.empty(0, dtype=torch.uint8)},
     }
     torch.save(usual, path)
-    deepspeed.restore(Engine(), path.parent)
+    engine = Engine()
+    engine.optimizer.clip_grad = 1.0
+    deepspeed.restore(engine, path.parent)
+    assert engine.optimizer.clip_grad == 1.0
     read = deepspeed.load_file(path)
     assert read["optimizer_state_dict"]["loss_scaler"].cur_scale == 2.0
     assert read["optimizer_state_dict"]["zero_stage"] is ZeroStageEnum(2)
