@@ -28,7 +28,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from oryx_megatron.config.validate import Layout, layout_for, uneven_first_stage
+from oryx_megatron.config.validate import Layout, divisors, layout_for, uneven_first_stage
 from oryx_megatron.errors import ConfigError
 
 Recompute = Literal["none", "mixer", "full"]
@@ -370,8 +370,7 @@ def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_ba
 
 def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[Layout, int]]:
     """Every layout and micro batch that a run on this cluster accepts; tensor parallelism stays within a node."""
-    sizes = [n for n in range(1, cluster.gpus + 1) if cluster.gpus % n == 0]
-    for tp, pp, cp in itertools.product(sizes, repeat=3):
+    for tp, pp, cp in itertools.product(divisors(cluster.gpus), repeat=3):
         if tp > cluster.gpus_per_node or cluster.gpus % (tp * pp * cp) or pp > model.num_layers:
             continue
         first = uneven_first_stage(model.num_layers, pp)

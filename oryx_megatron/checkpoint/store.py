@@ -17,6 +17,8 @@ from oryx_megatron.checkpoint.manifest import NAME, Manifest, file_digest, read_
 from oryx_megatron.errors import CheckpointError
 
 PREFIX, WRITING = "iteration_", ".writing_"
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""What DeepSpeed lays beside its checkpoints."""
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
@@ -28,10 +30,6 @@ def list_folders(root: str | Path) -> list[Path]:
     """Folders under `root` with the name of a checkpoint, complete or not, oldest first."""
     folders = Path(root).glob(f"{PREFIX}*")
     return sorted((f for f in folders if f.name.removeprefix(PREFIX).isdecimal()), key=iteration_of)
-
-
-SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""What DeepSpeed lays beside its checkpoints."""
 
 
 def foreign_files(root: Path) -> list[str]:

@@ -342,6 +342,11 @@ def _stage_variants(parallel: ParallelConfig, num_layers: int) -> list[ParallelC
     return variants
 
 
+def divisors(number: int) -> list[int]:
+    """Of a number of ranks, from 1 on."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def uneven_first_stage(num_layers: int, pipeline: int) -> int | None:
     """Layers of a first stage that leave the others with equal numbers, fewer than theirs if possible.
 
@@ -357,9 +362,8 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
     """The nearest layouts that do use `world_size` ranks, in words."""
     parallel = run.parallel
     wanted = (parallel.tensor, parallel.pipeline, parallel.context)
-    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     found: list[tuple[float, str]] = []
-    for tp, pp, cp in itertools.product(divisors, repeat=3):
+    for tp, pp, cp in itertools.product(divisors(world_size), repeat=3):
         if world_size % (tp * pp * cp):
             continue
         distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp), wanted))

@@ -265,7 +265,7 @@ class FusedOryxMixer(OryxMixer):
             self.key_norm.summed_weight() if model.has_attention and model.qk_norm else None,
             layout,
             steps,
-            gated=projected.shape[-1] > self.groups * (model.key_width + model.value_width),
+            gated=model.output_gate and self.cp_group.size() == 1,  # else it stayed with its rows
         )
         o_attention = o_recurrent = None
         if query_attention is not None:

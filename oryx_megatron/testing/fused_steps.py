@@ -18,12 +18,21 @@ from oryx_megatron.ops.fused import HeadSteps, KeysValues
 from oryx_megatron.ops.gated_delta import NORM_EPSILON
 
 
+def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Owner, name and stand-in of every kernel."""
+    steps = (keys_values, attention_query, recurrent_query, gates, in_rows, gated_norm)
+    return [
+        *((fused, step.__name__, step) for step in steps),
+        (fused.SwiGLU, "forward", swiglu),
+        (fused, "discard_swiglu", lambda y, x, output: None),
+        (ops, "ssd_scan", ssd_by_steps),
+        (ops, "delta_scan", delta_by_steps),
+    ]
+
+
 def install() -> None:
     """Put them in the kernels' places, for the rest of the process."""
-    steps = (keys_values, attention_query, recurrent_query, gates, in_rows, gated_norm)
-    places: list[tuple[Any, str, Callable[..., Any]]] = [(fused, step.__name__, step) for step in steps]
-    places += [(fused.SwiGLU, "forward", swiglu), (fused, "discard_swiglu", lambda y, x, output: None)]
-    for owner, name, step in [*places, (ops, "ssd_scan", ssd_by_steps), (ops, "delta_scan", delta_by_steps)]:
+    for owner, name, step in replacements():
         setattr(owner, name, step)
 
 

@@ -187,6 +187,19 @@ class Session:
         gc.collect()
 
 
+def stop_and_go_on(run: RunConfig, root: Path, *, before: int, after: int) -> tuple[list[float], list[float]]:
+    """Losses of `before + after` steps with a checkpoint under `root` between, and of `after` steps from there."""
+    with session(run) as opened:
+        going = opened.steps(before)
+        manager = opened.checkpoints(root)
+        assert manager.save(before, opened.manifest) or manager.wait()
+        going += opened.steps(after)
+    with session(run, iteration=before) as opened:
+        assert opened.checkpoints(root).load() is not None
+        resumed = opened.steps(after)
+    return [loss for loss, _ in going], [loss for loss, _ in resumed]
+
+
 def forget_hooks(chunks: list[Any]) -> None:
     """Let go of chunks for good.
 

@@ -10,7 +10,7 @@ import torch
 
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Worlds, session, tiny_run
+from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
 from oryx_megatron.testing.masters import compare_masters
 
 RANKS = 4
@@ -51,14 +51,9 @@ def _losses(root: Path) -> dict[str, list[float]]:
     for size in (2, 4):
         for name, (variant, _, layout) in worlds.share(size, [case for case in LAYOUTS.items() if case[1][1] == size]):
             run = _run(variant, layout)
-            with worlds.of(size, f"write {name}"), session(run) as opened:
-                results[name] = [loss for loss, _ in opened.steps(BEFORE)]
-                manager = opened.checkpoints(root / name)
-                assert manager.save(BEFORE, opened.manifest) or manager.wait()
-                results[name] += [loss for loss, _ in opened.steps(AFTER)]
-            with worlds.of(size, f"read {name}"), session(run, iteration=BEFORE) as opened:
-                assert opened.checkpoints(root / name).load() is not None
-                results[name] += [loss for loss, _ in opened.steps(AFTER)]
+            with worlds.of(size, name):
+                going, resumed = stop_and_go_on(run, root / name, before=BEFORE, after=AFTER)
+                results[name] = going + resumed
     return results
 
 

@@ -15,7 +15,7 @@ from oryx_megatron.config.schema import KernelsConfig, ParallelConfig, Precision
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
 from oryx_megatron.testing import layouts, run_distributed
-from oryx_megatron.testing.layouts import session, tiny_run
+from oryx_megatron.testing.layouts import session, stop_and_go_on, tiny_run
 from oryx_megatron.testing.masters import compare_masters
 
 STEPS, WINDOW = 200, 20
@@ -90,14 +90,8 @@ def test_resumes_from_a_checkpoint(mixer, tmp_path):
     run = tiny_run(mixer, **WIDE, precision=PrecisionConfig())
     platform.install()
     backends.select(KernelsConfig(), backends.Workload(run.model, "bf16"))
-    with session(run) as opened:
-        opened.steps(3)
-        manager = opened.checkpoints(tmp_path)
-        assert manager.save(3, opened.manifest) or manager.wait()
-        want = [loss for loss, _ in opened.steps(5)]
-    with session(run, iteration=3) as opened:
-        assert opened.checkpoints(tmp_path).load() is not None
-        assert [loss for loss, _ in opened.steps(5)] == pytest.approx(want, rel=1e-3)
+    going, resumed = stop_and_go_on(run, tmp_path, before=3, after=5)
+    assert resumed == pytest.approx(going[3:], rel=1e-3)
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
@@ -148,25 +142,18 @@ def test_two_gpus_compute_what_one_does(mixer):
         assert found[0] == pytest.approx(want, rel=5e-3), name
 
 
-def save_and_go_on(root: Path) -> list[list[float]]:
+def losses_under_overlap(root: Path) -> tuple[list[float], list[float]]:
     run = tiny_run("gdn", **WIDE, parallel=ParallelConfig(overlap=True), precision=PrecisionConfig())
     platform.install()
     backends.select(KernelsConfig(), backends.Workload(run.model, "bf16"))
-    with session(run) as opened:
-        opened.steps(3)
-        manager = opened.checkpoints(root)
-        assert manager.save(3, opened.manifest) or manager.wait()
-        curves = [[loss for loss, _ in opened.steps(3)]]
-    with session(run, iteration=3) as opened:
-        assert opened.checkpoints(root).load() is not None
-        return [*curves, [loss for loss, _ in opened.steps(3)]]
+    return stop_and_go_on(run, root, before=3, after=3)
 
 
 def test_checkpoints_under_overlap_hold_the_weights_of_their_step(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("there are not two GPUs")
-    want, found = run_distributed(save_and_go_on, 2, tmp_path)[0]
-    assert found == pytest.approx(want, rel=1e-3)
+    going, resumed = run_distributed(losses_under_overlap, 2, tmp_path)[0]
+    assert resumed == pytest.approx(going[3:], rel=1e-3)
     compared, apart = compare_masters(tmp_path / "iteration_0000003")
     assert compared > 10
     assert not apart

@@ -31,6 +31,20 @@ def test_layouts_agree_on_the_loss() -> None:
     assert len({float(row[-1]) for row in rows}) == 1
 
 
+def test_links_count_every_collective() -> None:
+    script = str(ROOT / "benchmarks" / "links.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "--mib", "1", "2"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command, "--repeats", "1"],
+        capture_output=True, text=True, timeout=280, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    names = ["all-to-all", "all-gather", "reduce-scatter", "all-reduce"]
+    assert [(row[0].strip(), int(row[1])) for row in rows] == [(name, mib) for mib in (1, 2) for name in names]
+    assert all(float(row[2]) > 0 for row in rows)
+
+
 def test_recompute_keeps_less() -> None:
     lines = _lines("recompute.py", "tiny-gdn", "--layers", "2", "--sequence", "128", "--plans", "ratio:0.5")
     kept = {line[1]: float(line[2]) for line in lines if line[:1] == ["ratio:0.5"]}

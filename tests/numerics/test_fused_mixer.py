@@ -41,13 +41,13 @@ DOCUMENTS = (0, 9, 10, 26, 37)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    kept = [(owner, name, getattr(owner, name)) for owner, name in REPLACED]
-    replace_kernels()
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield
-    parallel.destroy()
-    for owner, name, value in kept:
-        setattr(owner, name, value)
+    with pytest.MonkeyPatch.context() as patched:
+        for owner, name, _ in fused_steps.replacements():
+            patched.setattr(owner, name, getattr(owner, name))  # to be put back
+        replace_kernels()
+        parallel.initialize(ParallelConfig(), seed=1)
+        yield
+        parallel.destroy()
 
 
 def replace_kernels() -> None:
@@ -55,12 +55,6 @@ def replace_kernels() -> None:
     ops.delta_scan = delta_by_steps  # type: ignore[assignment]
     if not INTERPRETED:
         fused_steps.install()
-
-
-STEPS = ("keys_values", "attention_query", "recurrent_query", "gates", "in_rows", "gated_norm", "discard_swiglu")
-REPLACED = [(ops.fused, name) for name in STEPS] + [
-    (ops.fused.SwiGLU, "forward"), (ops, "delta_scan"), (ops, "ssd_scan"),
-]  # fmt: skip
 
 
 def config(**changes) -> ModelConfig:

@@ -1,0 +1,31 @@
+"""What reporters make of a run that goes on behind a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.callbacks import StepRecord, TensorBoard
+
+
+def _record(iteration: int) -> StepRecord:
+    numbers = {field.name: 1.0 for field in dataclasses.fields(StepRecord)}
+    return StepRecord(**(numbers | {"iteration": iteration, "skipped": False}))  # type: ignore[arg-type]
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    """A process that died two steps behind its checkpoint, and one that goes back after bad steps."""
+    for done, steps, back in ((0, (1, 2, 3, 4), None), (2, (3, 4, 5), 3), (3, (), None)):
+        reporter = TensorBoard(tmp_path)
+        reporter.on_start(tiny_run(), done)
+        for iteration in steps:
+            reporter.on_step(_record(iteration))
+        if back is not None:
+            reporter.on_return(steps[-1], back, 0)
+            reporter.on_step(_record(back + 1))
+        reporter.on_end()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
