@@ -26,7 +26,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
             value = json.load(file)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a JSON {type(value).__name__}, not an object")

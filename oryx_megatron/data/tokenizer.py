@@ -327,20 +327,34 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise DataError(
             f"{folder} has no {MANIFEST}; write one with `python tools/train_tokenizer.py --adopt {folder}`"
         )
-    manifest = read_json(folder / MANIFEST)
-    kind = manifest.get("kind")
-    if kind not in MODEL_FILES:
-        raise DataError(f"{folder / MANIFEST}: kind is {kind!r}; known: {KINDS}")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or MODEL_FILES[kind] not in files:
-        raise DataError(f"{folder / MANIFEST}: `files` does not name {MODEL_FILES[kind]} and its sha256")
+    manifest = _read_manifest(folder)
+    kind, files = manifest["kind"], manifest["files"]
     for name, digest in files.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing; {MANIFEST} names it")
         if (found := sha256_of(path)) != digest:
-            raise DataError(f"{path} is not the file of {MANIFEST}: sha256 {found[:12]}…, expected {str(digest)[:12]}…")
+            raise DataError(f"{path} is not the file of {MANIFEST}: sha256 {found[:12]}…, expected {digest[:12]}…")
     return _open(folder, kind, files[MODEL_FILES[kind]], manifest.get("eod"), manifest.get("vocab_size"))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json, its fields of the right types. Raises DataError."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    kind, files = manifest.get("kind"), manifest.get("files")
+    if not isinstance(kind, str) or kind not in MODEL_FILES:
+        raise DataError(f"{path}: kind is {kind!r}; known: {KINDS}")
+    if not isinstance(files, dict) or MODEL_FILES[kind] not in files:
+        raise DataError(f"{path}: `files` does not name {MODEL_FILES[kind]} and its sha256")
+    for name, digest in files.items():
+        if name != Path(name).name or not isinstance(digest, str):
+            raise DataError(f"{path}: `files` must hold names of files of this folder and their sha256, not {name!r}")
+    for field, kinds in (("eod", str), ("vocab_size", int)):
+        value = manifest.get(field)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise DataError(f"{path}: `{field}` is {value!r}; it must be {'text' if kinds is str else 'a number'}")
+    return manifest
 
 
 def write_manifest(folder: str | Path, *, source: str, eod: str | None = None, **more: object) -> Tokenizer:
