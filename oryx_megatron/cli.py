@@ -25,7 +25,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except OryxError as error:
-            rank = os.environ.get("RANK", "0")
+            rank = os.environ.get("RANK", "").strip() or "0"
             if rank == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             elif getattr(error, "rank_local", False):

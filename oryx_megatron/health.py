@@ -37,7 +37,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oryx_megatron import platform
+from oryx_megatron import platform, ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
@@ -379,11 +379,11 @@ class _Rank:
         nodes = list(groups)
         wholes = {f"in {node}": groups[node] for node in nodes if len(groups[node]) > 1}
         for batch in [wholes, *({f"{a}–{b}": [*groups[a], *groups[b]] for a, b in turn} for turn in ring(nodes))]:
-            for name, ranks in batch.items():
-                group = dist.new_group(ranks, timeout=limit)  # all ranks take part in making each
-                if self.rank in ranks:
+            for name, members in batch.items():
+                group = dist.new_group(members, timeout=limit)  # all ranks take part in making each
+                if self.rank in members:
                     try:
-                        found[name] = self._reduce(group, ranks)
+                        found[name] = self._reduce(group, members)
                     except RuntimeError as error:
                         self._broken = True
                         found[name] = _first_line(error)
@@ -666,10 +666,11 @@ def _environment() -> tuple[int, int]:
                 raise ConfigError("MASTER_ADDR: set it to the first node's address; scontrol is not here") from None
             e |= {"MASTER_ADDR": names[0], "ORYX_NODES": " ".join(names)}
         e.setdefault("MASTER_PORT", str(20000 + int(e["SLURM_JOB_ID"]) % 10000))
+    launch = ranks.read()
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in single.items():
         e.setdefault(name, value)
-    return int(e["RANK"]), int(e["WORLD_SIZE"])
+    return (0, 1) if launch is None else (launch.rank, launch.size)
 
 
 def _store(rank: int, world: int, timeout: float) -> dist.Store:

@@ -17,6 +17,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConversionError
 
@@ -36,13 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     if not by_deepspeed(folder):
         raise ConversionError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
     manifest = read_manifest(folder)
-    ranks = manifest.layout["tp"] * manifest.layout["dp"]
-    if "RANK" not in os.environ:
+    wanted = manifest.layout["tp"] * manifest.layout["dp"]
+    if (launch := ranks.read()) is None:
         if list_checkpoints(arguments.output / "checkpoints"):
             raise ConversionError(f"{arguments.output} holds checkpoints already; choose another output")
-        return _start(ranks, folder, arguments.output)
-    if (started := int(os.environ["WORLD_SIZE"])) != ranks:
-        raise ConversionError(f"{folder} was written by {ranks} ranks, not {started}: start {ranks}, or no torchrun")
+        return _start(wanted, folder, arguments.output)
+    if launch.size != wanted:
+        raise ConversionError(
+            f"{folder} was written by {wanted} ranks, not {launch.size}: start {wanted}, or no torchrun"
+        )
     from oryx_megatron import parallel
 
     run = manifest.run()
@@ -58,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _start(ranks: int, folder: Path, output: Path) -> int:
+def _start(count: int, folder: Path, output: Path) -> int:
     """This command again, as so many processes; of what they say of an error, the one line that is meant for users."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(Path(__file__).resolve()), str(folder), str(output)]
+    command += ["--nproc-per-node", str(count), str(Path(__file__).resolve()), str(folder), str(output)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

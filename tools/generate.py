@@ -10,11 +10,11 @@ RUN is a run folder (its newest checkpoint) or a checkpoint. Under torchrun the 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
 
+from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from oryx_megatron.eval.generation import generate, load_for_inference
 
     try:
-        model = load_for_inference(arguments.checkpoint, tensor=int(os.environ.get("WORLD_SIZE", "1")))
+        model = load_for_inference(arguments.checkpoint, tensor=ranks.world_size())
         tokenizer = load_tokenizer(arguments.tokenizer or model.run.data.tokenizer)
         prompt = tokenizer.encode(text) or [tokenizer.eod_id]
         shown = _Printer(tokenizer, prompt) if parallel.is_main_rank() else None

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config.schema import ParallelConfig
 
@@ -80,7 +80,7 @@ def _perplexity(arguments: argparse.Namespace) -> int:
         sequence_length=arguments.sequence_length,
         layout=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, context=arguments.context),
         tokenizer=arguments.tokenizer,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=ranks.world_size(),
     )
     if not parallel.is_main_rank():
         return 0
@@ -146,7 +146,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
     from oryx_megatron.data.tokenizer import load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
 
-    loaded = load_for_inference(folder, tensor=int(os.environ.get("WORLD_SIZE", "1")))
+    loaded = load_for_inference(folder, tensor=ranks.world_size())
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
     run = loaded.run
     return predict_with_checkpoint(loaded), codec, run.model.vocab_size, run.modes.chunk, run.model.name

@@ -8,8 +8,9 @@ from datetime import timedelta
 import torch
 from torch.distributed import distributed_c10d
 
-from oryx_megatron import platform
+from oryx_megatron import platform, ranks
 from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.errors import ConfigError
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> None:
@@ -17,21 +18,21 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
 
     Without torchrun's environment this process becomes the only rank. Random states are seeded per megatron-core's
     rules: equal on data-parallel ranks, distinct on tensor- and pipeline-parallel ranks.
+
+    Raises:
+        ConfigError: the environment contradicts itself, or the other ranks do not report in time.
     """
+    launch = ranks.read()
     platform.install()
     from megatron.core import parallel_state, tensor_parallel
 
     if not torch.distributed.is_initialized():
         timeout = timedelta(seconds=parallel.distributed_timeout)
-        if "RANK" in os.environ:
-            store = _store_of_this_start(timeout)
-            rank, size = (-1, -1) if store is None else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-            torch.distributed.init_process_group(
-                platform.backend(), store=store, rank=rank, world_size=size, timeout=timeout
-            )
-        else:
+        if launch is None or (launch.size == 1 and not _address()):
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            _join(launch, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -42,6 +43,36 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         create_gloo_process_groups=platform.has_gpu(),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _join(launch: ranks.Launch, timeout: timedelta) -> None:
+    """Meet the other ranks."""
+    place = _address()
+    if not place:
+        raise _local(f"RANK={launch.rank} needs MASTER_ADDR and MASTER_PORT, where rank 0 listens; start by torchrun")
+    try:
+        store = _store_of_this_start(timeout)
+        rank, size = (-1, -1) if store is None else (launch.rank, launch.size)
+        torch.distributed.init_process_group(
+            platform.backend(), store=store, rank=rank, world_size=size, timeout=timeout
+        )
+    except (torch.distributed.DistError, ValueError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _local(
+            f"rank {launch.rank} of {launch.size}: the others did not report at {place} ({cause[:200]}); start all "
+            "ranks by torchrun, or unset RANK and WORLD_SIZE to run with one"
+        ) from None
+
+
+def _address() -> str:
+    address, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"{address}:{port}" if address and port else ""
+
+
+def _local(text: str) -> ConfigError:
+    error = ConfigError(text)
+    error.rank_local = True
+    return error
 
 
 def _store_of_this_start(timeout: timedelta) -> torch.distributed.Store | None:

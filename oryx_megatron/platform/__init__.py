@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from oryx_megatron import ranks
 from oryx_megatron.platform import cpu
 from oryx_megatron.platform.gpu import (
     KERNEL_CACHES,
@@ -73,7 +72,8 @@ def backend() -> str:
 
 def local_rank() -> int:
     """Rank within the node, from torchrun's environment; 0 outside of it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    launch = ranks.read()
+    return 0 if launch is None else launch.local_rank
 
 
 def synchronize() -> None:

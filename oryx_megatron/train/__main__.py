@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 
+from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.train.signals import StopRequest, exit_code
@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         "--world-size", type=int, help="ranks to check for (default: torchrun's, else 1); only with --dry-run"
     )
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before and after options
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size is not None and not arguments.dry_run:
         parser.error("--world-size needs --dry-run")
+    world_size = arguments.world_size if arguments.world_size is not None else ranks.world_size()
     run = load_run(arguments.config, arguments.overrides)
-    layout = validate(run, world_size if arguments.world_size is None else arguments.world_size)
+    layout = validate(run, world_size)
     if arguments.dry_run:
         sys.stdout.write(
             f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quiet() -> None:
     """Log our own messages, from rank 0; leave out warnings about optional packages, which start-up reports itself."""
-    main_rank = os.environ.get("RANK", "0") == "0"
+    launch = ranks.read()
+    main_rank = launch is None or launch.rank == 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("oryx_megatron").setLevel(logging.INFO if main_rank else logging.ERROR)
     for category in (UserWarning, FutureWarning, DeprecationWarning):

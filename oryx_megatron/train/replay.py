@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.errors import CheckpointError, DataError
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     record = read_record(Path(arguments.record))
     run = load_run(Path(arguments.record).parent.parent / "config.yaml", arguments.overrides)
-    layout = validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    layout = validate(run, ranks.world_size())
     from oryx_megatron import parallel
 
     try:

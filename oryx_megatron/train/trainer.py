@@ -28,7 +28,7 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check_resume
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, DataError, TrainingError
+from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, ConfigError, DataError, TrainingError
 from oryx_megatron.ops import backends
 from oryx_megatron.train import signals
 from oryx_megatron.train.batches import training_batches
@@ -76,6 +76,8 @@ class Trainer:
         before: int | None = None,
         reports: bool = True,
     ) -> None:
+        if layout.world_size != (world := torch.distributed.get_world_size()):
+            raise ConfigError(f"layout for {layout.world_size} ranks, but {world} run: samples would be left out")
         self.run, self.layout = run, layout
         self.folder = Path(run.output_dir)
         self.data_rank = parallel_state.get_data_parallel_rank()
