@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oryx_megatron.config import from_dict
-from oryx_megatron.config.loading import parse_yaml
+from oryx_megatron.config.loading import config_text, expand_paths
+from oryx_megatron.config.schema import LocalPath, PathOrName
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,9 @@ class Container:
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: `srun --container-image`; apptainer: `apptainer exec`."""
-    image: str = ""
+    image: PathOrName = ""
     """Image file, or a name that the runtime understands."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[PathOrName, ...] = ()
     """`/path`, `/path:/inside` or `/path:/inside:ro`."""
     options: tuple[str, ...] = ()
     """More options of srun (pyxis) or of `apptainer exec`."""
@@ -138,9 +141,9 @@ class Profile:
     """Image."""
     modules: tuple[str, ...] = ()
     """`module load` these."""
-    venv: str | None = None
+    venv: LocalPath | None = None
     """Virtual environment to activate (without a container) and whose Python to use."""
-    python: str | None = None
+    python: LocalPath | None = None
     """Interpreter; null: the venv's, in a container python3, else the one that submits."""
     setup: tuple[str, ...] = ()
     """Lines of shell, run as they are before anything else on the first node. For what needs expansion."""
@@ -161,17 +164,14 @@ def load_profile(path: str | Path, **changes: Any) -> Profile:
     Raises:
         ConfigError: unreadable, an unknown or a missing field, a value of the wrong type or out of range.
     """
-    source = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    data = parse_yaml(text, source)
+    path = expand(str(path), "--cluster")
+    source = path
+    data = parse_yaml(config_text(Path(path)), source)
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected `name: value` lines of a cluster profile")
     _quoted_times(data, source)
     data |= {name: value for name, value in changes.items() if value is not None}
-    profile = from_dict(Profile, data, source=source)
+    profile = expand_paths(from_dict(Profile, data, source=source), source)
     _check(profile, source)
     return profile
 

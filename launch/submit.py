@@ -33,6 +33,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,7 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, and print or submit."""
     a = _parser().parse_intermixed_args(argv)
+    expand_arguments(a, "config", "--cluster")
     profile = load_profile(a.cluster, nodes=a.nodes, time_limit=a.time_limit)
     run = load_run(a.config, a.overrides)
     if not a.no_train:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import itertools
 import os
 import sys
 import textwrap
 from collections.abc import Callable
 
+from oryx_megatron.display import shown
 from oryx_megatron.errors import OryxError
 
 
@@ -22,14 +24,16 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode ends no command
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs) or 0
         except OryxError as error:
             rank = os.environ.get("RANK", "").strip() or "0"
             if rank == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {shown(error)}", file=sys.stderr, flush=True)
             elif getattr(error, "rank_local", False):
-                print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+                print(f"error on rank {rank}: {shown(error)}", file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -41,6 +41,7 @@ from oryx_megatron import platform, ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
+from oryx_megatron.paths import expand_arguments
 from oryx_megatron.platform.store import serve
 
 
@@ -134,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--reduce-mb", type=float, default=d.reduce_mb, help="MB per rank to reduce (default: %(default)s)")
     add("--timeout", type=float, default=d.timeout, help="seconds to wait for a rank (default: %(default)s)")
     add("--json", action="store_true", help="print everything as JSON")
-    a = vars(parser.parse_intermixed_args(argv))
+    arguments = parser.parse_intermixed_args(argv)
+    expand_arguments(arguments, "--output")
+    a = vars(arguments)
     as_json = a.pop("json")
     report = check(Options(**a | {"overrides": tuple(a["overrides"])}))
     if os.environ["RANK"] == "0":

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oryx_megatron.cli import main_guard
-from oryx_megatron.config.loading import parse_yaml
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 from oryx_megatron.train import metrics
 from oryx_megatron.train.history import duration, read_events, short
 from oryx_megatron.train.signals import MARKER
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
     parser.add_argument("--once", action="store_true", help="print the table once and end")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between looks (default: 5)")
     arguments = parser.parse_args(argv)
+    expand_arguments(arguments, "runs")
     if not 0 < arguments.interval < math.inf:
         raise ConfigError(f"--interval {arguments.interval:g}: give seconds above 0")
     paths = [Path(run) for run in arguments.runs]

@@ -20,6 +20,7 @@ from pathlib import Path
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConversionError
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
     parser.add_argument("output", type=Path, help="run folder to make")
     arguments = parser.parse_args(argv)
+    expand_arguments(arguments, "checkpoint", "output")
     warnings.simplefilter("ignore")
     from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
     from oryx_megatron.checkpoint.store import by_deepspeed

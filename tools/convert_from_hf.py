@@ -18,6 +18,7 @@ import warnings
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
     arguments = _parser().parse_intermixed_args(argv)  # overrides may stand before and after options
+    expand_arguments(arguments, "folder", "output", "--run")
     if arguments.overrides and arguments.run is None:
         raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")

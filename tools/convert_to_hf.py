@@ -16,6 +16,7 @@ import warnings
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
     arguments = _parser().parse_args(argv)
+    expand_arguments(arguments, "checkpoint", "output", "--tokenizer")
     if arguments.shard_gb <= 0:
         raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")

@@ -17,6 +17,7 @@ from pathlib import Path
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, generate; the text goes to standard output as it is made."""
     arguments = _parser().parse_args(argv)
+    expand_arguments(arguments, "checkpoint", "--prompt-file", "--tokenizer")
     if arguments.new_tokens < 1:
         raise ConfigError(f"--new-tokens: {arguments.new_tokens} should be at least 1")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:

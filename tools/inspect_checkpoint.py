@@ -21,6 +21,7 @@ import yaml
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import CheckpointError
+from oryx_megatron.paths import expand_arguments
 
 if TYPE_CHECKING:
     from oryx_megatron.checkpoint.inspect import Summary
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
     arguments = parser.parse_args(argv)
+    expand_arguments(arguments, "path")
     if arguments.depth is not None and arguments.depth < 1:
         raise CheckpointError(f"--depth: {arguments.depth} should be at least 1")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")

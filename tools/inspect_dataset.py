@@ -24,6 +24,7 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.data.indexed import Dataset, open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import DataError
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--compare", metavar="PREFIX", help="exit code 1 if the other dataset differs")
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the document lengths")
     args = parser.parse_args(argv)
+    expand_arguments(args, "dataset", "--tokenizer", "--compare", "--plot")
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     lengths = document_lengths(dataset)

@@ -13,6 +13,7 @@ import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import merge
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the merged dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
+    expand_arguments(args, "datasets", "--output")
     prefixes = [name.removesuffix(".idx") for name in args.datasets]
     manifest = merge(prefixes, args.output, overwrite=args.overwrite)
     print(

@@ -27,6 +27,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
 from oryx_megatron.planner import GIB, USABLE, Cluster, Estimate, Work, plan, schedule
 
 PICTURE_MICROBATCHES = 16
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(argv)
+    expand_arguments(a, "--picture")
     for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
         if not getattr(a, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")

@@ -15,6 +15,7 @@ from typing import Any
 
 from oryx_megatron.cli import main_guard
 from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.paths import expand_arguments
 from oryx_megatron.train import metrics
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--x", choices=("iteration", "tokens"), default="iteration", help="horizontal axis")
     arguments = parser.parse_args(argv)
+    expand_arguments(arguments, "runs", "--out")
     out = Path(arguments.out)
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: the name must end in one of {', '.join(SUFFIXES)}")

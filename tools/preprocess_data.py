@@ -27,11 +27,14 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import ReadOptions
 from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
 from oryx_megatron.errors import DataError
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
+    expand_arguments(args, "--input", urls=True)
+    expand_arguments(args, "--tokenizer", "--output")
     job = Job(
         inputs=tuple(args.input),
         tokenizer=args.tokenizer,

@@ -15,13 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from oryx_megatron.cli import HelpFormatter
+from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.paths import expand_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, TOKENIZER = "configs/run/quickstart.yaml", "tokenizers/stdlib-8k"
 PROMPT = "def read_lines(path):\n"
 
 
+@main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run all steps; stops at the first that fails, with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stop", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
     arguments = parser.parse_intermixed_args(argv)
+    expand_arguments(arguments, "--output", "--data")
     os.chdir(ROOT)
     started = time.monotonic()
     # Two processes share the cores.

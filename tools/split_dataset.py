@@ -14,6 +14,7 @@ import sys
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import split
 from oryx_megatron.errors import DataError
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--output", metavar="OUTPUT", help="default: PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     args = parser.parse_args(argv)
+    expand_arguments(args, "dataset", "--output")
     shares: dict[str, float] = {}
     for part in args.parts:
         name, _, share = part.partition("=")

@@ -23,11 +23,14 @@ from oryx_megatron.data.corpus import STDLIB, read_documents
 from oryx_megatron.data.tokenizer import Tokenizer, write_manifest
 from oryx_megatron.data.train_tokenizer import measure, train_byte_level, train_sentencepiece
 from oryx_megatron.errors import DataError
+from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
+    expand_arguments(args, "--input", urls=True)
+    expand_arguments(args, "--output", "--adopt")
     if args.adopt:
         tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod)
         print(describe(args.adopt, tokenizer))

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from oryx_megatron import arch
 from oryx_megatron.config import from_dict, validate
-from oryx_megatron.config.loading import parse_yaml
 from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
+import functools
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,61 +17,34 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
-from oryx_megatron.config.schema import BlendEntry, ModelConfig, RunConfig
+from oryx_megatron.config.schema import NAME, PATH, BlendEntry, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand
+from oryx_megatron.reading import read_text, reason
 
 T = TypeVar("T")
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `3e-4` and `-.5` are numbers (YAML 1.1 reads text), and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|[-+]\.\d+"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """YAML text as plain data; ConfigError with `source`, line and column when it is not YAML."""
-    try:
-        # _Loader is a SafeLoader: it makes plain data only.
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        why = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{source}{place}: not valid YAML: {why}") from None
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(config_text(path), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `name: value` lines, found {_shown(data)}")
     return data
+
+
+def config_text(path: Path) -> str:
+    """Text of a config file; ConfigError when it cannot be read, or is no file that ends."""
+    try:
+        return read_text(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _shown(value: object) -> str:
@@ -88,7 +62,14 @@ def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
 def field_types(cls: Any) -> dict[str, Any]:
     """Resolved type of every field of a config class."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: _plain(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _plain(kind: Any) -> Any:
+    """`X | None` for Optional[X], which is what Python makes of a union with an annotated type."""
+    if typing.get_origin(kind) is typing.Union:
+        return functools.reduce(operator.or_, typing.get_args(kind))
+    return kind
 
 
 def type_name(kind: Any) -> str:
@@ -122,8 +103,8 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise ConfigError(f"{source}: {name}: expected one of {type_name(kind)}, got {_shown(value)}{hint}")
     if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
+        if value is None or (isinstance(value, str) and value.strip().casefold() in ("none", "null")):
+            return None  # `None` is how Python writes it; YAML reads text
         rest = [k for k in args if k is not types.NoneType]
         if not isinstance(value, (str, int, float, bool)):
             raise wrong()
@@ -143,6 +124,8 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise wrong()
         return {str(k): _convert(args[1], v, source, f"{name}.{k}") for k, v in value.items()}
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{source}: {name}: a number of {len(str(abs(value)))} digits is more than a run can hold")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
@@ -183,6 +166,28 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def expand_paths(config: T, source: str, prefix: str = "") -> T:
+    """A config object in whose paths `~` and `$NAME` stand for what they mean; ConfigError names the field."""
+
+    def expanded(kind: Any, value: Any, name: str) -> Any:
+        if PATH in (marks := getattr(kind, "__metadata__", ())):
+            named = NAME in marks
+            return expand(value, f"{source}: {name}", urls=named) if value or not named else value
+        if dataclasses.is_dataclass(value):
+            return expand_paths(value, source, f"{name}.")
+        args = typing.get_args(kind)
+        if isinstance(value, tuple):
+            return tuple(expanded(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+        if isinstance(value, dict):
+            return {k: expanded(args[1], v, f"{name}.{k}") for k, v in value.items()}
+        return expanded(args[0], value, name) if type(None) in args and value is not None else value
+
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(cast(Any, config))}
+    changed = {name: expanded(hints[name], value, f"{prefix}{name}") for name, value in fields.items()}
+    return dataclasses.replace(cast(Any, config), **changed)
+
+
 def to_yaml(config: Any) -> str:
     """A config object as YAML text; `load_run` reads a RunConfig's back to an equal object."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
@@ -200,6 +205,7 @@ def preset_names() -> list[str]:
 
 def _model_file(name: str, source: str, folder: Path) -> Path:
     """File of a preset's name, or of a path relative to `folder` or to the working folder."""
+    name = expand(name, f"{source}: model")
     if "/" in name or name.endswith((".yaml", ".yml")):
         for path in (folder / name, Path(name)):
             if path.is_file():
@@ -281,13 +287,14 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Values of overrides are YAML, so lists and mappings work: `evaluation.plans=[attention, 'ratio:0.5']`. `model` may
     be a preset's name, a path relative to the run file, the fields, or `preset:` with changed fields; an override
-    `model.num_layers=2` changes one field of whichever it is. Other paths in the run stay as written: they are
-    relative to the working folder. ConfigError for all that is wrong with one field; `validate` checks them together.
+    `model.num_layers=2` changes one field of whichever it is. Other paths are relative to the working folder. In all
+    paths `~`, `$NAME` and `${NAME}` are expanded. ConfigError for all that is wrong with one field; `validate` checks
+    them together.
     """
-    path = Path(path)
+    path = Path(expand(str(path), "run config"))
     data, source = _read(path), str(path)
     for override in overrides:
         _override(data, override)
     if "model" in data:
         data["model"] = _model_data(data["model"], source, path.parent)
-    return from_dict(RunConfig, data, source=source)
+    return expand_paths(from_dict(RunConfig, data, source=source), source)

@@ -6,7 +6,13 @@ The classes are frozen: what was validated is what runs, and what the checkpoint
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+PATH, NAME = "path", "name"
+LocalPath = Annotated[str, PATH]
+"""File or folder of this machine; `~` and `$NAME` are expanded when a config is read (config/loading.py)."""
+PathOrName = Annotated[str, PATH, NAME]
+"""The same, or a name or URL that another program understands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ class ModelConfig:
 class BlendEntry:
     """One indexed dataset of a blend."""
 
-    path: str
+    path: LocalPath
     """Prefix of the .bin/.idx pair."""
     weight: float = 1.0
     """Relative share of samples."""
@@ -102,7 +108,7 @@ class DataConfig:
 
     sequence_length: int
     """Tokens per sample."""
-    tokenizer: str
+    tokenizer: LocalPath
     """Folder with tokenizer files and manifest.json (see tokenizers/)."""
     blend: tuple[BlendEntry, ...] = ()
     """Datasets to train on; each is divided by `split` into train, validation and test."""
@@ -114,7 +120,7 @@ class DataConfig:
     """Further validation sets by name, used whole; the split's own part is called `valid`."""
     documents: Literal["joined", "isolated"] = "joined"
     """`isolated`: neither attention nor recurrence nor convolution crosses the end of a document."""
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Where sample indices are cached; null: next to the datasets."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process with one thread of prefetch."""
@@ -334,7 +340,7 @@ class KernelsConfig:
     """Gated RMSNorm of the mixer's output, where the mixer is not fused."""
     mixer: Literal["auto", "reference", "fused"] = "auto"
     """Steps between the mixer's products, attention and recurrence: one by one, or fused over tokens sorted by mode."""
-    cache_dir: str | None = None
+    cache_dir: LocalPath | None = None
     """Folder that keeps compiled kernels for all ranks and nodes (docs/install-gpu.md); null: each package's own."""
 
 
@@ -348,7 +354,7 @@ class RunConfig:
     """What to train on."""
     train: TrainConfig
     """Length and batch of the run."""
-    output_dir: str
+    output_dir: LocalPath
     """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
     seed: int = 1234
     """Seeds initialisation, sample order and mode plans."""

@@ -19,6 +19,7 @@ from typing import Any
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.paths import expand_arguments
 
 PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, evaluate, print, write."""
     arguments = _parser().parse_args(argv)
+    expand_arguments(arguments, "model", "--tokenizer", "--output")
+    if arguments.command == "perplexity":
+        expand_arguments(arguments, "--data")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")

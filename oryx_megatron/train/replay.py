@@ -17,6 +17,7 @@ from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.errors import CheckpointError, DataError
+from oryx_megatron.paths import expand_arguments
 from oryx_megatron.train.trainer import Trainer
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("record", help="RUN/faults/batch-….json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
+    expand_arguments(arguments, "record")
     record = read_record(Path(arguments.record))
     run = load_run(Path(arguments.record).parent.parent / "config.yaml", arguments.overrides)
     layout = validate(run, ranks.world_size())

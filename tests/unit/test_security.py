@@ -25,7 +25,7 @@ from oryx_megatron.checkpoint import safe
 from oryx_megatron.checkpoint.inspect import summarize
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, write_manifest
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.loading import parse_yaml
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.data.indexed import read_index
 from oryx_megatron.data.loader import build_datasets
 from oryx_megatron.data.tokenizer import load_tokenizer

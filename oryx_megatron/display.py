@@ -1,0 +1,46 @@
+"""Names as they are, wherever they are shown: terminals, Markdown and pictures take some characters for orders."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|$&~#])")
+
+
+def shown(value: object) -> str:
+    r"""Text for a terminal or a line of a file: control characters, line breaks too, are written as `\x1b`."""
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def markdown(value: object) -> str:
+    """Text inside of Markdown, which is rendered as it is."""
+    return _MARKDOWN.sub(r"\\\1", shown(value))
+
+
+def code(value: object) -> str:
+    """Text as a span of code in Markdown, also in a cell of a table."""
+    text = shown(value).replace("|", r"\|")
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def plain_texts(figure: Any) -> None:
+    """Have matplotlib show every text of a figure as it is: a `$` begins no mathematics."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)
+
+
+_HIDDEN = ("Cc", "Cs", "Zl", "Zp")
+"""Kinds of characters: control, half a surrogate pair (in names of another encoding), ends of lines and paragraphs."""
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+"""Marks that change the direction of what follows."""
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) in _HIDDEN or character in _TURNING:
+        return character.encode("unicode_escape").decode()
+    return character
