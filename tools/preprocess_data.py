@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import ReadOptions
+from oryx_megatron.data.indexed import output_prefix
 from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int | None:
         verify_fraction=args.verify_fraction,
         shard=args.shard,
     )
-    prefix = shard_prefix(args.output, args.shard)
+    prefix = shard_prefix(output_prefix(args.output), args.shard)
     start = time.perf_counter()
     with Bar(args.quiet) as bar:
         manifest = preprocess(

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import STDLIB, read_documents
-from oryx_megatron.data.tokenizer import Tokenizer, write_manifest
-from oryx_megatron.data.train_tokenizer import measure, train_byte_level, train_sentencepiece
+from oryx_megatron.data.tokenizer import MODEL_FILES, Tokenizer, write_manifest
+from oryx_megatron.data.train_tokenizer import check_folder, measure, train_byte_level, train_sentencepiece
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -32,11 +32,13 @@ def main(argv: list[str] | None = None) -> int | None:
     expand_arguments(args, "--input", urls=True)
     expand_arguments(args, "--output", "--adopt")
     if args.adopt:
-        tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod)
+        kind = next((kind for kind, name in MODEL_FILES.items() if name == args.file), None)
+        tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod, kind=kind)
         print(describe(args.adopt, tokenizer))
         return 0
     if not args.output:
         raise DataError("--output names the folder of the new tokenizer; it is missing")
+    check_folder(args.output, args.overwrite)
     source = " ".join(args.input)
     training = documents(args, "training", held_out=False)
     if args.kind == "byte-level":
@@ -120,6 +122,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on this much text at most")
     parser.add_argument("--held-out", type=int, default=10, metavar="N", help="measure on every N-th; 0: on none")
     parser.add_argument("--adopt", metavar="FOLDER", help="write manifest.json for the tokenizer files of a folder")
+    parser.add_argument(
+        "--file", choices=list(MODEL_FILES.values()), help="with --adopt: the one to take where a folder holds several"
+    )
     parser.add_argument("--eod", metavar="PIECE", help="with --adopt: the piece that ends documents")
     return parser.parse_args(argv)
 

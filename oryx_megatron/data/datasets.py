@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from oryx_megatron.data.files import sha256_of
-from oryx_megatron.data.indexed import BLOCK, Dataset, IndexedWriter, file_of, open_dataset
+from oryx_megatron.data.files import same_file, sha256_of
+from oryx_megatron.data.indexed import (
+    BLOCK,
+    Dataset,
+    IndexedWriter,
+    check_outputs,
+    file_of,
+    open_dataset,
+    output_prefix,
+)
 from oryx_megatron.errors import DataError
 
 
@@ -22,14 +30,16 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     Merged shards are, byte for byte, the dataset made without sharding. Raises DataError for a damaged dataset, shards
     that do not belong together, other token formats or other tokenizers.
     """
+    output = output_prefix(output)
     parts = [open_dataset(prefix) for prefix in prefixes]
     if len(parts) < 2:
         raise DataError("merging needs at least two datasets")
-    names = [str(part.prefix.resolve()) for part in parts]
-    if str(Path(output).resolve()) in names:
-        raise DataError(f"the output {output} is one of the inputs")
-    if len(set(names)) != len(names):
-        raise DataError(f"dataset {next(n for n in names if names.count(n) > 1)} is given twice")
+    for i, part in enumerate(parts):
+        if _shares_files(output, part.prefix):
+            raise DataError(f"the output {output} is one of the inputs ({part.prefix})")
+        if any(_shares_files(part.prefix, other.prefix) for other in parts[:i]):
+            raise DataError(f"dataset {part.prefix} is given twice")
+    check_outputs(output, overwrite=overwrite)
     first = parts[0]
     for part in parts[1:]:
         if part.index.dtype != first.index.dtype:
@@ -40,7 +50,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
     skipped, paths = (_sums(parts, field) for field in ("skipped", "paths"))
-    with IndexedWriter(output, _vocabulary(first), overwrite=overwrite) as writer:
+    with IndexedWriter(output, _vocabulary(first), overwrite=overwrite, dtype=first.index.dtype) as writer:
         for part in parts:
             _copy(part, writer, 0, part.documents)
         sources = [str(prefix) for prefix in prefixes]
@@ -61,7 +71,15 @@ def split(
     assigned at random, each part keeping their order. Every document is in one part.
     Raises DataError when a part would be empty.
     """
+    for name in shares:
+        if not name or "/" in name:
+            raise DataError(f"part {name!r}: the name becomes the end of a file name and cannot hold `/`")
+    outputs = {name: output_prefix(f"{output}_{name}") for name in shares}
     dataset = open_dataset(prefix)
+    for name in outputs.values():
+        if _shares_files(name, dataset.prefix):
+            raise DataError(f"the output {name} is the input ({dataset.prefix})")
+        check_outputs(name, overwrite=overwrite)
     if any(share <= 0 for share in shares.values()):
         raise DataError("shares must be above 0")
     edges = np.round(np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * dataset.documents).astype(int)
@@ -72,7 +90,8 @@ def split(
             raise DataError(f"part {name} of {prefix} would be empty: the dataset has {dataset.documents} documents")
     manifests = {}
     for name, numbers in chosen.items():
-        with IndexedWriter(f"{output}_{name}", _vocabulary(dataset), overwrite=overwrite) as writer:
+        vocabulary, dtype = _vocabulary(dataset), dataset.index.dtype
+        with IndexedWriter(outputs[name], vocabulary, overwrite=overwrite, dtype=dtype) as writer:
             # Runs of neighbours are copied at once.
             breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
             for run in np.split(numbers, breaks):
@@ -120,9 +139,12 @@ def _tokenizer(dataset: Dataset) -> str | None:
 def _vocabulary(dataset: Dataset) -> int:
     """The vocabulary of a dataset; for one of another tool, the largest its token format allows."""
     made = (dataset.manifest or {}).get("tokenizer")
-    if made is not None:
-        return made["vocab_size"]
-    return 65499 if dataset.index.dtype == np.uint16 else 1 << 31
+    return made["vocab_size"] if made is not None else int(np.iinfo(dataset.index.dtype).max) + 1
+
+
+def _shares_files(left: Path, right: Path) -> bool:
+    """Whether two prefixes are one dataset, or share a file by a link."""
+    return any(same_file(file_of(left, end), file_of(right, end)) for end in ("bin", "idx", "json"))
 
 
 def _finish(writer: IndexedWriter, source: Dataset, size: int | None, **more: Any) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Small file helpers: digests, JSON, and outputs that appear under their name only when whole."""
+"""Small file helpers: digests, JSON, and outputs that appear under their name only when whole.
+
+One rule for every command that writes: what exists is replaced only where it is recognised as an earlier output of the
+same kind and the user said --overwrite; an input is never an output (`check_output`, `appearing`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,21 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.errors import DataError
+from oryx_megatron.errors import DataError, OryxError
+
+MARK = "oryx_megatron output"
+"""Stands in every picture and page written here, so that a later run knows it as ours."""
+LARGEST_JSON = 1 << 28
+"""Bytes; no JSON file of ours comes near."""
+LISTING = ".oryx-files.json"
+"""In a folder that a command made: its files, so that only what the command wrote is ever replaced."""
 
 
 def sha256_of(path: str | Path) -> str:
@@ -22,21 +36,39 @@ def sha256_of(path: str | Path) -> str:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DataError when it cannot be read or is no JSON object."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path} is not a regular file")
+            if status.st_size > LARGEST_JSON:
+                raise DataError(f"{path} is too large for a JSON file of this kind: {status.st_size:,} bytes")
+            value = json.loads(file.read().decode())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
+    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise DataError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is not valid JSON: nested too deep") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a FIFO must not wait for somebody to write to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Write a JSON object atomically."""
+    """Write a JSON object atomically. Names that are not UTF-8 become \\udcXX escapes, which reading turns back."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name next to `path`, free on every machine that shares the folder (process ids repeat in containers)."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 @contextlib.contextmanager
@@ -44,7 +76,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`; on leaving without error it is synced and renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         sync(temporary)
@@ -52,6 +84,160 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def same_file(left: str | Path, right: str | Path) -> bool:
+    """Whether two names are of one file: through links, hard links, and letter case where that does not count."""
+    try:
+        return os.path.samefile(left, right)
+    except (OSError, ValueError):
+        return False
+
+
+def check_output(
+    path: str | Path,
+    *,
+    ours: Callable[[Path], bool],
+    overwrite: bool,
+    inputs: Iterable[str | Path] = (),
+    error: type[OryxError] = DataError,
+) -> None:
+    """Refuse an output that would replace an input, what is not ours, or, without `overwrite`, anything.
+
+    Arguments: `ours` tells whether an existing file is an earlier output of this kind. Raises `error`.
+    """
+    path = Path(path)
+    for source in inputs:
+        if same_file(path, source):
+            raise error(f"the output {path} is the input {source}; choose another name")
+    if not os.path.lexists(path):
+        return
+    if os.path.isdir(path):
+        raise error(f"the output {path} is a folder; name a file")
+    if not (os.path.isfile(path) and ours(path)):
+        raise error(f"{path} exists and is not an earlier output of this command; choose another name or move it away")
+    if not overwrite:
+        raise error(f"{path} exists already; choose another name or pass --overwrite")
+
+
+def check_folder_output(
+    target: str | Path, *, overwrite: bool, inputs: Iterable[str | Path] = (), error: type[OryxError] = DataError
+) -> None:
+    """As `check_output`, for a folder that `appearing` makes: every file in it must be one that was written then."""
+    target = Path(target)
+    if target.name in ("", ".."):
+        raise error(f"the output {str(target)!r} is no name for a new folder")
+    for source in map(Path, inputs):
+        inside = [source, *(folder for folder in Path(os.path.realpath(source)).parents)]
+        if any(same_file(target, folder) for folder in inside):
+            raise error(f"the output {target} is, or holds, the input {source}; choose another name")
+    if not os.path.lexists(target):
+        return
+    if os.path.islink(target) or not os.path.isdir(target):
+        raise error(f"{target} exists and is not a folder that this command made; choose another name")
+    if not overwrite:
+        raise error(f"{target} exists already; choose another name or pass --overwrite")
+    if foreign := _foreign(target):
+        raise error(f"{target} holds {foreign}; choose another name or move it away")
+
+
+def _foreign(target: Path) -> str | None:
+    """What in a folder is not as `appearing` left it; None when nothing."""
+    if not any(target.iterdir()):
+        return None
+    try:
+        listed = read_json(target / LISTING)["files"]
+        found = _listed(target)
+    except (DataError, KeyError):
+        return f"files of which nothing tells that this command wrote them (no {LISTING})"
+    except OSError as error:
+        return f"what cannot be read ({error.strerror})"
+    for name, facts in found.items():
+        if name not in listed:
+            return f"{name}, which this command did not write"
+        if listed[name] != facts:
+            return f"{name}, which was changed since this command wrote it"
+    return None
+
+
+def _listed(folder: Path) -> dict[str, list[Any]]:
+    """Size of every file below a folder, and sha256 of the smaller ones; links and other things by their kind."""
+    found: dict[str, list[Any]] = {}
+    for here, folders, names in os.walk(folder):
+        for name in [*names, *(name for name in folders if os.path.islink(os.path.join(here, name)))]:
+            path = Path(here, name)
+            status = path.lstat()
+            if path == folder / LISTING:
+                continue
+            small = stat.S_ISREG(status.st_mode) and status.st_size < 1 << 24
+            key = str(path.relative_to(folder))
+            found[key] = [stat.S_IFMT(status.st_mode), status.st_size, sha256_of(path) if small else None]
+    return found
+
+
+@contextlib.contextmanager
+def appearing(
+    target: str | Path,
+    *,
+    overwrite: bool,
+    inputs: Iterable[str | Path] = (),
+    error: type[OryxError] = DataError,
+) -> Iterator[Path]:
+    """A folder under a temporary name that becomes `target` when all went well. Raises `error`."""
+    target, inputs = Path(target), tuple(inputs)
+    check_folder_output(target, overwrite=overwrite, inputs=inputs, error=error)
+    folder = temporary_name(target)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as failure:
+        raise error(f"cannot write {target}: {failure.strerror}") from failure
+    try:
+        yield folder
+        write_json(folder / LISTING, {"files": _listed(folder)})
+        for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:
+            sync(path)
+        # It may have been made or changed meanwhile.
+        check_folder_output(target, overwrite=overwrite, inputs=inputs, error=error)
+        if target.exists():
+            old = temporary_name(target)
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def mark(ending: str) -> dict[str, str]:
+    """`metadata` for matplotlib's savefig that names us in the file, where its format has a place for it."""
+    if ending == "png":
+        return {"Software": MARK}
+    return {"Creator": MARK} if ending in ("svg", "pdf", "ps", "eps") else {}
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a picture or page was written here."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(os.fstat(file.fileno()).st_size - (1 << 16), 0))
+            return MARK.encode() in head or MARK.encode() in file.read()
+    except OSError:
+        return False
+
+
+def has_keys(*keys: str) -> Callable[[Path], bool]:
+    """A test whether a file is a JSON object with these keys, for `check_output`."""
+
+    def test(path: Path) -> bool:
+        try:
+            return set(keys) <= set(read_json(path))
+        except DataError:
+            return False
+
+    return test
 
 
 def sync(path: str | Path) -> None:

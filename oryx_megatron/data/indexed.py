@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from oryx_megatron.data.files import read_json, sha256_of, sync, write_json
+from oryx_megatron.data.files import read_json, same_file, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -55,16 +56,20 @@ class IndexedWriter:
         overwrite: bool = False,
         folder: str | Path | None = None,
         state: dict[str, Any] | None = None,
+        dtype: np.dtype | None = None,
     ) -> None:
-        """Begin, or go on from `state`, what `checkpoint` gave for this `folder`. Raises DataError."""
-        self.prefix = Path(prefix)
+        """Begin, or go on from `state`, what `checkpoint` gave for this `folder`. Raises DataError.
+
+        Arguments: `overwrite` replaces an earlier dataset of ours, never anything else; `dtype` of the tokens, default
+        `token_dtype`.
+        """
+        self.prefix = output_prefix(prefix)
         self.vocab_size = vocab_size
-        self.dtype = np.dtype(token_dtype(vocab_size))
-        if not overwrite and any(file_of(self.prefix, end).exists() for end in ("bin", "idx")):
-            raise DataError(f"dataset {self.prefix} exists already; choose another name or pass --overwrite")
+        self.dtype = np.dtype(token_dtype(vocab_size)) if dtype is None else np.dtype(dtype)
+        self.overwrite = overwrite
+        check_outputs(self.prefix, overwrite=overwrite)
         self.keep = folder is not None
-        default = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.tmp")
-        self.folder = Path(folder) if folder is not None else default
+        self.folder = Path(folder) if folder is not None else temporary_name(self.prefix)
         self.documents = self.sequences = self.tokens = self.longest = 0
         self.max_token = -1
         self._digest = hashlib.sha256()
@@ -165,14 +170,18 @@ class IndexedWriter:
         fields = ("documents", "sequences", "tokens", "longest", "max_token")
         return {field: getattr(self, field) for field in fields}
 
+    def check_tokens(self) -> None:
+        """Raise DataError when nothing was added that makes a dataset."""
+        if not self.tokens:
+            raise DataError(f"nothing to write to {self.prefix}: the corpus has no tokens")
+
     def finish(self, tokenizer: dict[str, Any] | None, text_bytes: int | None, **more: Any) -> dict[str, Any]:
         """Write the index, verify, rename into place; gives the manifest.
 
         Arguments: `tokenizer` is `Tokenizer.describe()`, `text_bytes` counts UTF-8 (None: not known); `more` is added.
         Raises DataError when there are no tokens, the files do not hold what was added, or the disk is full.
         """
-        if not self.tokens:
-            raise DataError(f"nothing to write to {self.prefix}: the corpus has no tokens")
+        self.check_tokens()
         tokens, index = self.folder / "tokens", self.folder / "index"
         try:
             for file in (self._bin, self._lengths, self._counts):
@@ -200,9 +209,14 @@ class IndexedWriter:
                 },
                 **more,
             }
-            # The index comes last: a dataset with an index is whole.
+            check_outputs(self.prefix, overwrite=self.overwrite)  # again: it took a while
+            # The index comes last: a dataset with an index is whole. Until then the manifest tells, should this be
+            # killed, that the tokens next to it are ours.
+            bin_ = file_of(self.prefix, "bin")
+            replaced = bin_.stat().st_size if bin_.is_file() else None
             file_of(self.prefix, "idx").unlink(missing_ok=True)
-            os.replace(tokens, file_of(self.prefix, "bin"))
+            write_json(file_of(self.prefix, "json"), manifest | {"unfinished": {"replaced": replaced}})
+            os.replace(tokens, bin_)
             write_json(file_of(self.prefix, "json"), manifest)
             os.replace(index, file_of(self.prefix, "idx"))
             sync(self.prefix.absolute().parent)
@@ -415,6 +429,82 @@ def _highest_token(dataset: Dataset) -> int:
 def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(values), BLOCK):
         yield np.asarray(values[start : start + BLOCK])
+
+
+def output_prefix(name: str | Path) -> Path:
+    """The prefix that `--output` gives. Raises DataError for the name of a folder."""
+    text = str(name)
+    if Path(text).name in ("", "..") or text.endswith(os.sep):
+        folder = text.rstrip(os.sep) or text or "."
+        raise DataError(f"the output {text!r} is a folder; name a dataset in it: {folder.rstrip(os.sep)}/NAME")
+    return Path(text)
+
+
+def check_outputs(
+    prefix: Path,
+    *,
+    overwrite: bool,
+    inputs: Iterable[str | Path] = (),
+    more: tuple[str, ...] = (),
+    resuming: bool = False,
+) -> None:
+    """Refuse to write PREFIX.bin, .idx and .json (and PREFIX.`more`) over inputs, or what is no dataset of ours.
+
+    Arguments: `resuming`: a run that was killed while it gave its files their names may end what it began.
+    Raises DataError that names the file.
+    """
+    there = [path for end in ("bin", "idx", "json", *more) if os.path.lexists(path := file_of(prefix, end))]
+    if not there:
+        return
+    for source in inputs:
+        for path in there:
+            if same_file(path, source):
+                raise DataError(f"the output {path} is the input {source}; choose another name")
+    for path in there:
+        if not _is_ours(prefix, path):
+            raise DataError(f"{path} exists and belongs to no dataset of ours; choose another name or move it away")
+    unfinished = resuming and not os.path.lexists(file_of(prefix, "idx"))
+    if not overwrite and not unfinished:
+        raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
+
+
+def _is_ours(prefix: Path, path: Path) -> bool:
+    """Whether a file of a prefix is as the manifest there, one of ours, tells."""
+    if not path.is_file():
+        return False
+    if path == file_of(prefix, "skipped.jsonl"):
+        return is_skipped_list(path)
+    try:
+        manifest = read_json(file_of(prefix, "json"))
+        if manifest.get("format") != FORMAT:
+            return False
+        if path == file_of(prefix, "json"):
+            return True
+        end = path.suffix[1:]
+        sizes = [manifest["files"][end]["size"]]
+        if end == "bin" and "unfinished" in manifest:
+            sizes.append(manifest["unfinished"]["replaced"])
+        return path.stat().st_size in sizes
+    except (DataError, OSError, KeyError, TypeError):
+        return False
+
+
+def is_skipped_list(path: Path) -> bool:
+    """Whether a file is a PREFIX.skipped.jsonl as preprocessing writes it: what was left out, and why."""
+    try:
+        with open(path, "rb") as file:
+            return is_skipped_line(file.readline(1 << 20))
+    except OSError:
+        return False
+
+
+def is_skipped_line(line: bytes) -> bool:
+    """Whether a line says what was left out of a dataset, and why."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and set(record) >= {"place", "reason", "detail"} and "text" not in record
 
 
 def file_of(prefix: Path, end: str) -> Path:

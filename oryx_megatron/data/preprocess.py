@@ -31,7 +31,7 @@ import numpy as np
 from oryx_megatron.data.corpus import Bad, Reading, ReadOptions, Segment, Text, describe, may_skip, plan, read
 from oryx_megatron.data.fast import Encoder
 from oryx_megatron.data.files import read_json, replacing, write_json
-from oryx_megatron.data.indexed import IndexedWriter, file_of, token_dtype
+from oryx_megatron.data.indexed import IndexedWriter, check_outputs, file_of, output_prefix, token_dtype
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import DataError
 
@@ -112,21 +112,21 @@ def preprocess(
     Arguments: `restart` forgets what an unfinished run left; `report` is called a few times per second.
     Raises DataError for bad input (see Job.on_error), an existing dataset, a full disk, or a process that died.
     """
-    prefix = Path(prefix)
+    prefix = output_prefix(prefix)
     tokenizer = load_tokenizer(job.tokenizer)
     job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
     folder = file_of(prefix, "work")
-    exists = file_of(prefix, "idx").exists()
-    if exists and not overwrite and not (folder / "key.json").exists():
-        raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
+    _check_work(folder)
+    begun = (folder / "key.json").is_file()
+    _check_outputs(prefix, job, overwrite or begun)
     units = _shard(plan(job.inputs, job.read, job.unit_bytes, job.shard[1]), job.shard)
+    _check_outputs(prefix, job, overwrite or begun, units)
     key = _key(job, units, tokenizer.fingerprint)
     with _locked(folder), _writing(folder):
-        if exists and not restart and _finished(folder, key):
+        if file_of(prefix, "idx").exists() and not restart and _finished(folder, key):
             manifest = read_json(file_of(prefix, "json"))
-        elif exists and not overwrite:
-            raise DataError(f"dataset {prefix} exists already; choose another name or pass --overwrite")
         else:
+            _check_outputs(prefix, job, overwrite, resuming=begun)
             state = _resume(folder, key, restart)
             workers = min(processes, len(units)) if processes > 1 else None
             manifest = _run(job, units, prefix, folder, state, workers, report)
@@ -134,6 +134,31 @@ def preprocess(
             _clear(folder, but=("lock", "key.json"))
     shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def _check_outputs(
+    prefix: Path, job: Job, overwrite: bool, units: Sequence[Sequence[Segment]] = (), *, resuming: bool = False
+) -> None:
+    """Refuse to replace what is no dataset of ours, or what is read: named by the user, or found in a folder."""
+    found = {segment.path: None for unit in units for segment in unit if "://" not in segment.path}
+    inputs = [*(source for source in job.inputs if "://" not in source), *found]
+    check_outputs(prefix, overwrite=overwrite, inputs=inputs, more=("skipped.jsonl",), resuming=resuming)
+
+
+def _check_work(folder: Path) -> None:
+    """Refuse a PREFIX.work that no unfinished run left: what is in there is deleted in the end."""
+    if not os.path.lexists(folder):
+        return
+    known = {"lock", "key.json", "state.json", "parts", "tokens", "lengths", "counts", "index", "skipped.jsonl"}
+    try:
+        found = [] if folder.is_symlink() else [path.name for path in folder.iterdir()]
+        other = [name for name in found if name not in known and not name.startswith((".key.json.", ".state.json."))]
+        left = "key.json" in found and {"options", "versions", "input"} <= set(read_json(folder / "key.json"))
+        ours = not folder.is_symlink() and not other and (left or found in ([], ["lock"]))
+    except (OSError, DataError):
+        ours = False
+    if not ours:
+        raise DataError(f"{folder} exists and is not of an unfinished run; choose another name or move it away")
 
 
 @contextlib.contextmanager
@@ -156,10 +181,10 @@ def _renamed(folder: Path) -> bool:
 
 
 def _clear(folder: Path, but: Sequence[str]) -> None:
-    """Empty the folder, parts first: see `_renamed`."""
+    """Empty the folder, parts first (see `_renamed`), and last what tells that the folder is ours."""
     if (folder / "parts").exists():
         shutil.rmtree(folder / "parts")
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "key.json"):
         if path.name not in but:
             path.unlink()
 
@@ -220,7 +245,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold PREFIX.work for this process alone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - closed below
+        lock = open(folder / "lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}") from error
     with lock:
@@ -320,6 +345,7 @@ def _run(
         }
         if job.shard[1] > 1:
             more["shard"] = list(job.shard)
+        writer.check_tokens()
         bad_file = file_of(prefix, "skipped.jsonl")
         if log.tell():
             with replacing(bad_file) as temporary:

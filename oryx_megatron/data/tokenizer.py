@@ -13,6 +13,7 @@ import binascii
 import importlib
 import importlib.util
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -357,18 +358,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_manifest(folder: str | Path, *, source: str, eod: str | None = None, **more: object) -> Tokenizer:
+def write_manifest(
+    folder: str | Path, *, source: str, eod: str | None = None, kind: str | None = None, **more: object
+) -> Tokenizer:
     """Write manifest.json for the tokenizer files of a folder and load the result.
 
     Arguments: `source` says where the tokenizer comes from; `eod` is the piece that ends documents (default: the
-    SentencePiece end of sequence, or the eos_token of tokenizer_config.json); `more` is kept in the manifest.
-    Raises DataError when the folder holds no tokenizer or the piece is not in the vocabulary.
+    SentencePiece end of sequence, or the eos_token of tokenizer_config.json); `kind` chooses among several tokenizer
+    files (default: that of the manifest there is); `more` is kept in the manifest.
+    Raises DataError when the folder holds no tokenizer, or several and no choice, when the piece is not in the
+    vocabulary, and for a manifest.json that is not a tokenizer's.
     """
     folder = Path(folder)
-    kinds = [kind for kind, name in MODEL_FILES.items() if (folder / name).is_file()]
-    if not kinds:
-        raise DataError(f"{folder} holds neither {' nor '.join(MODEL_FILES.values())}")
-    kind = kinds[0]
+    kind = _choose(folder, kind, _manifest_of(folder))
     names = [MODEL_FILES[kind], *(n for n in ("tokenizer_config.json",) if (folder / n).is_file())]
     files = {name: sha256_of(folder / name) for name in names}
     tokenizer = _open(folder, kind, files[MODEL_FILES[kind]], eod, None)
@@ -384,6 +386,34 @@ def write_manifest(folder: str | Path, *, source: str, eod: str | None = None, *
         },
     )
     return tokenizer
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest.json of a folder that may be replaced; {} when there is none. Raises DataError for another file."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return {}
+    manifest = read_json(path) if path.is_file() else {}
+    if not ("kind" in manifest and "files" in manifest) and manifest.get("kind") != "tiktoken":
+        raise DataError(f"{path} exists and is not the manifest of a tokenizer; move it away")
+    return manifest
+
+
+def _choose(folder: Path, kind: str | None, manifest: dict[str, Any]) -> str:
+    """Kind of the tokenizer file to take."""
+    kinds = [kind for kind, name in MODEL_FILES.items() if (folder / name).is_file()]
+    if not kinds:
+        raise DataError(f"{folder} holds neither {' nor '.join(MODEL_FILES.values())}")
+    if kind is not None:
+        if kind not in kinds:
+            raise DataError(f"{folder / MODEL_FILES[kind]} is missing")
+        return kind
+    if manifest.get("kind") in kinds:
+        return manifest["kind"]
+    if len(kinds) > 1:
+        names = " and ".join(MODEL_FILES[kind] for kind in kinds)
+        raise DataError(f"{folder} holds {names}, which may differ; choose one with --file NAME")
+    return kinds[0]
 
 
 def _open(folder: Path, kind: str, fingerprint: str, eod: str | None, vocab_size: int | None) -> Tokenizer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,12 +14,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from oryx_megatron.data.files import replacing
-from oryx_megatron.data.tokenizer import MANIFEST, PRE_TOKENIZERS, Tokenizer, write_manifest
+from oryx_megatron.data.files import read_json, replacing, sha256_of
+from oryx_megatron.data.tokenizer import MANIFEST, MODEL_FILES, PRE_TOKENIZERS, Tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
 EOD = "<|endoftext|>"
 """End-of-document token of the byte-level tokenizers trained here."""
+OUTPUTS = (MANIFEST, *MODEL_FILES.values(), "tokenizer_config.json")
+"""Files of a tokenizer's folder that training writes, replaces or removes."""
 
 
 def train_sentencepiece(
@@ -39,7 +43,7 @@ def train_sentencepiece(
     SentencePiece's own sign for a space, comes back as a space. Raises DataError when the text does not suffice for the
     vocabulary, or the folder holds a tokenizer and `overwrite` is off.
     """
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -64,16 +68,13 @@ def train_sentencepiece(
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         raise DataError(f"cannot train {vocab_size} pieces on {source}: {reason}") from error
-    folder = Path(folder)
-    with replacing(folder / "tokenizer.model") as temporary:
-        temporary.write_bytes(model.getvalue())
     options = {
         "model_type": model_type,
         "byte_fallback": byte_fallback,
         "split_digits": split_digits,
         "character_coverage": character_coverage,
     }
-    return write_manifest(folder, source=source, training=options)
+    return _write(folder, {"tokenizer.model": model.getvalue()}, source, "sentencepiece", options, overwrite)
 
 
 def train_byte_level(
@@ -90,7 +91,7 @@ def train_byte_level(
     Texts are divided by cl100k's regular expression, with single digits when `split_digits`. Raises DataError when the
     vocabulary is too small or the text does not suffice for it, or the folder is taken and `overwrite` is off.
     """
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     backend = tokenizers.Tokenizer(models.BPE())
     pattern = PRE_TOKENIZERS[2 if split_digits else 1]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,13 +110,9 @@ def train_byte_level(
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() < vocab_size:
         raise DataError(f"cannot train {vocab_size} tokens on {source}: it yields {backend.get_vocab_size()}")
-    folder = Path(folder)
-    with replacing(folder / "tokenizer.json") as temporary:
-        backend.save(str(temporary))
     config = f'{{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{EOD}"}}\n'
-    with replacing(folder / "tokenizer_config.json") as temporary:
-        temporary.write_text(config)
-    return write_manifest(folder, source=source, training={"split_digits": split_digits})
+    files = {"tokenizer.json": backend.to_str(pretty=True).encode(), "tokenizer_config.json": config.encode()}
+    return _write(folder, files, source, "huggingface", {"split_digits": split_digits}, overwrite)
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
@@ -167,9 +164,47 @@ def _unknown(tokenizer: Tokenizer) -> int:
     return 0 if tokenizer.kind == "sentencepiece" else -1
 
 
-def _check_folder(folder: str | Path, overwrite: bool) -> None:
-    if not overwrite and (Path(folder) / MANIFEST).exists():
+def check_folder(folder: str | Path, overwrite: bool) -> None:
+    """Refuse to train into a folder with tokenizer files that were not trained here, or, without `overwrite`, any.
+
+    Raises DataError that names the file.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DataError(f"{folder} exists and is not a folder; choose another --output")
+    there = [name for name in OUTPUTS if os.path.lexists(folder / name)]
+    if not there:
+        return
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = dict(manifest["files"]) if isinstance(manifest.get("training"), dict) else {}
+    except (DataError, KeyError, TypeError, ValueError):
+        files = {}
+    for name in there:
+        path = folder / name
+        ours = bool(files) if name == MANIFEST else path.is_file() and files.get(name) == sha256_of(path)
+        if not ours:
+            raise DataError(f"{path} exists and was not trained here; choose another folder or move it away")
+    if not overwrite:
         raise DataError(f"{folder} holds a tokenizer already; choose another folder or pass --overwrite")
+
+
+def _write(
+    folder: str | Path, files: dict[str, bytes], source: str, kind: str, training: dict[str, Any], overwrite: bool
+) -> Tokenizer:
+    """Write a trained tokenizer; files of an earlier one of another kind go."""
+    folder = Path(folder)
+    check_folder(folder, overwrite)  # again: training took a while
+    old = [name for name in OUTPUTS if name != MANIFEST and name not in files and (folder / name).exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, data in files.items():
+                stack.enter_context(replacing(folder / name)).write_bytes(data)
+        for name in old:
+            (folder / name).unlink()
+        return write_manifest(folder, source=source, kind=kind, training=training)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
