@@ -52,4 +52,3 @@ def parse_json(text: str | bytes) -> Any:
 def reason(error: Exception) -> str:
     """Why a file could not be read, in words on one line, without its name."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-
