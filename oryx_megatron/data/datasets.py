@@ -76,10 +76,10 @@ def split(
             raise DataError(f"part {name!r}: the name becomes the end of a file name and cannot hold `/`")
     outputs = {name: output_prefix(f"{output}_{name}") for name in shares}
     dataset = open_dataset(prefix)
-    for name in outputs.values():
-        if _shares_files(name, dataset.prefix):
-            raise DataError(f"the output {name} is the input ({dataset.prefix})")
-        check_outputs(name, overwrite=overwrite)
+    for out in outputs.values():
+        if _shares_files(out, dataset.prefix):
+            raise DataError(f"the output {out} is the input ({dataset.prefix})")
+        check_outputs(out, overwrite=overwrite)
     if any(share <= 0 for share in shares.values()):
         raise DataError("shares must be above 0")
     edges = np.round(np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * dataset.documents).astype(int)
