@@ -30,7 +30,7 @@ from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, ConfigError, DataError, TrainingError
 from oryx_megatron.ops import backends
-from oryx_megatron.train import signals
+from oryx_megatron.train import lock, signals
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import (
     Callback,
@@ -84,6 +84,7 @@ class Trainer:
         self.stop_request = stop or signals.StopRequest()
         self.stop_request.limit_time(run.faults)
         check_installed(run.logging)
+        self.lock = lock.hold(self.folder) if reports else None
         reports = reports and parallel.is_main_rank()
         if reports:
             signals.remove_marker(self.folder)
@@ -173,6 +174,8 @@ class Trainer:
             # No collectives here: after an error, other ranks may never arrive.
             self.stream.close()
             self._call("on_end")
+            if self.lock is not None:
+                self.lock.release()
         return stopped
 
     def step(self) -> StepRecord:

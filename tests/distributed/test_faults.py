@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from oryx_megatron.config.schema import FaultsConfig, ParallelConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.project import tiny_project
-from oryx_megatron.train import signals
+from oryx_megatron.train import lock, signals
 from oryx_megatron.train.callbacks import Callback, StepRecord
 from oryx_megatron.train.guard import Guard, record_path
 from oryx_megatron.train.history import read_events
@@ -221,6 +222,24 @@ def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal
     assert steps(tmp_path, "iteration") == [1, 2, 3, 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["restarts"], summary["iterations"]) == (1, 4)
+
+
+def test_another_run_in_the_folder(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Refused before anything is touched; replay reads beside it; the end of a run leaves no lock."""
+    trainer("train.iterations=1").fit()
+    assert not (tmp_path / "lock").exists()
+    with subprocess.Popen(["sleep", "100"]) as other:
+        identity = lock._identity() | {"pid": other.pid, "birth": lock._birth(other.pid), "token": "another's"}
+        (tmp_path / "lock").write_text(json.dumps(identity))
+        (tmp_path / "requeue").touch()
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(ConfigError, match=rf"is in use by process {other.pid} on "):
+            trainer("train.iterations=2")
+        assert trainer("train.iterations=2", reports=False).iteration == 1
+        assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        other.kill()
+    assert trainer("train.iterations=2").fit() is None
+    assert not (tmp_path / "lock").exists()
 
 
 def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path: Path) -> None:

@@ -1,0 +1,341 @@
+"""One run at a time in an output_dir: RUN/lock names who trains there.
+
+The file is made by O_EXCL, which shared file systems make atomic too; nothing here relies on flock. It holds host,
+process id, start time and Slurm job of rank 0, which touches it every BEAT seconds and removes it at the end. A start
+that finds one left behind by kill -9, a lost node or a requeue takes over:
+
+- on the same machine (same boot, same pid namespace) when no process has that id and that start time;
+- by the same Slurm job in a later start: its earlier one has ended;
+- else when the file was not touched for STALE seconds, by the file system's clock or watched from here.
+
+A holder that was only asleep for so long notices that the lock is another's, and ends before it writes any more.
+Reading a run folder (replay, evaluation, monitor, conversion) needs no lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from oryx_megatron.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+NAME = "lock"
+BEAT = 5.0
+"""Seconds between signs of life."""
+STALE = 60.0
+"""Seconds without one after which a holder on another machine counts as gone."""
+
+_held: dict[Path, RunLock] = {}
+"""Locks of this process."""
+
+
+def hold(folder: Path) -> RunLock | None:
+    """Take the lock of a run folder, which is made if missing; collective, gives the lock on rank 0 and None elsewhere.
+
+    A process that holds it already keeps it.
+
+    Raises:
+        ConfigError: another run is under way there, or the folder cannot be written to; on all ranks alike.
+    """
+    lock, failure = None, None
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world == 1 or torch.distributed.get_rank() == 0:
+        try:
+            lock = _hold(folder)
+        except ConfigError as error:
+            failure = error
+    if world > 1:
+        outcome: list[ConfigError | None] = [failure]
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        (failure,) = outcome
+    if failure is not None:
+        raise failure
+    return lock
+
+
+def _hold(folder: Path) -> RunLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "faults", "tensorboard"):
+            if (folder / name).exists() and not (folder / name).is_dir():
+                raise ConfigError(f"output_dir: {folder / name} should be a folder; choose another output_dir")
+        path = folder.resolve() / NAME
+        if (lock := _held.get(path)) is None or not lock.is_mine():
+            lock = RunLock(path)
+            lock.acquire(shown=folder)
+            _held[path] = lock
+        return lock
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"output_dir: {error.filename or folder} is not a folder; choose another") from None
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: cannot write to {error.filename or folder} ({error.strerror}); choose another"
+        ) from None
+
+
+class RunLock:
+    """RUN/lock of this process.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.identity = _identity()
+        self._end = threading.Event()
+
+    def acquire(self, *, shown: Path) -> None:
+        """Make the file, in place of one whose holder is gone.
+
+        Args:
+            shown: The run folder as messages name it.
+
+        Raises:
+            ConfigError: its holder lives.
+            OSError: it cannot be written.
+        """
+        watch = _Watch(self.path)
+        told = False
+        while not self._create():
+            holder = watch.look()
+            if holder is None:  # gone in between
+                continue
+            lives = _lives(holder, self.identity)
+            if lives is None:
+                lives = watch.beats()
+            if lives:
+                raise ConfigError(
+                    f"output_dir: {shown} is in use by {describe(holder)}; two runs would delete each other's "
+                    "checkpoints: wait for it, end it, or choose another output_dir"
+                )
+            if lives is False:
+                log.info("output_dir: the run of %s is gone; taking over its lock", describe(holder))
+                self._remove(watch.text)
+                continue
+            if not told:
+                log.info(
+                    "output_dir: %s was left by %s; waiting up to %.0f s for a sign of life",
+                    self.path, describe(holder), STALE,
+                )  # fmt: skip
+                told = True
+            time.sleep(min(1.0, BEAT / 5))
+        threading.Thread(target=self._beat, daemon=True, name="run lock").start()
+        atexit.register(self.release)
+
+    def is_mine(self) -> bool:
+        """Whether the file is still this process's."""
+        return self.pid == os.getpid() and _parse(_read(self.path)).get("token") == self.identity["token"]
+
+    def release(self) -> None:
+        """Remove the file, if it is still this process's; harmless when called again, or in a forked process."""
+        self._end.set()
+        if self.pid != os.getpid():
+            return
+        atexit.unregister(self.release)
+        _held.pop(self.path, None)
+        with contextlib.suppress(OSError):
+            if self.is_mine():
+                self.path.unlink()
+
+    def _create(self) -> bool:
+        """Make the file unless there is one."""
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            if not self.path.is_file():
+                raise ConfigError(f"output_dir: {self.path} should be a file; choose another output_dir") from None
+            return False
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(self.identity) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _remove(self, text: str) -> None:
+        """Take the file away, unless it is no longer the one that holds `text`: someone else may have been faster."""
+        if _read(self.path) != text:
+            return
+        moved = self.path.with_name(f".{NAME}.{self.identity['token']}.old")
+        try:
+            self.path.rename(moved)
+        except FileNotFoundError:
+            return
+        if _read(moved) == text:
+            moved.unlink()
+        elif not self.path.exists():  # the new holder's: back
+            moved.rename(self.path)
+
+    def _beat(self) -> None:
+        while not self._end.wait(BEAT):
+            with contextlib.suppress(OSError, ConfigError):
+                text = _read(self.path)
+                if _parse(text).get("token") == self.identity["token"]:
+                    os.utime(self.path)
+                elif text or not self._renew():
+                    self._give_up(_parse(text))
+
+    def _renew(self) -> bool:
+        """Make a lock that someone deleted by hand again; True also where the folder itself is gone."""
+        return not self.path.parent.is_dir() or self._create()
+
+    def _give_up(self, holder: dict[str, Any]) -> None:
+        sys.stderr.write(
+            f"error: output_dir: {self.path} was taken over by {describe(holder)} while this process made no sign of "
+            "life; it ends, so as not to write into that run's folder\n"
+        )
+        sys.stderr.flush()
+        os._exit(2)
+
+
+class _Watch:
+    """Looks at a lock whose holder cannot be asked: does it beat?"""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = ""
+        self._first: tuple[str, int] | None = None
+        self._beaten = False
+        self._since = time.monotonic()
+        self._touched = 0.0
+
+    def look(self) -> dict[str, Any] | None:
+        """What the file says now; None when it is gone, an empty dict when it says nothing readable."""
+        try:
+            with self.path.open() as file:  # opening it makes NFS ask the server
+                self.text = file.read(65536)
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            return None
+        except UnicodeDecodeError:
+            self.text, status = "", self.path.stat()
+        seen = (self.text, status.st_mtime_ns)
+        if self._first is None or self._first[0] != self.text:
+            self._first, self._since = seen, time.monotonic()
+        self._beaten = seen != self._first
+        self._touched = status.st_mtime
+        return _parse(self.text)
+
+    def beats(self) -> bool | None:
+        """True when it was touched since the first look, False when not for STALE seconds, None: not known yet."""
+        if self._beaten:
+            return True
+        gone = time.monotonic() - self._since > STALE or self._now() - self._touched > STALE
+        return False if gone else None
+
+    def _now(self) -> float:
+        """The file system's clock, which on shared storage is not this machine's."""
+        probe = self.path.with_name(f".{NAME}.{uuid.uuid4().hex}.tmp")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def describe(holder: dict[str, Any]) -> str:
+    """Who holds a lock, in words."""
+    if "pid" not in holder:
+        return "a run that its lock does not name"
+    job = f", Slurm job {holder['job']}" if holder.get("job") else ""
+    return f"process {holder['pid']} on {holder.get('host')}, started {holder.get('started')}{job}"
+
+
+def _lives(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
+    """Whether the holder of a lock still runs; None when that cannot be asked from here."""
+    if holder.get("machine") == me["machine"] and isinstance(pid := holder.get("pid"), int):
+        if (birth := _birth(pid)) is not None:
+            return birth == holder.get("birth")
+        return None if _hidden(pid) else False
+    if me["job"] and holder.get("job") == me["job"] and isinstance(start := holder.get("start"), int):
+        return False if start < me["start"] else None
+    return None
+
+
+def _identity() -> dict[str, Any]:
+    """What the lock says of this process."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time())),
+        "job": os.environ.get("SLURM_JOB_ID") or None,
+        "start": int(restarts) if restarts.isdigit() else 0,
+        "birth": _birth(os.getpid()),
+        "machine": _machine(),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _birth(pid: int) -> float | None:
+    """When a process began, in ticks that do not move with the clock; None for one that is gone or only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    except (ProcessLookupError, IndexError, ValueError):
+        return None
+    try:  # not Linux
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _hidden(pid: int) -> bool:
+    """Whether a process is there that /proc does not show, as another user's under hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _machine() -> list[str]:
+    """Where a process id means something: host, its present boot, and the pid namespace (a container has its own)."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return parts
+
+
+def _read(path: Path) -> str:
+    """Text of a lock; empty when it is not there or not text."""
+    try:
+        with path.open() as file:
+            return file.read(65536)
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

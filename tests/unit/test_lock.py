@@ -1,0 +1,263 @@
+"""RUN/lock: one run at a time in a folder, and never one too few."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.train import lock
+
+FORK: Any = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "STALE", 1.0)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """Some other living process of this machine."""
+    started = subprocess.Popen(["sleep", "100"])
+    yield started
+    started.kill()
+    started.wait()
+
+
+def leave(folder: Path, **changes: Any) -> Path:
+    """A lock as another process leaves it."""
+    path = folder / lock.NAME
+    path.write_text(json.dumps(lock._identity() | {"token": "another's"} | changes) + "\n")
+    return path
+
+
+def holder(folder: Path) -> Any:
+    return json.loads((folder / lock.NAME).read_text())
+
+
+def test_held_and_released(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    held = lock.hold(run)
+    assert held is not None
+    assert holder(run)["pid"] == os.getpid()
+    assert lock.hold(run) is held  # this process's own
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    first = (run / "lock").stat().st_mtime_ns
+    time.sleep(0.3)
+    assert (run / "lock").stat().st_mtime_ns > first
+    held.release()
+    assert not list(run.iterdir())
+    again = lock.hold(run)
+    assert again is not None
+    leave(run)
+    again.release()
+    assert holder(run)["token"] == "another's"
+
+
+def test_a_living_process_is_named(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    path = leave(tmp_path, pid=process.pid, birth=lock._birth(process.pid), job="77", started="2026-01-02 03:04:05")
+    old = time.time() - 1e6  # asleep (SIGSTOP, a debugger) for however long: it lives
+    os.utime(path, (old, old))
+    with pytest.raises(ConfigError) as caught:
+        lock.hold(tmp_path)
+    text = f"^output_dir: {tmp_path} is in use by process {process.pid} on {lock._machine()[0]}, started 2026-01-02 "
+    assert str(caught.value).startswith(text[1:] + "03:04:05, Slurm job 77; ")
+    assert str(caught.value).endswith("wait for it, end it, or choose another output_dir")
+    assert holder(tmp_path)["token"] == "another's"
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_kill_9(tmp_path: Path, process: subprocess.Popen[bytes], reaped: bool) -> None:
+    """At once, though the last sign of life is a moment old; a zombie is no life."""
+    leave(tmp_path, pid=process.pid, birth=lock._birth(process.pid))
+    process.kill()
+    if reaped:
+        process.wait()
+    while Path(f"/proc/{process.pid}").exists() and " Z " not in Path(f"/proc/{process.pid}/stat").read_text():
+        time.sleep(0.01)
+    took_over_at_once(tmp_path)
+
+
+def test_process_id_taken_anew(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    birth = lock._birth(process.pid)
+    assert birth is not None
+    leave(tmp_path, pid=process.pid, birth=birth - 1)
+    took_over_at_once(tmp_path)
+
+
+def took_over_at_once(folder: Path) -> None:
+    started = time.monotonic()
+    held = lock.hold(folder)
+    assert held is not None
+    assert time.monotonic() - started < 0.5
+    assert holder(folder)["pid"] == os.getpid()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    held.release()
+
+
+ELSEWHERE = {
+    "another host": {"host": "far", "machine": ["far", "a boot", "pid:[1]"]},
+    "a container": {"machine": [*lock._machine()[:2], "pid:[1]"]},
+    "before a reboot": {"machine": [lock._machine()[0], "a boot", "pid:[1]"]},
+}
+
+
+@pytest.mark.parametrize("changes", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_elsewhere(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Where a process cannot be asked for, its signs of life count, however wrong its clock may be."""
+    for ahead in (0.0, 1e6):
+        path = leave(tmp_path, **changes)
+        end = threading.Event()
+
+        def beat(path: Path = path, ahead: float = ahead, end: threading.Event = end) -> None:
+            while not end.wait(0.05):
+                os.utime(path, (time.time() + ahead,) * 2)
+
+        beating = threading.Thread(target=beat)
+        beating.start()
+        try:
+            with pytest.raises(ConfigError, match=r"is in use by process "):
+                lock.hold(tmp_path)
+        finally:
+            end.set()
+            beating.join()
+    leave(tmp_path, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "STALE", 100.0)
+        os.utime(path, (time.time() - 101,) * 2)
+        took_over_at_once(tmp_path)
+    leave(tmp_path, **changes)
+    started = time.monotonic()
+    held = lock.hold(tmp_path)
+    assert held is not None
+    assert 0.9 < time.monotonic() - started < 10
+    held.release()
+
+
+def test_requeued_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later start of the same job never waits; another job, or another step of the same start, does."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for start in (0, "none"):
+        leave(tmp_path, **ELSEWHERE["another host"], job="77", start=start)
+        if start == 0:
+            took_over_at_once(tmp_path)
+    for job, start in (("78", 0), ("77", 1), ("77", 2)):
+        leave(tmp_path, **ELSEWHERE["another host"], job=job, start=start)
+        identity = lock._identity()
+        assert identity["start"] == 1
+        assert lock._lives(holder(tmp_path), identity) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[1]", b"[" * 60000, b'{"pid": "1"}', b'{"pid": 1e99}'])
+def test_damaged(tmp_path: Path, content: bytes) -> None:
+    """As a crash or a full disk leaves it: gone when nothing touches it."""
+    (tmp_path / lock.NAME).write_bytes(content)
+    os.utime(tmp_path / lock.NAME, (time.time() - 2,) * 2)
+    held = lock.hold(tmp_path)
+    assert held is not None
+    assert holder(tmp_path)["pid"] == os.getpid()
+    held.release()
+
+
+def test_one_of_many(tmp_path: Path) -> None:
+    """Of eight starts over a stale lock one gets it."""
+    birth = lock._birth(os.getpid())
+    assert birth is not None
+    for _ in range(5):
+        leave(tmp_path, birth=birth - 1)
+        begin, done, won = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
+
+        def start(begin: Any = begin, done: Any = done, won: Any = won) -> None:
+            begin.wait()
+            try:
+                lock.hold(tmp_path)
+                won.put(os.getpid())
+            except ConfigError:
+                won.put(None)
+            done.wait(20)
+
+        starts = [FORK.Process(target=start) for _ in range(8)]
+        for process in starts:
+            process.start()
+        begin.set()
+        winners = [pid for pid in (won.get() for _ in starts) if pid is not None]
+        done.set()
+        for process in starts:
+            process.join()
+        assert len(winners) == 1
+        assert holder(tmp_path)["pid"] == winners[0]
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_taken_over_while_asleep(tmp_path: Path, deleted: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """A holder whose lock is another's ends; one whose lock was deleted by hand makes it again."""
+    ready, end = FORK.Event(), FORK.Event()
+
+    def sleep() -> None:
+        lock.hold(tmp_path)
+        ready.set()
+        end.wait(20)
+
+    child = FORK.Process(target=sleep)
+    child.start()
+    ready.wait(20)
+    if deleted:
+        (tmp_path / lock.NAME).unlink()
+        wait_for(lambda: lock._parse(lock._read(tmp_path / lock.NAME)).get("pid") == child.pid)
+        end.set()
+    else:
+        leave(tmp_path)
+    child.join(20)
+    assert child.exitcode == (0 if deleted else 2)
+    if not deleted:
+        assert f"was taken over by process {os.getpid()} on " in capfd.readouterr().err
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no folder, or cannot be written to, is named in a line."""
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "run" / "lock").mkdir(parents=True)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoints").touch()
+    for folder, expected in (
+        (file, f"output_dir: {file} is not a folder; choose another"),
+        (file / "below", f"output_dir: {file}/below is not a folder; choose another"),
+        (tmp_path / "dangling", f"output_dir: {tmp_path}/dangling is not a folder; choose another"),
+        (tmp_path / "run", f"output_dir: {tmp_path}/run/lock should be a file; choose another output_dir"),
+        (tmp_path / "old", f"output_dir: {tmp_path}/old/checkpoints should be a folder; choose another output_dir"),
+        (tmp_path / ("x" * 300), f"output_dir: cannot write to {tmp_path}/{'x' * 300} (File name too long); "),
+        (Path("/proc/run"), "output_dir: cannot write to /proc/run (No such file or directory); choose another"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            lock.hold(folder)
+        assert str(caught.value).startswith(expected)
+
+    def refuse(path: Any, *arguments: Any) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match=rf"^output_dir: cannot write to {tmp_path}/lock \(Permission denied\)"):
+        lock.hold(tmp_path)
