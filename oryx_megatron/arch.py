@@ -16,6 +16,7 @@ from typing import Literal
 
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import ModelConfig, load_model
+from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import ConfigError
 
 User = Literal["embedding", "shared", "attention", "recurrent"]
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         sys.stdout.write(json.dumps(report(model, args.sequence), indent=2) + "\n")
     else:
-        sys.stdout.write(table(model, args.sequence))
+        sys.stdout.write(shown_lines(table(model, args.sequence)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             elif getattr(error, "rank_local", False):
                 print(f"error on rank {rank}: {shown(error)}", file=sys.stderr, flush=True)
             return 2
+        except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {shown(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130

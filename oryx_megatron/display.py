@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from logging import WARNING, Formatter, LogRecord, StreamHandler, basicConfig
 from typing import Any
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|$&~#])")
@@ -13,6 +14,11 @@ def shown(value: object) -> str:
     r"""Text for a terminal or a line of a file: control characters, line breaks too, are written as `\x1b`."""
     text = str(value)
     return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def shown_lines(text: str) -> str:
+    """Lines for a terminal, each as `shown`."""
+    return "\n".join(map(shown, text.split("\n")))
 
 
 def markdown(value: object) -> str:
@@ -29,9 +35,28 @@ def code(value: object) -> str:
 
 
 def plain_texts(figure: Any) -> None:
-    """Have matplotlib show every text of a figure as it is: a `$` begins no mathematics."""
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+    """Have matplotlib show titles, legends and notes of a figure as they are: a `$` begins no mathematics."""
+    texts = [*figure.texts]
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        texts += [axes.title, *axes.texts, *(legend.get_texts() if legend is not None else ())]
+    for text in texts:
         text.set_parse_math(False)
+
+
+class LineFormatter(Formatter):
+    """Of log messages, each on one line."""
+
+    def formatMessage(self, record: LogRecord) -> str:
+        """See base class."""
+        return shown(super().formatMessage(record))
+
+
+def log_lines() -> None:
+    """Write log messages to stderr from WARNING on, a line each."""
+    handler = StreamHandler()
+    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    basicConfig(level=WARNING, handlers=[handler])
 
 
 _HIDDEN = ("Cc", "Cs", "Zl", "Zp")

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oryx_megatron.cli import main_guard
+from oryx_megatron.config.loading import config_text
 from oryx_megatron.config.yaml_text import parse_yaml
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
+from oryx_megatron.reading import open_regular
 from oryx_megatron.train import metrics
-from oryx_megatron.train.history import duration, read_events, short
+from oryx_megatron.train.history import EVENTS, duration, parse_event, short
+from oryx_megatron.train.records import is_whole, read_records
 from oryx_megatron.train.signals import MARKER
 
 WINDOW = 50
@@ -69,6 +73,8 @@ class Followed:
     skipped: int = 0
     evaluations: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    damaged: dict[str, int] = field(default_factory=dict)
+    """Lines left out, by file."""
     iterations: int | None = None
     changed: float | None = None
     """Unix time of the latest line."""
@@ -78,7 +84,7 @@ class Followed:
     def look(self) -> None:
         """Read what is new."""
         try:
-            with (self.folder / metrics.NAME).open("rb") as file:
+            with open_regular(self.folder / metrics.NAME) as file:
                 facts = os.fstat(file.fileno())
                 inode, offset = self._place
                 if facts.st_ino != inode or facts.st_size < offset:
@@ -91,10 +97,10 @@ class Followed:
             self._forget()
             content, facts, offset = b"", None, 0
         whole = content[: content.rfind(b"\n") + 1]
-        for text in whole.decode("utf-8", "replace").splitlines():
+        for text in whole.split(b"\n")[:-1]:
             self._take(metrics.parse_line(text))
         self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
-        self.events = read_events(self.folder)
+        self._look_at_events()
         self.iterations = self.iterations or _iterations(self.folder)
 
     def state(self, now: float) -> str:
@@ -110,8 +116,17 @@ class Followed:
         idle = now - max(self.changed, self.events[-1]["time"] if self.events else 0.0)
         return f"silent {duration(idle)}" if idle > max(SILENT, pace) else "running"
 
+    def _look_at_events(self) -> None:
+        try:
+            found = read_records(self.folder / EVENTS, parse_event)
+        except OSError:
+            self.events = []
+        else:
+            self.events, self.damaged[EVENTS] = found.lines, found.damaged
+
     def _take(self, line: dict[str, Any] | None) -> None:
         if line is None:
+            self.damaged[metrics.NAME] = self.damaged.get(metrics.NAME, 0) + 1
             return
         if line["kind"] == "step" and line.keys() >= FIELDS:
             self.steps.append(line)
@@ -125,15 +140,17 @@ class Followed:
         self.evaluations.clear()
         self.tokens = self.skipped = 0
         self.changed = None
+        self.damaged[metrics.NAME] = 0
 
 
 def table(runs: Sequence[Followed], now: float) -> list[str]:
     """Lines of at most 80 columns: one for each run; below, the latest evaluations and events of a single run."""
-    width = min(max(len(run.name) for run in runs), 20)
+    names = [shown(run.name) for run in runs]
+    width = min(max(map(len, names)), 20)
     lines = [f"{'run':<{width}} {'step':>13} {'loss':>7} {'grad':>6} {'lr':>7} {'tok/s':>6} {'left':>8} state"]
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         steps = list(run.steps)
-        name = run.name if len(run.name) <= width else "…" + run.name[-(width - 1) :]
+        name = name if len(name) <= width else "…" + name[-(width - 1) :]
         if not steps:
             lines.append(f"{name:<{width}} {'':>52} {run.state(now)}"[:WIDTH])
             continue
@@ -156,25 +173,36 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
             skipped = f", {run.skipped} steps skipped" if run.skipped else ""
             lines.append(f"{short(run.tokens)} tokens{skipped}; loss and speed over the last {len(run.steps)} steps")
         for (dataset, plan), line in run.evaluations.items():
-            lines.append(f"  {dataset}, {plan}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])
+            name = shown(f"{dataset}, {plan}")
+            lines.append(f"  {name}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])
         lines += [_event(event, now) for event in run.events[-5:]]
+    for run, name in zip(runs, names, strict=True):
+        for file, count in run.damaged.items():
+            if count:
+                lines.append(f"left out {count} damaged line{'s' * (count > 1)} of {file} of {name}"[:WIDTH])
     return lines
 
 
 def _event(event: dict[str, Any], now: float) -> str:
     facts = {key: value for key, value in event.items() if key not in ("event", "time", "iteration", "commit")}
-    text = ", ".join(f"{key} {f'{value:.1f}' if isinstance(value, float) else value}" for key, value in facts.items())
+    text = ", ".join(f"{key} {_fact(value)}" for key, value in facts.items())
     line = f"  {duration(now - event['time'])} ago, step {event['iteration']}: {event['event']}  {text}"
-    return line[:WIDTH].rstrip()
+    return shown(line[: 2 * WIDTH])[:WIDTH].rstrip()
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return "…" if isinstance(value, (list, dict)) else str(value)
 
 
 def _iterations(folder: Path) -> int | None:
     try:
-        config = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+        config = parse_yaml(config_text(folder / "config.yaml"), str(folder / "config.yaml"))
         value = config["train"]["iterations"]
-    except (OSError, UnicodeDecodeError, ConfigError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         return None
-    return value if isinstance(value, int) else None
+    return value if is_whole(value) else None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

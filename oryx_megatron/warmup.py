@@ -17,6 +17,7 @@ from oryx_megatron import platform
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         if folder := os.environ.get(variable):
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             size = sum(path.stat().st_size for path in files)
-            sys.stdout.write(f"  {folder}: {len(files)} files, {size / 2**20:.1f} MiB\n")
+            sys.stdout.write(f"  {shown(folder)}: {len(files)} files, {size / 2**20:.1f} MiB\n")
     return 0
 
 

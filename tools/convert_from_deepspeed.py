@@ -19,6 +19,7 @@ from pathlib import Path
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.paths import expand_arguments
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
         saved = convert(folder, arguments.output)
         if parallel.is_main_rank():
-            print(saved)
+            print(shown(saved))
     finally:
         parallel.destroy()
     return 0

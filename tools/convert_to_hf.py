@@ -15,6 +15,7 @@ import sys
 import warnings
 
 from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -56,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         with_tokenizer=not arguments.no_tokenizer,
         overwrite=arguments.overwrite,
     )
-    print(f"{done.source} → {done.target}: {done.model.name}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+    what = f"{done.source} → {done.target}: {done.model.name}"
+    print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     if arguments.verify:
         for result in verify(done.source, done.target):
             print(f"verified {result.dtype} under {result.plan}: difference {result.difference:.1e}")

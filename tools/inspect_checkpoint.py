@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import CheckpointError
 from oryx_megatron.paths import expand_arguments
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.config:
         text = yaml.safe_dump(summary.manifest.config, sort_keys=False, allow_unicode=True, width=120).rstrip()
     else:
-        text = _report(summary, arguments.part, arguments.depth)
+        text = shown_lines(_report(summary, arguments.part, arguments.depth))
     sys.stdout.write(text + "\n")
     return 0
 
@@ -63,7 +64,7 @@ def _verify(summary: Summary) -> int:
 
     if bad := damaged_files(summary.folder, summary.manifest):
         raise CheckpointError(f"{summary.folder} is damaged: {', '.join(bad)} differ from the manifest or are missing")
-    sys.stdout.write(f"{summary.folder}: all {len(summary.manifest.files)} files are as they were written\n")
+    sys.stdout.write(f"{shown(summary.folder)}: all {len(summary.manifest.files)} files are as they were written\n")
     return 0
 
 

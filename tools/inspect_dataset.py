@@ -23,6 +23,7 @@ from oryx_megatron.data.datasets import compare, document_lengths, verify
 from oryx_megatron.data.files import replacing
 from oryx_megatron.data.indexed import Dataset, open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.display import plain_texts, shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -47,19 +48,20 @@ def main(argv: list[str] | None = None) -> int | None:
             raise DataError(f"there is no document {number}: {args.dataset} has 0 to {dataset.documents - 1}")
         tokens = dataset.document(number)
         print(f"document {number}: {len(tokens):,} tokens")
-        shown = tokens[: args.tokens].tolist()
-        text = tokenizer.decode(shown) if tokenizer is not None else " ".join(map(str, shown))
+        first = tokens[: args.tokens].tolist()
+        text = tokenizer.decode(first) if tokenizer is not None else " ".join(map(str, first))
         lines = text.splitlines() if tokenizer is not None else textwrap.wrap(text, 76)
+        lines = [shown(line.expandtabs()) for line in lines]
         print("\n".join(f"  | {line}" for line in lines) + ("\n  | …" if len(tokens) > args.tokens else ""))
     if not (args.documents or args.compare):
-        print(statistics(dataset, lengths))
+        print(shown_lines(statistics(dataset, lengths)))
     if args.plot:
         plot(lengths, args.dataset, args.plot)
-        print(f"picture: {args.plot}")
+        print(f"picture: {shown(args.plot)}")
     status = 0
     if args.compare:
         differences = compare(args.dataset, args.compare)
-        print(f"{args.dataset} and {args.compare}: " + ("differ" if differences else "the same documents"))
+        print(shown(f"{args.dataset} and {args.compare}: ") + ("differ" if differences else "the same documents"))
         print("".join(f"  {line}\n" for line in differences), end="")
         status = 1 if differences else 0
     if args.verify:
@@ -119,9 +121,10 @@ def plot(lengths: np.ndarray, title: str, path: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.hist(lengths, np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60), color="#33638d")
-    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=title)
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=shown(title))
     axes.axvline(float(np.median(lengths)), color="black", linestyle="--", label=f"median {np.median(lengths):,.0f}")
     axes.legend(frameon=False)
+    plain_texts(figure)
     ending, known = path.rpartition(".")[2], figure.canvas.get_supported_filetypes()
     if ending not in known:
         raise DataError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}")

@@ -13,6 +13,7 @@ import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import merge
+from oryx_megatron.display import shown
 from oryx_megatron.paths import expand_arguments
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int | None:
     prefixes = [name.removesuffix(".idx") for name in args.datasets]
     manifest = merge(prefixes, args.output, overwrite=args.overwrite)
     print(
-        f"{args.output}.bin, .idx, .json: {len(prefixes)} datasets, {manifest['documents']:,} documents, "
+        f"{shown(args.output)}.bin, .idx, .json: {len(prefixes)} datasets, {manifest['documents']:,} documents, "
         f"{manifest['tokens']:,} tokens"
     )
     return 0

@@ -26,6 +26,7 @@ from pathlib import Path
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 from oryx_megatron.planner import GIB, USABLE, Cluster, Estimate, Work, plan, schedule
@@ -73,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     if a.json:
         sys.stdout.write(json.dumps([_plain(e) for e in found[: a.top]], indent=1) + "\n")
     else:
-        sys.stdout.write(_report(model, cluster, work, found, a.top))
+        sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top)))
     if a.picture:
         draw(found[0], a.picture)
-        sys.stderr.write(f"wrote {a.picture}\n")
+        sys.stderr.write(f"wrote {shown(a.picture)}\n")
     return 0
 
 

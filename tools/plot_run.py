@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from oryx_megatron.cli import main_guard
+from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.paths import expand_arguments
+from oryx_megatron.reading import reason
 from oryx_megatron.train import metrics
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(run) / metrics.NAME if Path(run).is_dir() else Path(run) for run in arguments.runs]
     runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
     _write(out, draw(runs, arguments.x), runs)
-    print(out)
+    print(shown(out))
     return 0
 
 
@@ -68,7 +70,10 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
     curves = Curves(name)
     positions: dict[int, float] = {}
     tokens = 0
-    lines = metrics.read_lines(path)
+    try:
+        lines = metrics.read_lines(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {reason(error)}") from None
     for line in lines:
         if line["kind"] == "step":
             tokens += line["tokens"]
@@ -77,8 +82,8 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
                 curves.steps.append((positions[line["iteration"]], line["loss"]))
     for line in lines:
         if line["kind"] == "evaluation" and line["iteration"] in positions and math.isfinite(line["loss"]):
-            plans = curves.evaluations.setdefault(line["dataset"], {})
-            plans.setdefault(line["plan"], []).append((positions[line["iteration"]], line["loss"]))
+            plans = curves.evaluations.setdefault(shown(line["dataset"]), {})
+            plans.setdefault(shown(line["plan"]), []).append((positions[line["iteration"]], line["loss"]))
     if not curves.steps:
         raise DataError(f"{path} holds no step yet")
     return curves
@@ -99,32 +104,35 @@ def draw(runs: list[Curves], x: str) -> Any:
     panels = 1 if single else 1 + len(sets)
     figure, grid = plt.subplots(1, panels, figsize=(8 if single else 6.5 * panels, 4.8), squeeze=False)
     axes = grid[0]
+    legends: list[list[tuple[Any, str]]] = [[] for _ in axes]  # not by label: matplotlib hides those that begin with _
     for i, run in enumerate(runs):
         colour = "#444444" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
         axes[0].plot(*zip(*run.steps), color=colour, alpha=0.25, linewidth=0.8)
         label = "training, drawn plans" if len(runs) == 1 else run.name
-        axes[0].plot(*zip(*smooth(run.steps)), color=colour, linewidth=1.6, label=label)
+        line = axes[0].plot(*zip(*smooth(run.steps)), color=colour, linewidth=1.6)
+        legends[0].append((line[0], label))
     for i, run in enumerate(runs):
         for name, plans in run.evaluations.items():
-            ax = axes[0] if single else axes[1 + sets.index(name)]
+            panel = 0 if single else 1 + sets.index(name)
             for j, (plan, points) in enumerate(plans.items()):
                 several = len(runs) > 1
-                ax.plot(
+                line = axes[panel].plot(
                     *zip(*points),
                     color=COLOURS[(i if several else j) % len(COLOURS)],
                     linestyle=LINES[j % len(LINES)] if several else "-",
                     marker=MARKERS[j % len(MARKERS)],
                     markersize=6,
                     markerfacecolor="none",  # plans may be as good as equal: one must not hide another
-                    label=f"{run.name}, {plan}" if several else f"{name}, {plan}",
                 )
+                legends[panel].append((line[0], f"{run.name if several else name}, {plan}"))
     titles = [runs[0].name] if single else ["training", *sets]
-    for ax, title in zip(axes, titles, strict=True):
+    for ax, title, legend in zip(axes, titles, legends, strict=True):
         ax.set(title=title, xlabel=x, ylabel="loss (nats per token)")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=9)
+        if legend:
+            ax.legend(*zip(*legend), frameon=False, fontsize=9)
+    plain_texts(figure)
     figure.tight_layout()
     return figure
 
@@ -182,8 +190,8 @@ def _names(paths: list[Path]) -> list[str]:
     for depth in range(1, max(len(folder.parts) for folder in folders)):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(set(folders)):
-            return names
-    return [str(folder) for folder in folders]
+            return [shown(name) for name in names]
+    return [shown(folder) for folder in folders]
 
 
 if __name__ == "__main__":

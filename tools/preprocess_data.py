@@ -27,6 +27,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import ReadOptions
 from oryx_megatron.data.indexed import output_prefix
 from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
+from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int | None:
         summary = {"prefix": str(prefix), "seconds": round(seconds, 3), **manifest}
         print(json.dumps(summary | {"bytes_per_token": manifest["bytes"] / manifest["tokens"]}, ensure_ascii=False))
     else:
-        print(summarize(str(prefix), manifest, seconds))
+        print(shown_lines(summarize(str(prefix), manifest, seconds)))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import split
+from oryx_megatron.display import shown
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int | None:
     output = args.output or args.dataset
     manifests = split(args.dataset, shares, output, seed=args.seed, overwrite=args.overwrite)
     for name, manifest in manifests.items():
-        print(f"{output}_{name}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
+        print(f"{shown(f'{output}_{name}')}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
     return 0
 
 

@@ -22,6 +22,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import STDLIB, read_documents
 from oryx_megatron.data.tokenizer import MODEL_FILES, Tokenizer, write_manifest
 from oryx_megatron.data.train_tokenizer import check_folder, measure, train_byte_level, train_sentencepiece
+from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.adopt:
         kind = next((kind for kind, name in MODEL_FILES.items() if name == args.file), None)
         tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod, kind=kind)
-        print(describe(args.adopt, tokenizer))
+        print(shown(describe(args.adopt, tokenizer)))
         return 0
     if not args.output:
         raise DataError("--output names the folder of the new tokenizer; it is missing")
@@ -62,9 +63,9 @@ def main(argv: list[str] | None = None) -> int | None:
             character_coverage=args.character_coverage,
             overwrite=args.overwrite,
         )
-    print(describe(args.output, tokenizer))
+    print(shown(describe(args.output, tokenizer)))
     if args.held_out != 0:
-        print(report(measure(tokenizer, documents(args, "measuring", held_out=True))))
+        print(shown_lines(report(measure(tokenizer, documents(args, "measuring", held_out=True)))))
     return 0
 
 

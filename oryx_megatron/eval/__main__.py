@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.display import log_lines, shown
 from oryx_megatron.paths import expand_arguments
 
 PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     expand_arguments(arguments, "model", "--tokenizer", "--output")
     if arguments.command == "perplexity":
         expand_arguments(arguments, "--data")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_lines()
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
     from oryx_megatron import parallel
@@ -88,11 +88,11 @@ def _perplexity(arguments: argparse.Namespace) -> int:
     )
     if not parallel.is_main_rank():
         return 0
-    sys.stdout.write(f"{done.checkpoint}, iteration {done.manifest.iteration}\n")
+    sys.stdout.write(f"{shown(done.checkpoint)}, iteration {done.manifest.iteration}\n")
     sys.stdout.write(f"{'dataset':<16}{'plan':<24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>11}\n")
     for r in done.results:
         sys.stdout.write(
-            f"{r.dataset:<16}{r.plan:<24}{r.loss:>9.4f}{r.perplexity:>12.3f}{r.bits_per_byte:>11.4f}{r.tokens:>11,}\n"
+            f"{shown(r.dataset):<16}{shown(r.plan):<24}{r.loss:>9.4f}{r.perplexity:>12.3f}{r.bits_per_byte:>11.4f}{r.tokens:>11,}\n"
         )
     if arguments.output is not None:
         results = [result.to_dict() for result in done.results]
@@ -132,7 +132,8 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and parallel.is_main_rank():
         write_cells(cells, arguments.output / "retrieval.json", model=name, seed=arguments.seed)
         plot_cells(cells, arguments.output / "retrieval.png", title=name)
-        sys.stdout.write(f"written: {arguments.output / 'retrieval.json'}, {arguments.output / 'retrieval.png'}\n")
+        written = (arguments.output / name for name in ("retrieval.json", "retrieval.png"))
+        sys.stdout.write(f"written: {', '.join(map(shown, written))}\n")
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
 from oryx_megatron.eval.retrieval import RetrievalBatch, RetrievalTask, Score, score
@@ -164,7 +165,8 @@ def plot_cells(cells: Sequence[Cell], path: str | Path, title: str = "") -> None
     first.set_ylabel("answers found")
     first.legend(fontsize=7, loc="best")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(shown(title))
+    plain_texts(figure)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")

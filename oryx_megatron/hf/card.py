@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from oryx_megatron import arch
 from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.config.schema import BlendEntry
+from oryx_megatron.display import code, markdown
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=50, mode_plan="{plan}")
 print(tokenizer.decode(output[0], skip_special_tokens=True))
@@ -30,7 +33,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ("parameters", f"{arch.parameter_counts(model).total:,}"),
         ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
         ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.key_width} + {model.value_width} wide"),
-        ("vocabulary", f"{model.vocab_size:,} ({manifest.data['tokenizer']['name']})"),
+        ("vocabulary", f"{model.vocab_size:,} ({markdown(manifest.data['tokenizer']['name'])})"),
         ("trained on", f"{tokens:,} tokens: {manifest.iteration:,} steps of {train.global_batch_size} × "
                        f"{run.data.sequence_length}"),
         ("mode mix", _mix(run)),
@@ -38,14 +41,14 @@ def model_card(manifest: Manifest, folder: str) -> str:
     ]  # fmt: skip
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- oryx\n---",
-        f"# {model.name}",
+        f"# {markdown(model.name)}",
         "An Oryx language model (arXiv 2605.28769): one set of weights whose tokens may each be read by softmax "
         "attention or by a linear recurrence, switching at any token."
         if model.modes == "both"
         else f"A baseline of the Oryx family (arXiv 2605.28769) with {model.modes} mode only.",
         _table(("", ""), rows),
         "## Use",
-        USAGE.format(folder=folder, plan=plan),
+        USAGE.format(folder=_python(folder), plan=plan),
         "`mode_plan` also takes `attention`, `recurrent`, `prefix:N`, `last:N`, `ratio:R`, `every:K`, runs, or "
         "a function from position to mode."
         if model.modes == "both"
@@ -57,26 +60,34 @@ def model_card(manifest: Manifest, folder: str) -> str:
         "## Versions",
         _table(
             ("package", "version"),
-            [*sorted(manifest.versions.items()), ("source commit", manifest.commit or "unknown")],
+            [
+                *((markdown(name), markdown(version)) for name, version in sorted(manifest.versions.items())),
+                ("source commit", markdown(manifest.commit or "unknown")),
+            ],
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _python(text: str) -> str:
+    """A text as Python writes it, in double quotes, which ends no block of code."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\x60") if text.isprintable() else ascii(text)
+
+
 def _blend(run: Any) -> list[tuple[str, str]]:
-    entries = [(entry.path.rsplit("/", 1)[-1], f"{entry.weight:g}") for entry in run.data.blend]
+    def name(entry: BlendEntry) -> str:
+        return markdown(entry.path.rsplit("/", 1)[-1])
+
+    entries = [(name(entry), f"{entry.weight:g}") for entry in run.data.blend]
     for stage in run.data.stages:
-        entries += [
-            (f"{entry.path.rsplit('/', 1)[-1]} (from step {stage.start:,})", f"{entry.weight:g}")
-            for entry in stage.blend
-        ]
+        entries += [(f"{name(entry)} (from step {stage.start:,})", f"{entry.weight:g}") for entry in stage.blend]
     return entries or [("not recorded", "")]
 
 
 def _mix(run: Any) -> str:
     modes = run.modes
     if modes.fixed is not None:
-        return f"every microbatch `{modes.fixed}`"
+        return f"every microbatch {code(modes.fixed)}"
     rest = 1 - modes.p_attention - modes.p_recurrent
     return (
         f"{modes.p_attention:g} all attention, {modes.p_recurrent:g} all recurrent, {rest:g} mixed in chunks of "
@@ -88,8 +99,8 @@ def _evaluations(results: list[dict[str, Any]]) -> str:
     if not results:
         return "None recorded in the checkpoint."
     rows = [
-        (f"{r['dataset']}", f"`{r['plan']}`", f"{r['loss']:.4f}", f"{r['perplexity']:.3f}", f"{r['bits_per_byte']:.4f}",
-         f"{r['iteration']:,}")
+        (markdown(r["dataset"]), code(r["plan"]), f"{r['loss']:.4f}", f"{r['perplexity']:.3f}",
+         f"{r['bits_per_byte']:.4f}", f"{r['iteration']:,}")
         for r in results
     ]  # fmt: skip
     return _table(("dataset", "mode plan", "loss", "perplexity", "bits per byte", "at step"), rows)

@@ -14,6 +14,7 @@ import warnings
 from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
+from oryx_megatron.display import log_lines
 from oryx_megatron.train.signals import StopRequest, exit_code
 
 
@@ -64,7 +65,7 @@ def _quiet() -> None:
     """Log our own messages, from rank 0; leave out warnings about optional packages, which start-up reports itself."""
     launch = ranks.read()
     main_rank = launch is None or launch.rank == 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_lines()
     logging.getLogger("oryx_megatron").setLevel(logging.INFO if main_rank else logging.ERROR)
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")

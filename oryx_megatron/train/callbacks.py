@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oryx_megatron.config.schema import LoggingConfig, RunConfig
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.evaluate import Evaluation
@@ -189,7 +190,7 @@ class Display(Callback):
         self._write(f"  saved {path}")
 
     def _write(self, text: str) -> None:
-        self.out.write(text + "\n")
+        self.out.write(shown(text) + "\n")
         self.out.flush()
 
 
@@ -254,10 +255,11 @@ class History(Callback):
 
 
 class TensorBoard(Callback):
-    """TensorBoard events in `folder`."""
+    """TensorBoard events in `folder`; none where that cannot be made, which the trainer reports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writer: Any = None
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -268,21 +270,25 @@ class TensorBoard(Callback):
     def on_return(self, iteration: int, to: int, skipped: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer.close()
+        self.on_end()
         self._writer = SummaryWriter(str(self.folder), purge_step=to + 1)
 
     def on_step(self, record: StepRecord) -> None:
+        if self._writer is None:
+            return
         for name in ("loss", "grad_norm", "lr", "attention_share", "data_seconds"):
             self._writer.add_scalar(f"train/{name}", getattr(record, name), record.iteration)
         self._writer.add_scalar("train/tokens_per_second", record.tokens / record.seconds, record.iteration)
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
-        for r in results:
+        for r in results if self._writer is not None else ():
             self._writer.add_scalar(f"{r.dataset}/loss/{r.plan}", r.loss, iteration)
             self._writer.add_scalar(f"{r.dataset}/bits_per_byte/{r.plan}", r.bits_per_byte, iteration)
 
     def on_end(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class WeightsAndBiases(Callback):

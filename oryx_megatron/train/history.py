@@ -15,6 +15,7 @@ Events, one JSON object a line with `event`, `time` (unix) and `iteration`:
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -22,7 +23,11 @@ from typing import Any
 
 import psutil
 
+from oryx_megatron.display import shown
 from oryx_megatron.train import metrics
+from oryx_megatron.train.records import is_amount, is_text, is_whole, parse_record, read_records
+
+log = logging.getLogger(__name__)
 
 EVENTS, SUMMARY = "events.jsonl", "summary.json"
 
@@ -48,24 +53,25 @@ class Events:
         self._append({"event": event, "time": time.time(), "iteration": iteration, **facts})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            size = os.fstat(descriptor).st_size
+            cut = size and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash: this line must not join that one
+            file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Events of a run, oldest first; lines that a crash cut off are left out."""
+    """Events of a run, oldest first; damaged lines are left out, which the log says once."""
     path = folder / EVENTS
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {"event", "time", "iteration"} <= line.keys():
-            lines.append(line)
-    return lines
+    found = read_records(path, parse_event)
+    if (damage := found.damage()) is not None:
+        log.warning("%s: %s", shown(path), damage)
+    return found.lines
+
+
+def parse_event(text: bytes) -> dict[str, Any] | None:
+    """One line of an events.jsonl; None when it is damaged."""
+    return parse_record(text, {"event": is_text, "time": is_amount, "iteration": is_whole}, {"seconds": is_amount})
 
 
 def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any
         return sum(step.get(field, 0.0) for step in steps)
 
     stepping, data, optimizer = total("seconds"), total("data_seconds"), total("optimizer_seconds")
-    useful = sum(step["seconds"] for step in steps if not step["skipped"])
+    useful = sum(step.get("seconds", 0.0) for step in steps if not step.get("skipped"))
     split = {
         "data": data,
         "forward_backward": total("forward_backward_seconds") or stepping - data - optimizer,

@@ -8,7 +8,6 @@ the same computation bit for bit: numbers that come out finite now point at the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,11 @@ from typing import Any
 from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
+from oryx_megatron.display import shown
 from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.paths import expand_arguments
+from oryx_megatron.reading import parse_json, read_text, reason
+from oryx_megatron.train.records import is_number, is_text, is_whole
 from oryx_megatron.train.trainer import Trainer
 
 
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(run, layout, before=record["iteration"], reports=False)
         again = replay(trainer, record)
         if parallel.is_main_rank():
-            sys.stdout.write("".join(f"{line}\n" for line in report(record, again)))
+            sys.stdout.write("".join(f"{shown(line)}\n" for line in report(record, again)))
     finally:
         parallel.destroy()
     return 0
@@ -52,11 +54,44 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: missing or damaged.
     """
     try:
-        record = json.loads(path.read_text())
-        record["iteration"], record["consumed_samples"], record["skipped_samples"]
+        record = parse_json(read_text(path, _LARGEST))
+        if not (isinstance(record, dict) and _is_record(record)):
+            raise ValueError("a field is missing or damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is no record of a step ({error}); give a RUN/faults/batch-….json") from None
+        why = reason(error) if isinstance(error, OSError) else error
+        raise DataError(f"{path}: is no record of a step ({why}); give a RUN/faults/batch-….json") from None
     return record
+
+
+_LARGEST = 1 << 28
+"""Bytes of a record: some thousand ranks with their microbatches."""
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether all that `replay` and `report` use is there and of its type; KeyError or TypeError when not."""
+
+    def figure(value: Any) -> bool:  # as train/guard.py writes them: what is not finite is text
+        return is_number(value) or value in ("nan", "inf", "-inf")
+
+    return (
+        all(is_whole(record[name]) for name in ("iteration", "consumed_samples", "skipped_samples", "samples"))
+        and record["iteration"] > 0
+        and all(figure(record[name]) for name in ("loss", "grad_norm"))
+        and is_text(record["reason"])
+        and all(
+            is_whole(rank["rank"])
+            and is_text(rank["host"])
+            and is_whole(rank["gradients_not_finite"]["count"])
+            and all(map(is_text, rank["gradients_not_finite"]["first"]))
+            and all(
+                (batch["loss"] is None or figure(batch["loss"]))
+                and batch["samples"]
+                and all(map(is_whole, batch["samples"]))
+                for batch in rank["microbatches"]
+            )
+            for rank in record["ranks"]
+        )
+    )
 
 
 def replay(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
