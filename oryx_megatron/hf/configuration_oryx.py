@@ -106,6 +106,12 @@ class OryxConfig(PreTrainedConfig):
         """As transformers names them: every layer holds keys and values beside a recurrent state."""
         return ["hybrid"] * self.num_hidden_layers
 
+    @property
+    def fp32_parameters(self) -> tuple[str, ...]:
+        """Parameters of a mixer, one number per head, that stay in fp32 in a half-precision model."""
+        names = ("a_log", "dt_bias", "d_skip") if self.mixer == "mamba2" else ("a_log", "dt_bias")
+        return names if self.has_recurrence else ()
+
     def check(self) -> None:
         """Raise ValueError with the field at fault."""
         choices = {

@@ -37,7 +37,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oryx import OryxConfig
@@ -54,6 +54,8 @@ try:
     from causal_conv1d import causal_conv1d_fn
 except ImportError:
     causal_conv1d_fn = None
+
+logger = logging.get_logger(__name__)
 
 ModePlan = str | Callable[[int], Any] | Tensor | Sequence[Any]
 """A spec, a function from position to mode, or a mask that is true where a token attends."""
@@ -616,10 +618,10 @@ class OryxMixer(nn.Module):
             self.query_norm, self.key_norm = OryxRMSNorm(n, config.rms_norm_eps), OryxRMSNorm(n, config.rms_norm_eps)
         if config.has_recurrence:
             self.decay_proj = linear(heads * (2 if config.mixer == "gdn" else 1))
-            self.a_log = nn.Parameter(torch.empty(heads))
-            self.dt_bias = nn.Parameter(torch.empty(heads))
-            if config.mixer == "mamba2":
-                self.d_skip = nn.Parameter(torch.empty(heads))
+            # fp32 in a half-precision model too: `from_config` builds it under torch's default dtype.
+            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            for name in config.fp32_parameters:
+                self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=wide)))
         self.out_norm = OryxRMSNorm(p, config.rms_norm_eps)
         self.out_proj = nn.Linear(heads * p, d, bias=False)
         self.out_proj.residual = True
@@ -652,22 +654,17 @@ class OryxMixer(nn.Module):
             k_a, v_a = layer.advance(k_a, v_a, window, state, x.shape[1])
         if modes.runs:
             attended, weights = self._attend(x, k_a, v_a, context)
+        full = None
+        if context.output_attentions:
+            full, attended = self._read_weights(x, weights, v_a, modes)
 
         o = self._choose(recurrent, attended, modes)
+        if full is not None and not attended:
+            o = o + 0.0 * full.sum().to(o)  # its gradient is zero, not missing
         gate = None if self.gate_proj is None else self.gate_proj(x).unflatten(-1, (config.num_attention_heads, -1))
         y = self.out_proj(self.out_norm(o, gate).flatten(-2))
         if self.training and torch.is_grad_enabled():
             y = y + self._untouched(recurrent is not None, bool(modes.runs))
-        if not context.output_attentions:
-            return y, None
-        shape = (x.shape[0], config.num_attention_heads, x.shape[1], weights[0].shape[-1] if weights else x.shape[1])
-        if k_a is not None:
-            shape = (*shape[:3], k_a.shape[2])
-        full = x.new_zeros(shape)
-        for (start, stop), part in zip(modes.runs, weights):
-            full[:, :, start:stop, : part.shape[-1]] = part
-        if modes.rows is not None:
-            full = full * modes.rows[:, None, :, None].to(full)
         return y, full
 
     def _query(self, x: Tensor, mode: str) -> Tensor:
@@ -698,6 +695,24 @@ class OryxMixer(nn.Module):
             outputs.append(o.reshape(o.shape[0], part.shape[2], part.shape[1], -1))
             all_weights.append(weights)
         return outputs, all_weights
+
+    def _read_weights(
+        self, x: Tensor, weights: list[Tensor], v: Tensor | None, modes: TokenModes
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Attention weights [b, H, s, t], zero for recurrent tokens, and one [b, run, H, P] per run, read by them.
+
+        Read again from what is returned, so that gradients reach it.
+        """
+        b, s = x.shape[:2]
+        full = x.new_zeros(b, self.config.num_attention_heads, s, s if v is None else v.shape[2])
+        for (start, stop), part in zip(modes.runs, weights):
+            full[:, :, start:stop, : part.shape[-1]] = part
+        if modes.rows is not None:
+            full = full * modes.rows[:, None, :, None].to(full)
+        if not modes.runs:
+            return full.requires_grad_(torch.is_grad_enabled()), []
+        v = v.repeat_interleave(self.num_key_value_groups, 1)
+        return full, [(full[:, :, start:stop] @ v).transpose(1, 2) for start, stop in modes.runs]
 
     def _recur(
         self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, valid: Tensor | None, context: OryxContext
@@ -836,7 +851,6 @@ class OryxPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OryxDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "context"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["a_log", "dt_bias", "d_skip"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -844,6 +858,10 @@ class OryxPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {"hidden_states": OryxDecoderLayer, "attentions": OryxMixer}  # noqa: RUF012
+
+    def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._keep_in_fp32_modules_strict = set(config.fp32_parameters)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -950,7 +968,11 @@ class OryxModel(OryxPreTrainedModel):
             rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rotary_base, _wide(x))
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs attn_implementation='eager'")
+            logger.warning_once(
+                f"`{self.config._attn_implementation}` attention keeps no weights: output_attentions=True gives none; "
+                "use attn_implementation='eager'"
+            )
+            output_attentions = False
         context = OryxContext(modes, masks, key_counts, rotary, valid, bool(output_attentions))
         for i, layer in enumerate(self.layers):
             memory = None if cache is None else cache.layers[i]
