@@ -1,13 +1,14 @@
 # make quickstart   train a tiny Oryx model on this machine, from nothing to a sample of its text
 # make test         lint, type check, tests (within 25 minutes on 2 cores)
 # make soak         the slow tests too
+# make hf-suite     transformers' own model tests with Oryx plugged in, both mixers, three mode plans (fetches them)
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test soak lint types clean
+.PHONY: quickstart test soak hf-suite lint types clean
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
@@ -18,6 +19,18 @@ test: lint types
 
 soak: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200
+
+# The tests of the version that is installed; TRANSFORMERS_TESTS names those of a checkout instead.
+HF_SUITE := build/hf-suite
+hf-suite: $(READY)
+	@set -e; [ -z "$$TRANSFORMERS_TESTS" ] || exit 0; mkdir -p $(HF_SUITE); \
+	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
+	[ ! -d $(HF_SUITE)/transformers-$$version ] || exit 0; \
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+	    --no-build-isolation --dest $(HF_SUITE) transformers==$$version; \
+	rm -rf $(HF_SUITE)/part; mkdir $(HF_SUITE)/part; tar -xzf $(HF_SUITE)/transformers-$$version.tar.gz -C $(HF_SUITE)/part; \
+	mv $(HF_SUITE)/part/transformers-$$version $(HF_SUITE)/
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 -r fEX -o verbosity_subtests=0 tests/hf_suite/suite.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
