@@ -8,13 +8,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test soak hf-suite lint types clean
+# First and last version of transformers that an export runs with; the environment's own lies between.
+ENDS := 5.14 5.24
+
+.PHONY: quickstart test soak hf-suite lint types clean $(ENDS:%=transformers-%)
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
 
 # Files as they are collected, the long ones first, so that no worker ends alone.
-test: lint types
+test: lint types $(ENDS:%=transformers-%)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 soak: lint types
@@ -31,6 +34,16 @@ hf-suite: $(READY)
 	rm -rf $(HF_SUITE)/part; mkdir $(HF_SUITE)/part; tar -xzf $(HF_SUITE)/transformers-$$version.tar.gz -C $(HF_SUITE)/part; \
 	mv $(HF_SUITE)/part/transformers-$$version $(HF_SUITE)/
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RUN_SLOW=1 $(BIN)/python -m pytest -q -n 2 -r fEX -o verbosity_subtests=0 tests/hf_suite/suite.py
+
+# The tests of the exported model under another version of transformers, installed beside the environment.
+$(ENDS:%=transformers-%): transformers-%: $(VENV)/transformers-%/.ready
+	PYTHONPATH=$(abspath $(VENV)/$@) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --no-header -p no:cacheprovider \
+		tests/numerics/test_hf_model.py tests/numerics/test_hf_generate.py tests/integration/test_hf_standalone.py
+
+$(VENV)/transformers-%/.ready: tests/transformers-%.txt $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) -r $<
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

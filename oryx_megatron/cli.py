@@ -43,6 +43,11 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             print(f"error: {shown(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
             return 2
+        except ImportError as error:
+            if error.name != "transformers":  # as hf/configuration_oryx.py refuses a version
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130

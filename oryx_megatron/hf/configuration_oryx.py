@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from transformers import PreTrainedConfig
+import transformers
+
+SUPPORTED = (5, 14), (5, 24)
+"""First and last minor version of transformers that this model computes right values with; both are tested."""
+
+
+def _refuse_other_versions(version: str) -> None:
+    """Raise ImportError outside of `SUPPORTED`: other versions name arguments otherwise or drop them."""
+    (low, high), minor = SUPPORTED, tuple(int(number) for number in version.split(".")[:2])
+    if not low <= minor <= high or "dev" in version:
+        first, last, above = (f"{major}.{number}" for major, number in (low, high, (high[0], high[1] + 1)))
+        fix = f"pip install 'transformers>={first},<{above}'"
+        raise ImportError(f"Oryx runs with transformers {first} to {last}, not {version}: {fix}", name="transformers")
+
+
+_refuse_other_versions(transformers.__version__)
+from transformers import PreTrainedConfig  # noqa: E402
 
 
 class OryxConfig(PreTrainedConfig):
@@ -35,7 +51,7 @@ class OryxConfig(PreTrainedConfig):
     """
 
     model_type = "oryx"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     _auto_class = "AutoConfig"  # save_pretrained copies this file into the folder
 
     vocab_size: int = 32768

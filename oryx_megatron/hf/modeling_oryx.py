@@ -26,6 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# First: it says in one line which versions of transformers serve, where the imports below would fail.
+from .configuration_oryx import OryxConfig
+
+# isort: split
 from transformers import initialization as init
 from transformers.cache_utils import (
     Cache,
@@ -39,8 +44,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
-
-from .configuration_oryx import OryxConfig
 
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -59,6 +62,9 @@ logger = logging.get_logger(__name__)
 
 ModePlan = str | Callable[[int], Any] | Tensor | Sequence[Any]
 """A spec, a function from position to mode, or a mask that is true where a token attends."""
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls the cache, in arguments and outputs; `forward` and `generate` take both."""
 
 PLAN_FORMS = (
     "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN "
@@ -841,6 +847,37 @@ def compiled_block() -> Callable[..., Tensor]:
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What collators for packed documents give beside position_ids that restart, which say it all."""
+NO_MATTER = ("output_hidden_states", "return_dict", "token_type_ids")
+"""The first two are read by transformers' wrappers of `forward`; there is one type of token."""
+AS_ALWAYS = {"is_causal": (None, True), "output_router_logits": (None, False)}
+"""Arguments whose other values ask for what Oryx has not."""
+
+
+def _check_arguments(name: str, kwargs: dict[str, Any], may_be_packed: bool) -> None:
+    """Raise for what `forward` was given beside its own arguments and will not do: nothing is dropped in silence."""
+    for key, value in kwargs.items():
+        if key in NO_MATTER or value is None:
+            continue
+        if key in PACKING_ARGUMENTS:
+            if not may_be_packed:
+                raise ValueError(
+                    f"{name}: {key} is of packed documents; they are marked by position_ids that restart, and take no "
+                    "attention_mask and no cache"
+                )
+        elif key not in AS_ALWAYS:
+            raise TypeError(f"{name}.forward() got an unexpected keyword argument '{key}'")
+        elif value not in AS_ALWAYS[key]:
+            raise ValueError(f"{name} cannot do {key}={value}")
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
+
 
 class OryxPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
@@ -850,7 +887,7 @@ class OryxPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OryxDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values", "context"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "context"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -908,6 +945,7 @@ class OryxModel(OryxPreTrainedModel):
         use_cache: bool | None = None,
         mode_plan: ModePlan | TokenModes | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of input_ids [b, s] or inputs_embeds [b, s, d].
@@ -916,8 +954,11 @@ class OryxModel(OryxPreTrainedModel):
         recurrence nor convolution, wherever it stands. `mode_plan` is a spec or function over the real tokens of each
         row up to the end of this call, or a mask [s] or [b, s] over the tokens of this call; default
         `config.default_plan`. Without mask and cache, `position_ids` that restart mark packed documents, which are kept
-        apart. Raises ValueError with one line on what does not fit.
+        apart. `past_key_values` and `cache` are two names of one argument. Raises ValueError with one line on what does
+        not fit, TypeError for an argument that is not known here.
         """
+        cache = _one_cache(past_key_values, cache)
+        _check_arguments("OryxModel", kwargs, position_ids is not None and attention_mask is None and cache is None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -926,14 +967,13 @@ class OryxModel(OryxPreTrainedModel):
             raise ValueError("the text is empty: input_ids need at least one token")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("gradient checkpointing recomputes layers and cannot go on from past_key_values")
             use_cache = False
-        if attention_mask is None and position_ids is not None and past_key_values is None and s > 1:
+        if attention_mask is None and position_ids is not None and cache is None and s > 1:
             starts = (position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] == 0)
             if not torch.compiler.is_compiling() and bool(starts.any()):
                 return self._forward_packed(x, starts.expand(b, -1), mode_plan, output_attentions)
-        cache = past_key_values
         if cache is None and use_cache:
             cache = OryxCache(self.config)
         if cache is not None and not all(isinstance(layer, _TwoStates) for layer in cache.layers or [None]):
@@ -978,7 +1018,7 @@ class OryxModel(OryxPreTrainedModel):
             memory = None if cache is None else cache.layers[i]
             # One compiled block serves all layers: nothing in it depends on which layer it is.
             x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache if use_cache else None})
 
     def _forward_packed(
         self, x: Tensor, starts: Tensor, plan: ModePlan | TokenModes | None, output_attentions: bool | None
@@ -1139,22 +1179,25 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, vocabulary], and with `labels` [b, s] (-100: ignored) the next-token loss.
 
         Arguments and errors as in `OryxModel.forward`; `logits_to_keep` last tokens (0: all), or the tokens it indexes.
+        The loss takes transformers' `num_items_in_batch`, `ignore_index` and `shift_labels` too.
         """
+        of_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         if output_hidden_states is not None:
             kwargs["output_hidden_states"] = output_hidden_states
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mode_plan=mode_plan,
+            cache=_one_cache(past_key_values, cache),
             output_attentions=output_attentions if output_attentions is not None else self.config.output_attentions,
             **kwargs,
         )
@@ -1162,15 +1205,20 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state
         logits = self.lm_head(x if isinstance(kept, int) else x[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        if labels is not None or of_loss.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        cache = _one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     # Generation. transformers' generate calls these three on its way; the plan is resolved once, when prompt and
     # number of new tokens are known, and each step gets the modes of its own tokens.
@@ -1182,7 +1230,7 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         """Make the OryxCache, and the SlotPlan of prompt and new tokens."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         keep_kv = getattr(cache, "keep_kv", self.config.keep_kv)
         keep_kv = _setting("keep_kv", model_kwargs, generation_config, keep_kv)
         plan = _setting("mode_plan", model_kwargs, generation_config, self.config.default_plan)
@@ -1213,7 +1261,7 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         room = None
         if kind == "static":
             room = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-        model_kwargs["past_key_values"] = OryxCache(self.config, room, keep_kv)
+        model_kwargs[CACHE] = OryxCache(self.config, room, keep_kv)
 
     def prepare_inputs_for_generation(
         self,
@@ -1225,22 +1273,24 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         is_first_iteration: bool | None = False,
         mode_plan: SlotPlan | None = None,
         keep_kv: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict:
         """Arguments of the next forward call, with the modes of its tokens."""
+        cache = _one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         if isinstance(mode_plan, SlotPlan):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
             # Counted here on the host: a static cache has its length on the device.
-            start = 0 if past_key_values is None else mode_plan.done
+            start = 0 if cache is None else mode_plan.done
             mode_plan.done = start + tokens.shape[1]
             inputs["mode_plan"] = mode_plan.modes(start, mode_plan.done)
         elif mode_plan is not None:
@@ -1262,7 +1312,7 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         transformers' own loop, which asks the device after every token whether to stop, serves where something looks
         at the text as it grows: streamers, returned scores, other stopping criteria than length and end-of-text.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         plain = all(isinstance(criterion, MaxLengthCriteria | EosTokenCriteria) for criterion in stopping_criteria)
         in_graph = self.config._attn_implementation in ("eager", "sdpa")  # the others read the device on the host
         if not (
@@ -1292,9 +1342,11 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         decoder = OryxDecoder(self, cache, positions.expand(input_ids.shape[0], 1), mask)
         return _decode(decoder, outputs.logits[:, -1], input_ids, logits_processor, generation_config, model_kwargs)
 
-    def create_masks_for_generate(self, attention_mask: Tensor | None, past_key_values: Cache, **kwargs: Any):
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None, past_key_values: Cache | None = None, cache: Cache | None = None, **_: Any
+    ):
         """The 2D mask, as wide as a static cache: a compiled step sees one shape."""
-        limit = past_key_values.get_max_length()
+        limit = _one_cache(past_key_values, cache).get_max_length()
         if attention_mask is None or attention_mask.shape[1] >= limit:
             return attention_mask
         return F.pad(attention_mask, (0, limit - attention_mask.shape[1]), value=1)
@@ -1344,7 +1396,7 @@ class OryxDecoder:
                 input_ids=self.tokens,
                 attention_mask=self.mask,
                 position_ids=self.positions,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
                 mode_plan=kind if kind != "rows" else TokenModes(((0, 1),), True, self.rows),
             )

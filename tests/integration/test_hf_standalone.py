@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
@@ -22,6 +23,7 @@ class Blocked:
         if name.split(".")[0] in {"oryx_megatron", "megatron", "fla", "mamba_ssm", "causal_conv1d"}:
             raise ModuleNotFoundError(f"No module named {name!r} on this machine", name=name)
 sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, {place!r})  # of the transformers under test
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder = sys.argv[1]
@@ -36,7 +38,8 @@ def run_elsewhere(code: str, folder: Path, tmp_path: Path) -> str:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-I", "-c", PREAMBLE + code, str(folder)]
+    place = str(Path(transformers.__file__).parents[1])
+    command = [sys.executable, "-I", "-c", PREAMBLE.replace("{place!r}", repr(place)) + code, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -103,6 +106,45 @@ print(json.dumps([logits.tolist(), text.tolist(), kinds]))
     small_ones = {"a_log", "dt_bias", "d_skip"}
     for name, kind in kinds.items():
         assert kind == ("torch.float32" if name.split(".")[-1] in small_ones else "torch.bfloat16"), name
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_other_versions_are_refused_in_one_line(tmp_path: Path) -> None:
+    """Each as a machine that has it would see it; the promised ends are those that `make test` installs."""
+    folder = tmp_path / "model"
+    small("gdn").save_pretrained(folder)
+    code = """
+import transformers, shutil
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+def attempt(version, load, number):
+    transformers.__version__ = version
+    shutil.copytree(folder, f"{folder}{number}")  # modules are loaded once for a folder
+    try:
+        load(f"{folder}{number}")
+        print("fine")
+    except ImportError as error:
+        print(error)
+load = lambda path: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model = lambda path: get_class_from_dynamic_module("modeling_oryx.OryxForCausalLM", path)
+versions = ("4.57.6", "5.13.1", "5.25.0.dev0", "5.25.0", "6.0.0", "5.14.0", "5.24.7")
+for number, version in enumerate(versions):
+    attempt(version, model if number % 2 else load, number)
+"""
+    first, last, above = "5.14", "5.24", "5.25"
+    lines = run_elsewhere(code, folder, tmp_path).splitlines()
+    assert len(lines) == 7
+    assert lines[5:] == ["fine"] * 2
+    for line, version in zip(lines, ("4.57.6", "5.13.1", "5.25.0.dev0", "5.25.0", "6.0.0")):
+        assert line == (
+            f"Oryx runs with transformers {first} to {last}, not {version}: "
+            f"pip install 'transformers>={first},<{above}'"
+        )
+    assert f"\nENDS := {first} {last}\n" in (ROOT / "Makefile").read_text()
+    for end in (first, last):
+        assert f"\ntransformers=={end}." in (ROOT / "tests" / f"transformers-{end}.txt").read_text()
+        assert end in (ROOT / "docs" / "huggingface.md").read_text()
 
 
 def test_wrong_folders_give_one_clear_line(tmp_path: Path) -> None:

@@ -141,6 +141,19 @@ def test_going_on_from_a_cache() -> None:
     assert rest[0, 2:].tolist() == once[0, 6:].tolist()
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("room", [None, 40])
+def test_a_cache_under_either_name(name: str, room: int | None) -> None:
+    model, ids = tiny_model("mamba2", dtype=torch.float32), random_ids(1, 8)
+    cache = OryxCache(model.config, room)
+    common = {"do_sample": False, "mode_plan": "every:2"}
+    text = model.generate(ids, max_new_tokens=9, **common)
+    half = model.generate(ids, max_new_tokens=4, **common, **{name: cache})
+    assert int(cache.get_seq_length()) == 11
+    assert model.generate(half, max_new_tokens=5, **common, **{name: cache}).tolist() == text.tolist()
+    assert int(cache.get_seq_length()) == 16
+
+
 def test_without_cache_and_from_embeddings() -> None:
     model = tiny_model("mamba2", dtype=torch.float32)
     ids = random_ids(2, 6)

@@ -349,6 +349,51 @@ def test_bad_calls_get_one_line(call, message: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("base", [True, False])
+def test_no_argument_is_dropped_in_silence(base: bool) -> None:
+    whole, ids = tiny_model("gdn"), random_ids(1, 6)
+    model = whole.model if base else whole
+    for wrong in ({"past_key_value": None, "kache": 1}, {"mode_paln": "recurrent"}, {"encoder_outputs": ids}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{list(wrong)[-1]}'"):
+            model(ids, **wrong)
+    for wrong in ({"is_causal": False}, {"output_router_logits": True}):
+        with pytest.raises(ValueError, match="cannot do"):
+            model(ids, **wrong)
+    starts = torch.tensor([0, 3, 6], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 3, "max_length_k": 3}
+    packed["seq_idx"] = torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.int32)
+    for more in ({}, {"position_ids": torch.arange(3).repeat(2)[None], "attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="marked by position_ids that restart"):
+            model(ids, **packed, **more)
+    plain = {"token_type_ids": torch.zeros_like(ids), "is_causal": True, "output_hidden_states": True}
+    out = model(ids, position_ids=torch.arange(3).repeat(2)[None], **packed)
+    assert len(model(ids, **plain).hidden_states) == 3
+    pieces = torch.cat([model(ids[:, :3])[0], model(ids[:, 3:])[0]], 1)
+    torch.testing.assert_close(out[0], pieces)
+
+
+def test_the_loss_takes_transformers_arguments() -> None:
+    model, ids = tiny_model("mamba2"), random_ids(2, 6)
+    mean = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(20)).loss * 2, mean)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-7)
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted, ignore_index=-7).loss, mean)
+    torch.testing.assert_close(model(ids, shift_labels=shifted, ignore_index=-7).loss, mean)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_has_two_names(name: str) -> None:
+    model, ids = tiny_model("gdn"), random_ids(1, 7)
+    cache = OryxCache(model.config)
+    model(ids[:, :4], **{name: cache})
+    out = model(ids[:, 4:], **{name: cache})
+    torch.testing.assert_close(out.logits, model(ids).logits[:, 4:])
+    assert out.past_key_values is cache
+    other = "cache" if name == "past_key_values" else "past_key_values"
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids[:, :1], **{name: cache, other: OryxCache(model.config)})
+
+
 def test_baselines_refuse_the_other_mode() -> None:
     with pytest.raises(ValueError, match="recurrent mode only"):
         tiny_model("gdn", modes="recurrent")(random_ids(1, 3), mode_plan="attention")

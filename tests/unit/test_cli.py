@@ -2,7 +2,9 @@
 
 import argparse
 
-from oryx_megatron.cli import HelpFormatter
+import pytest
+
+from oryx_megatron.cli import HelpFormatter, main_guard
 
 DOC = """One line that is a good deal longer than the forty columns of this terminal.
 
@@ -22,3 +24,16 @@ def test_help_fits_the_terminal(monkeypatch) -> None:
     assert "    python tool.py --short\n" in text
     assert "    python tool.py --input \\\n        first.jsonl second.jsonl \\\n        --output result\n" in text
     assert "\nThen text.\n" in text
+
+
+def test_a_refused_version_is_one_line(capsys) -> None:
+    def fails(name: str):
+        def main() -> None:
+            raise ImportError("not this one", name=name)
+
+        return main_guard(main)
+
+    assert fails("transformers")() == 2
+    assert capsys.readouterr().err == "error: not this one\n"
+    with pytest.raises(ImportError):
+        fails("numpy")()

@@ -33,7 +33,7 @@ ORDER = (
     "MAINS",
 )
 """Parts from first to last. MAINS: other modules right under the package, and every __main__."""
-MAY_GUARD = {"ops", "platform"}
+MAY_GUARD = {"ops", "platform", "cli"}
 STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx"}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""
 KERNELS = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn"}
