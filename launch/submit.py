@@ -180,7 +180,7 @@ class _Scripts:
             raise ConfigError("--evaluate: begin with `perplexity` or `retrieval`, then options of oryx_megatron.eval")
         command, *rest = arguments
         if not any(argument.partition("=")[0] == "--output" for argument in rest):
-            rest += ["--output", str(self.folder / name)]
+            rest += ["--output", str(self.folder / name), "--overwrite"]  # of an earlier job; only its own results
         side = self.profile.jobs.evaluate
         if side.gpus_per_node is None:
             side = dataclasses.replace(side, gpus_per_node=min(1, self.profile.gpus_per_node))

@@ -15,17 +15,20 @@ import argparse
 import importlib.util
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.datasets import compare, document_lengths, verify
-from oryx_megatron.data.files import replacing
-from oryx_megatron.data.indexed import Dataset, open_dataset
+from oryx_megatron.data.files import check_output, is_marked, mark, replacing
+from oryx_megatron.data.indexed import Dataset, file_of, open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.display import plain_texts, shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
+
+ENDS = ("bin", "idx", "json")
 
 
 @main_guard
@@ -38,9 +41,13 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--verify", action="store_true", help="read everything and check it; exit code 1 if unsound")
     parser.add_argument("--compare", metavar="PREFIX", help="exit code 1 if the other dataset differs")
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the document lengths")
+    parser.add_argument("--overwrite", action="store_true", help="with --plot: replace an earlier picture")
     args = parser.parse_args(argv)
     expand_arguments(args, "dataset", "--tokenizer", "--compare", "--plot")
     dataset = open_dataset(args.dataset)
+    if args.plot:
+        files = [file_of(Path(prefix), end) for prefix in (args.dataset, args.compare or args.dataset) for end in ENDS]
+        check_output(args.plot, ours=is_marked, overwrite=args.overwrite, inputs=files)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     lengths = document_lengths(dataset)
     for number in args.documents:
@@ -130,7 +137,7 @@ def plot(lengths: np.ndarray, title: str, path: str) -> None:
         raise DataError(f"--plot {path}: the name must end in one of {', '.join(sorted(known))}")
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format=ending)
+            figure.savefig(temporary, dpi=150, format=ending, metadata=mark(ending) or None)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
     pyplot.close(figure)

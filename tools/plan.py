@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(argv)
     expand_arguments(a, "--picture")
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")
     if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
         raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
+    if a.picture:
+        check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
     model = load_model(a.model)
     cluster = Cluster(a.gpus, a.memory, a.gpus_per_node, a.nvlink, a.network, a.tflops)
     work = Work(a.sequence, a.batch, _share(model, a.attention_share))
@@ -185,10 +188,12 @@ def draw(best: Estimate, path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata=mark("png"))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import html
 import importlib.util
 import io
 import math
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from oryx_megatron.cli import main_guard
+from oryx_megatron.data.files import MARK, check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.paths import expand_arguments
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the config's output_dir) or metrics.jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture of this command")
     parser.add_argument("--x", choices=("iteration", "tokens"), default="iteration", help="horizontal axis")
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "runs", "--out")
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--out {out}: the name must end in one of {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib; `pip install oryx-megatron[plots]`")
+    check_output(out, ours=is_marked, overwrite=arguments.overwrite, inputs=arguments.runs)
     paths = [Path(run) / metrics.NAME if Path(run).is_dir() else Path(run) for run in arguments.runs]
     runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
     _write(out, draw(runs, arguments.x), runs)
@@ -151,18 +153,17 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _write(out: Path, figure: Any, runs: list[Curves]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg" if out.suffix == ".html" else out.suffix[1:], dpi=150)
+    form = "svg" if out.suffix == ".html" else out.suffix[1:]
+    figure.savefig(buffer, format=form, dpi=150, metadata=mark(form))
     content = buffer.getvalue()
     if out.suffix == ".html":
         content = _page(content.decode(), runs).encode()
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out)
+    try:
+        with replacing(out) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from error
 
 
 def _page(svg: str, runs: list[Curves]) -> str:
@@ -177,7 +178,8 @@ def _page(svg: str, runs: list[Curves]) -> str:
             rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     title = html.escape(", ".join(run.name for run in runs))
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="{MARK}">'
+        f"<title>{title}</title>"
         "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.2em 1em;text-align:left}svg{max-width:100%;"
         f"height:auto}}</style>{svg[svg.index('<svg') :]}<table><tr><th>run<th>curve<th>at<th>loss</tr>"
         f"{''.join(rows)}</table></html>\n"

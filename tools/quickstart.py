@@ -108,7 +108,7 @@ VENV = Path(sys.prefix).name
 def _unused(path: Path) -> Path:
     """`path`, or `path-2`, `path-3`, … when it exists: an earlier run is never touched."""
     candidate, number = path, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate

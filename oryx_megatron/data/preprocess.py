@@ -154,7 +154,8 @@ def _check_work(folder: Path) -> None:
         found = [] if folder.is_symlink() else [path.name for path in folder.iterdir()]
         other = [name for name in found if name not in known and not name.startswith((".key.json.", ".state.json."))]
         left = "key.json" in found and {"options", "versions", "input"} <= set(read_json(folder / "key.json"))
-        ours = not folder.is_symlink() and not other and (left or found in ([], ["lock"]))
+        empty = found == [] or (found == ["lock"] and not (folder / "lock").stat().st_size)
+        ours = not folder.is_symlink() and not other and (left or empty)
     except (OSError, DataError):
         ours = False
     if not ours:

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (perplexity, retrieval):
         command.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
         command.add_argument("--output", type=Path, help="folder for the JSON (and PNG)")
+        command.add_argument("--overwrite", action="store_true", help="replace earlier results in --output")
     return parser
 
 
@@ -64,10 +65,24 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
     from oryx_megatron import parallel
 
+    _check_outputs(arguments)
     try:
         return _perplexity(arguments) if arguments.command == "perplexity" else _retrieval(arguments)
     finally:
         parallel.destroy()
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse to replace what is no earlier result of this command, before anything is computed."""
+    from oryx_megatron.data.files import check_output, has_keys, is_marked
+
+    if arguments.output is None:
+        return
+    outputs = {"perplexity.json": has_keys("checkpoint", "iteration", "results")}
+    if arguments.command == "retrieval":
+        outputs = {"retrieval.json": has_keys("model", "seed", "cells"), "retrieval.png": is_marked}
+    for name, ours in outputs.items():
+        check_output(arguments.output / name, ours=ours, overwrite=arguments.overwrite)
 
 
 def _perplexity(arguments: argparse.Namespace) -> int:

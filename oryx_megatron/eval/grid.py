@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.data.files import mark, replacing, write_json
 from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
@@ -133,11 +132,7 @@ def predict_with_export(model: Any) -> Predict:
 
 def write_cells(cells: Sequence[Cell], path: str | Path, **about: Any) -> None:
     """Write results as JSON, with what `about` says of the model and settings."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**about, "cells": [asdict(cell) for cell in cells]}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {**about, "cells": [asdict(cell) for cell in cells]})
 
 
 def plot_cells(cells: Sequence[Cell], path: str | Path, title: str = "") -> None:
@@ -167,8 +162,5 @@ def plot_cells(cells: Sequence[Cell], path: str | Path, title: str = "") -> None
     if title:
         figure.suptitle(shown(title))
     plain_texts(figure)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=140, metadata=mark("png"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, s
 from oryx_megatron.checkpoint.manifest import file_digest, package_versions, write_manifest
 from oryx_megatron.config import check_model, to_dict
 from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf import configuration_oryx, modeling_oryx
@@ -88,7 +87,7 @@ def export(
         mode_plan: Default plan of the exported model.
         tokenizer: Tokenizer folder; default the run's.
         with_tokenizer: False leaves the tokenizer out.
-        overwrite: Replace an existing folder.
+        overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
@@ -129,7 +128,8 @@ def export(
         rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in rule.checkpoint])
         return rows[start : start + wanted[name][0]].to(tensors[name][1])
 
-    with _appearing(target, overwrite) as folder:
+    inputs = [source] if spoken is None else [source, spoken.folder]
+    with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
         config.save_pretrained(folder)
         for module in (configuration_oryx, modeling_oryx):
@@ -167,7 +167,7 @@ def import_(
         target: Run folder to make; the checkpoint lies in its checkpoints/.
         run: Run config that the manifest shall hold (its model is replaced); default: the one in the folder's
             oryx_manifest.json.
-        overwrite: Replace an existing folder.
+        overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
 
     Raises:
         ConversionError: not an Oryx folder, damaged, or a tensor is missing, left over or of a wrong shape.
@@ -341,7 +341,8 @@ def _write(
         start = sum(rule.rows[:number])
         return rows[start : start + rule.rows[number]].clone() if rule.rows else rows
 
-    with _appearing(target, overwrite) as folder:
+    inputs = [source, run.data.tokenizer]
+    with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         writing = store.begin(folder / "checkpoints", kept.iteration if kept else 0)
         write_checkpoint(writing, wanted, dtypes, stacked, produce, extra_states(model))
         files = {path.name: file_digest(path) for path in sorted(writing.iterdir())}
@@ -459,40 +460,6 @@ def _by_layer(item: tuple[str, Any]) -> tuple[int, str]:
 
 def _beside_weights(name: str) -> bool:
     return name.startswith(_NOT_WEIGHTS) or EXTRA_STATE in name
-
-
-@contextlib.contextmanager
-def _appearing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder under a temporary name that becomes `target` when all went well."""
-    if target.exists() and not overwrite:
-        raise ConversionError(f"{target} exists already; choose another name or pass --overwrite")
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConversionError(f"cannot write {target}: {error.strerror}") from error
-    try:
-        yield folder
-        _sync(folder)
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
-        _sync(target.parent, contents=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path, contents: bool = True) -> None:
-    for path in [*(p for p in folder.rglob("*") if contents and p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 __all__ = ["CheckpointError", "Conversion", "export", "hf_model_type", "import_", "import_llama"]
