@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from oryx_megatron.errors import DataError, OryxError
+from oryx_megatron.reading import parse_json, read_text
 
 MARK = "oryx_megatron output"
 """Stands in every picture and page written here, so that a later run knows it as ours."""
@@ -36,27 +37,14 @@ def sha256_of(path: str | Path) -> str:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DataError when it cannot be read or is no JSON object."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{path} is not a regular file")
-            if status.st_size > LARGEST_JSON:
-                raise DataError(f"{path} is too large for a JSON file of this kind: {status.st_size:,} bytes")
-            value = json.loads(file.read().decode())
+        value = parse_json(read_text(path, LARGEST_JSON))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise DataError(f"{path} is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is not valid JSON: nested too deep") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opening a FIFO must not wait for somebody to write to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:

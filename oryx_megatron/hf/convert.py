@@ -341,7 +341,7 @@ def _write(
         start = sum(rule.rows[:number])
         return rows[start : start + rule.rows[number]].clone() if rule.rows else rows
 
-    inputs = [source, run.data.tokenizer]
+    inputs: list[str | Path] = [source, run.data.tokenizer]
     with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         writing = store.begin(folder / "checkpoints", kept.iteration if kept else 0)
         write_checkpoint(writing, wanted, dtypes, stacked, produce, extra_states(model))
