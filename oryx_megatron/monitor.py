@@ -97,8 +97,9 @@ class Followed:
             self._forget()
             content, facts, offset = b"", None, 0
         whole = content[: content.rfind(b"\n") + 1]
-        for text in whole.split(b"\n")[:-1]:
-            self._take(metrics.parse_line(text))
+        for text in whole.split(b"\n"):
+            if text.strip():
+                self._take(metrics.parse_line(text))
         self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
         self._look_at_events()
         self.iterations = self.iterations or _iterations(self.folder)

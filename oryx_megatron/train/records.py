@@ -42,7 +42,9 @@ def read_records(path: Path, parse: Callable[[bytes], dict[str, Any] | None]) ->
     except FileNotFoundError:
         return found
     texts = content.split(b"\n")
-    for number, text in enumerate(texts[:-1] if texts[-1] == b"" else texts, 1):
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         if (line := parse(text)) is not None:
             found.lines.append(line)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oryx_megatron.testing.layouts import tiny_run
@@ -29,3 +30,14 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
         reporter.on_end()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_without_a_folder_for_tensorboard(tmp_path: Path) -> None:
+    """A file lies in its place: the trainer reports that and the run goes on."""
+    (tmp_path / "tensorboard").touch()
+    reporter = TensorBoard(tmp_path / "tensorboard")
+    with pytest.raises(OSError, match="tensorboard"):
+        reporter.on_start(tiny_run(), 0)
+    reporter.on_step(_record(1))
+    reporter.on_evaluation(1, [])
+    reporter.on_end()

@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from oryx_megatron import monitor
 from oryx_megatron.monitor import Followed, table
+from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.callbacks import MetricsFile
 from oryx_megatron.train.clock import PARTS
 from oryx_megatron.train.history import Events, read_events, summarize, summary_lines
 from oryx_megatron.train.signals import Stop, write_marker
@@ -116,6 +120,85 @@ def test_the_command(tmp_path: Path) -> None:
     assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}  # starts at once
     out = io.StringIO()
     assert monitor.main([str(tmp_path / "a" / "run"), "--interval", "0"], out) == 2
+
+
+DAMAGED = (
+    b'{"kind": "step", "iteration": 5, "loss": 1.0}',
+    b'{"kind": "step", "iteration": "five", "loss": "x", "tokens": "y"}',
+    b'{"kind": "step", "iteration": 5, "loss": null, "tokens": 1}',
+    b'{"kind": "step", "iteration": 5, "loss": 1.0, "tokens": 1, "seconds": "long"}',
+    b'{"kind": "step", "iteration": 5, "loss": 1.0, "tokens": 1, "seconds": NaN}',
+    b'{"kind": "step", "iteration": 5, "loss": 1.0, "tokens": -1}',
+    b'{"kind": "step", "iteration": true, "loss": 1.0, "tokens": 1}',
+    b'{"kind": "step", "iteration": 5, "loss": 1.0, "tokens": 1, "skipped": "no"}',
+    b'{"kind": "evaluation", "iteration": 5, "dataset": ["valid"], "plan": {}, "loss": 1.0}',
+    b'{"kind": ["step"], "iteration": 5}',
+    b'{"event": "start", "time": "noon", "iteration": 5}',
+    b'{"event": "checkpoint", "time": 1.0, "iteration": 5, "seconds": "many"}',
+    b'{"event": "checkpoint", "time": 1e999, "iteration": 5}',
+    b'{"event": 5, "time": 1.0, "iteration": 5}',
+    b'{"kind": "step", "event": "x", "time": 1, "iteration": ' + b"9" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"\xff\xfe\x00",
+    b"null",
+    b"\x00" * 100,
+)
+"""Lines that a crash, a disk or another program left in metrics.jsonl and in events.jsonl."""
+
+
+def test_damaged_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Everything is as if they were not there, and that they are is said once."""
+    folder = tmp_path / "run"
+    write(folder, step(1), step(2, skipped=True, loss=float("nan")))
+    events = Events(folder)
+    events.start(0, ranks=2)
+    events.add("end", 2)
+    time.sleep(0.01)
+    expected = summarize(folder)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (folder / name).open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in DAMAGED) + b"\n")
+    write(folder, {"kind": "later", "iteration": 2, "loss": "unknown kinds are left alone"})
+    assert summarize(folder) == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}/{name}: left out {len(DAMAGED)} damaged lines, the first is line 3"
+        for name in ("metrics.jsonl", "events.jsonl")
+    ]
+    out = io.StringIO()
+    assert monitor.main([str(folder), "--once"], out) == 0
+    text = out.getvalue()
+    assert text.count("damaged") == 2
+    assert f"left out {len(DAMAGED)} damaged lines of metrics.jsonl of run" in text
+    assert text.splitlines()[1].endswith(" done")
+
+
+def test_a_resumed_run_among_damaged_lines(tmp_path: Path) -> None:
+    """It keeps the steps up to its checkpoint, and its events do not join a line that was cut off."""
+    write(tmp_path, step(1), step(2), end='{"kind": "step", "iterat')
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "time": 1.0, "iteration": 0}\n{"event": "sto')
+    reporter = MetricsFile(tmp_path / "metrics.jsonl")
+    reporter.on_start(tiny_run(), 1)
+    reporter.on_end()
+    Events(tmp_path).start(1)
+    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "lost", "start"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "unreadable YAML", "deep YAML"])
+def test_files_that_are_no_files(tmp_path: Path, kind: str) -> None:
+    """Nothing hangs; the monitor shows what there is."""
+    for name in ("metrics.jsonl", "events.jsonl", "config.yaml", "requeue"):
+        path = tmp_path / name
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif name == "config.yaml":
+            path.write_bytes(b"\xff" if kind == "unreadable YAML" else b"[" * 50_000)
+    out = io.StringIO()
+    assert monitor.main([str(tmp_path), "--once"], out) == 0
+    assert len(out.getvalue().splitlines()) == 2
 
 
 def test_summary(tmp_path: Path) -> None:

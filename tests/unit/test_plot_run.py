@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from oryx_megatron.display import shown
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 spec = importlib.util.spec_from_file_location("plot_run", TOOL)
@@ -75,3 +78,45 @@ def test_errors(runs, tmp_path, capsys, monkeypatch, arguments, expected) -> Non
     assert plot_run.main([runs[0], *arguments]) == 2
     assert expected in capsys.readouterr().err
     assert not Path("x.png").exists()
+
+
+ODD = [r"$\bad{$", "$x_1$", "_hidden", "\x1b[31m\n", "größe-模型", "<b>&|`", "%s{0}"]
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+@pytest.mark.parametrize("several", [False, True])
+def test_names_are_shown_as_given(tmp_path: Path, capsys, name: str, several: bool) -> None:
+    """Of runs, datasets and plans: in titles, legends, pages and on the terminal."""
+    folders = []
+    for folder in (tmp_path / name, *([tmp_path / "other"] if several else [])):
+        folder.mkdir()
+        lines = [{"kind": "step", "iteration": n, "tokens": 1, "loss": 2.0} for n in (1, 2)]
+        lines.append({"kind": "evaluation", "iteration": 2, "dataset": name, "plan": name, "loss": 2.0})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(str(folder))
+    paths = [Path(folder) / "metrics.jsonl" for folder in folders]
+    curves = [plot_run.read_curves(path, "iteration", own) for path, own in zip(paths, plot_run._names(paths))]
+    figure = plot_run.draw(curves, "iteration")
+    figure.canvas.draw()
+    texts = [text.get_text() for ax in figure.axes for text in ax.get_legend().get_texts()]
+    given = shown(name)
+    both = f"{given}, {given}"
+    assert texts == ([given, "other", both, f"other, {given}"] if several else ["training, drawn plans", both])
+    assert (figure.axes[-1] if several else figure.axes[0]).get_title() == given
+    assert not any(text.get_parse_math() for ax in figure.axes for text in (ax.title, *ax.get_legend().get_texts()))
+    out = tmp_path / "page\n.html"
+    assert plot_run.main([*folders, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{shown(out)}\n"
+    assert f"<td>{html.escape(given)}</td>" in out.read_text()
+
+
+def test_damaged_lines_are_left_out_and_said_once(runs, tmp_path, caplog) -> None:
+    path = Path(runs[0], "metrics.jsonl")
+    good = plot_run.read_curves(path, "tokens", "first")
+    with path.open("ab") as file:
+        file.write(b'{"kind": "step", "iteration": 11, "loss": 1.0}\n' + b"[" * 100_000 + b"\n\xff\xfe\n{}\n1\n")
+    caplog.clear()
+    assert plot_run.read_curves(path, "tokens", "first") == good
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: left out 5 damaged lines, the first is line 13"
+    ]
