@@ -32,17 +32,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import platform, ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import ConfigError, OryxError
 from oryx_megatron.paths import expand_arguments
-from oryx_megatron.platform.store import serve
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+else:
+    torch, dist = platform.late("torch"), platform.late("torch.distributed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -683,6 +685,8 @@ def _store(rank: int, world: int, timeout: float) -> dist.Store:
     try:
         patience = timedelta(seconds=timeout)
         if rank == 0 and not hosted:
+            from oryx_megatron.platform.store import serve
+
             store = serve(address, port, patience, world_size=world, wait_for_workers=False)
         else:
             store = dist.TCPStore(address, port, world, timeout=patience, wait_for_workers=False, multi_tenant=True)

@@ -16,17 +16,18 @@ import importlib.util
 import sys
 import textwrap
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.datasets import compare, document_lengths, verify
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
-from oryx_megatron.data.indexed import Dataset, file_of, open_dataset
-from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.display import plain_texts, shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from oryx_megatron.data.indexed import Dataset
 
 ENDS = ("bin", "idx", "json")
 
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--overwrite", action="store_true", help="with --plot: replace an earlier picture")
     args = parser.parse_args(argv)
     expand_arguments(args, "dataset", "--tokenizer", "--compare", "--plot")
+    from oryx_megatron.data.datasets import compare, document_lengths, verify
+    from oryx_megatron.data.indexed import file_of, open_dataset
+    from oryx_megatron.data.tokenizer import load_tokenizer
+
     dataset = open_dataset(args.dataset)
     if args.plot:
         files = [file_of(Path(prefix), end) for prefix in (args.dataset, args.compare or args.dataset) for end in ENDS]
@@ -88,6 +93,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def statistics(dataset: Dataset, lengths: np.ndarray) -> str:
     """Counts, and a histogram of document lengths, within 80 columns."""
+    import numpy as np
+
     quantiles = np.quantile(lengths, [0.05, 0.5, 0.95])
     manifest = dataset.manifest or {}
     made = manifest.get("tokenizer")
@@ -122,6 +129,7 @@ def plot(lengths: np.ndarray, title: str, path: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise DataError("--plot needs the package matplotlib: pip install matplotlib")
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -12,7 +12,6 @@ import argparse
 import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.datasets import merge
 from oryx_megatron.display import shown
 from oryx_megatron.paths import expand_arguments
 
@@ -25,6 +24,8 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
     expand_arguments(args, "datasets", "--output")
+    from oryx_megatron.data.datasets import merge
+
     prefixes = [name.removesuffix(".idx") for name in args.datasets]
     manifest = merge(prefixes, args.output, overwrite=args.overwrite)
     print(

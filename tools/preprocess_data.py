@@ -20,16 +20,17 @@ import json
 import os
 import sys
 import time
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.corpus import ReadOptions
-from oryx_megatron.data.indexed import output_prefix
-from oryx_megatron.data.preprocess import Job, Progress, preprocess, shard_prefix
 from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from oryx_megatron.data.preprocess import Progress
 
 
 @main_guard
@@ -37,6 +38,10 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     expand_arguments(args, "--input", urls=True)
     expand_arguments(args, "--tokenizer", "--output")
+    from oryx_megatron.data.corpus import ReadOptions
+    from oryx_megatron.data.indexed import output_prefix
+    from oryx_megatron.data.preprocess import Job, preprocess, shard_prefix
+
     job = Job(
         inputs=tuple(args.input),
         tokenizer=args.tokenizer,
@@ -99,6 +104,8 @@ class Bar:
         now = time.perf_counter()
         if self.quiet or (not self.terminal and now - self.told < 60):
             return
+        from tqdm import tqdm
+
         seconds = now - self.start
         counts = f"{tqdm.format_sizeof(progress.documents)} docs, {tqdm.format_sizeof(progress.tokens / seconds)} tok/s"
         if not self.terminal:

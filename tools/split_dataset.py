@@ -12,7 +12,6 @@ import argparse
 import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.datasets import split
 from oryx_megatron.display import shown
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None) -> int | None:
         if not name or name in shares:
             raise DataError(f"part {part!r}: every part needs a name of its own")
         shares[name] = value
+    from oryx_megatron.data.datasets import split
+
     output = args.output or args.dataset
     manifests = split(args.dataset, shares, output, seed=args.seed, overwrite=args.overwrite)
     for name, manifest in manifests.items():

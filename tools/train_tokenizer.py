@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.corpus import STDLIB, read_documents
-from oryx_megatron.data.tokenizer import MODEL_FILES, Tokenizer, write_manifest
-from oryx_megatron.data.train_tokenizer import check_folder, measure, train_byte_level, train_sentencepiece
+from oryx_megatron.data.corpus import STDLIB
+from oryx_megatron.data.tokenizer import MODEL_FILES, write_manifest
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from oryx_megatron.data.tokenizer import Tokenizer
 
 
 @main_guard
@@ -32,6 +34,8 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     expand_arguments(args, "--input", urls=True)
     expand_arguments(args, "--output", "--adopt")
+    from oryx_megatron.data.train_tokenizer import check_folder, measure, train_byte_level, train_sentencepiece
+
     if args.adopt:
         kind = next((kind for kind, name in MODEL_FILES.items() if name == args.file), None)
         tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod, kind=kind)
@@ -71,6 +75,10 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def documents(args: argparse.Namespace, what: str, *, held_out: bool) -> Iterator[str]:
     """Texts to train on, or those held out; --sample-bytes ends them early."""
+    from tqdm import tqdm
+
+    from oryx_megatron.data.corpus import read_documents
+
     taken = 0
     every = args.held_out
     with tqdm(unit="B", unit_scale=True, desc=what, leave=False, dynamic_ncols=True, disable=None) as bar:

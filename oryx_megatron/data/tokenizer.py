@@ -18,12 +18,13 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from oryx_megatron.data.files import read_json, sha256_of, write_json
 from oryx_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "manifest.json"
 MODEL_FILES = {
@@ -181,6 +182,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.id_to_piece(int(token))
 
     def token_bytes(self) -> np.ndarray:
+        import numpy as np
+
         sizes = np.zeros(self.vocab_size, np.int32)
         for token in range(self.vocab_size):
             if self.processor.is_byte(token):
@@ -251,6 +254,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.id_to_token(int(token)) or ""
 
     def token_bytes(self) -> np.ndarray:
+        import numpy as np
+
         special = {i for i, added in self.backend.get_added_tokens_decoder().items() if added.special}
         plain = {i: added.content for i, added in self.backend.get_added_tokens_decoder().items() if not added.special}
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -309,6 +314,8 @@ class TiktokenTokenizer(Tokenizer):
         return self.encoding.decode_single_token_bytes(int(token)).decode("utf-8", "backslashreplace")
 
     def token_bytes(self) -> np.ndarray:
+        import numpy as np
+
         sizes = np.zeros(self.vocab_size, np.int32)
         for piece, token in self.encoding._mergeable_ranks.items():
             sizes[token] = len(piece)

@@ -1,14 +1,15 @@
 """CPU or GPU: the one place that knows what megatron-core assumes of CUDA.
 
 `install()` must run before a megatron-core model, optimizer or schedule is built; `parallel.initialize` calls it.
+Importing this package costs no torch; it puts off what megatron-core loads in vain (imports.py).
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from oryx_megatron import ranks
-from oryx_megatron.platform import cpu
+from oryx_megatron.platform import imports
 from oryx_megatron.platform.gpu import (
     KERNEL_CACHES,
     capability,
@@ -25,7 +26,13 @@ from oryx_megatron.platform.gpu import (
     version,
     wrong_triton_for_fla,
 )
+from oryx_megatron.platform.imports import late
 from oryx_megatron.platform.source import git_commit
+
+if TYPE_CHECKING:
+    import torch
+
+imports.install()
 
 __all__ = [
     "KERNEL_CACHES",
@@ -39,6 +46,7 @@ __all__ = [
     "has_gpu",
     "install",
     "installed",
+    "late",
     "local_rank",
     "missing_package",
     "multiprocessors",
@@ -54,14 +62,20 @@ __all__ = [
 
 def install() -> None:
     """Prepare this process for megatron-core: choose the GPU of this local rank, or redirect CUDA calls to the CPU."""
+    import torch
+
     if has_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     else:
+        from oryx_megatron.platform import cpu
+
         cpu.install()
 
 
 def device() -> torch.device:
     """The device of this rank."""
+    import torch
+
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
@@ -78,10 +92,14 @@ def local_rank() -> int:
 
 def synchronize() -> None:
     """Wait for the device, so that a host clock reads finished work."""
+    import torch
+
     if has_gpu():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
     """Peak bytes allocated on this rank's GPU; 0 on a CPU."""
+    import torch
+
     return torch.cuda.max_memory_allocated() if has_gpu() else 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,21 +60,7 @@ def install() -> None:
     _redirect_devices()
     _redirect_random_states()
     _redirect_tensors()
-    _import_without_compiler()
     _installed = True
-
-
-def _import_without_compiler() -> None:
-    """Import megatron-core with its `jit_fuser` (torch.compile) bound to the identity.
-
-    Its fused activations are a GPU matter; compiling them here would cost minutes and a C++ compiler per process.
-    """
-    original = torch.compile
-    torch.compile = lambda function=None, **kwargs: function or (lambda f: f)  # type: ignore[assignment]
-    try:
-        importlib.import_module("megatron.core")
-    finally:
-        torch.compile = original
 
 
 def _nothing() -> Callable[..., None]:

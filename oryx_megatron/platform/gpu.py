@@ -1,4 +1,4 @@
-"""What this machine's GPU and its optional packages can do. Nothing here imports those packages."""
+"""What this machine's GPU and its optional packages can do. Nothing here imports those packages, nor torch in vain."""
 
 from __future__ import annotations
 
@@ -10,36 +10,44 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import torch
-
 WRONG_TRITON = ((3, 4, 0), (3, 7, 1))
 """From the first (included) to the second, FLA's gated backward kernels give wrong gradients on Hopper (its #640)."""
 
 
 def has_gpu() -> bool:
     """True on a machine whose torch sees an NVIDIA GPU."""
+    import torch
+
     return torch.cuda.is_available()
 
 
 @cache
 def capability() -> tuple[int, int]:
     """Compute capability of this rank's GPU, e.g. (9, 0) for Hopper; (0, 0) without one."""
+    import torch
+
     return torch.cuda.get_device_capability() if has_gpu() else (0, 0)
 
 
 @cache
 def multiprocessors() -> int:
     """Number of multiprocessors of this rank's GPU; 1 without one."""
+    import torch
+
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if has_gpu() else 1
 
 
 def gpu_names() -> dict[str, int]:
     """Names of the GPUs that this process sees, and how many there are of each."""
+    import torch
+
     return dict(Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
 
 
 def cuda_versions() -> str:
     """CUDA and NCCL that torch was built with."""
+    import torch
+
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
@@ -52,6 +60,8 @@ PEAK_TFLOPS = {"GB200": 2450, "B200": 2250, "H200": 989, "H100": 989, "H20": 148
 
 def describe() -> str:
     """This rank's device in words."""
+    import torch
+
     if not has_gpu():
         return f"CPU, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}, {cuda_versions()}"
@@ -59,6 +69,8 @@ def describe() -> str:
 
 def peak_flops() -> float | None:
     """Dense bf16 peak of this rank's GPU in FLOP/s; None on a CPU and for a GPU that is not listed."""
+    import torch
+
     name = torch.cuda.get_device_name() if has_gpu() else ""
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 

@@ -4,9 +4,7 @@ import gc
 
 from oryx_megatron import platform
 
-platform.install()  # before megatron-core is imported: so without torch's compiler
-
-import torch._dynamo  # noqa: E402, F401 - torch.optim does when the first optimizer is made
+platform.install()
 
 import oryx_megatron.train.trainer  # noqa: E402, F401
 

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from oryx_megatron import platform
 
     platform.use_kernel_cache(run.kernels.cache_dir)
-    platform.install()  # before megatron-core is imported: on CPUs so without torch's compiler, which takes seconds
+    platform.install()
     from oryx_megatron import parallel
 
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
@@ -20,7 +20,9 @@ from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.paths import expand_arguments
 from oryx_megatron.reading import parse_json, read_text, reason
 from oryx_megatron.train.records import is_number, is_text, is_whole
-from oryx_megatron.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from oryx_megatron.train.trainer import Trainer
 
 
 @main_guard
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     run = load_run(Path(arguments.record).parent.parent / "config.yaml", arguments.overrides)
     layout = validate(run, ranks.world_size())
     from oryx_megatron import parallel
+    from oryx_megatron.train.trainer import Trainer
 
     try:
         parallel.initialize(run.parallel, seed=run.seed)

@@ -1,0 +1,162 @@
+"""What a command loads before it works: nothing heavy for --help, and of megatron-core and torch only what is used.
+
+Held by what is in sys.modules, not by a clock; benchmarks/startup.py has the seconds.
+"""
+
+import ast
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "oryx_megatron"
+HEAVY = (
+    *("torch", "megatron", "transformers", "tokenizers", "sentencepiece", "deepspeed", "triton", "numpy", "scipy"),
+    *("matplotlib", "pandas", "pyarrow", "tensorboard", "setuptools", "sympy"),
+)
+UNUSED = (
+    *("torch._dynamo", "torch._inductor", "sympy", "setuptools", "torch.utils.tensorboard", "tensorboard", "triton"),
+    *("transformers", "matplotlib", "deepspeed", "pyarrow", "pandas", "networkx"),
+)
+
+
+def commands() -> list[str]:
+    """Everything that can be started: scripts by path, modules of the package by name."""
+    found = [path for folder in ("tools", "launch", "oryx_megatron") for path in sorted((ROOT / folder).rglob("*.py"))]
+    started = [path.relative_to(ROOT) for path in found if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    modules = [path for path in started if path.parts[0] == PACKAGE.name]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in modules]
+    return [*(str(path) for path in started if path not in modules), *names]
+
+
+def loaded(code: str, names: tuple[str, ...]) -> list[str]:
+    """Which of `names` are loaded in a new interpreter after `code`."""
+    code += f"\nimport sys, json\nprint(json.dumps([name for name in {names!r} if name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_commands_are_found() -> None:
+    assert {"tools/generate.py", "oryx_megatron.train", "oryx_megatron.doctor", "launch/submit.py"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_loads_nothing_heavy(command: str) -> None:
+    start = "run_path" if command.endswith(".py") else "run_module"
+    code = f"""
+import contextlib, io, runpy, sys
+sys.argv = [{command!r}, "--help"]
+sys.path[0] = {str((ROOT / command).parent)!r}
+with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+    runpy.{start}({str(ROOT / command) if start == "run_path" else command!r}, run_name="__main__")
+assert len(shown.getvalue().splitlines()) > 3, shown.getvalue()
+"""
+    assert loaded(code, HEAVY) == []
+
+
+def test_the_trainer_and_a_step_load_nothing_unused() -> None:
+    """Optimizer and schedules, evaluation, checkpoints; a step on a CPU."""
+    code = """
+import oryx_megatron.train.trainer, oryx_megatron.eval.generation, oryx_megatron.eval.perplexity, torch
+weight = torch.nn.Parameter(torch.ones(3))
+for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+    optimizer = kind([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+assert weight.requires_grad and torch.is_grad_enabled() and float(weight[0]) < 0.9, weight
+"""
+    assert loaded(code, UNUSED) == []
+
+
+def test_what_is_put_off_works_when_it_is_used() -> None:
+    """The original names come back with symbolic_shapes; fused functions compile at the first call beside a GPU."""
+    code = """
+import oryx_megatron.platform
+import torch, torch.distributed.tensor._collective_utils as user
+from torch.distributed.tensor import _decompositions
+from megatron.core.fusions import fused_bias_swiglu
+from megatron.core import nccl_allocator
+from oryx_megatron.platform import imports
+
+stand_in = user.guard_or_false
+assert stand_in(torch.ones(1).shape[0] == 1) is True and stand_in(False) is False
+from torch.fx.experimental import symbolic_shapes
+assert user.guard_or_false is symbolic_shapes.guard_or_false is not stand_in
+assert _decompositions.GuardOnDataDependentSymNode is symbolic_shapes.GuardOnDataDependentSymNode
+assert callable(torch.utils.cpp_extension.load_inline)  # loads it
+
+x = torch.randn(2, 8)
+expected = torch.nn.functional.silu(x[:, :4]) * x[:, 4:]
+assert torch.allclose(fused_bias_swiglu.swiglu(x), expected)  # on a CPU as it is
+compiled = []
+def compiler(function):
+    compiled.append(function.__name__)
+    return function
+torch.cuda.is_available, torch.compile, original = lambda: True, compiler, torch.compile
+fused = imports.compiled_on_first_use(fused_bias_swiglu.swiglu.__wrapped__)
+assert compiled == []
+for _ in range(2):
+    assert torch.allclose(fused(x), expected)
+assert compiled == ["swiglu"], compiled
+fused_bias_swiglu.bias_swiglu(x, torch.zeros(8))
+assert compiled == ["swiglu", "bias_swiglu"], compiled  # the swiglu that it calls had its first call on the CPU
+torch.cuda.is_available, torch.compile = lambda: False, original
+outer = torch.compile(lambda y: fused(y) + 1, backend="eager", fullgraph=True)  # part of the outer graph
+assert torch.allclose(outer(x), expected + 1) and compiled == ["swiglu", "bias_swiglu"], compiled
+
+weight = torch.nn.Parameter(torch.ones(3))  # now that there is a dynamo: torch's own
+optimizer = torch.optim.AdamW([weight], lr=0.1)
+weight.grad = torch.ones(3)
+optimizer.step()
+optimizer.zero_grad()
+assert float(weight.detach()[0]) < 1
+"""
+    assert "sympy" in loaded(code, UNUSED)
+
+
+def test_putting_off_is_still_needed() -> None:
+    """When one of these is no longer loaded in vain, its part of platform/imports.py should go."""
+    code = """
+import sys, torch, torch.distributed.tensor
+assert "sympy" in sys.modules
+assert "torch._dynamo" not in sys.modules
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+assert "torch._dynamo" in sys.modules
+others = ("torch._inductor.compile_fx", "torch.utils.cpp_extension", "torch.utils.tensorboard")
+assert not any(name in sys.modules for name in others)
+import megatron.core
+"""
+    others = ("torch._inductor.compile_fx", "torch.utils.cpp_extension", "torch.utils.tensorboard")
+    assert loaded(code, others) == list(others)
+
+
+def test_packages_with_megatron_core_prepare_for_it() -> None:
+    """Their __init__ imports oryx_megatron.platform before anything of theirs can import megatron-core."""
+    faults = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)]
+        names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
+        if any(name.split(".")[0] == "megatron" for name in names):
+            first = ast.parse((path.parent / "__init__.py").read_text(encoding="utf-8")).body[1]
+            if not (isinstance(first, ast.Import) and first.names[0].name == "oryx_megatron.platform"):
+                faults.append(str(path.relative_to(PACKAGE)))
+    assert faults == []
+
+
+def test_benchmark_of_startup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints both sides and the ratio; here of two light modules."""
+    monkeypatch.setattr(sys, "argv", ["startup.py"])
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "startup.py"))
+    assert bench["main"](["--repeat", "1", "--base", "json", "--imports", "argparse", "--helps", "tools/plan.py"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("import json" in line for line in lines)
+    assert any("import argparse" in line and "×" in line for line in lines)
+    assert any("tools/plan.py --help" in line for line in lines)
