@@ -47,12 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     text = arguments.prompt if arguments.prompt is not None else _read(arguments.prompt_file)
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron import parallel
-    from oryx_megatron.data.tokenizer import load_tokenizer
+    from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import generate, load_for_inference
 
     try:
         model = load_for_inference(arguments.checkpoint, tensor=ranks.world_size())
         tokenizer = load_tokenizer(arguments.tokenizer or model.run.data.tokenizer)
+        check_tokenizer(tokenizer, model.manifest.data["tokenizer"], str(model.folder))
         prompt = tokenizer.encode(text) or [tokenizer.eod_id]
         shown = _Printer(tokenizer, prompt) if parallel.is_main_rank() else None
         generate(

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from oryx_megatron.data.indexed import file_of, open_dataset
     from oryx_megatron.data.tokenizer import load_tokenizer
 
-    dataset = open_dataset(args.dataset)
+    dataset = open_dataset(args.dataset, content=not args.verify)  # which tells all that is wrong
     if args.plot:
         files = [file_of(Path(prefix), end) for prefix in (args.dataset, args.compare or args.dataset) for end in ENDS]
         check_output(args.plot, ours=is_marked, overwrite=args.overwrite, inputs=files)

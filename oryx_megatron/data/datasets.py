@@ -21,7 +21,11 @@ from oryx_megatron.data.indexed import (
     open_dataset,
     output_prefix,
 )
+from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
+
+UNKNOWN = object()
+TOKENIZER_FACTS = (("tokenizer", "fingerprint"), ("end-of-document token", "eod"))
 
 
 def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -44,8 +48,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     for part in parts[1:]:
         if part.index.dtype != first.index.dtype:
             raise DataError(f"{part.prefix} holds {part.index.dtype}, {first.prefix} holds {first.index.dtype}")
-        if _tokenizer(part) != _tokenizer(first):
-            raise DataError(f"{part.prefix} was made with another tokenizer than {first.prefix}")
+        _check_alike(first, part)
     _check_shards(parts)
     known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
@@ -54,7 +57,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
         for part in parts:
             _copy(part, writer, 0, part.documents)
         sources = [str(prefix) for prefix in prefixes]
-        return _finish(writer, first, size, merged=sources, skipped=skipped, paths=paths)
+        return _finish(writer, first, size, merged=sources, skipped=skipped, paths=paths, **_common(parts))
 
 
 def split(
@@ -131,9 +134,45 @@ def _sums(parts: Sequence[Dataset], field: str) -> dict[str, int]:
     return dict(sorted(sums.items()))
 
 
-def _tokenizer(dataset: Dataset) -> str | None:
-    made = (dataset.manifest or {}).get("tokenizer")
-    return made["fingerprint"] if made is not None else None
+def _tokenizer(dataset: Dataset) -> dict[str, Any] | None:
+    return (dataset.manifest or {}).get("tokenizer")
+
+
+def _check_alike(first: Dataset, part: Dataset) -> None:
+    """Refuse datasets of which one text would be other tokens in each."""
+    made, wanted = _tokenizer(part), _tokenizer(first)
+    if (made is None) != (wanted is None):
+        unknown, known = (part, first) if made is None else (first, part)
+        raise DataError(
+            f"{part.prefix} was made with another tokenizer than {first.prefix}, as far as known: {unknown.prefix} "
+            f"names none, {known.prefix} does; tokenize it again, or name both in a blend"
+        )
+    if made is not None and wanted is not None and (why := difference(made, wanted)) is not None:
+        raise DataError(f"{part.prefix} was made with another tokenizer than {first.prefix}: {why}; tokenize it again")
+    for name, option in (("append_eod", "--no-eod"), ("separator", "--separator")):
+        left, right = (_option(dataset, name) for dataset in (first, part))
+        if UNKNOWN not in (left, right) and left != right:
+            raise DataError(
+                f"{part.prefix} was made with another {option} than {first.prefix} ({name} {right!r}, not {left!r}); "
+                "tokenize it again, or name both in a blend"
+            )
+
+
+def _option(dataset: Dataset, name: str) -> object:
+    """With what option a dataset was made; UNKNOWN when that is not written down or made no difference."""
+    manifest = dataset.manifest or {}
+    reading = manifest.get("reading", {})
+    if name == "separator" and "text" not in reading.get("formats", ()):
+        return UNKNOWN
+    return manifest.get(name, reading.get(name, UNKNOWN))
+
+
+def _common(parts: Sequence[Dataset]) -> dict[str, Any]:
+    """How the files of all parts became documents: what is the same in all, and the formats of any."""
+    readings = [(part.manifest or {}).get("reading", {}) for part in parts]
+    same = {name: value for name, value in readings[0].items() if all(r.get(name, value) == value for r in readings)}
+    formats = sorted({name for reading in readings for name in reading.get("formats", ())})
+    return {"reading": same | {"formats": formats}} if formats else {}
 
 
 def _vocabulary(dataset: Dataset) -> int:
@@ -148,9 +187,9 @@ def _shares_files(left: Path, right: Path) -> bool:
 
 
 def _finish(writer: IndexedWriter, source: Dataset, size: int | None, **more: Any) -> dict[str, Any]:
-    if source.manifest is None:
-        return writer.finish(None, size, **more)
-    return writer.finish(source.manifest["tokenizer"], size, append_eod=source.manifest.get("append_eod", True), **more)
+    manifest = source.manifest or {}
+    kept = {name: manifest[name] for name in ("append_eod", "reading") if name in manifest}
+    return writer.finish(manifest.get("tokenizer"), size, **kept | more)
 
 
 def _check_shards(parts: Sequence[Dataset]) -> None:
@@ -161,6 +200,16 @@ def _check_shards(parts: Sequence[Dataset]) -> None:
     if shards != wanted:
         found = ", ".join(f"{shard[0]}/{shard[1]}" if shard else "none" for shard in shards)
         raise DataError(f"the shards are {found}; merging needs each of them once and in order")
+    readings = [(part.manifest or {}).get("reading") for part in parts]
+    for part, reading in zip(parts, readings, strict=True):
+        if reading is None or readings[0] is None:
+            continue
+        changed = [name for name in reading if name != "formats" and reading[name] != readings[0].get(name)]
+        if changed:
+            raise DataError(
+                f"{part.prefix} is no shard of what {parts[0].prefix} is of: it was made with another "
+                f"{', '.join(changed)}; make all shards with one command but for --shard"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,7 +229,7 @@ def verify(prefix: str | Path, *, eod: int | None = None, vocab_size: int | None
 
     Raises DataError when it cannot be opened at all.
     """
-    dataset = open_dataset(prefix)
+    dataset = open_dataset(prefix, content=False)
     manifest, problems = dataset.manifest, []
     if manifest is not None and manifest["tokenizer"] is not None:
         vocab_size = manifest["tokenizer"]["vocab_size"] if vocab_size is None else vocab_size
@@ -231,13 +280,14 @@ def compare(left: str | Path, right: str | Path) -> list[str]:
     """Differences of two datasets, one line each; [] when they hold the same documents."""
     a, b = open_dataset(left), open_dataset(right)
     lines: list[str] = []
+    mine, theirs = (_tokenizer(dataset) or {} for dataset in (a, b))
     facts: list[tuple[str, object, object]] = [
         ("documents", a.documents, b.documents),
         ("tokens", a.tokens, b.tokens),
         ("token format", a.index.dtype, b.index.dtype),
-        ("tokenizer", _tokenizer(a), _tokenizer(b)),
+        *((what, mine.get(field), theirs.get(field)) for what, field in TOKENIZER_FACTS),
     ]
-    lines += [f"{name}: {mine} and {theirs}" for name, mine, theirs in facts if mine != theirs]
+    lines += [f"{name}: {left} and {right}" for name, left, right in facts if left != right]
     lengths = document_lengths(a), document_lengths(b)
     common = min(map(len, lengths))
     other = np.flatnonzero(lengths[0][:common] != lengths[1][:common])

@@ -10,12 +10,13 @@ megatron-core neither needs nor minds it; datasets without it can be read as wel
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 from oryx_megatron.data.files import read_json, same_file, sha256_of, sync, temporary_name, write_json
+from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -33,6 +35,12 @@ DTYPES: dict[int, type[np.generic]] = {
 }  # fmt: skip
 TOKEN_DTYPES = (np.uint16, np.int32)
 FORMAT = "oryx-indexed-dataset"
+FACTS = ("documents", "tokens", "bytes", "longest", "max_token", "dtype", "files", "append_eod", "skipped", "reading")
+"""Fields of the manifest that its checksum is of."""
+WHOLE = 32 << 20
+"""Files up to this many bytes are known by all of their content, longer ones by SAMPLES blocks of it."""
+SAMPLES, SAMPLE = 256, 16 << 10
+"""Number of blocks and bytes of each."""
 BLOCK = 1 << 22  # tokens or index entries handled at once
 
 
@@ -204,11 +212,12 @@ class IndexedWriter:
                 "dtype": self.dtype.name,
                 "tokenizer": tokenizer,
                 "files": {
-                    "bin": {"size": tokens.stat().st_size, "sha256": self._digest.hexdigest()},
-                    "idx": {"size": index.stat().st_size, "sha256": sha256_of(index)},
+                    "bin": _record(tokens, self._digest.hexdigest()),
+                    "idx": _record(index, sha256_of(index)),
                 },
                 **more,
             }
+            manifest["checksum"] = _checksum(manifest)
             check_outputs(self.prefix, overwrite=self.overwrite)  # again: it took a while
             # The index comes last: a dataset with an index is whole. Until then the manifest tells, should this be
             # killed, that the tokens next to it are ours.
@@ -333,6 +342,8 @@ class Dataset:
     index: Index
     manifest: dict[str, Any] | None
     """Contents of PREFIX.json; None for datasets of other tools."""
+    known: str | None = None
+    """`identity` as another process found it, which need not be found again; None: not known."""
 
     @property
     def documents(self) -> int:
@@ -356,18 +367,128 @@ class Dataset:
         return self.data()[start:stop]
 
     def identity(self) -> str:
-        """Changes when the data changes: the manifest's digests, or size and time of the files."""
+        """Names the content: by the manifest's digests, which `open_dataset` compares, or by the files' own."""
         if self.manifest is not None:
             return f"{self.manifest['files']['bin']['sha256']}-{self.manifest['files']['idx']['sha256']}"
+        return self.known or f"content-{self.digests['bin']}-{self.digests['idx']}"
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """`content_digest` of both files."""
+        return {end: content_digest(file_of(self.prefix, end)) for end in ("bin", "idx")}
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: `size` and `content` of .bin, `written`: sizes and times of both files.
+
+        The last is all that earlier versions knew a dataset without manifest by.
+        """
         stats = [file_of(self.prefix, end).stat() for end in ("bin", "idx")]
-        return "-".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+        written = "-".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+        return {"size": stats[0].st_size, "content": self.known or self.digests["bin"], "written": written}
+
+    def ends(self, eod: int, most: int = 256) -> tuple[int, int]:
+        """How many of up to `most` documents, spread over the dataset, end with a token; and of how many."""
+        index = self.index
+        bounds = np.asarray(index.documents)
+        filled = np.flatnonzero(np.diff(bounds))  # documents without a sequence have no end
+        chosen = bounds[filled[np.unique(np.linspace(0, len(filled) - 1, min(most, len(filled))).astype(int))] + 1] - 1
+        chosen = chosen[np.asarray(index.lengths[chosen]) > 0]
+        last = np.asarray(index.offsets[chosen]) // index.dtype.itemsize + np.asarray(index.lengths[chosen]) - 1
+        return int((np.asarray(self.data()[last]) == eod).sum()), len(chosen)
+
+    def holds(self, token: int, most: int = 64) -> bool:
+        """Whether a token is found in up to `most` blocks of 16,384 tokens spread over the data."""
+        data, size = self.data(), 1 << 14
+        starts = np.unique(np.linspace(0, max(len(data) - size, 0), most).astype(int))
+        return any(bool((data[start : start + size] == token).any()) for start in starts)
 
 
-def open_dataset(prefix: str | Path, *, vocab_size: int | None = None, fingerprint: str | None = None) -> Dataset:
+def content_digest(path: Path) -> str:
+    """sha256 (hex) of a file, or of its size and blocks spread over it when it is longer than WHOLE."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in np.linspace(0, size - SAMPLE, SAMPLES).astype(np.int64):
+            file.seek(int(start))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def _record(path: Path, digest: str) -> dict[str, Any]:
+    """What the manifest says of a file whose sha256 is known."""
+    size = path.stat().st_size
+    return {"size": size, "sha256": digest} | ({"sampled": content_digest(path)} if size > WHOLE else {})
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """sha256 of what a manifest says of the data. `tokenizer` is compared with the tokenizer; notes may change."""
+    facts = {name: manifest.get(name) for name in FACTS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def read_dataset_manifest(prefix: Path) -> dict[str, Any] | None:
+    """PREFIX.json, its fields of the right types; None without one. Raises DataError."""
+    path = file_of(prefix, "json")
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not the manifest of a dataset; move it out of the way")
+    if manifest.get("version") != 1:
+        raise DataError(f"{path} is of version {manifest.get('version')!r}; this version reads version 1")
+
+    def number(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    def counts(value: object) -> bool:
+        return isinstance(value, dict) and all(map(number, value.values()))
+
+    def file(value: object) -> bool:
+        return isinstance(value, dict) and number(value.get("size")) and isinstance(value.get("sha256"), str)
+
+    def tokenizer(value: object) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(value.get(name), str) for name in ("name", "kind", "fingerprint")
+        ) and all(number(value.get(name)) for name in ("vocab_size", "eod"))  # fmt: skip
+
+    tests: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("documents", "tokens", "longest", "max_token"), number),
+        "bytes": lambda value: value is None or number(value),
+        "tokenizer": lambda value: value is None or tokenizer(value),
+        "files": lambda value: isinstance(value, dict) and file(value.get("bin")) and file(value.get("idx")),
+        "append_eod": lambda value: isinstance(value, bool),
+        "skipped": counts,
+        "paths": counts,
+        "shard": lambda value: isinstance(value, list) and len(value) == 2 and all(map(number, value)),
+        "reading": lambda value: isinstance(value, dict),
+    }
+    optional = {"append_eod", "skipped", "paths", "shard", "reading"}
+    for name, fits in tests.items():
+        if not fits(manifest[name]) if name in manifest else name not in optional:
+            what = f"{name} {manifest[name]!r}" if name in manifest else f"no {name}"
+            raise DataError(f"{path} is damaged: it has {what:.100}; restore it or tokenize again")
+    if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+        raise DataError(f"{path} is damaged: it is not what was written (checksum); restore it or tokenize again")
+    return manifest
+
+
+def open_dataset(
+    prefix: str | Path,
+    *,
+    vocab_size: int | None = None,
+    fingerprint: str | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    content: bool = True,
+    known: str | None = None,
+) -> Dataset:
     """Open a dataset and check index against data and manifest; and, when given, against a vocabulary and tokenizer.
 
     Arguments: `vocab_size`: every token must lie below (taken from the manifest; without one, tokens are read: all of
-    them up to 2^28, else blocks spread over the file); `fingerprint` of the tokenizer it must have been made with.
+    them up to 2^28, else blocks spread over the file); `fingerprint` of the tokenizer it must have been made with, or
+    all that its `describe` gives as `tokenizer`; `content` compares the files with the digests of the manifest
+    (`content_digest`), else only their sizes; `known` is the identity that another process found.
     Raises DataError naming the file and what is wrong.
     """
     prefix = Path(prefix)
@@ -381,27 +502,41 @@ def open_dataset(prefix: str | Path, *, vocab_size: int | None = None, fingerpri
     if size != wanted:
         state = "truncated" if size < wanted else "longer than its index says"
         raise DataError(f"{file_of(prefix, 'bin')} is {state}: {size} bytes, not {wanted}")
-    manifest = None
-    if file_of(prefix, "json").is_file():
-        manifest = read_json(file_of(prefix, "json"))
-        if manifest.get("format") != FORMAT:
-            raise DataError(f"{file_of(prefix, 'json')} is not the manifest of a dataset; move it out of the way")
-        for end in ("bin", "idx"):
-            recorded = manifest["files"][end]["size"]
-            if recorded != (found := file_of(prefix, end).stat().st_size):
-                raise DataError(f"{file_of(prefix, end)} has {found} bytes, its manifest says {recorded}")
-    dataset = Dataset(prefix, index, manifest)
+    manifest = read_dataset_manifest(prefix)
+    dataset = Dataset(prefix, index, manifest, known)
+    if manifest is not None:
+        _check_files(dataset, manifest, content)
     made = manifest["tokenizer"] if manifest is not None else None
     if made is not None and fingerprint is not None and made["fingerprint"] != fingerprint:
         raise DataError(
             f"dataset {prefix} was made with tokenizer {made['name']} ({made['vocab_size']} tokens, "
             f"{made['fingerprint'][:12]}…), not with {fingerprint[:12]}…; tokenize it again or change data.tokenizer"
         )
+    if made is not None and tokenizer is not None and (why := difference(made, tokenizer)) is not None:
+        raise DataError(f"dataset {prefix} was made with {why}; tokenize it again or change data.tokenizer")
     if vocab_size is not None:
         highest = manifest["max_token"] if manifest is not None else _highest_token(dataset)
         if highest >= vocab_size:
             raise DataError(f"dataset {prefix} holds token {highest}, outside the vocabulary of {vocab_size} tokens")
     return dataset
+
+
+def _check_files(dataset: Dataset, manifest: dict[str, Any], content: bool) -> None:
+    """Compare the files of a dataset with their manifest."""
+    for end in ("bin", "idx"):
+        path, record = file_of(dataset.prefix, end), manifest["files"][end]
+        if record["size"] != (found := path.stat().st_size):
+            raise DataError(f"{path} has {found} bytes, its manifest says {record['size']}")
+        digest = record["sha256"] if found <= WHOLE else record.get("sampled")
+        if content and digest is not None and dataset.digests[end] != digest:
+            raise DataError(
+                f"{path} is not the file that {file_of(dataset.prefix, 'json')} describes (sha256): it was replaced or "
+                "is damaged; restore it or tokenize again"
+            )
+    for name, count in (("documents", dataset.documents), ("tokens", dataset.tokens)):
+        if content and manifest[name] != count:
+            path = file_of(dataset.prefix, "json")
+            raise DataError(f"{path} is damaged: it says {name} {manifest[name]}, the index has {count}")
 
 
 def bytes_per_token(prefix: str | Path) -> float:
@@ -410,9 +545,8 @@ def bytes_per_token(prefix: str | Path) -> float:
     Bits per byte = nats per token / ln 2 / bytes per token. Raises DataError without PREFIX.json.
     """
     path = file_of(Path(prefix), "json")
-    if not path.is_file():
+    if (manifest := read_dataset_manifest(Path(prefix))) is None:
         raise DataError(f"{path} is missing, so the bytes per token of {prefix} are not known")
-    manifest = read_json(path)
     if manifest["bytes"] is None:
         raise DataError(f"{path} does not say how many bytes of text the dataset holds")
     return manifest["bytes"] / manifest["tokens"]

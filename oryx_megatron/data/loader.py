@@ -18,6 +18,7 @@ import logging
 import os
 import queue
 import shutil
+import socket
 import threading
 import time
 import weakref
@@ -36,9 +37,10 @@ from torch.utils.data import DataLoader
 
 from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.files import read_json, write_json
-from oryx_megatron.data.indexed import Dataset, open_dataset
-from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
+from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
+from oryx_megatron.parallel.wait import first_rank_alone
 
 logger = logging.getLogger(__name__)
 
@@ -121,26 +123,24 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]
     Raises DataError, on every rank, for a missing, damaged, empty or foreign dataset.
     """
     samples = sample_counts(run) if samples is None else samples
-    distributed = torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        failure: list[str | None] = [None]
-        blends: dict[str, Blend] = {}
+    blends: dict[str, Blend] = {}
+
+    def build() -> dict[str, Any]:
         try:
-            blends = _build(run, tokenizer, samples)
+            blends.update(_build(run, tokenizer, samples))
+        except OSError as error:
+            raise _as_data_error(error) from error
+        return {name: blend.identity for name, blend in blends.items()}
+
+    identities = first_rank_alone(build, "builds sample indices", DataError)
+    if not blends:
+        try:
+            blends.update(_build(run, tokenizer, samples, identities))
         except (DataError, OSError) as error:
-            if not distributed:
-                raise _as_data_error(error) from error
-            failure = [str(_as_data_error(error))]
-        if distributed:
-            torch.distributed.broadcast_object_list(failure, src=0)
-            if failure[0] is not None:
-                raise DataError(failure[0])
-        return blends
-    failure = [None]
-    torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise DataError(failure[0])
-    return _build(run, tokenizer, samples)
+            mine = _as_data_error(error)
+            mine.rank_local = True  # rank 0 saw no fault
+            raise mine from error
+    return blends
 
 
 def _as_data_error(error: Exception) -> DataError:
@@ -149,7 +149,16 @@ def _as_data_error(error: Exception) -> DataError:
     return DataError(f"cannot build sample indices: {error}; see data.cache_dir")
 
 
-def _build(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]) -> dict[str, Blend]:
+def _build(
+    run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int], told: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Blend]:
+    """Blends by name. `told`: the identities that rank 0 found; None on rank 0, which alone may build and checks more.
+
+    The first rank of a node compares the content of its files too: they may be a copy of their own.
+    """
+    first = told is None
+    content = first or os.environ.get("LOCAL_RANK", "0") == "0"
+    known = {file["path"]: data for identity in (told or {}).values() for data, file in identity["files"].items()}
     if tokenizer.vocab_size > run.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, model.vocab_size is "
@@ -157,8 +166,8 @@ def _build(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]) -> dic
         )
     unknown = set(samples) - set(SPLITS) - set(run.data.validation)
     if unknown:
-        known = ", ".join([*SPLITS, *run.data.validation])
-        raise DataError(f"no dataset is called {sorted(unknown)[0]!r}; known: {known}")
+        names = ", ".join([*SPLITS, *run.data.validation])
+        raise DataError(f"no dataset is called {sorted(unknown)[0]!r}; known: {names}")
     opened: dict[str, Dataset] = {}
     blends = {}
     for name, count in samples.items():
@@ -171,11 +180,27 @@ def _build(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]) -> dic
         split = Split.valid if name in run.data.validation else Split[name]
         for entry in (entry for stage in stages for entry in stage.blend):
             if entry.path not in opened:
-                opened[entry.path] = open_dataset(
-                    entry.path, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
+                dataset = open_dataset(
+                    entry.path,
+                    vocab_size=tokenizer.vocab_size if first else None,
+                    tokenizer=tokenizer.describe(),
+                    content=content,
+                    known=None if content else known[entry.path],
                 )
-                _check_ends(run, opened[entry.path])
+                opened[entry.path] = dataset
+                if not first and dataset.identity() != known[entry.path]:
+                    raise DataError(
+                        f"dataset {entry.path} on {socket.gethostname()} is not the one that rank 0 reads: its content "
+                        "is another; copy it again"
+                    )
+                if first and run.data.documents == "isolated":
+                    _check_boundaries(opened[entry.path], tokenizer)
+        if first:
+            _check_names(name, stages, opened)
+            _check_ends(name, [opened[entry.path] for stage in stages for entry in stage.blend], tokenizer)
         blends[name] = _blend(run, tokenizer, name, stages, share, split, opened)
+        if told is not None:
+            blends[name].identity = told[name]
     return blends
 
 
@@ -196,13 +221,52 @@ def _stages(run: RunConfig, count: int) -> tuple[_Stage, ...]:
     )
 
 
-def _check_ends(run: RunConfig, dataset: Dataset) -> None:
-    unmarked = dataset.manifest is not None and not dataset.manifest.get("append_eod", True)
-    if run.data.documents == "isolated" and unmarked:
-        raise DataError(
-            f"dataset {dataset.prefix} was made without end-of-document tokens, so data.documents: isolated cannot "
-            "find its documents; tokenize it again without --no-eod"
+def _check_boundaries(dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """Refuse a dataset of which `documents: isolated` would find no document."""
+    ended, looked = dataset.ends(tokenizer.eod_id)
+    if ended == 0 and not dataset.holds(tokenizer.eod_id):
+        made = dataset.manifest is None or dataset.manifest.get("append_eod", True)
+        why = (
+            f"none of the documents looked at ({looked} of {dataset.documents}) ends with token {tokenizer.eod_id}, "
+            f"which ends documents for tokenizer {tokenizer.name}"
+            if made
+            else "it was made without end-of-document tokens"
         )
+        raise DataError(
+            f"dataset {dataset.prefix}: {why}, so data.documents: isolated cannot find its documents; tokenize it "
+            "again without --no-eod, or set data.documents: joined"
+        )
+    if ended < looked:
+        logger.warning(
+            "dataset %s: %d of %d documents looked at end with the end-of-document token %d; data.documents: isolated "
+            "joins the others to what follows", dataset.prefix, ended, looked, tokenizer.eod_id,
+        )  # fmt: skip
+
+
+def _check_ends(name: str, datasets: Sequence[Dataset], tokenizer: Tokenizer) -> None:
+    """Refuse a blend of datasets with and without end-of-document tokens."""
+    marked: dict[bool, Dataset] = {}
+    for dataset in datasets:
+        known = (dataset.manifest or {}).get("append_eod")
+        marked.setdefault(dataset.ends(tokenizer.eod_id)[0] > 0 if known is None else known, dataset)
+    if len(marked) == 2:
+        raise DataError(
+            f"the {name} blend: the documents of {marked[True].prefix} end with the end-of-document token "
+            f"{tokenizer.eod_id}, those of {marked[False].prefix} do not (--no-eod); tokenize one of them again"
+        )
+
+
+def _check_names(name: str, stages: tuple[_Stage, ...], opened: dict[str, Dataset]) -> None:
+    """Refuse a blend that names one dataset twice: by a link, another path, or a copy. It would be repeated."""
+    paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(opened[path].digests["bin"], path)
+        if other != path:
+            raise DataError(
+                f"the {name} blend: {other} and {path} are one dataset (the same tokens), which would be read twice; "
+                "give it one name, with the sum of the weights"
+            )
 
 
 def _blend(
@@ -224,6 +288,8 @@ def _blend(
         "split": split.name,
         "eod": tokenizer.eod_id,
         "fingerprint": tokenizer.fingerprint,
+        "tokenizer": tokenizer.describe(),
+        "files": {opened[path].identity(): {"path": path, **opened[path].record()} for path in paths},
         "stages": [
             {"start": s.start, "stop": s.stop, "blend": [[opened[e.path].identity(), e.weight] for e in s.blend]}
             for s in stages
@@ -363,22 +429,57 @@ def check_resume(state: dict[str, Any], blend: Blend) -> None:
     only the length of the run changed the order of what is still to come.
     """
     then, now, consumed = state["identity"], blend.identity, state["consumed"]
-    for field in ("sequence_length", "seed", "share", "split", "eod", "fingerprint"):
+    for field in ("sequence_length", "seed", "share", "split", "eod"):
         if then[field] != now[field]:
             raise DataError(
                 f"the checkpoint's {blend.name} data had {field} {then[field]}, now it is {now[field]}: "
                 f"set it back, or {WEIGHTS_ALONE}"
             )
+    # Earlier versions wrote down no more than the fingerprint.
+    made = then.get("tokenizer")
+    if made is None:
+        made = {**now["tokenizer"], "fingerprint": then["fingerprint"]}
+        made.pop("file", None)
+    if (why := difference(made, now["tokenizer"])) is not None:
+        raise DataError(f"the checkpoint's {blend.name} data had {why}: set data.tokenizer back, or {WEIGHTS_ALONE}")
+    # Earlier versions knew datasets without manifest by size and time.
+    by_time = {file["written"]: data for data, file in now["files"].items()}
+    then = _renamed(then, by_time)
     started = [[s["start"], s["blend"]] for s in then["stages"] if s["start"] < max(consumed, 1)]
     if started != [[s["start"], s["blend"]] for s in now["stages"] if s["start"] < max(consumed, 1)]:
         raise DataError(
             f"the {blend.name} blend of the first {consumed} samples is not the checkpoint's: restore data.blend and "
-            "data.stages up to there and put changes into a stage that starts later"
+            "data.stages up to there and put changes into a stage that starts later; a dataset there may hold other "
+            "tokens than it did"
         )
+    for data, file in then.get("files", {}).items():
+        found = now["files"].get(data, file)
+        if file["content"] != found["content"]:
+            raise DataError(
+                f"{found['path']}.bin is not the file that the checkpoint's {blend.name} data were read from: its "
+                f"content is another; restore it, or {WEIGHTS_ALONE}"
+            )
+        if file["size"] > WHOLE and file["written"] != found["written"]:
+            logger.warning(
+                "dataset %s was written or copied again since the checkpoint; what is compared of its content is the "
+                "same (to compare all of it: tools/inspect_dataset.py %s --verify)", found["path"], found["path"],
+            )  # fmt: skip
     for data, (samples, repeats) in then["epochs"].items():
         if data in now["epochs"] and now["epochs"][data] != [samples, repeats] and (repeats or now["epochs"][data][1]):
             logger.warning("the run's length changed: samples still to come may repeat some of those already seen")
             return
+
+
+def _renamed(then: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """An identity with the datasets that `names` knows called by their new names."""
+    if not names.keys() & then["epochs"].keys():
+        return then
+    logger.info("this checkpoint knows datasets without manifest by size and time alone: their content is not compared")
+    stages = [
+        stage | {"blend": [[names.get(data, data), weight] for data, weight in stage["blend"]]}
+        for stage in then["stages"]
+    ]
+    return then | {"stages": stages, "epochs": {names.get(data, data): n for data, n in then["epochs"].items()}}
 
 
 class SampleStream:

@@ -32,7 +32,7 @@ from oryx_megatron.data.corpus import Bad, Reading, ReadOptions, Segment, Text, 
 from oryx_megatron.data.fast import Encoder
 from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.data.indexed import IndexedWriter, check_outputs, file_of, output_prefix, token_dtype
-from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import DataError
 
 BATCH_BYTES = 1 << 21
@@ -121,7 +121,7 @@ def preprocess(
     _check_outputs(prefix, job, overwrite or begun)
     units = _shard(plan(job.inputs, job.read, job.unit_bytes, job.shard[1]), job.shard)
     _check_outputs(prefix, job, overwrite or begun, units)
-    key = _key(job, units, tokenizer.fingerprint)
+    key = _key(job, units, tokenizer)
     with _locked(folder), _writing(folder):
         if file_of(prefix, "idx").exists() and not restart and _finished(folder, key):
             manifest = read_json(file_of(prefix, "json"))
@@ -213,7 +213,7 @@ def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:
     return Path(prefix) if count == 1 else Path(f"{prefix}-{number:05d}-of-{count:05d}")
 
 
-def _key(job: Job, units: list[tuple[Segment, ...]], fingerprint: str) -> dict[str, Any]:
+def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> dict[str, Any]:
     """What must be the same for an unfinished run to be gone on with."""
     times = {
         segment.path: os.stat(segment.path).st_mtime_ns
@@ -223,7 +223,7 @@ def _key(job: Job, units: list[tuple[Segment, ...]], fingerprint: str) -> dict[s
     }
     pieces = json.dumps([[asdict(segment) for segment in unit] for unit in units]) + json.dumps(times)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
-    options = asdict(job) | {"max_bad": None, "tokenizer": fingerprint}
+    options = asdict(job) | {"max_bad": None, "tokenizer": tokenizer.fingerprint, "eod": tokenizer.eod_id}
     if job.on_error == "skip":
         del options["on_error"]  # whoever stopped at bad input may go on and leave it out
     return {
@@ -343,6 +343,7 @@ def _run(
             "source": list(job.inputs),
             "skipped": skipped,
             "paths": dict(sorted(totals.paths.items())),
+            "reading": _reading(job, units),
         }
         if job.shard[1] > 1:
             more["shard"] = list(job.shard)
@@ -354,6 +355,13 @@ def _run(
         else:
             bad_file.unlink(missing_ok=True)
         return writer.finish(tokenizer.describe(), totals.text_bytes, **more)
+
+
+def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:
+    """How files became documents, for the manifest: datasets for which it differs are not shards of one corpus."""
+    options = asdict(job.read) | {"endings": list(job.read.endings)}
+    del options["splittable"]  # of the tokenizer
+    return {"formats": sorted({segment.format for unit in units for segment in unit}), **options}
 
 
 def _add(totals: _Part, part: _Part) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from oryx_megatron.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MODEL_FILES = {
@@ -72,7 +76,8 @@ class Tokenizer(ABC):
     eod_id: int
     """Id that ends a document."""
     fingerprint: str
-    """sha256 (hex) of the model file: the same tokenizer has the same fingerprint wherever its folder lies."""
+    """sha256 (hex) of what makes text tokens, the model file and tiktoken's `pattern` and `special_tokens`: the same
+    tokenizer has the same fingerprint wherever its folder lies. The token that ends documents is `eod_id`."""
     before: tuple[int, ...] = ()
     """Special tokens the tokenizer puts before every text (a begin of sequence, say)."""
     after: tuple[int, ...] = ()
@@ -286,10 +291,18 @@ class TiktokenTokenizer(Tokenizer):
         import tiktoken
 
         path = folder / MODEL_FILES[self.kind]
+        if not (folder / MANIFEST).is_file():
+            raise DataError(
+                f"{folder}: tokenizer.tiktoken needs a {MANIFEST} written by hand, with `pattern`, `special_tokens` "
+                "and `eod` (docs/data.md)"
+            )
         manifest = read_json(folder / MANIFEST)
         pattern, special = manifest.get("pattern"), manifest.get("special_tokens")
-        if not isinstance(pattern, str) or not isinstance(special, dict):
+        if not isinstance(pattern, str) or not isinstance(special, dict) or not all(map(_is_id, special.values())):
             raise DataError(f"{folder / MANIFEST}: kind tiktoken needs `pattern` and `special_tokens` (name: id)")
+        self.file_digest = fingerprint
+        rules = json.dumps([fingerprint, pattern, sorted(special.items())])
+        self.fingerprint = hashlib.sha256(rules.encode()).hexdigest()
         try:
             lines = (line.split() for line in path.read_bytes().splitlines() if line)
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -320,6 +333,38 @@ class TiktokenTokenizer(Tokenizer):
         for piece, token in self.encoding._mergeable_ranks.items():
             sizes[token] = len(piece)
         return sizes
+
+    def describe(self) -> dict[str, str | int]:
+        return super().describe() | {"file": self.file_digest}
+
+
+def difference(made: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Why the tokens of one tokenizer are not another's, by what `describe` gave of each; None when they are the same.
+
+    Before its fingerprint held pattern and special tokens, tiktoken's was that of the rank file alone: where nothing
+    else was written down, that decides, with a note in the log.
+    """
+    if made["fingerprint"] != now["fingerprint"]:
+        alike = made["fingerprint"] == now.get("file") or made.get("file") == now["fingerprint"]
+        if not alike:
+            return f"tokenizer {_named(made)}, not {_named(now)}"
+        logger.warning(
+            "tokenizer %s: its pattern and special tokens were not written down by that version; they are not compared",
+            made["name"],
+        )
+    if made["eod"] != now["eod"]:
+        return f"token {made['eod']} as the end of documents, not {now['eod']} (`eod` in {MANIFEST} of {now['name']})"
+    return None
+
+
+def check_tokenizer(tokenizer: Tokenizer, made: Mapping[str, Any], whose: str) -> None:
+    """Raise DataError unless `tokenizer` is the one that a checkpoint's manifest describes; `whose` names that."""
+    if (why := difference(made, tokenizer.describe())) is not None:
+        raise DataError(f"{tokenizer.folder} is not the tokenizer of {whose}: that has {why}; give the right one")
+
+
+def _named(made: Mapping[str, Any]) -> str:
+    return f"{made['name']} ({made['vocab_size']} tokens, {made['fingerprint'][:12]}…)"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -370,28 +415,43 @@ def write_manifest(
 ) -> Tokenizer:
     """Write manifest.json for the tokenizer files of a folder and load the result.
 
-    Arguments: `source` says where the tokenizer comes from; `eod` is the piece that ends documents (default: the
-    SentencePiece end of sequence, or the eos_token of tokenizer_config.json); `kind` chooses among several tokenizer
-    files (default: that of the manifest there is); `more` is kept in the manifest.
+    Arguments: `source` says where the tokenizer comes from; `eod` is the piece that ends documents (default: the one
+    of the manifest that is there, else the SentencePiece end of sequence or the eos_token of tokenizer_config.json);
+    `kind` chooses among several tokenizer files (default: that of the manifest there is); `more` is kept in the
+    manifest. What else a manifest that is there holds (tiktoken's pattern and special tokens, files it names, notes)
+    stays; `source` and `training` stay while the model file does.
     Raises DataError when the folder holds no tokenizer, or several and no choice, when the piece is not in the
-    vocabulary, and for a manifest.json that is not a tokenizer's.
+    vocabulary, for a manifest.json that is not a tokenizer's, and for one that names a file that is missing.
     """
     folder = Path(folder)
-    kind = _choose(folder, kind, _manifest_of(folder))
+    before = _manifest_of(folder)
+    kind = _choose(folder, kind, before)
+    named = before.get("files", {})
+    if not isinstance(named, dict):
+        raise DataError(f"{folder / MANIFEST}: `files` is {named!r}; it must name files and their sha256")
     names = [MODEL_FILES[kind], *(n for n in ("tokenizer_config.json",) if (folder / n).is_file())]
+    names += [n for n in named if n not in (*names, *MODEL_FILES.values(), "tokenizer_config.json")]
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing; {MANIFEST} names it: restore it or take it out there")
     files = {name: sha256_of(folder / name) for name in names}
+    if eod is None and before.get("kind") == kind:
+        eod = before.get("eod")
+    if named.get(MODEL_FILES[kind]) == files[MODEL_FILES[kind]]:
+        source = before.get("source", source)
+    else:
+        before.pop("training", None)
+    if eod is not None and not isinstance(eod, str):
+        raise DataError(f"{folder / MANIFEST}: `eod` is {eod!r}; it must be text")
     tokenizer = _open(folder, kind, files[MODEL_FILES[kind]], eod, None)
-    write_json(
-        folder / MANIFEST,
-        {
-            "source": source,
-            "kind": kind,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.piece(tokenizer.eod_id),
-            "files": files,
-            **more,
-        },
-    )
+    ours = {
+        "source": source,
+        "kind": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.piece(tokenizer.eod_id),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, before | ours | more)
     return tokenizer
 
 
@@ -466,6 +526,10 @@ def _eos_of_config(folder: Path) -> str | None:
         return None
     token = read_json(path).get("eos_token")
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from oryx_megatron.errors import DataError
 
 EOD = "<|endoftext|>"
 """End-of-document token of the byte-level tokenizers trained here."""
+ENDS = {"sentencepiece": "</s>", "huggingface": EOD}
 OUTPUTS = (MANIFEST, *MODEL_FILES.values(), "tokenizer_config.json")
 """Files of a tokenizer's folder that training writes, replaces or removes."""
 
@@ -202,7 +203,7 @@ def _write(
                 stack.enter_context(replacing(folder / name)).write_bytes(data)
         for name in old:
             (folder / name).unlink()
-        return write_manifest(folder, source=source, kind=kind, training=training)
+        return write_manifest(folder, source=source, eod=ENDS[kind], kind=kind, training=training)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror}") from error
 

@@ -163,11 +163,12 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
         model, codec = load_export(folder, arguments.tokenizer)
         chunk = getattr(model.config, "mode_chunk", 256)
         return predict_with_export(model), codec, model.config.vocab_size, chunk, folder.resolve().name
-    from oryx_megatron.data.tokenizer import load_tokenizer
+    from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
 
     loaded = load_for_inference(folder, tensor=ranks.world_size())
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
+    check_tokenizer(codec, loaded.manifest.data["tokenizer"], str(loaded.folder))
     run = loaded.run
     return predict_with_checkpoint(loaded), codec, run.model.vocab_size, run.modes.chunk, run.model.name
 

@@ -15,7 +15,7 @@ from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig
 from oryx_megatron.config.validate import Layout, validate
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.loader import build_datasets
-from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.model import build_model
 from oryx_megatron.ops import backends
@@ -75,9 +75,10 @@ def evaluate_checkpoint(
         world_size,
     )
     spoken = load_tokenizer(run.data.tokenizer)
+    check_tokenizer(spoken, manifest.data["tokenizer"], str(folder))
     name = "valid" if data is None else Path(data).name
     if data is not None and batches is None:
-        held = open_dataset(data, vocab_size=spoken.vocab_size, fingerprint=spoken.fingerprint)
+        held = open_dataset(data, vocab_size=spoken.vocab_size, tokenizer=spoken.describe())
         whole = (held.tokens - 1) // run.data.sequence_length // run.train.global_batch_size
         if whole < 1:
             raise ConfigError(

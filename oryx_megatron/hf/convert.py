@@ -22,7 +22,7 @@ from oryx_megatron.checkpoint.manifest import file_digest, package_versions, wri
 from oryx_megatron.config import check_model, to_dict
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.data.files import appearing
-from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf import configuration_oryx, modeling_oryx
 from oryx_megatron.hf.card import model_card
@@ -146,10 +146,10 @@ def export(
 
 def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None) -> Tokenizer:
     tokenizer = load_tokenizer(folder or run.data.tokenizer)
-    if tokenizer.fingerprint != manifest.data["tokenizer"]["fingerprint"]:
+    if (why := difference(manifest.data["tokenizer"], tokenizer.describe())) is not None:
         raise ConversionError(
-            f"{tokenizer.folder} is not the tokenizer of the checkpoint ({manifest.data['tokenizer']['name']}, "
-            f"{manifest.data['tokenizer']['fingerprint'][:12]}…); give the right one with --tokenizer"
+            f"{tokenizer.folder} is not the tokenizer of the checkpoint, which has {why}; give the right one with "
+            "--tokenizer"
         )
     return tokenizer
 
