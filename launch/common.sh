@@ -15,30 +15,31 @@ wait_for() {
     return "$status"
 }
 
-# run_with_signals COMMAND...: run it to its end, passing on SIGUSR1 and SIGTERM as SIGUSR1; returns its status. Sets
-# `stopped` when one came.
+# run_with_signals COMMAND...: run it to its end, passing on SIGUSR1, SIGTERM and SIGHUP as SIGUSR1; returns its
+# status. Sets `stopped` when one came.
 run_with_signals() {
     local status=0
     "$@" &
     child=$!
-    trap 'stopped=yes; kill -USR1 "$child" 2>/dev/null || true' USR1 TERM
+    trap 'stopped=yes; kill -USR1 "$child" 2>/dev/null || true' USR1 TERM HUP
     wait_for "$child" || status=$?
-    trap - USR1 TERM
+    trap - USR1 TERM HUP
     return "$status"
 }
 
-# run_agent COMMAND...: run torchrun to its end. SIGUSR1, SIGTERM and SIGINT ask its ranks for a checkpoint and an end,
-# and leave the agent alone: of these signals it would give the ranks 30 s and kill them. A second SIGINT ends all.
+# run_agent COMMAND...: run torchrun to its end. SIGUSR1, SIGTERM, SIGINT and SIGHUP (a closed terminal; not under nohup)
+# ask its ranks for a checkpoint and an end, and leave the agent alone: of these signals it would give the ranks 30 s and
+# kill them. A second SIGINT ends all.
 run_agent() {
     local status=0
-    export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT
+    export PET_SIGNALS_TO_HANDLE=SIGQUIT
     stopped=
     (
-        trap '' USR1 TERM INT # what starts ignoring a signal goes on ignoring it, unless it asks for it as ranks do
+        trap '' USR1 TERM INT HUP # what starts ignoring a signal goes on ignoring it, unless it asks for it as ranks do
         exec "$@"
     ) &
     child=$!
-    trap 'stopped=yes; stop_ranks "$child"' USR1 TERM
+    trap 'stopped=yes; stop_ranks "$child"' USR1 TERM HUP
     trap '[[ -z $stopped ]] || abandon "$child"; stopped=yes; stop_ranks "$child"' INT
     while kill -0 "$child" 2>/dev/null && [[ -z $stopped ]]; do
         wait "$child" || true
@@ -48,7 +49,7 @@ run_agent() {
         sleep 1 || true
     done
     wait_for "$child" || status=$?
-    trap - USR1 TERM INT
+    trap - USR1 TERM INT HUP
     return "$status"
 }
 

@@ -12,6 +12,8 @@ All options: torchrun --help.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 from oryx_megatron.cli import HelpFormatter, main_guard
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     from oryx_megatron.platform import rendezvous
 
     rendezvous.register()
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: torchrun would end all at a closed terminal
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     torchrun(argv)
     return 0
 

@@ -25,6 +25,10 @@ class CheckpointError(OryxError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint is of a newer version than this one: not damaged, and nothing to go past or to overwrite."""
+
+
 class ConversionError(OryxError):
     """A model could not be turned into, or read from, another format."""
 

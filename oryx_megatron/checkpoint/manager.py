@@ -23,7 +23,7 @@ from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manife
 from oryx_megatron.checkpoint.state import gather_weights, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, NewerCheckpointError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,6 +52,8 @@ class Checkpoints:
         self.root, self.config = root, config
         self._damaged: set[str] = set()
         """Checkpoints found damaged at load; they count for nothing."""
+        self._staying: set[str] = set()
+        """Old ones that retention cannot remove, as was said."""
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
         """Write a checkpoint and return it, or None when `poll` is to complete it.
@@ -86,7 +88,8 @@ class Checkpoints:
             before: Only checkpoints of earlier iterations count.
 
         Raises:
-            CheckpointError: there are checkpoints but none is whole, or it does not fit the model.
+            CheckpointError: there are checkpoints but none is whole, the newest is of a newer version, or it does not
+                fit the model.
         """
         damaged = []
         for folder in self._candidates(before):
@@ -154,7 +157,11 @@ class Checkpoints:
         write_manifest(folder, manifest(dict(sorted(files.items()))))
         final = store.commit(folder)
         self._damaged.discard(final.name)
-        store.apply_retention(self.root, self.config.keep, self.config.keep_every, damaged=self._damaged)
+        keep, keep_every = self.config.keep, self.config.keep_every
+        try:
+            store.apply_retention(self.root, keep, keep_every, damaged=self._damaged, told=self._staying)
+        except OSError as error:  # the new checkpoint is whole all the same
+            log.warning("old checkpoints stay: %s", error)
         return final
 
     def _candidates(self, before: int | None) -> list[Path]:
@@ -172,13 +179,18 @@ class Checkpoints:
         manifest = None
         try:
             manifest = read_manifest(folder)
-            mine = store.damaged_files(folder, manifest, shard=rank, shards=world)
+            mine: list[str] | NewerCheckpointError = store.damaged_files(folder, manifest, shard=rank, shards=world)
             if not mine:
                 self._probe(folder)
+        except NewerCheckpointError as error:
+            mine = error
         except CheckpointError as error:
             mine = [str(error)]
         found: list[Any] = [None] * world
         torch.distributed.all_gather_object(found, mine)
+        for part in found:
+            if isinstance(part, NewerCheckpointError):
+                raise part
         return manifest, list(dict.fromkeys(name for part in found for name in part))
 
     @staticmethod

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import platform as python_platform
+import types
+import typing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, ConfigError, NewerCheckpointError
 
 FORMAT = 1
 NAME = "manifest.json"
+CHECKSUM = "checksum"
+"""Key of the sha256 of all other keys and values, as `_checksum` makes it. The first version wrote none."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,82 @@ class Manifest:
     """Samples passed over after bad steps, and what the next steps are judged by (train/guard.py)."""
 
     def run(self) -> RunConfig:
-        """The run config it was written by."""
-        return from_dict(RunConfig, self.config)
+        """The run config it was written by.
+
+        Raises:
+            CheckpointError: this version cannot read it.
+        """
+        try:
+            return from_dict(RunConfig, self.config)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the config in {NAME} of iteration {self.iteration} cannot be read: {error}"
+            ) from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into `folder`."""
-    (folder / NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    """Write manifest.json into `folder`, with its checksum."""
+    fields = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as it will be read: no tuples
+    (folder / NAME).write_text(json.dumps(fields | {CHECKSUM: _checksum(fields)}, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read manifest.json of a checkpoint.
 
     Raises:
-        CheckpointError: not a checkpoint of this project, of another format, or damaged.
+        NewerCheckpointError: of a format that this version does not know.
+        CheckpointError: not a checkpoint of this project, or damaged.
     """
     path = Path(folder) / NAME
     try:
         fields = json.loads(path.read_text())
-        if fields["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {fields['format']}, but this version reads format {FORMAT}")
-        return Manifest(**fields)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a JSON {type(fields).__name__}, not an object")
+        if type(written := fields["format"]) is int and written > FORMAT:
+            raise NewerCheckpointError(
+                f"{path}: format {written} is of a newer version, this one reads format {FORMAT}; update oryx_megatron "
+                "or choose another output_dir"
+            )
+        if (checksum := fields.pop(CHECKSUM, None)) is not None and checksum != _checksum(fields):
+            raise ValueError("its checksum does not fit its content")
+        manifest = Manifest(**fields)
+        _check(manifest)
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {NAME}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged (it has no key {error}); use another checkpoint") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """sha256 of the fields in an order and a spelling of their own, so that a file may be formatted anew."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for a field of the wrong type, or the name of a file that is elsewhere."""
+    for name, kind in typing.get_type_hints(Manifest).items():
+        if not _fits(getattr(manifest, name), kind):
+            raise ValueError(f"{name} is not of type {kind}")
+    for name, file in manifest.files.items():
+        if name != Path(name).name or type(file.get("bytes")) is not int or not isinstance(file.get("sha256"), str):
+            raise ValueError(f"files has a wrong entry for {name!r}")
+    if manifest.format != FORMAT or manifest.iteration < 0 or manifest.consumed_samples < 0:
+        raise ValueError("format, iteration or consumed_samples is out of range")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that was read as JSON is of a type."""
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, parts[1]) for entry in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, parts[0]) for entry in value)
+    return kind is Any or type(value) is kind
 
 
 def file_digest(path: Path) -> dict[str, Any]:

@@ -4,21 +4,31 @@ In RUN/checkpoints:
 
     iteration_0001000/   complete: it has a manifest, written last and renamed into place
     .writing_0002000/    a save in progress, or one that died; removed at the next save
+
+What is removed is what a run of this project wrote: links are not followed, and files that someone else laid into a
+checkpoint stay. What cannot be removed is a warning.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
+import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from oryx_megatron.checkpoint.manifest import NAME, Manifest, file_digest, read_manifest
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+
+log = logging.getLogger(__name__)
 
 PREFIX, WRITING = "iteration_", ".writing_"
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """What DeepSpeed lays beside its checkpoints."""
+OWN_FILES = (NAME, ".metadata", "metadata.json", "common.pt", "__*_*.distcp", "*_model_states.pt", "*_optim_states.pt")
+"""Of a checkpoint of either engine, where its manifest no longer says so."""
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
@@ -75,48 +85,135 @@ def check_format(folder: Path) -> None:
 def begin(root: Path, iteration: int) -> Path:
     """Make an empty folder for a save, and clear away what earlier failed saves left."""
     for leftover in root.glob(f"{WRITING}*"):
-        shutil.rmtree(leftover)
-    folder = root / f"{WRITING}{iteration:07d}"
+        discard(leftover)
+    name = f"{WRITING}{iteration:07d}"
+    folder = next(path for path in _names(root / name) if not os.path.lexists(path))
     folder.mkdir(parents=True)
     return folder
 
 
+def discard(folder: Path) -> None:
+    """Remove a save that did not come to its end; what cannot be removed stays, with a warning."""
+    if folder.is_symlink() or not folder.is_dir():
+        if os.path.lexists(folder):
+            log.warning("%s stays: it is not a folder of a save", folder)
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s, left by a save that failed, cannot be removed (%s)", folder, error)
+
+
 def commit(folder: Path) -> Path:
-    """Rename a finished save to its final name, durably; a checkpoint of the same iteration is replaced."""
-    final = folder.with_name(PREFIX + folder.name.removeprefix(WRITING))
+    """Rename a finished save to its final name, durably; a checkpoint of the same iteration is replaced.
+
+    One that is a link, or that holds anything but a checkpoint, is renamed and kept.
+    """
+    final = folder.with_name(PREFIX + folder.name.removeprefix(WRITING).partition(".")[0])
     for file in folder.iterdir():
         _fsync(file)
     _fsync(folder)
-    if final.exists():
-        old = final.with_name(f"{WRITING}replaced")
+    if not os.path.lexists(final):
+        folder.rename(final)
+    elif final.is_symlink() or not final.is_dir() or _foreign(final):
+        old = next(path for path in _names(final.with_name(f"{final.name}.old")) if not os.path.lexists(path))
         final.rename(old)
         folder.rename(final)
-        shutil.rmtree(old)
+        log.warning("%s was there already, with more than a checkpoint in it, and is now %s", final, old)
     else:
+        old = next(path for path in _names(final.with_name(f"{WRITING}replaced")) if not os.path.lexists(path))
+        final.rename(old)
         folder.rename(final)
+        discard(old)
     _fsync(final.parent)
     return final
 
 
-def apply_retention(root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = ()) -> list[Path]:
+def _names(path: Path) -> Iterator[Path]:
+    """`path`, `path.1`, `path.2`, …"""
+    yield path
+    yield from (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+
+
+def apply_retention(
+    root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = (), told: set[str] | None = None
+) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed.
 
     Damaged ones (those named, and those with files missing or of another size) do not count as kept. They go like any
-    other once `keep` whole newer ones exist.
+    other once `keep` whole newer ones exist. Links, and checkpoints of a newer version, neither count nor go.
+
+    Args:
+        root: Folder of the checkpoints.
+        keep: 0 keeps all.
+        keep_every: 0 keeps no more.
+        damaged: Names found damaged at load.
+        told: Names of those that stay and of which that was said, for it to be said once.
     """
     if keep <= 0:
         return []
+    told = set() if told is None else told
     removed = []
     whole = 0
     for folder in reversed(list_checkpoints(root)):
-        if whole < keep:
+        if folder.is_symlink():
+            _say_once(told, folder, "it is a link")
+        elif whole < keep:
             whole += folder.name not in damaged and _complete(folder)
         elif not (keep_every and iteration_of(folder) % keep_every == 0):
-            # Without its manifest it no longer counts as complete, should this stop half-way.
-            (folder / NAME).unlink()
-            shutil.rmtree(folder)
+            try:
+                left = _remove(folder)
+            except (CheckpointError, OSError) as error:
+                _say_once(told, folder, str(error))
+                continue
+            if left:
+                _say_once(told, folder, f"it holds {left[0]}, which is no part of a checkpoint")
             removed.append(folder)
     return removed[::-1]
+
+
+def _say_once(told: set[str], folder: Path, reason: str) -> None:
+    if folder.name not in told:
+        log.warning("the old checkpoint %s stays: %s", folder, reason)
+        told.add(folder.name)
+
+
+def _remove(folder: Path) -> list[str]:
+    """Remove a checkpoint's own files, and its folder when nothing else is in it; returns what is.
+
+    Raises:
+        CheckpointError: of a newer version, whose files are not known.
+        OSError: protected, for instance; then nothing is removed, or all from the manifest on in any order.
+    """
+    foreign = _foreign(folder)
+    if NAME in foreign:
+        raise CheckpointError("it is of a newer version")
+    # Without its manifest it no longer counts as complete, should this stop half-way.
+    (folder / NAME).unlink()
+    for path in folder.iterdir():
+        if path.name not in foreign:
+            path.unlink()
+    if not foreign:
+        folder.rmdir()
+    return foreign
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in a checkpoint's folder that a run of this version did not put there."""
+    known: set[str] = set()
+    patterns: tuple[str, ...] = OWN_FILES
+    try:
+        known = set(read_manifest(folder).files)
+    except NewerCheckpointError:
+        patterns = ()
+    except CheckpointError:
+        pass
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if (path.is_dir() and not path.is_symlink())
+        or not (path.name in known or any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns))
+    )
 
 
 def _complete(folder: Path) -> bool:

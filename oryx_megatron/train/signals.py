@@ -1,8 +1,9 @@
 """Stopping a run from outside so that it can be started again: signals, the time limit of a job, the marker file.
 
-SIGTERM, SIGUSR1 and SIGINT only leave a note. At the end of every step all ranks add up their notes (in the all-reduce
-that makes the attention share), so that all stop after the same step, save, and leave. A second SIGINT, at least a
-second after the first, ends the process at once: a terminal and torchrun may both deliver the first.
+SIGTERM, SIGUSR1, SIGINT and SIGHUP only leave a note. At the end of every step all ranks add up their notes (in the
+all-reduce that makes the attention share), so that all stop after the same step, save, and leave. A second SIGINT, at
+least a second after the first, ends the process at once: a terminal and torchrun may both deliver the first. Where
+SIGHUP was ignored from the start, as under nohup, it stays so: the terminal may close.
 
 How the outside learns that the run wants to go on:
 - rank 0 writes RUN/requeue (JSON: code, reason, iteration, time) when the checkpoint is complete, and removes it when a
@@ -12,10 +13,11 @@ How the outside learns that the run wants to go on:
   restarts are left, and itself only ever exits with 0 or 1. So a launch script looks for the marker:
       torchrun …; code=$?; [[ -e $RUN/requeue ]] && code=75
 
-Signals under torchrun (torch/distributed/elastic): the agent forwards SIGTERM and SIGINT (--signals-to-handle names
-others, such as SIGUSR1, of which it would die) to the process groups of its ranks, waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT
-seconds (environment, default 30) and kills. Set it to what a step and a save take. The agent then exits with 1; the
-marker tells that all is well. Signals sent to any one rank have the same effect and leave the agent alone.
+Signals under torchrun (torch/distributed/elastic): the agent forwards SIGTERM, SIGINT and SIGHUP (--signals-to-handle
+names others, such as SIGUSR1, of which it would die) to the process groups of its ranks, waits
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (environment, default 30) and kills. Set it to what a step and a save take. The
+agent then exits with 1; the marker tells that all is well. Signals sent to any one rank have the same effect and leave
+the agent alone. Under nohup torchrun still takes SIGHUP; oryx_megatron.agent does not.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 REASONS = (*(s.name for s in SIGNALS), "time limit")
 """Why a run may stop early; a rank's notes are as many numbers, 0 or 1."""
 TIME_LIMIT_AT = "ORYX_TIME_LIMIT_AT"
@@ -70,6 +72,8 @@ class StopRequest:
     def install(self) -> Self:
         """Take over the signals; in the main thread only."""
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -201,10 +201,13 @@ def test_running_median() -> None:
 # ------------------------------------------------------------------------------------------------------------ stops
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal.Signals) -> None:
     """The step is finished, a checkpoint written and the marker left; the next start goes on and removes it."""
     settings = ("train.iterations=4", "checkpoint.interval=0")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     stop = signals.StopRequest().install()
     try:
         opened = trainer(*settings, stop=stop)
@@ -212,6 +215,7 @@ def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal
         stopped = opened.fit()
     finally:
         stop.restore()
+        signal.signal(signal.SIGHUP, before)
     assert stopped == signals.Stop(number.name, 3)  # noticed in the step that was under way
     marker = json.loads((tmp_path / "requeue").read_text())
     assert (marker["code"], marker["reason"], marker["iteration"]) == (75, number.name, 3)
@@ -260,13 +264,26 @@ def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path
     assert "evaluation" in kinds[3:]
 
 
+def test_nohup(trainer: Callable[..., Trainer]) -> None:
+    """What ignores SIGHUP from the start goes on ignoring it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = signals.StopRequest().install()
+    try:
+        opened = trainer("train.iterations=2", stop=stop)
+        opened.callbacks = [*opened.callbacks, At(1, lambda: os.kill(os.getpid(), signal.SIGHUP))]
+        assert opened.fit() is None
+    finally:
+        stop.restore()
+        assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
 def test_second_interrupt() -> None:
     """The copy that torchrun delivers of one Ctrl-C does not count; a second Ctrl-C ends the process."""
     stop = signals.StopRequest().install()
     try:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.notes()[:3] == [0.0, 0.0, 1.0]
+        assert stop.notes() == [0.0, 0.0, 1.0, 0.0, 0.0]
         time.sleep(signals.ECHO + 0.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -291,11 +308,11 @@ def test_limits_in_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(signals.TIME_LIMIT_AT, raising=False)
     stop = signals.StopRequest()
     stop.limit_time(FaultsConfig(time_limit=1e9, time_margin=1.0))
-    assert stop.notes() == [0.0] * 4
-    assert stop.notes(longest=1e9)[3] == 1.0  # a save takes longer than the margin
+    assert stop.notes() == [0.0] * 5
+    assert stop.notes(longest=1e9)[-1] == 1.0  # a save takes longer than the margin
     stop.limit_time(FaultsConfig(time_limit=1e-3, time_margin=0.0))
-    assert stop.notes()[3] == 1.0
-    assert stop.notes(started=False)[3] == 0.0
+    assert stop.notes()[-1] == 1.0
+    assert stop.notes(started=False)[-1] == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- slow ranks

@@ -231,7 +231,7 @@ def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
 
 
 def test_local_stops_and_goes_on(tmp_path) -> None:
-    """SIGUSR1 to local.sh: checkpoint, exit code 75; the same command finishes the run."""
+    """A closed terminal, SIGHUP to all: checkpoint, exit code 75; the same command finishes the run."""
     project = tiny_project(tmp_path)
     command = [
         *("bash", str(LAUNCH / "local.sh"), "--ranks", "1", str(project), "train.iterations=40"),
@@ -247,12 +247,19 @@ def test_local_stops_and_goes_on(tmp_path) -> None:
         return [entry["iteration"] for entry in map(json.loads, lines) if "grad_norm" in entry]
 
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
+        )
     try:
         while process.poll() is None and len(iterations()) < 2:
             time.sleep(0.05)
         assert {address for address, _ in listening(psutil.Process(process.pid).children())} == {"127.0.0.1"}
-        process.send_signal(signal.SIGUSR1)
+        os.killpg(process.pid, signal.SIGHUP)
         assert process.wait(120) == REQUEUE_EXIT_CODE, (tmp_path / "log").read_text()
     finally:
         process.kill()
