@@ -323,7 +323,7 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard events next to the metrics."""
     wandb_project: str | None = None
-    """Weights & Biases project; null: off."""
+    """Weights & Biases project; null: off. Without a key or a network the run says so and goes on without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,6 +235,12 @@ def _check_training(run: RunConfig) -> None:
     )
     if not run.output_dir:
         raise ConfigError("output_dir: is empty")
+    project = run.logging.wandb_project
+    if project and (len(project) > 128 or set(project) & set("/\\#?%:")):
+        raise ConfigError(
+            f"logging.wandb_project: {project!r} is no project of Weights & Biases: up to 128 characters, none of "
+            "/ \\ # ? % : (a team is named by WANDB_ENTITY)"
+        )
 
 
 def _check_faults(faults: FaultsConfig) -> None:

@@ -1,4 +1,4 @@
-"""Hooks into the training loop, and the ones that report: terminal, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Hooks into the training loop, and the ones that report: terminal, metrics.jsonl, TensorBoard.
 
 A callback sees finished facts and never communicates between ranks, so that an error in one cannot leave other ranks
 waiting. Reporting callbacks exist on rank 0 only.
@@ -62,7 +62,7 @@ def check_installed(logging: LoggingConfig) -> None:
         ("tensorboard", logging.tensorboard, "tensorboard", "false"),
         ("wandb_project", logging.wandb_project, "wandb", "null"),
     ):
-        if wanted and importlib.util.find_spec(package) is None:
+        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"logging.{field}: {package} is not installed; `pip install {package}`, or set it to {off}"
             )
@@ -289,22 +289,3 @@ class TensorBoard(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-class WeightsAndBiases(Callback):
-    """The same numbers in a Weights & Biases run, continued after a restart."""
-
-    def __init__(self, project: str, run: RunConfig, config: dict[str, Any]) -> None:
-        import wandb
-
-        name = Path(run.output_dir).name
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=config)
-
-    def on_step(self, record: StepRecord) -> None:
-        self._run.log({f"train/{k}": v for k, v in asdict(record).items()}, step=record.iteration)
-
-    def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
-        self._run.log({f"{r.dataset}/{r.plan}/loss": r.loss for r in results}, step=iteration)
-
-    def on_end(self) -> None:
-        self._run.finish()

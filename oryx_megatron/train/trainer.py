@@ -39,7 +39,6 @@ from oryx_megatron.train.callbacks import (
     MetricsFile,
     StepRecord,
     TensorBoard,
-    WeightsAndBiases,
     check_installed,
 )
 from oryx_megatron.train.clock import Clock
@@ -49,6 +48,7 @@ from oryx_megatron.train.guard import Guard, Prolonged, record_path, write_recor
 from oryx_megatron.train.step import Microbatch, Totals
 from oryx_megatron.train.stragglers import Stragglers
 from oryx_megatron.train.watchdog import Watchdog
+from oryx_megatron.train.weights_and_biases import WeightsAndBiases
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +173,7 @@ class Trainer:
         finally:
             # No collectives here: after an error, other ranks may never arrive.
             self.stream.close()
+            self.watchdog.beat("closing its reports", more=CLOSING)
             self._call("on_end")
             if self.lock is not None:
                 self.lock.release()
@@ -533,6 +534,8 @@ def _reporters(run: RunConfig, layout: Layout, folder: Path, clock: Clock) -> li
     return [history, *reporters]  # it looks at when the others last wrote, before they do
 
 
+CLOSING = 120.0
+"""Seconds, on top of hang_timeout, that reports may take to end: one may wait for a server."""
 _OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")
 """Fields of a model that may change on the way: they alter neither its parameters nor what it computes."""
 

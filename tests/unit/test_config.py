@@ -386,6 +386,7 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["seed=-1"], "seed: -1 should not be negative"),
         (["output_dir=''"], "output_dir: is empty"),
         (["checkpoint.keep=-1"], "checkpoint.keep: -1 should not be negative"),
+        (["logging.wandb_project='team/oryx:1'"], "logging.wandb_project: 'team/oryx:1' is no project of"),
         (["logging.interval=0"], "logging.interval: 0 should be above 0"),
         (["parallel.tensor=0"], "parallel.tensor: 0 should be above 0"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline: 2 model chunks need parallel.pipeline above 1"),
