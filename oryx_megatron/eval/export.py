@@ -12,6 +12,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
+from oryx_megatron.hf.convert import recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 
@@ -26,11 +27,12 @@ class _ExportCodec:
 def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[Any, Codec]:
     """Model in eval mode on this machine's device, and its tokenizer (or the one of a tokenizer folder).
 
-    Runs no code of the folder: an export is read by this project's own classes.
+    Runs no code of the folder: an export is read by this project's own classes, and fetches none.
 
     Raises:
-        ConversionError: it does not load.
+        ConversionError: it does not load, or asks for what no export has.
     """
+    recognised(folder)
     AutoConfig.register(OryxConfig.model_type, OryxConfig, exist_ok=True)
     AutoModelForCausalLM.register(OryxConfig, OryxForCausalLM, exist_ok=True)
     try:

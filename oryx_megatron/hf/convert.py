@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def export(
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
         DataError: the tokenizer is missing or not the run's.
-        ConversionError: a tensor is missing, left over or of a wrong shape; the target exists.
+        ConversionError: a tensor is missing, left over or of a wrong shape; the target exists; no such mode plan.
     """
     source, target = find_checkpoint(source), Path(target)
     manifest = read_manifest(source)
@@ -107,6 +108,10 @@ def export(
         architectures=["OryxForCausalLM"],
         eos_token_id=manifest.data["tokenizer"]["eod"],
     )
+    try:
+        modeling_oryx.check_default_plan(config)
+    except ValueError as error:
+        raise ConversionError(f"--mode-plan: {error}") from None
     reader = CheckpointReader(source)
     rules = weight_rules(model)
     wanted = hf_shapes(config)
@@ -381,13 +386,33 @@ def _kept_manifest(source: Path) -> Manifest | None:
 
 
 def _oryx_config(source: Path) -> OryxConfig:
-    fields = _json(source / "config.json")
+    fields = recognised(source)
     if fields.get("model_type") != OryxConfig.model_type:
         raise ConversionError(f"{source}: model type {fields.get('model_type')!r}; known: oryx, llama")
     try:
         return OryxConfig.from_dict(fields)
     except ValueError as error:
         raise ConversionError(f"{source / 'config.json'}: {error}") from None
+
+
+def recognised(source: str | Path) -> dict[str, Any]:
+    """config.json of a folder that transformers may load here: it asks for nothing from elsewhere.
+
+    transformers fetches kernels, quantisers and base models that such a file names. Raises ConversionError with the
+    field: of an Oryx folder any that an export lacks, of another model's one that names code or a second model.
+    """
+    path = Path(source) / "config.json"
+    fields = _json(path)
+    if (adapter := path.with_name("adapter_config.json")).exists():
+        raise ConversionError(f"{adapter}: adapters are not loaded here; merge them (peft: merge_and_unload) and save")
+    own = fields.get("model_type") == OryxConfig.model_type
+    known = {*OryxConfig().to_dict(), "torch_dtype"}
+    for name in fields:
+        if (own and name not in known) or re.search("attn_impl|experts_impl|kernel_|use_kernels|quantization", name):
+            raise ConversionError(f"{path}: `{name}` is not a field that is loaded here; remove it")
+    if own and fields.get("auto_map", OryxConfig().auto_map) != OryxConfig().auto_map:
+        raise ConversionError(f"{path}: `auto_map` does not name the classes of an Oryx export")
+    return fields
 
 
 def hf_model_type(source: str | Path) -> str | None:
@@ -462,4 +487,4 @@ def _beside_weights(name: str) -> bool:
     return name.startswith(_NOT_WEIGHTS) or EXTRA_STATE in name
 
 
-__all__ = ["CheckpointError", "Conversion", "export", "hf_model_type", "import_", "import_llama"]
+__all__ = ["CheckpointError", "Conversion", "export", "hf_model_type", "import_", "import_llama", "recognised"]

@@ -14,6 +14,7 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConversionError
+from oryx_megatron.hf.convert import recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.model import SequenceInfo, build_model
 from oryx_megatron.modes import Mode, ModePlan
@@ -112,6 +113,7 @@ def _checkpoint_logits(
 
 @torch.inference_mode()
 def _export_logits(folder: str | Path, dtype: str, tokens: Tensor, plans: list[ModePlan]) -> list[Tensor]:
+    recognised(folder)
     model = OryxForCausalLM.from_pretrained(folder, dtype=_DTYPES[dtype], kernels="torch")
     model.to(platform.device()).eval()  # type: ignore[arg-type]
     return [

@@ -12,7 +12,7 @@ import torch
 
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, ConversionError
 from oryx_megatron.hf.convert import export
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.testing import run_distributed
@@ -119,6 +119,24 @@ def test_code_in_an_export_does_not_run(folder: Path, tmp_path: Path) -> None:
     twin, _ = load_export(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "quantization_config", "experts_implementation"])
+@pytest.mark.parametrize("kind", ["oryx", "llama"])
+def test_a_model_that_asks_for_code_from_elsewhere_is_refused(
+    field: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers would fetch a kernel from its hub."""
+    from transformers import LlamaConfig, PreTrainedModel
+
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text()) if kind == "oryx" else LlamaConfig(num_hidden_layers=1).to_dict()
+    path.write_text(json.dumps(fields | {field: "kernels-community/flash-attn3"}))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConversionError, match=f"config.json: `{field}` is not a field that is loaded here") as refused:
+        load_export(tmp_path / "model")
+    assert "\n" not in str(refused.value)
 
 
 def test_lm_eval_runs_on_an_export_unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

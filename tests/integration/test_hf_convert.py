@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,10 @@ def add_tensor(folder: Path, name: str) -> None:
         (lambda f: add_tensor(f, "model.extra"), "holds tensors that nothing maps: model.extra"),
         (lambda f: (f / "oryx_manifest.json").unlink(), "give a run config with --run"),
         (lambda f: (f / "oryx_manifest.json").write_text('{"a": 1}'), "oryx_manifest.json is damaged"),
+        (lambda f: rewrite(f, attn_implementation="a/b"), "config.json: `attn_implementation` is not a field"),
+        (lambda f: rewrite(f, quantization_config={}), "`quantization_config` is not a field"),
+        (lambda f: rewrite(f, auto_map={"AutoModel": "a/b--c.D"}), "`auto_map` does not name the classes"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json: adapters are not loaded"),
     ],
 )
 def test_damaged_exports_are_refused(harm, message: str, exported: Path, tmp_path: Path) -> None:
@@ -251,6 +256,23 @@ def test_damaged_exports_are_refused(harm, message: str, exported: Path, tmp_pat
         import_(exported, tmp_path / "back")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("atention", "--mode-plan: mode plan `atention`: unknown form"),
+        ("prompt:attention,new:recurent", "mode plan `recurent`: unknown form"),
+        ("prompt:attention", "needs `,new:PLAN`"),
+        ("runs:a0-8,r9-16", "run `r9-16` is empty or does not start at 8"),
+        ("prefix:many", "`many` is not a whole number"),
+    ],
+)
+def test_a_mode_plan_that_is_none_is_refused_at_once(plan: str, message: str, project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=re.escape(message)) as refused:
+        export(project.parent / "gdn tp2", tmp_path / "hf", mode_plan=plan)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_shard_is_named(project: Path, tmp_path: Path) -> None:
