@@ -115,7 +115,9 @@ class OryxConfig(PreTrainedConfig):
     @property
     def default_plan(self) -> str:
         """Plan of a call that gives none."""
-        return self.mode_plan or ("attention" if self.has_attention else "recurrent")
+        if self.mode_plan is not None:
+            return self.mode_plan
+        return "attention" if self.has_attention else "recurrent"
 
     @property
     def layer_types(self) -> list[str]:

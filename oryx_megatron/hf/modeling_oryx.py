@@ -77,15 +77,16 @@ PLAN_FORMS = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan_mask(plan: ModePlan, length: int, *, chunk: int, prompt: int | None = None) -> Tensor:
+def plan_mask(plan: ModePlan, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> Tensor:
     """Mask, bool [length] on the CPU, true where a token of a text of `length` tokens attends.
 
     `plan` is a spec (`PLAN_FORMS`), a function from position to mode ("attention", "recurrent" or a truth value), or a
     mask of that length. `ratio:R` and `every:K` count chunks of `chunk` tokens; `prompt` is the number of tokens given
-    before generation. Raises ValueError with the plan and what is wrong with it.
+    before generation. `shorter`: the N of `prefix:N` and `last:N` may be more than the text has; a default plan meets
+    texts of any length. Raises ValueError with the plan and what is wrong with it.
     """
     if isinstance(plan, str):
-        return _spec_mask(plan, length, chunk, prompt)
+        return _spec_mask(plan, length, chunk, prompt, shorter)
     if callable(plan):
         return torch.tensor([_attends(plan(i)) for i in range(length)], dtype=torch.bool)
     mask = plan.detach().cpu() if isinstance(plan, Tensor) else torch.tensor([_attends(mode) for mode in plan])
@@ -100,7 +101,17 @@ def _attends(mode: Any) -> bool:
     return mode == "attention" if isinstance(mode, str) else bool(mode)
 
 
-def _spec_mask(spec: str, length: int, chunk: int, prompt: int | None) -> Tensor:
+def check_default_plan(config: OryxConfig) -> None:
+    """Raise ValueError when the plan of calls that give none cannot be followed, whatever the text."""
+    plan = config.default_plan
+    if not isinstance(plan, str):
+        raise ValueError(f"OryxConfig.mode_plan is {plan!r}; a plan is one of {PLAN_FORMS}")
+    _spec_mask(plan, 0, 1, 0, True)
+    if config.modes != "both" and plan not in (config.modes, f"prompt:{config.modes},new:{config.modes}"):
+        raise ValueError(f"mode plan `{plan}`: this model has {config.modes} mode only; its plan is `{config.modes}`")
+
+
+def _spec_mask(spec: str, length: int, chunk: int, prompt: int | None, shorter: bool) -> Tensor:
     def wrong(why: str) -> ValueError:
         return ValueError(f"mode plan `{spec}`: {why}; a plan is one of {PLAN_FORMS}")
 
@@ -110,9 +121,9 @@ def _spec_mask(spec: str, length: int, chunk: int, prompt: int | None) -> Tensor
         return int(text)
 
     def tokens(text: str) -> int:
-        if (count := whole(text, 0)) > length:
+        if (count := whole(text, 0)) > length and not shorter:
             raise wrong(f"{count} tokens are more than the {length} of the text")
-        return count
+        return min(count, length)
 
     kind, colon, value = spec.strip().partition(":")
     value = value.strip()
@@ -144,7 +155,7 @@ def _spec_mask(spec: str, length: int, chunk: int, prompt: int | None) -> Tensor
                 raise wrong(f"run `{part}` is empty or does not start at {end}, where the one before it ends")
             mask[start:stop] = run[1] == "a"
             end = stop
-        if end != length:
+        if length and end != length:  # of no text, only the form is checked
             raise wrong(f"its runs end at {end}, the text at {length}")
         return mask
     if kind == "prompt":
@@ -157,7 +168,8 @@ def _spec_mask(spec: str, length: int, chunk: int, prompt: int | None) -> Tensor
             raise wrong("there is no prompt here, only generate() knows one; use one of the other forms")
         if prompt > length:
             raise wrong(f"the prompt of {prompt} tokens is longer than the text of {length}")
-        return torch.cat([_spec_mask(before, prompt, chunk, None), _spec_mask(after, length - prompt, chunk, None)])
+        parts = ((before, prompt), (after, length - prompt))
+        return torch.cat([_spec_mask(part, n, chunk, None, shorter) for part, n in parts])
     raise wrong("unknown form")
 
 
@@ -899,6 +911,7 @@ class OryxPreTrainedModel(PreTrainedModel):
     def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._keep_in_fp32_modules_strict = set(config.fp32_parameters)
+        check_default_plan(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -997,6 +1010,16 @@ class OryxModel(OryxPreTrainedModel):
             else:
                 count = mask.long().cumsum(1) - 1
                 position_ids = (count[:, -s:] if slots is None else count[:, slots]).clamp(min=0)
+        if mode_plan is None and attention_mask is None and b > 1 and s > 1 and not self.training:
+            plan = self.config.default_plan
+            if (counted := re.match(r"\s*(prompt:)?\s*last:", plan)) is not None:
+                why = (
+                    f"mode plan `{plan}` counts from the end of each text, and no attention_mask says where the {b} "
+                    "texts of this batch end; give one, or one text per call (lm-eval: --batch_size 1)"
+                )
+                if counted[1] is None:  # lm-eval scores so: modes, and scores, would depend on the batch size
+                    raise ValueError(why)
+                logger.warning_once(why)
         modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
         if modes.runs and cache is not None and not cache.layers[0].keep_kv and cache.started:
             raise ValueError(
@@ -1049,7 +1072,10 @@ class OryxModel(OryxPreTrainedModel):
         if attention_mask is None:
             return None, None
         if attention_mask.dim() != 2 or attention_mask.shape[0] != b:
-            raise ValueError(f"attention_mask of shape {list(attention_mask.shape)}: Oryx needs [{b}, tokens so far]")
+            raise ValueError(
+                f"attention_mask of shape {list(attention_mask.shape)}: Oryx needs [{b}, tokens so far], false for "
+                "padding; a recurrence cannot follow a mask of pairs (position_ids that restart mark packed documents)"
+            )
         mask = attention_mask.bool()
         limit = cache.get_max_length() if slots is not None else -1
         if limit >= 0 and mask.shape[1] < limit:
@@ -1092,12 +1118,15 @@ class OryxModel(OryxPreTrainedModel):
             chunk = self.config.mode_chunk
             if mask is None:
                 n = int(past) + s
-                rows = plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None)[None, -s:]
+                rows = plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None, shorter=by_default)[None, -s:]
             else:
                 real = mask if slots is None else mask[:, : int(past) + s]
                 index = (real.long().cumsum(1) - 1)[:, -s:].clamp(min=0).cpu()
                 lengths = {n for n in real.sum(1).tolist() if n}
-                tables = {n: plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None) for n in lengths}
+                tables = {
+                    n: plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None, shorter=by_default)
+                    for n in lengths
+                }
                 tables[0] = torch.zeros(1, dtype=torch.bool)
                 rows = torch.stack([tables[n][i] for n, i in zip(real.sum(1).tolist(), index)])
             modes = TokenModes.from_mask(rows, device)
@@ -1233,11 +1262,15 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE)
         keep_kv = getattr(cache, "keep_kv", self.config.keep_kv)
         keep_kv = _setting("keep_kv", model_kwargs, generation_config, keep_kv)
+        given = model_kwargs.get("mode_plan") is not None
         plan = _setting("mode_plan", model_kwargs, generation_config, self.config.default_plan)
         positions, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
         prompt, new = positions.shape[-1], generation_config._new_tokens
         lengths = [prompt] if mask is None else mask.sum(1).tolist()
-        tables = {n: plan_mask(plan, n + new, chunk=self.config.mode_chunk, prompt=n) for n in sorted(set(lengths))}
+        tables = {
+            n: plan_mask(plan, n + new, chunk=self.config.mode_chunk, prompt=n, shorter=not given)
+            for n in sorted(set(lengths))
+        }
         if mask is None:
             table = tables[prompt][None]
         else:
@@ -1260,7 +1293,13 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation `{kind}`: Oryx has `dynamic` and `static`")
         room = None
         if kind == "static":
-            room = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+            # As long as ever asked for, so that a shorter text runs what is compiled; the last new token is never read.
+            room = max(
+                prompt + new - 1,
+                getattr(generation_config, "max_cache_len", None) or 0,
+                getattr(self, "_previous_max_cache_length", 0),
+            )
+            self._previous_max_cache_length = room
         model_kwargs[CACHE] = OryxCache(self.config, room, keep_kv)
 
     def prepare_inputs_for_generation(

@@ -11,7 +11,7 @@ from hf_reference import tiny_config, tiny_model
 from transformers.utils import logging
 
 from oryx_megatron.hf import modeling_oryx
-from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM, plan_mask
 
 MIXERS = ("gdn", "mamba2")
 PLANS = ("attention", "recurrent", "every:2")
@@ -89,3 +89,89 @@ def test_decays_stay_in_fp32(mixer: str, dtype: torch.dtype, tmp_path) -> None:
     assert OryxForCausalLM._from_config(tiny_config(mixer), dtype=torch.float64).model.layers[0].mixer.a_log.dtype == (
         torch.float64
     )
+
+
+@pytest.mark.parametrize("plan", ["prefix:5", "last:5", "prompt:prefix:5,new:last:5"])
+def test_a_default_plan_holds_for_shorter_texts(plan: str) -> None:
+    """Evaluation gives one model texts of any length: the first or last N of fewer are all."""
+    model = tiny_model("gdn", dtype=torch.float32, mode_plan=plan)
+    for length in (1, 3, 5, 8):
+        ids = random_ids(1, length)
+        prompts = plan.removeprefix("prompt:").partition(",")[0]
+        kind, _, n = prompts.partition(":")
+        mask = torch.arange(length) < int(n) if kind == "prefix" else torch.arange(length) >= length - int(n)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, model(ids, mode_plan=mask).logits)
+        out = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        whole = plan_mask(plan, length + 2, chunk=1, prompt=length, shorter=True)
+        with torch.no_grad():
+            logits = model(out.sequences, mode_plan=whole).logits[0, length - 1 : -1]
+        torch.testing.assert_close(torch.cat(out.logits), logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="5 tokens are more than the"):  # what a call asks for is done as asked
+        model(random_ids(1, 3), mode_plan=prompts)
+
+
+def test_last_tokens_need_an_end() -> None:
+    """Scores of texts that a harness pads without a mask would depend on its batch size."""
+    model = tiny_model("gdn", mode_plan="last:2")
+    ids = random_ids(3, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    with pytest.raises(ValueError, match="no attention_mask says where the 3 texts of this batch end"):
+        model(ids)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        for row, n in enumerate((6, 4, 6)):
+            torch.testing.assert_close(logits[row, :n], model(ids[row : row + 1, :n]).logits[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("plan", ["atention", "prompt:attention", "runs:a0-5,r6-9", "every:0", "prefix:-1", "", 7])
+def test_a_default_plan_that_is_none_is_refused_at_once(plan: object, tmp_path) -> None:
+    tiny_model("gdn").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mode.plan") as refused:
+        OryxForCausalLM.from_pretrained(tmp_path, mode_plan=plan)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("modes", "plan"), [("recurrent", "attention"), ("attention", "prompt:attention,new:recurrent")]
+)
+def test_a_baseline_has_one_plan(modes: str, plan: str) -> None:
+    with pytest.raises(ValueError, match=f"{modes} mode only"):
+        OryxForCausalLM(tiny_config("gdn", modes=modes, mode_plan=plan))
+
+
+def test_masks_of_pairs_are_refused() -> None:
+    ids = random_ids(2, 4)
+    with pytest.raises(ValueError, match="a recurrence cannot follow a mask of pairs") as refused:
+        tiny_model("gdn")(ids, attention_mask=torch.ones(2, 1, 4, 4))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"return_dict_in_generate": True}], ids=str)
+def test_embeddings_with_a_static_cache(mixer: str, options: dict) -> None:
+    """The same new tokens as from the tokens themselves, padded or not."""
+    model = tiny_model(mixer, dtype=torch.float32, mode_plan="prompt:every:2,new:recurrent")
+    ids = random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, **options}
+    for given in ({}, {"attention_mask": mask}):
+        texts = []
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+            for form in (None, "static"):
+                out = model.generate(**inputs, **given, **options, cache_implementation=form)
+                texts.append((out if isinstance(out, torch.Tensor) else out.sequences)[:, -6:].tolist())
+        assert texts[1:] == texts[:1] * 3
+
+
+def test_a_shorter_static_generation_runs_what_is_compiled() -> None:
+    model = tiny_model("gdn", dtype=torch.float32)
+    rooms = []
+    for new in (20, 5, 12, 30):
+        out = model.generate(
+            random_ids(1, 4), max_new_tokens=new, cache_implementation="static", return_dict_in_generate=True
+        )
+        rooms.append(out.past_key_values.get_max_length())
+    assert rooms == [23, 23, 23, 33]  # the last new token is never read
