@@ -1,6 +1,7 @@
 # make quickstart   train a tiny Oryx model on this machine, from nothing to a sample of its text
 # make test         lint, type check, tests (within 25 minutes on 2 cores)
 # make soak         the slow tests too
+# make wheel        the package for elsewhere, in dist/
 # make hf-suite     transformers' own model tests with Oryx plugged in, both mixers, three mode plans (fetches them)
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 # First and last version of transformers that an export runs with; the environment's own lies between.
 ENDS := 5.14 5.24
 
-.PHONY: quickstart test soak hf-suite lint types clean $(ENDS:%=transformers-%)
+.PHONY: quickstart test soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
@@ -47,9 +48,16 @@ $(VENV)/transformers-%/.ready: tests/transformers-%.txt $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/shellcheck -x launch/*.sh .ci/run
 
 types: $(READY)
 	$(BIN)/mypy
+
+# dist/oryx_megatron-VERSION-py3-none-any.whl, with all that a run needs (docs/releasing.md).
+wheel: $(READY)
+	rm -rf build/lib
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # A virtual environment with all that is needed, made anew when a pin changes.
 $(READY): requirements.txt pyproject.toml

@@ -15,7 +15,6 @@ import gc
 import gzip
 import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -415,8 +414,10 @@ def plot(results: list[Result], path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of whatever takes part."""
-    names = ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4", "fla-core", "flash-qla")
-    names += ("tilelang", "mamba-ssm", "causal-conv1d")
+    names = [
+        *("torch", "triton", "megatron-core", "transformer-engine", "flash-attn-4", "fla-core", "flash-qla"),
+        *("tilelang", "mamba-ssm", "causal-conv1d"),
+    ]
     found = {}
     for name in names:
         try:
@@ -447,7 +448,7 @@ def main() -> None:
     results: list[Result] = []
     for shape, name, *cases in args.run or DEFAULT:
         sequence, batch = map(int, shape.split("x"))
-        precision = PrecisionConfig(fp8="none" if name == "bf16" else name)
+        precision = PrecisionConfig(fp8="none" if name == "bf16" else name)  # type: ignore[arg-type]
         runner, built = None, ""
         for case in cases:
             which = case.partition("/")[0]
@@ -477,4 +478,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

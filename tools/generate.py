@@ -13,11 +13,15 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
+
+if TYPE_CHECKING:
+    from oryx_megatron.data.tokenizer import Tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 class _Printer:
     """Writes text as it becomes certain: a character may need several tokens."""
 
-    def __init__(self, tokenizer: object, prompt: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self.tokenizer, self.tokens, self.written = tokenizer, list(prompt), 0
 
     def __call__(self, token: int) -> None:

@@ -135,7 +135,7 @@ def plot(lengths: np.ndarray, title: str, path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.hist(lengths, np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60), color="#33638d")
+    axes.hist(lengths, np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60).tolist(), color="#33638d")
     axes.set(xscale="log", xlabel="tokens per document", ylabel="documents", title=shown(title))
     axes.axvline(float(np.median(lengths)), color="black", linestyle="--", label=f"median {np.median(lengths):,.0f}")
     axes.legend(frameon=False)

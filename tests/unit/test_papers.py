@@ -1,0 +1,62 @@
+"""What a public project carries: license, versions that agree, papers that name real files, CI that runs ours."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import oryx_megatron
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PAPERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/releasing.md")
+PATH = re.compile(r"(?:oryx_megatron|tools|tests|docs|configs|benchmarks|launch)/[\w./-]*\w")
+"""A file or folder of the repository."""
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_license() -> None:
+    assert "Apache License" in text("LICENSE")
+    assert "the oryx_megatron authors" in text("LICENSE")
+    assert PROJECT["license"] == "Apache-2.0"
+    assert set(PROJECT["license-files"]) == {"LICENSE", "NOTICE"}
+
+
+def test_versions_agree() -> None:
+    version = oryx_megatron.__version__
+    cited = yaml.safe_load(text("CITATION.cff"))
+    assert cited["version"] == version
+    assert cited["license"] == "Apache-2.0"
+    released = re.findall(r"^## (\S+) - (\S+)$", text("CHANGELOG.md"), re.MULTILINE)
+    assert released[0] == (version, str(cited["date-released"]))
+    assert re.search(r"^## Unreleased$", text("CHANGELOG.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_papers_name_files_that_exist(paper: str) -> None:
+    found = {name for name in PATH.findall(text(paper)) if not re.search(r"[…*]|RUN|VERSION", name)}
+    assert found
+    assert {name for name in found if not (ROOT / name).exists()} == set()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text(paper)):
+        assert (ROOT / paper).parent.joinpath(target).exists(), target
+
+
+def test_hosted_ci_runs_ours_and_builds_the_wheel() -> None:
+    workflow = yaml.safe_load(text(".github/workflows/ci.yml"))
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in workflow["jobs"].items()}
+    assert runs["test"] == [".ci/run"]
+    assert any("pip wheel" in run for run in runs["wheel"])
+
+
+def test_hooks_are_what_make_test_runs() -> None:
+    hooks = [
+        hook["entry"] for repo in yaml.safe_load(text(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]
+    ]
+    assert hooks == ["make lint", "make types"]
+    (test,) = re.findall(r"^test: (.*)$", text("Makefile"), re.MULTILINE)
+    assert test.split()[:2] == ["lint", "types"]
