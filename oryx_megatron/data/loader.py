@@ -12,11 +12,16 @@ Shapes: b micro batch, s sequence.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import queue
+import resource
 import shutil
 import socket
 import threading
@@ -36,7 +41,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader
 
 from oryx_megatron.config.schema import BlendEntry, RunConfig
-from oryx_megatron.data.files import read_json, write_json
+from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
@@ -46,6 +51,10 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 CACHE_MANIFEST = "complete.json"
+FILES = 12
+"""Files that a dataset keeps open: its tokens, its index and three arrays of samples, for training and validation."""
+VISIBLE = 60.0
+"""Seconds that other ranks wait to see what rank 0 has written."""
 
 
 class Batch(TypedDict):
@@ -80,12 +89,15 @@ class Blend(torch.utils.data.Dataset):
         size: int,
         parts: tuple[Part, ...],
         identity: dict[str, Any],
+        counted: int | None = None,
     ) -> None:
+        """`counted`: samples that are read; those after it fill the last batch up and have no loss. None: all."""
         self.name = name
         self.datasets = datasets
         self.order = order
         self.size = size
         self.parts = parts
+        self.counted = size if counted is None else counted
         self.identity = identity
         """What decides the order of samples; kept in checkpoints, see `check_resume`."""
 
@@ -94,6 +106,9 @@ class Blend(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """tokens and labels [s] int64, loss_mask [s] float32, position_ids [s] of one sample."""
+        if index >= self.counted:
+            sample = self[index % self.counted]
+            return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
         if self.order is None:
             return self.datasets[0][index]
         return self.datasets[int(self.order[0][index])][int(self.order[1][index])]
@@ -115,27 +130,34 @@ def sample_counts(run: RunConfig) -> dict[str, int]:
     return counts | dict.fromkeys(run.data.validation, evaluation)
 
 
-def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int] | None = None) -> dict[str, Blend]:
+def build_datasets(
+    run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int] | None = None, *, once: bool | None = None
+) -> dict[str, Blend]:
     """Blends by name: `train`, `valid`, `test` and the names of data.validation.
 
-    Arguments: `samples` to build per name (default `sample_counts(run)`); names left out are not built.
+    Arguments: `samples` to build per name (default `sample_counts(run)`); names left out are not built. `once`: what is
+    not for training has no more samples than its data hold, each read once, and the last batch is filled up with
+    samples without loss; default: with the default `samples` only, else there are as many samples as asked for.
     Under torch.distributed all ranks must call it: rank 0 verifies and builds, the others then map the finished cache.
     Raises DataError, on every rank, for a missing, damaged, empty or foreign dataset.
     """
+    once = samples is None if once is None else once
     samples = sample_counts(run) if samples is None else samples
+    named = [run.data.blend, *(stage.blend for stage in run.data.stages), *run.data.validation.values()]
+    _allow_files(sum(map(len, named)))
     blends: dict[str, Blend] = {}
 
     def build() -> dict[str, Any]:
         try:
-            blends.update(_build(run, tokenizer, samples))
-        except OSError as error:
+            blends.update(_build(run, tokenizer, samples, once))
+        except (DataError, OSError) as error:
             raise _as_data_error(error) from error
         return {name: blend.identity for name, blend in blends.items()}
 
     identities = first_rank_alone(build, "builds sample indices", DataError)
     if not blends:
         try:
-            blends.update(_build(run, tokenizer, samples, identities))
+            blends.update(_build(run, tokenizer, samples, once, identities))
         except (DataError, OSError) as error:
             mine = _as_data_error(error)
             mine.rank_local = True  # rank 0 saw no fault
@@ -144,13 +166,33 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int]
 
 
 def _as_data_error(error: Exception) -> DataError:
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return DataError(
+            f"too many open files: each dataset of a blend needs up to {FILES} and this process may have {hard}; raise "
+            "the limit (ulimit -Hn), or merge datasets (tools/merge_datasets.py)"
+        )
     if isinstance(error, DataError):
         return error
     return DataError(f"cannot build sample indices: {error}; see data.cache_dir")
 
 
+def _allow_files(datasets: int) -> None:
+    """Raise this process' limit of open files, as far as it may, to what so many datasets need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES * datasets + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
 def _build(
-    run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int], told: dict[str, dict[str, Any]] | None = None
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    samples: dict[str, int],
+    once: bool,
+    told: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Blend]:
     """Blends by name. `told`: the identities that rank 0 found; None on rank 0, which alone may build and checks more.
 
@@ -198,7 +240,7 @@ def _build(
         if first:
             _check_names(name, stages, opened)
             _check_ends(name, [opened[entry.path] for stage in stages for entry in stage.blend], tokenizer)
-        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened)
+        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened, once and name != "train")
         if told is not None:
             blends[name].identity = told[name]
     return blends
@@ -277,6 +319,7 @@ def _blend(
     share: tuple[float, float, float],
     split: Split,
     opened: dict[str, Dataset],
+    once: bool,
 ) -> Blend:
     paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
     size = stages[-1].stop
@@ -295,8 +338,15 @@ def _blend(
             for s in stages
         ],
     }
+    bounds = {path: _bounds(share, split, len(opened[path].index.lengths)) for path in paths}
+    tokens = {path: int(opened[path].index.lengths[slice(*bounds[path])].sum(dtype=np.int64)) for path in paths}
+    for path in paths:
+        if tokens[path] == 0:
+            raise DataError(
+                f"dataset {path}: its {split.name} part is empty ({bounds[path][1] - bounds[path][0]} of "
+                f"{opened[path].documents} documents); use more documents or change data.split"
+            )
     order = None
-    counts = {paths[0]: size}
     if len(paths) > 1:
         for entry in (entry for stage in stages for entry in stage.blend):
             if not entry.weight > 0:
@@ -307,17 +357,17 @@ def _blend(
             lambda target: _write_order(target, stages, paths),
         )
         order = (np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r"))
+    counted = size
+    if once:
+        held = [max((tokens[path] - 1) // run.data.sequence_length, 1) for path in paths]
+        order, counted = _read_once(name, paths, order, held, size)
+    counts = {paths[0]: counted}
+    if order is not None:
         counts = dict(zip(paths, np.bincount(order[0], minlength=len(paths)).tolist(), strict=True))
     datasets, parts = [], []
     for path in paths:
         dataset = opened[path]
-        begin, end = _bounds(share, split, len(dataset.index.lengths))
-        tokens = int(dataset.index.lengths[begin:end].sum(dtype=np.int64))
-        if tokens == 0:
-            raise DataError(
-                f"dataset {path}: its {split.name} part is empty ({end - begin} of {dataset.documents} documents); "
-                "use more documents or change data.split"
-            )
+        begin, end = bounds[path]
         config = GPTDatasetConfig(
             random_seed=run.seed,
             sequence_length=run.data.sequence_length,
@@ -346,11 +396,34 @@ def _blend(
             return GPTDataset(IndexedDataset(path), path, np.arange(*bounds, dtype=np.int32), count, split, config)
 
         datasets.append(build(_cached((cache or dataset.prefix.parent / ".cache") / "samples", key, build)))
-        parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens))
+        parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
     identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
     for part in parts:
         logger.info("%s: %d samples (%.2f epochs) of %s", name, part.samples, part.epochs, part.path)
-    return Blend(name, datasets, order, size, tuple(parts), identity)
+    if once:
+        batch = run.train.global_batch_size
+        size = min(size, -(-counted // batch) * batch)
+    return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
+
+
+def _read_once(
+    name: str, paths: list[str], order: tuple[np.ndarray, np.ndarray] | None, held: list[int], size: int
+) -> tuple[tuple[np.ndarray, np.ndarray] | None, int]:
+    """The order and number of samples of an evaluation without those read before; `held`: samples of each dataset."""
+    if order is None:
+        short, counted = paths, min(size, held[0])
+    else:
+        again = np.asarray(order[1]) >= np.array(held)[np.asarray(order[0])]
+        short = [paths[number] for number in np.unique(order[0][again])]
+        order = (order[0][~again], order[1][~again])
+        counted = len(order[0])
+    if counted < size:
+        more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+        logger.warning(
+            "%s: evaluation reads %d samples, not the %d that evaluation.batches asks for: %s%s hold no more, and "
+            "nothing is read twice", name, counted, size, ", ".join(short[:3]), more,
+        )  # fmt: skip
+    return order, counted
 
 
 def _bounds(share: tuple[float, float, float], split: Split, sequences: int) -> tuple[int, int]:
@@ -382,44 +455,105 @@ def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> 
 def _cached(root: Path, key: dict[str, Any], build: Any) -> Path:
     """Folder of `root` with the files that `build(folder)` makes for this key; made if missing or not whole.
 
-    Folders appear whole (renamed) and are checked against the sizes recorded in them. Only rank 0 may build.
+    Folders appear whole (renamed) and are checked against the digests recorded in them. Only rank 0 may build, and of
+    several jobs one at a time where the file system has locks; without, they make the same and the first one stays.
     """
-    description = json.dumps(key, sort_keys=True)
-    folder = root / hashlib.sha256(description.encode()).hexdigest()[:24]
+    key = key | {"megatron-core": importlib.metadata.version("megatron-core")}
+    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        deadline = time.monotonic() + VISIBLE
+        while not _whole(folder, content=False):  # shared file systems remember for a while that it was not there
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{folder}, made by rank 0, is not visible here: data.cache_dir must be on shared storage"
+                )
+            time.sleep(0.5)
+        return folder
     if _whole(folder):
         return folder
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        raise DataError(f"{folder}, made by rank 0, is not visible here: data.cache_dir must be on shared storage")
-    if folder.exists():
-        logger.warning("rebuilding the damaged sample index in %s", folder)
-        shutil.rmtree(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        build(temporary)
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        write_json(temporary / CACHE_MANIFEST, {"key": key, "files": files})
+    root.mkdir(parents=True, exist_ok=True)
+    with _one_writer(root):
+        temporary = temporary_name(folder)
         try:
-            temporary.rename(folder)
-        except OSError:
-            if not _whole(folder):  # else another job was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if not _whole(folder):  # another job may have been faster
+                temporary.mkdir()
+                build(temporary)
+                files = {
+                    path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+                    for path in sorted(temporary.iterdir())
+                }
+                write_json(temporary / CACHE_MANIFEST, {"key": key, "files": files})
+                _put(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _whole(folder: Path) -> bool:
+def _put(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name; a damaged one there goes, a whole one of another job stays."""
+    for _ in range(8):
+        if os.path.lexists(folder):
+            if _whole(folder):
+                return
+            logger.warning("rebuilding the damaged sample index in %s", folder)
+            aside = temporary_name(folder)
+            with contextlib.suppress(FileNotFoundError):  # another job moved it
+                folder.rename(aside)
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            continue
+        sync(folder.parent)
+        return
+    raise DataError(f"{folder} is in the way of a sample index and cannot be replaced; move it away")
+
+
+@contextlib.contextmanager
+def _one_writer(root: Path) -> Iterator[None]:
+    """Hold a folder of caches for this process, as far as its file system has locks. Also clears what kills left."""
+    with open(root / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another job builds sample indices in %s: waiting for it", root)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        for path in root.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > 86400:
+                    shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def _whole(folder: Path, *, content: bool = True) -> bool:
+    """Whether a cache holds what its manifest says; `content`: compared by digest, else by size."""
     if not (folder / CACHE_MANIFEST).is_file():
         return False
     try:
         files = read_json(folder / CACHE_MANIFEST)["files"]
-        # megatron-core opens arrays with allow_pickle: only what is an array of numbers may come before it.
-        for path in folder.glob("*.npy"):
-            np.lib.format.open_memmap(path, mode="r")
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (DataError, OSError, KeyError, AttributeError, ValueError):
+        if not files or not all((folder / name).stat().st_size == file["size"] for name, file in files.items()):
+            return False
+        if content and not all(sha256_of(folder / name) == file["sha256"] for name, file in files.items()):
+            return False
+    except (DataError, OSError, KeyError, AttributeError, TypeError, ValueError):
         return False
+    # megatron-core opens arrays with allow_pickle: only what is an array of numbers may come before it.
+    return all(map(_is_array, folder.glob("*.npy")))
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        np.lib.format.open_memmap(path, mode="r")
+    except Exception:  # noqa: BLE001 - a header is parsed as Python, and a damaged one raises what that does
+        return False
+    return True
 
 
 def check_resume(state: dict[str, Any], blend: Blend) -> None:

@@ -90,7 +90,8 @@ def evaluate_checkpoint(
     from megatron.core import parallel_state
 
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
-    datasets = build_datasets(run, spoken, {name: run.evaluation.batches * run.train.global_batch_size})
+    asked = {name: run.evaluation.batches * run.train.global_batch_size}
+    datasets = build_datasets(run, spoken, asked, once=True)
     chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
     load_model_weights(folder, chunks)
     with torch.inference_mode(False):

@@ -7,6 +7,10 @@ import itertools
 import json
 import logging
 import multiprocessing
+import os
+import resource
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +303,173 @@ def test_order_files_are_made_once(paths: dict[str, str], tmp_path: Path, monkey
 
     monkeypatch.setattr(loader, "_write_order", never)
     assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
+
+
+# Sample caches
+
+
+def cached(tmp_path: Path) -> dict[str, Path]:
+    """The files of the one cache of samples, by what megatron-core calls them."""
+    return {path.stem.rpartition("-")[2]: path for path in (tmp_path / "cache" / "samples").rglob("*-train-*.npy")}
+
+
+@pytest.mark.parametrize("name", ["shuffle_index", "sample_index", "document_index", "dataset", "sample"])
+def test_a_cache_damaged_at_equal_size_is_built_again(
+    paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    blend = (BlendEntry(path=paths["a"]), BlendEntry(path=paths["b"])) if name in ("dataset", "sample") else ()
+    run = config(blend or (BlendEntry(path=paths["a"]),), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+    file = cached(tmp_path).get(name) or next((tmp_path / "cache" / "blends").rglob(f"{name}.npy"))
+    raw = bytearray(file.read_bytes())
+    raw[-len(raw) // 3 :] = bytes(len(raw) - len(raw) * 2 // 3)
+    file.write_bytes(raw)
+    with caplog.at_level(logging.WARNING):
+        assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
+    assert "rebuilding the damaged sample index in" in caplog.text
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": {}}', '{"files": []}', '{"files": {"x": 3}}', '{"files": 1}']
+)
+def test_a_damaged_manifest_of_a_cache_is_built_again(paths: dict[str, str], tmp_path: Path, text: str) -> None:
+    run = config((BlendEntry(path=paths["a"]),), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+    manifest = cached(tmp_path)["shuffle_index"].with_name("complete.json")
+    manifest.write_text(text)
+    assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
+    assert json.loads(manifest.read_text())["files"]
+
+
+def test_something_else_in_the_place_of_a_cache_is_replaced(paths: dict[str, str], tmp_path: Path) -> None:
+    run = config((BlendEntry(path=paths["a"]),), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+    folder = cached(tmp_path)["shuffle_index"].parent
+    shutil.move(folder, tmp_path / "moved")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert samples(build_datasets(run, TOKENIZER)["train"]) == expected
+    assert (tmp_path / "moved" / "complete.json").is_file()
+
+
+def build_in_a_job(run: RunConfig, ready: Any, answers: Any) -> None:
+    ready.wait()
+    answers.put(samples(build_datasets(run, TOKENIZER)["train"]))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_jobs_that_start_together_share_one_cache(
+    paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """With a damaged cache in place; also where the file system has no locks."""
+    run = config((BlendEntry(path=paths["a"]), BlendEntry(path=paths["b"])), tmp_path)
+    expected = samples(build_datasets(run, TOKENIZER)["train"])
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        file.write_bytes(bytes(file.stat().st_size))
+    if not locks:
+        monkeypatch.setattr(loader.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
+    context = multiprocessing.get_context("fork")
+    ready, answers = context.Barrier(4), context.Queue()
+    jobs = [context.Process(target=build_in_a_job, args=(run, ready, answers)) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    assert [answers.get(timeout=60) for _ in jobs] == [expected] * 4
+    for job in jobs:
+        job.join()
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_what_a_killed_job_left_is_cleared_after_a_day(paths: dict[str, str], tmp_path: Path) -> None:
+    root = tmp_path / "cache" / "samples"
+    for name, age in (("old", 90000), ("new", 60)):
+        folder = root / f".{name}.tmp"
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - age,) * 2)
+    build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)
+    assert [path.name for path in root.glob("*.tmp")] == [".new.tmp"]
+
+
+# Evaluation
+
+
+def test_an_evaluation_reads_nothing_twice(
+    paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """evaluation.batches beyond the validation part: all of it once, the last batch filled up without loss."""
+    run = config((BlendEntry(path=paths["a"]),), tmp_path, split=(90, 10, 0))
+    with caplog.at_level(logging.WARNING):
+        valid = build_datasets(run, TOKENIZER, {"valid": 640}, once=True)["valid"]
+    whole = (int(valid.datasets[0].dataset.sequence_lengths[54:].sum()) - 1) // SEQUENCE
+    assert f"valid: evaluation reads {whole} samples, not the 640 that evaluation.batches asks for" in caplog.text
+    assert valid.counted == whole
+    assert len(valid) == -(-whole // 8) * 8
+    counted = [valid[i] for i in range(len(valid)) if valid[i]["loss_mask"].any()]
+    assert len(counted) == whole
+    assert len({tuple(sample["tokens"].tolist()) for sample in counted}) == whole
+    stream = SampleStream(valid, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=8192)
+    mask = torch.cat([stream.next_batches()[0]["loss_mask"] for _ in range(len(valid) // 8)])
+    stream.close()
+    assert int(mask.sum()) == whole * SEQUENCE
+
+
+def test_an_evaluation_of_a_blend_reads_nothing_twice(
+    paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = dataset(tmp_path / "small", 5000, 6000, documents=4)
+    validation = {"mixed": (BlendEntry(path=paths["b"], weight=1), BlendEntry(path=small, weight=1))}
+    run = config((BlendEntry(path=paths["a"]),), tmp_path, validation=validation)
+    with caplog.at_level(logging.WARNING):
+        mixed = build_datasets(run, TOKENIZER, {"mixed": 160}, once=True)["mixed"]
+    once = (sum(map(int, mixed.datasets[1].dataset.sequence_lengths)) - 1) // SEQUENCE
+    assert f"evaluation reads {80 + once} samples, not the 160" in caplog.text
+    assert f": {small} hold no more" in caplog.text
+    rows = [tuple(row) for row in samples(mixed, mixed.counted)]
+    assert len(set(rows)) == len(rows) == 80 + once
+    kinds = [max(row) // 1000 for row in rows]
+    assert kinds.count(5) == once
+    assert kinds[: 2 * once].count(5) == once  # as the weights say, while there are some
+
+
+def test_a_validation_part_below_one_sample_is_one_sample(
+    paths: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = config((BlendEntry(path=paths["a"]),), tmp_path, sequence_length=512)
+    with caplog.at_level(logging.WARNING):
+        valid = build_datasets(run, TOKENIZER)["valid"]
+    assert "valid: evaluation reads 1 samples, not the 64" in caplog.text
+    assert (valid.counted, len(valid)) == (1, 8)
+
+
+# Many datasets
+
+
+def open_many(folder: str, count: int, limits: tuple[int, int], answers: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    blend = tuple(BlendEntry(path=f"{folder}/d{i}") for i in range(count))
+    try:
+        build_datasets(config(blend, Path(folder)), TOKENIZER, {"train": 160, "valid": 40})
+        answers.put("built")
+    except DataError as error:
+        answers.put(str(error))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(40):
+        dataset(folder / f"d{number}", 1000 + number, 1100 + number, documents=50)
+    return folder
+
+
+@pytest.mark.parametrize(("limits", "answer"), [((64, 4096), "built"), ((64, 64), "too many open files")])
+def test_the_limit_of_open_files(many: Path, limits: tuple[int, int], answer: str) -> None:
+    """The soft limit is raised; the hard one is named, not data.cache_dir."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    job = context.Process(target=open_many, args=(str(many), 40, limits, answers))
+    job.start()
+    found = answers.get(timeout=120)
+    job.join()
+    assert found.startswith(answer)
+    assert "cache_dir" not in found
+    assert "\n" not in found
