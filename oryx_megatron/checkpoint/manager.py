@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from oryx_megatron import platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.state import gather_weights, load_sharded_state, sharded_state
-from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, renew_reports
+from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
 
@@ -132,8 +133,20 @@ class Checkpoints:
         mine: dict[str, dict[str, Any]] | OSError,
     ) -> Path:
         """Make `folder`, whose tensors are all written, a complete checkpoint; `mine` are this rank's digests."""
-        files = self._gather(folder, mine)
-        return self._on_main_rank(lambda: self._complete(folder, manifest, files))
+        with self._clearing(folder):
+            files = self._gather(folder, mine)
+            return self._on_main_rank(lambda: self._complete(folder, manifest, files))
+
+    @contextlib.contextmanager
+    def _clearing(self, folder: Path) -> Iterator[None]:
+        """Remove what a save wrote when it fails, as it does on all ranks: it would keep a full disk full."""
+        try:
+            yield
+        except CheckpointError:
+            torch.distributed.barrier()  # until no rank writes any more
+            if torch.distributed.get_rank() == 0:
+                store.discard(folder)
+            raise
 
     @staticmethod
     def _gather(folder: Path, mine: dict[str, dict[str, Any]] | OSError) -> dict[str, dict[str, Any]]:
@@ -247,6 +260,12 @@ class CheckpointManager(Checkpoints):
         if self._pending is not None:
             raise RuntimeError("a save is in progress: poll or wait first")
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
+        with self._clearing(folder):
+            self._start(folder, iteration, manifest)
+        return None if self.config.asynchronous else self.wait()
+
+    def _start(self, folder: Path, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
+        """Start the writers of all ranks."""
         started = time.monotonic()
         gather_weights(self.chunks)
         state = sharded_state(self.chunks, self.optimizer)
@@ -269,7 +288,6 @@ class CheckpointManager(Checkpoints):
             self._abandon()
             raise CheckpointError(f"{folder}: could not start to save ({failures})")
         self._pending = _Pending(folder, manifest, started + self.config.timeout)
-        return None if self.config.asynchronous else self.wait()
 
     def poll(self) -> Path | None:
         """See Checkpoints.
@@ -279,11 +297,14 @@ class CheckpointManager(Checkpoints):
         """
         if self._pending is None:
             return None
-        pending = self._pending
+        with self._clearing(self._pending.folder):
+            return self._poll(self._pending)
+
+    def _poll(self, pending: _Pending) -> Path | None:
         try:
             if pending.digests is None:
-                writers = [call.async_caller for call in self._queue.async_calls]
-                if not self._all_done(all(w.is_current_async_call_done(no_dist=True) for w in writers)):
+                done, died = look_at(call.async_caller for call in self._queue.async_calls)
+                if not self._all_done(done, died=died):
                     return None
                 self._queue.maybe_finalize_async_calls(blocking=False)
                 # Hashing takes as long as reading the files: it goes on beside training, too.
@@ -308,17 +329,22 @@ class CheckpointManager(Checkpoints):
         self._pending = None
         return self._on_main_rank(pending.final.result)
 
-    def _all_done(self, mine: bool, *, abandon: bool = True) -> bool:
+    def _all_done(self, mine: bool, *, died: str = "", abandon: bool = True) -> bool:
         """Whether all ranks are done with the present part of the save, in one small exchange.
 
         Raises:
-            CheckpointError: some are not although its time is up; the save is abandoned.
+            CheckpointError: some are not although its time is up, or a writer `died`; the save is abandoned.
         """
         pending = self._pending
         assert pending is not None
-        flags = torch.tensor([not mine, time.monotonic() > pending.deadline], device=platform.device()).int()
+        state = [not mine, time.monotonic() > pending.deadline, bool(died)]
+        flags = torch.tensor(state, device=platform.device()).int()
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        busy, late = flags.tolist()
+        busy, late, dead = flags.tolist()
+        if dead:
+            failures = self._failures(RuntimeError(died) if died else None)
+            self._abandon()
+            raise CheckpointError(f"{pending.folder}: a writer failed ({failures})")
         if busy and late and abandon:
             self._abandon()
             raise CheckpointError(

@@ -8,9 +8,13 @@ stays behind for ever when the rank is killed. Here it is a pipe and a thread of
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
+import os
 import queue
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,10 @@ from oryx_megatron import platform
 
 GRACE = 20.0
 """Seconds that a report may take from the pipe to the queue after its writer has ended."""
+LOOK = 0.1
+"""Seconds between looks at whether a writer was killed."""
+SIGNALLED = 128
+"""What a shell adds to the number of the signal that ended a process, for its exit code."""
 
 
 class ReportQueue:
@@ -116,7 +124,25 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             self.describe = lambda: finish(metadata, results)
 
         writer.finish = keep
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        if request.async_fn is None:  # nothing of this rank's to write
+            return request
+        return request._replace(async_fn=functools.partial(_watched, request.async_fn))
+
+
+def _watched(write: Callable[..., None], *arguments: Any) -> None:
+    """Write, in the process under a rank; end when one under it is killed, for which megatron-core would wait."""
+    threading.Thread(target=_watch, daemon=True, name="watch writers").start()
+    write(*arguments)
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(LOOK)
+        with contextlib.suppress(ChildProcessError):  # none started yet, or all are joined
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None and ended.si_code != os.CLD_EXITED:
+                os._exit(SIGNALLED + ended.si_status)
 
 
 def _structure(entry: ShardedTensor | ShardedObject) -> tuple[Any, ...]:
@@ -124,6 +150,26 @@ def _structure(entry: ShardedTensor | ShardedObject) -> tuple[Any, ...]:
     if isinstance(entry, ShardedTensor):
         return entry.key, entry.global_offset, entry.local_shape, entry.global_shape, entry.dtype, entry.replica_id
     return entry.unique_key, entry.replica_id
+
+
+def look_at(callers: Iterable[Any]) -> tuple[bool, str]:
+    """Whether the writers behind megatron-core's async callers have ended; how one of them died, in words, or empty."""
+    done, died = True, ""
+    for caller in callers:
+        process = caller.process
+        done = caller.is_current_async_call_done(no_dist=True) and done
+        if process is not None and process.exitcode:
+            died = _how(process.exitcode)
+    return done, died
+
+
+def _how(code: int) -> str:
+    """What an exit code that is not 0 says."""
+    number = -code if code < 0 else code - SIGNALLED
+    if number not in {known.value for known in signal.Signals}:
+        return f"its writer ended with exit code {code}"
+    name = signal.Signals(number).name
+    return f"its writer was killed by {name}" + ("; is memory used up?" if name == "SIGKILL" else "")
 
 
 def renew_reports() -> None:

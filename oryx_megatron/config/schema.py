@@ -203,9 +203,13 @@ class ScheduleConfig:
     min_lr: float = 0.0
     """Learning rate at the end."""
     decay: int | None = None
-    """Iterations of the final decay (wsd only); null: a tenth of the run."""
+    """Iterations of the final decay (wsd only); null: a tenth of the run, at least 2; 0: none."""
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay (wsd only)."""
+
+    def decay_in(self, iterations: int) -> int:
+        """Iterations of the final decay of a run; it begins after the first of them, so that 1 would lower nothing."""
+        return max(2, iterations // 10) if self.decay is None else self.decay
 
 
 @dataclass(frozen=True, kw_only=True)

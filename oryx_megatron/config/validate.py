@@ -211,11 +211,15 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError("schedule.min_lr: has no effect with schedule.name constant; remove it, or use cosine or wsd")
     if schedule.decay is not None and schedule.name != "wsd":
         raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
-    decay = train.iterations // 10 if schedule.decay is None else schedule.decay
+    decay = schedule.decay_in(train.iterations)
     if schedule.name == "wsd" and not 0 <= decay <= train.iterations - schedule.warmup:
         raise ConfigError(
             f"schedule.decay: {decay} iterations after {schedule.warmup} of warm-up are not within the run's "
             f"{train.iterations}"
+        )
+    if schedule.name == "wsd" and decay == 1:
+        raise ConfigError(
+            "schedule.decay: 1 lowers the learning rate of no step, it ends with the run; use at least 2, or 0 for none"
         )
     if schedule.name == "wsd" and schedule.decay_shape == "exponential" and schedule.min_lr == 0:
         raise ConfigError("schedule.min_lr: an exponential decay needs a minimum above 0")

@@ -199,9 +199,10 @@ class DeepSpeedCheckpoints(Checkpoints):
         """See Checkpoints; always in the foreground."""
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
         self._failure = None
-        self.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
-        if failures := self._failures(self._failure):
-            raise CheckpointError(f"{folder}: could not be written ({failures})")
+        with self._clearing(folder):
+            self.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
+            if failures := self._failures(self._failure):
+                raise CheckpointError(f"{folder}: could not be written ({failures})")
         return self._finish(folder, manifest, self._digests(folder))
 
     def _digests(self, folder: Path) -> dict[str, dict[str, Any]] | OSError:

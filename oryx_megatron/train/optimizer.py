@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -162,8 +163,8 @@ def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], over
     return wrapped
 
 
-def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning rate by iteration: linear warm-up, then cosine, WSD or constant."""
+def build_schedule(run: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Learning rate by iteration, set in an optimizer's param_groups: linear warm-up, then cosine, WSD or constant."""
     schedule, iterations = run.schedule, run.train.iterations
     wsd = schedule.name == "wsd"
     return OptimizerParamScheduler(
@@ -180,9 +181,16 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerPar
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=(schedule.decay if schedule.decay is not None else iterations // 10) if wsd else None,
+        wsd_decay_steps=schedule.decay_in(iterations) if wsd else None,
         lr_wsd_decay_style=schedule.decay_shape if wsd else None,
     )
+
+
+def learning_rate(run: RunConfig, iteration: int) -> float:
+    """That of the step after `iteration` steps."""
+    group: dict[str, Any] = {}
+    build_schedule(run, SimpleNamespace(param_groups=[group])).step(increment=iteration)
+    return float(group["lr"])
 
 
 def optimizer_step(optimizer: MegatronOptimizer, *, loss: float) -> tuple[bool, float]:

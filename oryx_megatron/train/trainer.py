@@ -30,7 +30,7 @@ from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, ConfigError, DataError, TrainingError
 from oryx_megatron.ops import backends
-from oryx_megatron.train import lock, signals
+from oryx_megatron.train import lock, resume, signals
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import (
     Callback,
@@ -115,10 +115,8 @@ class Trainer:
         self._mute: set[str] = set()
         self.bad_step: dict[str, Any] | None = None
         """The last one, as it is recorded."""
-        if self._load(before):
-            log.info("resumed from iteration %d of %s", self.iteration, self.checkpoints.root)
-            if self.iteration >= run.train.iterations:
-                log.info("nothing is left of train.iterations %d: raise it to go on", run.train.iterations)
+        if manifest := self._load(before):
+            resume.tell(manifest, run, self.checkpoints.root)
         self.stream = self.open_stream()
         self.callbacks: Sequence[Callback] = _reporters(run, layout, self.folder, self.clock) if reports else ()
 
@@ -296,16 +294,16 @@ class Trainer:
             self._save_error = None
             self._call("on_checkpoint", path)
 
-    def _load(self, before: int | None = None) -> bool:
-        """Go on from the newest whole checkpoint (before an iteration), if there is one."""
+    def _load(self, before: int | None = None) -> Manifest | None:
+        """Go on from the newest whole checkpoint (before an iteration), if there is one; its manifest."""
         manifest = self.checkpoints.load(self._check_manifest, before=before)
         if manifest is None:
-            return False
+            return None
         self.iteration = self._saved = manifest.iteration
         self.engine.rewind(manifest.iteration)
         self.evaluations = manifest.evaluations
         self.guard.load_state(manifest.guard)
-        return True
+        return manifest
 
     def _agree(self, share: float, *, bad: bool) -> tuple[float, bool]:
         """The one exchange of a step: mean attention share, whether any rank saw a bad step or was told to stop.

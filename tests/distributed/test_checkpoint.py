@@ -85,8 +85,9 @@ def test_manifest(runs: Runs, variant: str) -> None:
 def test_a_writer_that_fails_on_one_rank(runs: Runs) -> None:
     """The save counts as failed on all ranks, the run goes on, and the next save is good."""
     folders = list_checkpoints(runs.root / "gdn broken writer" / "checkpoints")
-    assert [store.iteration_of(folder) for folder in folders] == [1, 3]
-    assert len(runs.losses("gdn broken writer")) == 3
+    assert [store.iteration_of(folder) for folder in folders] == [1, 3, 5]
+    assert len(runs.losses("gdn broken writer")) == 5
+    assert len(list(folders[0].parent.iterdir())) == 3
     for folder in folders:
         assert store.damaged_files(folder, read_manifest(folder)) == []
 
@@ -268,8 +269,33 @@ def test_writer_fails(
     assert "writing_0000002: a writer failed" in caplog.text
     assert "the run goes on, the last good checkpoint stays" in caplog.text
     assert (opened.iteration, iterations(opened)) == (3, [1])
+    assert len(list(opened.checkpoints.root.iterdir())) == 1  # what a failed save wrote is gone at once
     monkeypatch.undo()
     assert trainer().iteration == 1
+
+
+@pytest.mark.parametrize("function", ["write_preloaded_data", "write_preloaded_data_multiproc"])
+def test_writer_killed(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, function: str
+) -> None:
+    """As the kernel does when memory runs out: noticed at once, and the next save is good."""
+    opened = trainer("checkpoint.interval=1", "checkpoint.keep=0")
+    written = getattr(FileSystemWriterAsync, function)
+
+    def killed(*arguments: object, **keywords: object) -> None:
+        if (opened.checkpoints.root / ".writing_0000002").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(*arguments, **keywords)
+
+    monkeypatch.setattr(FileSystemWriterAsync, function, staticmethod(killed))
+    started = time.monotonic()
+    opened.fit()
+    assert time.monotonic() - started < 60  # a report from the writer is waited for 20 s, the timeout is 1800 s
+    assert "writing_0000002: a writer failed (rank 0: its writer was killed by SIGKILL; is memory used" in caplog.text
+    assert caplog.text.count("ERROR") == 1
+    assert [path.name for path in sorted(opened.checkpoints.root.iterdir())] == [
+        *("iteration_0000001", "iteration_0000003"),
+    ]
 
 
 def test_writer_hangs(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:

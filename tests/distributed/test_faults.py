@@ -31,6 +31,7 @@ from oryx_megatron.train import lock, signals
 from oryx_megatron.train.callbacks import Callback, StepRecord
 from oryx_megatron.train.guard import Guard, record_path
 from oryx_megatron.train.history import read_events
+from oryx_megatron.train.optimizer import learning_rate
 from oryx_megatron.train.replay import read_record, replay, report
 from oryx_megatron.train.trainer import Trainer
 
@@ -246,6 +247,47 @@ def test_another_run_in_the_folder(trainer: Callable[..., Trainer], tmp_path: Pa
     assert not (tmp_path / "lock").exists()
 
 
+def test_what_is_told_on_resume(trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture) -> None:
+    """A learning rate that jumps, before it trains; and that nothing is left to do."""
+    settings = ("optimizer.lr=2e-3", "schedule.min_lr=2e-4", "checkpoint.interval=0")
+    opened = trainer("train.iterations=4", *settings)
+    opened.fit()
+    last = opened.callbacks and steps(opened.folder, "lr")[-1]
+    assert not caplog.records or "jumps" not in caplog.text
+    longer = trainer("train.iterations=16", "train.exit_after=5", *settings)
+    assert f"the learning rate jumps from {last:.3g} in step 4 to {longer.engine.learning_rate():.3g} in step 5: " in (
+        caplog.text
+    )
+    assert "train.iterations 4 → 16" in caplog.text
+    longer.fit()
+    assert steps(longer.folder, "lr")[-1] == pytest.approx(1.738e-3, rel=1e-3)  # cosine at 4 of 16
+    caplog.clear()
+    trainer("train.iterations=16", *settings)
+    assert "jumps" not in caplog.text
+    caplog.set_level("INFO", "oryx_megatron")
+    trainer("train.iterations=16", "train.exit_after=3", *settings).fit()
+    assert "already at iteration 5, train.exit_after=3; increase or remove it to continue" in caplog.text
+    caplog.clear()
+    trainer("train.iterations=5", *settings).fit()
+    assert "already at train.iterations=5; increase it to continue" in caplog.text
+
+
+@pytest.mark.parametrize("iterations", [2, 5, 9, 12, 19, 30])
+def test_short_wsd_decays(project: Path, iterations: int) -> None:
+    """At least one step of a run is trained at a lower rate, and an explicit decay of none at all is refused."""
+    wsd = ("schedule.name=wsd", f"train.iterations={iterations}", "optimizer.lr=1e-3", "schedule.decay_shape=linear")
+    run = load_run(project, [*wsd])
+    validate(run, 1)
+    rates = [learning_rate(run, done) for done in range(iterations)]
+    lowered = max(1, iterations // 10 - 1)
+    assert rates[: iterations - lowered] == [1e-3] * (iterations - lowered)
+    assert rates[iterations - lowered] < 1e-3
+    assert rates == sorted(rates, reverse=True)
+    with pytest.raises(ConfigError, match=r"^schedule.decay: 1 lowers the learning rate of no step"):
+        validate(load_run(project, [*wsd, "schedule.decay=1"]), 1)
+    validate(load_run(project, [*wsd, "schedule.decay=0"]), 1)
+
+
 def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     """The evaluation that is due then is left to the next start, which the marker asks for."""
     settings = ("train.iterations=3", "checkpoint.interval=0", "data.split=[8,2,0]")
@@ -377,6 +419,7 @@ def test_disk_fills_up(
 
     def lift() -> None:
         opened._complete_save(opened.checkpoints.wait)  # a save in the background must have met the limit by now
+        assert [path.name for path in opened.checkpoints.root.iterdir()] == ["iteration_0000001"]  # it keeps no room
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ def copy_checkpoint(root: Path, source: str, target: str, iteration: int = HALF)
 
 
 def train_with_broken_writer(config: Path) -> None:
-    """Three steps with a save each; the second fails on the last rank only."""
+    """Five steps with a save each; the second fails on the last rank only, in the fourth its writer is killed."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     written = FileSystemWriterAsync.write_preloaded_data
@@ -89,11 +91,13 @@ def train_with_broken_writer(config: Path) -> None:
         path = Path(keywords["write_bucket"][0])
         if path.parent.name == ".writing_0000002" and torch.distributed.get_rank() == 1:
             path.mkdir()  # so that it cannot be opened
+        if path.parent.name == ".writing_0000004" and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         written(*arguments, **keywords)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(broken)
     try:
-        train(config, "gdn broken writer", *LAYOUTS["2x1x1"], "train.iterations=3", "checkpoint.interval=1")
+        train(config, "gdn broken writer", *LAYOUTS["2x1x1"], "train.iterations=5", "checkpoint.interval=1")
     finally:
         FileSystemWriterAsync.write_preloaded_data = staticmethod(written)
 
