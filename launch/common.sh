@@ -2,7 +2,9 @@
 # What the launch scripts share; sourced.
 
 REPOSITORY=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+if [[ -d $REPOSITORY/oryx_megatron ]]; then # else the package that holds this folder is installed
+    export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+fi
 
 # wait_for PID: wait to its end, through signals that are trapped; returns its status.
 wait_for() {

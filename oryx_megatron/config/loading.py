@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
+from oryx_megatron import resources
 from oryx_megatron.config.schema import NAME, PATH, BlendEntry, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
@@ -25,8 +26,6 @@ from oryx_megatron.paths import expand
 from oryx_megatron.reading import read_text, reason
 
 T = TypeVar("T")
-
-_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,8 +193,8 @@ def to_yaml(config: Any) -> str:
 
 
 def preset_folders() -> tuple[Path, ...]:
-    """Where model presets are looked up: beside the package in the repository, then under the working folder."""
-    return _REPOSITORY / "configs" / "model", Path.cwd() / "configs" / "model"
+    """Where model presets are looked up: those that ship with the package, then under the working folder."""
+    return resources.folder("configs") / "model", Path.cwd() / "configs" / "model"
 
 
 def preset_names() -> list[str]:
@@ -207,7 +206,7 @@ def _model_file(name: str, source: str, folder: Path) -> Path:
     """File of a preset's name, or of a path relative to `folder` or to the working folder."""
     name = expand(name, f"{source}: model")
     if "/" in name or name.endswith((".yaml", ".yml")):
-        for path in (folder / name, Path(name)):
+        for path in (folder / name, resources.shipped(name)):
             if path.is_file():
                 return path
         raise ConfigError(f"{source}: model: no such config file {name} (looked in {folder} and the working folder)")
@@ -289,9 +288,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     be a preset's name, a path relative to the run file, the fields, or `preset:` with changed fields; an override
     `model.num_layers=2` changes one field of whichever it is. Other paths are relative to the working folder. In all
     paths `~`, `$NAME` and `${NAME}` are expanded. ConfigError for all that is wrong with one field; `validate` checks
-    them together.
+    them together. A `configs/…` that is not under the working folder is the one that ships with the package.
     """
-    path = Path(expand(str(path), "run config"))
+    path = resources.shipped(expand(str(path), "run config"))
     data, source = _read(path), str(path)
     for override in overrides:
         _override(data, override)

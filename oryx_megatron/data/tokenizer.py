@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from oryx_megatron.data.files import read_json, sha256_of, write_json
 from oryx_megatron.errors import DataError
+from oryx_megatron.resources import shipped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -371,9 +372,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load and verify the tokenizer of a folder.
 
     Raises DataError when the folder or a file is missing, when a file is not the one the manifest names (sha256), or
-    when the vocabulary has another size than the manifest says.
+    when the vocabulary has another size than the manifest says. A `tokenizers/…` that is not under the working folder
+    is the one that ships with the package.
     """
-    folder = Path(folder)
+    folder = shipped(folder)
     if not folder.is_dir():
         raise DataError(f"tokenizer folder {folder} does not exist; make one with tools/train_tokenizer.py")
     if not (folder / MANIFEST).is_file():

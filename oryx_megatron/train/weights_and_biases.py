@@ -128,4 +128,3 @@ def _without_questions() -> Iterator[None]:
             yield
         finally:
             sys.stdin = before
-

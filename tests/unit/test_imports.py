@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "oryx_megatron"
 ORDER = (
     "errors",
+    "resources",
     "reading",
     "display",
     "paths",
@@ -37,7 +38,7 @@ MAY_GUARD = {"ops", "platform", "cli"}
 STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx"}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""
 KERNELS = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn"}
-NO_TORCH = {"errors", "reading", "display", "paths", "cli", "ranks", "config", "arch", "planner", "modes"}
+NO_TORCH = {"errors", "resources", "reading", "display", "paths", "cli", "ranks", "config", "arch", "planner", "modes"}
 IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
