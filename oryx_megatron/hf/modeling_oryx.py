@@ -34,8 +34,10 @@ from .configuration_oryx import OryxConfig
 from transformers import initialization as init
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    StaticCache,
 )
 from transformers.generation import EosTokenCriteria, GenerationMixin, MaxLengthCriteria
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
@@ -201,17 +203,38 @@ class TokenModes:
 class SlotPlan:
     """The plan of a whole generation, per slot: slot i is the i-th column of the padded batch, prompt or new."""
 
-    def __init__(self, table: Tensor, device: torch.device, done: int = 0) -> None:
-        """`table`: bool [b, total] on the CPU; `done` slots are in the cache already."""
-        self.table, self.device, self.done = table, device, done
-        every, some = table.all(0).tolist(), table.any(0).tolist()
-        self.same = [a if a == o else None for a, o in zip(every, some)]
+    def __init__(self, table_of: Callable[[int], Tensor], device: torch.device, done: int = 0) -> None:
+        """`table_of(n)`: bool [b, n + total] on the CPU, with n virtual tokens in front; `done` slots are cached."""
+        self.table_of, self.device, self.done = table_of, device, done
+        self.virtual = -1
+        self.widen(0)
+
+    def widen(self, virtual: int) -> None:
+        """Count `virtual` tokens before the prompt, as prompt tuning puts them there."""
+        if virtual != self.virtual:
+            self.done += virtual - max(self.virtual, 0)
+            self.virtual, self.table = virtual, self.table_of(virtual)
+            every, some = self.table.all(0).tolist(), self.table.any(0).tolist()
+            self.same = [a if a == o else None for a, o in zip(every, some)]
 
     def modes(self, start: int, stop: int) -> TokenModes | str:
         """Modes of slots start … stop - 1. Plain strings for single tokens: a compiled step then has two variants."""
         if stop - start == 1 and (attends := self.same[start]) is not None:
             return "attention" if attends else "recurrent"
         return TokenModes.from_mask(self.table[:, start:stop], self.device)
+
+
+@dataclass(frozen=True)
+class FirstSlots:
+    """The prompt's `tokens` slots, where PEFT may put virtual tokens before them on their way to forward."""
+
+    plan: SlotPlan
+    tokens: int
+
+    def modes(self, s: int) -> TokenModes | str:
+        """Modes of the s tokens that arrive."""
+        self.plan.widen(s - self.tokens)
+        return self.plan.modes(0, s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +397,11 @@ class OryxCache(Cache):
     `crop` raises ValueError where a recurrent state would have to be wound back.
     """
 
+    def __new__(cls, config: OryxConfig | None = None, max_cache_len: int | None = None, *args: Any, **kwargs: Any):
+        if cls is OryxCache:
+            cls = OryxDynamicCache if max_cache_len is None else OryxStaticCache
+        return super().__new__(cls)
+
     def __init__(
         self, config: OryxConfig, max_cache_len: int | None = None, keep_kv: bool | None = None, **kwargs: Any
     ) -> None:
@@ -383,12 +411,49 @@ class OryxCache(Cache):
             layers = [OryxDynamicLayer(self.keep_kv) for _ in range(config.num_hidden_layers)]
         else:
             layers = [OryxStaticLayer(max_cache_len, self.keep_kv) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=layers, **kwargs)
+        Cache.__init__(self, layers=layers, **kwargs)
+
+    @staticmethod
+    def of(cache: Cache | None, config: OryxConfig) -> OryxCache | None:
+        """`cache`, an empty `DynamicCache(config=…)` or `StaticCache(config=…)` of transformers made into one of these.
+
+        Raises ValueError for any other: what it holds was not computed by this model.
+        """
+        layers = getattr(cache, "layers", [])
+        if cache is None or (layers and all(isinstance(layer, _TwoStates) for layer in layers)):
+            return cache
+        kind = type(cache)
+        why = f"past_key_values is a {kind.__name__}; Oryx needs its own OryxCache(config)"
+        if kind not in (DynamicCache, StaticCache) or cache.offloading:
+            raise ValueError(why)
+        if any(layer.is_initialized for layer in layers):
+            raise ValueError(
+                f"past_key_values is a {kind.__name__} of keys and values alone; Oryx needs the recurrent state after "
+                "them too (of PEFT's methods prompt tuning and p-tuning work, prefix tuning does not)"
+            )
+        if len(layers) != config.num_hidden_layers:
+            raise ValueError(why)
+        cache.__class__ = OryxDynamicCache if kind is DynamicCache else OryxStaticCache
+        cache.__init__(config, layers[0].max_cache_len if kind is StaticCache else None)
+        return cache
 
     @property
     def started(self) -> bool:
         """Whether it holds tokens already."""
         return any(layer.started for layer in self.layers)
+
+
+class OryxDynamicCache(OryxCache, DynamicCache):
+    """An OryxCache that grows."""
+
+
+class OryxStaticCache(OryxCache, StaticCache):
+    """An OryxCache of fixed size."""
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that it has room for, -1 without keys and values; PEFT asks for it."""
+        return self.get_max_length()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -989,8 +1054,7 @@ class OryxModel(OryxPreTrainedModel):
                 return self._forward_packed(x, starts.expand(b, -1), mode_plan, output_attentions)
         if cache is None and use_cache:
             cache = OryxCache(self.config)
-        if cache is not None and not all(isinstance(layer, _TwoStates) for layer in cache.layers or [None]):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; Oryx needs its own OryxCache(config)")
+        cache = OryxCache.of(cache, self.config)
 
         past, slots = 0, None
         static = cache is not None and cache.layers[0].is_compileable
@@ -1024,6 +1088,11 @@ class OryxModel(OryxPreTrainedModel):
         if modes.runs and cache is not None and not cache.layers[0].keep_kv and cache.started:
             raise ValueError(
                 "keep_kv=False: the keys and values that attention would read were dropped; use recurrent mode"
+            )
+        if isinstance(s, torch.SymInt) and torch.compiler.is_exporting() and (modes.recurs or cache is not None):
+            raise ValueError(
+                "torch.export with a dynamic length: the recurrence loops over its chunks as often as the text it is "
+                "exported with needs; export one length, or use_cache=False and mode_plan='attention'"
             )
         masks, key_counts = self._masks(modes, mask, past, slots, cache, x)
         rotary = None
@@ -1109,24 +1178,32 @@ class OryxModel(OryxPreTrainedModel):
     ) -> TokenModes:
         """Modes of this call's tokens. To the default plan `prompt:PLAN,new:PLAN` they are all prompt."""
         by_default = plan is None
-        plan = self.config.default_plan if plan is None else plan
+        if isinstance(plan, FirstSlots):
+            plan = plan.modes(s)
+        elif plan is None:
+            plan = self.config.default_plan
+            if plan.startswith("prompt:"):
+                check_default_plan(self.config)  # it may have been set since
+                plan = plan.removeprefix("prompt:").partition(",new:")[0].strip()
         if isinstance(plan, TokenModes):
             modes = plan
         elif isinstance(plan, str) and plan in ("attention", "recurrent"):
             modes = TokenModes.uniform(plan == "attention", s)
+        elif torch.compiler.is_exporting():
+            raise ValueError(
+                f"mode plan `{plan if isinstance(plan, str) else 'of a function or mask'}` under torch.export: which "
+                "tokens attend is decided on the host; export with mode_plan='attention' or 'recurrent'"
+            )
         elif isinstance(plan, str) or callable(plan):
             chunk = self.config.mode_chunk
             if mask is None:
                 n = int(past) + s
-                rows = plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None, shorter=by_default)[None, -s:]
+                rows = plan_mask(plan, n, chunk=chunk, shorter=by_default)[None, -s:]
             else:
                 real = mask if slots is None else mask[:, : int(past) + s]
                 index = (real.long().cumsum(1) - 1)[:, -s:].clamp(min=0).cpu()
                 lengths = {n for n in real.sum(1).tolist() if n}
-                tables = {
-                    n: plan_mask(plan, n, chunk=chunk, prompt=n if by_default else None, shorter=by_default)
-                    for n in lengths
-                }
+                tables = {n: plan_mask(plan, n, chunk=chunk, shorter=by_default) for n in lengths}
                 tables[0] = torch.zeros(1, dtype=torch.bool)
                 rows = torch.stack([tables[n][i] for n, i in zip(real.sum(1).tolist(), index)])
             modes = TokenModes.from_mask(rows, device)
@@ -1259,32 +1336,33 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         """Make the OryxCache, and the SlotPlan of prompt and new tokens."""
-        cache = model_kwargs.get(CACHE)
+        cache = OryxCache.of(model_kwargs.get(CACHE), self.config)
         keep_kv = getattr(cache, "keep_kv", self.config.keep_kv)
         keep_kv = _setting("keep_kv", model_kwargs, generation_config, keep_kv)
         given = model_kwargs.get("mode_plan") is not None
         plan = _setting("mode_plan", model_kwargs, generation_config, self.config.default_plan)
         positions, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
         prompt, new = positions.shape[-1], generation_config._new_tokens
-        lengths = [prompt] if mask is None else mask.sum(1).tolist()
-        tables = {
-            n: plan_mask(plan, n + new, chunk=self.config.mode_chunk, prompt=n, shorter=not given)
-            for n in sorted(set(lengths))
-        }
-        if mask is None:
-            table = tables[prompt][None]
-        else:
-            index = torch.cat([mask.bool(), mask.new_ones(mask.shape[0], new).bool()], 1).long().cumsum(1).cpu() - 1
-            table = torch.stack([tables[n][i] for n, i in zip(lengths, index.clamp(min=0))])
+
+        def table_of(virtual: int) -> Tensor:
+            real = torch.ones(1, prompt, dtype=torch.bool) if mask is None else mask.bool().cpu()
+            real = F.pad(real, (virtual, 0), value=True)
+            lengths = real.sum(1).tolist()
+            tables = {
+                n: plan_mask(plan, n + new, chunk=self.config.mode_chunk, prompt=n, shorter=not given)
+                for n in sorted(set(lengths))
+            }
+            index = F.pad(real, (0, new), value=True).long().cumsum(1) - 1
+            return torch.stack([tables[n][i] for n, i in zip(lengths, index.clamp(min=0))])
+
+        slots = SlotPlan(table_of, positions.device, 0 if cache is None else int(cache.get_seq_length()))
         # The last new token is never read.
-        if not keep_kv and bool(table[:, prompt : prompt + new - 1].any()):
+        if not keep_kv and bool(slots.table[:, prompt : prompt + new - 1].any()):
             raise ValueError(
                 "keep_kv=False with attention: the mode plan reads new tokens by attention, which needs the keys and "
                 "values of earlier ones; keep them, or use a plan like prompt:attention,new:recurrent"
             )
-        model_kwargs["mode_plan"] = SlotPlan(
-            table, positions.device, 0 if cache is None else int(cache.get_seq_length())
-        )
+        model_kwargs["mode_plan"] = slots
         if generation_config.use_cache is False or cache is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
@@ -1331,7 +1409,10 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
             # Counted here on the host: a static cache has its length on the device.
             start = 0 if cache is None else mode_plan.done
             mode_plan.done = start + tokens.shape[1]
-            inputs["mode_plan"] = mode_plan.modes(start, mode_plan.done)
+            # PEFT stands in for this method, calls it, and then adds its tokens.
+            wrapped = start == 0 and "prepare_inputs_for_generation" in self.__dict__
+            modes = FirstSlots(mode_plan, mode_plan.done) if wrapped else mode_plan.modes(start, mode_plan.done)
+            inputs["mode_plan"] = modes
         elif mode_plan is not None:
             inputs["mode_plan"] = mode_plan
         return inputs

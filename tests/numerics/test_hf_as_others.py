@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import copy
+
+import peft
 import pytest
 import torch
 from hf_reference import tiny_config, tiny_model
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from oryx_megatron.hf import modeling_oryx
-from oryx_megatron.hf.modeling_oryx import OryxForCausalLM, plan_mask
+from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM, plan_mask
 
 MIXERS = ("gdn", "mamba2")
 PLANS = ("attention", "recurrent", "every:2")
@@ -175,3 +179,119 @@ def test_a_shorter_static_generation_runs_what_is_compiled() -> None:
         )
         rooms.append(out.past_key_values.get_max_length())
     assert rooms == [23, 23, 23, 33]  # the last new token is never read
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_caches_made_by_transformers(mixer: str, form: str) -> None:
+    """An empty DynamicCache or StaticCache of the model's config is as good as an OryxCache, and is one afterwards."""
+    model = tiny_model(mixer, dtype=torch.float32, mode_plan="prompt:every:2,new:recurrent")
+    ids, room = random_ids(2, 6), 20 if form == "static" else None
+
+    def theirs() -> Cache:
+        if room is None:
+            return DynamicCache(config=model.config)
+        return StaticCache(config=model.config, max_cache_len=room)
+
+    options = {"max_new_tokens": 5, "do_sample": False}
+    ours, used = OryxCache(model.config, room), theirs()
+    assert isinstance(ours, DynamicCache if room is None else StaticCache)
+    want = model.generate(ids, past_key_values=ours, **options)
+    assert torch.equal(model.generate(ids, past_key_values=used, **options), want)
+    assert type(used) is type(ours)
+    assert int(used.get_seq_length()) == int(ours.get_seq_length())
+    used = theirs()
+    with torch.no_grad():
+        pieces = [model(part, past_key_values=used, mode_plan="recurrent").logits for part in (ids[:, :4], ids[:, 4:])]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids, mode_plan="recurrent").logits, atol=1e-4, rtol=0)
+    copied = copy.deepcopy(used)
+    assert type(copied) is type(used)
+    assert copied.layers[0].state is not used.layers[0].state
+
+
+def test_caches_of_other_content_are_refused() -> None:
+    model, ids = tiny_model("gdn", dtype=torch.float32), random_ids(1, 3)
+    filled = DynamicCache(config=model.config)
+    filled.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 6), 0)
+    for cache, message in (
+        (filled, "prefix tuning does not"),
+        (DynamicCache(), "its own OryxCache"),
+        (DynamicCache(config=tiny_config("gdn", num_hidden_layers=5)), "its own OryxCache"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            model(ids, past_key_values=cache)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("plan", ["attention", "every:2", "prompt:prefix:5,new:recurrent"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompt_tuning(mixer: str, plan: str, use_cache: bool) -> None:
+    """PEFT's virtual tokens are read, and counted by the plan, as tokens before the text."""
+    model = tiny_model(mixer, dtype=torch.float32, mode_plan=plan)
+    virtual, new = 3, 4
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+    tuned = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        tuned.prompt_encoder.default.embedding.weight.normal_(generator=torch.Generator().manual_seed(5))
+    ids = random_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    out = tuned.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=use_cache,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    for row, pads in enumerate((0, 2)):
+        text = out.sequences[row, pads:]
+        prompt = virtual + 6 - pads
+        embeddings = torch.cat([tuned.get_prompt(1), model.get_input_embeddings()(text[None])], 1)
+        modes = plan_mask(plan, prompt + new, chunk=model.config.mode_chunk, prompt=prompt)
+        with torch.no_grad():
+            logits = model(inputs_embeds=embeddings, mode_plan=modes).logits[0, prompt - 1 : -1]
+        torch.testing.assert_close(torch.stack(out.logits, 1)[row], logits, atol=1e-4, rtol=0)
+    tuned.train()
+    tuned(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert tuned.prompt_encoder.default.embedding.weight.grad.abs().min() > 0
+
+
+def test_prefix_tuning_is_refused() -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(tiny_model("gdn", dtype=torch.float32, hidden_size=32), config)
+    ids = random_ids(1, 4)
+    for call in (tuned, lambda ids: tuned.generate(input_ids=ids, max_new_tokens=2)):
+        with pytest.raises(ValueError, match="prompt tuning and p-tuning work, prefix tuning does not") as refused:
+            call(ids)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("plan", [None, "recurrent", "prompt:attention,new:recurrent"])
+def test_torch_export_under_the_default_plan(mixer: str, plan: str | None) -> None:
+    model = tiny_model(mixer, dtype=torch.float32, mode_plan=plan)
+    inputs = {"input_ids": random_ids(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    program = torch.export.export(model, (), {**inputs, "use_cache": False})
+    others = {"input_ids": random_ids(2, 9, seed=4), "attention_mask": inputs["attention_mask"].clone()}
+    others["attention_mask"][0, :3] = 0
+    with torch.no_grad():
+        found = program.module()(**others, use_cache=False).logits
+        want = model(**others, use_cache=False).logits
+    valid = others["attention_mask"].bool()
+    torch.testing.assert_close(found[valid], want[valid], atol=1e-4, rtol=0)
+
+
+def test_torch_export_of_any_length() -> None:
+    lengths = {"input_ids": {1: torch.export.Dim("s", min=2, max=64)}, "use_cache": None}
+    inputs = {"input_ids": random_ids(2, 9), "use_cache": False}
+    model = tiny_model("gdn", dtype=torch.float32)
+    program = torch.export.export(model, (), inputs, dynamic_shapes=lengths)
+    ids = random_ids(2, 21)
+    with torch.no_grad():
+        found = program.module()(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=0)
+    for refusing, message in (
+        (tiny_model("gdn", mode_plan="recurrent"), "torch.export with a dynamic length: the recurrence loops"),
+        (tiny_model("gdn", mode_plan="every:2"), "mode plan `every:2` under torch.export"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            torch.export.export(refusing, (), inputs, dynamic_shapes=lengths)
+        assert "\n" not in str(refused.value)
