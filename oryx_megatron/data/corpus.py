@@ -3,6 +3,9 @@
 A corpus is `stdlib` (the sources of the running Python's standard library), files, folders, or URLs that fsspec knows.
 Files are text (one document each, or many between separators), JSON lines or parquet; all but parquet may be
 compressed (.gz, .zst, .bz2, .xz). `plan` depends on the input alone, never on how many processes work on it.
+
+Every byte offered is used, or counted and named: files that `plan` leaves out are `LeftOut`, documents that cannot be
+used are `Bad`, and what is no part of a document (byte order marks, blank lines) is counted in `Reading.dropped`.
 """
 
 from __future__ import annotations
@@ -10,21 +13,26 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import errno
 import gzip
+import heapq
 import importlib
 import io
 import json
 import lzma
 import os
 import re
+import stat
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from oryx_megatron.data.indexed import is_skipped_line, is_skipped_list
 from oryx_megatron.errors import DataError
 
 STDLIB = "stdlib"
@@ -35,9 +43,18 @@ SOURCE_ENDINGS = (
     *(".sh", ".sql", ".swift", ".tex", ".toml", ".ts", ".tsx", ".txt", ".xml", ".yaml", ".yml", ".zig"),
 )
 """Endings of files that a folder contributes as text."""
-LINES_ENDINGS = (".jsonl", ".ndjson", ".json")
-"""Endings of JSON lines; folders contribute the first two."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+LINES_ENDINGS = (".jsonl", ".jsonlines", ".ndjson", ".ldjson", ".json")
+"""Endings of JSON lines; folders contribute all but the last."""
+MIXED_ENDING = ".jl"
+"""JSON lines or Julia: the first line tells."""
+PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
+COMPRESSIONS = {
+    **{".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"},
+    **{".bz2": "bzip2", ".xz": "xz", ".lzma": "xz"},
+}
+"""Letter case of endings does not count, here and above."""
+BOM = "\ufeff"
+SKIPPED_ENDING = ".skipped.jsonl"
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 BLOCK = 1 << 22
 """Bytes read at once, and roughly the text handed on at once."""
@@ -84,6 +101,8 @@ class Segment:
     """First byte (parquet: row group); a document belongs to the segment its first byte lies in."""
     stop: int | None = None
     """Byte (row group) after the last; None: to the end of the file."""
+    problem: str | None = None
+    """Why it can already be seen not to be readable."""
 
 
 @dataclass(frozen=True)
@@ -113,30 +132,54 @@ class Bad:
     """Input bytes of the file, or the part of it, that could not be read to its end."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A file, or the files of a folder, that `plan` found and that no piece of work reads."""
+
+    place: str
+    reason: str
+    """One of a few words, for counting."""
+    files: int = 1
+    bytes: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The line for PREFIX.skipped.jsonl."""
+        return {"place": self.place, "reason": self.reason, "detail": "", "files": self.files, "bytes": self.bytes}
+
+
 @dataclass
 class Reading:
     """How far `read` is; updated as documents are taken."""
 
     done: int = 0
     """Input bytes."""
-    blank: int = 0
-    """Blank lines of JSON lines files, which are no documents."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What is no part of any document, by kind: blank lines, byte order marks, carriage returns before a separator."""
     position: Callable[[], int] = field(default=lambda: 0)
     """Input bytes of the segment in work."""
 
 
 def plan(
-    inputs: Sequence[str], options: ReadOptions, unit_bytes: int | None = None, shards: int = 1
+    inputs: Sequence[str],
+    options: ReadOptions,
+    unit_bytes: int | None = None,
+    shards: int = 1,
+    *,
+    left_out: list[LeftOut] | None = None,
+    outputs: Collection[str | Path] = (),
 ) -> list[tuple[Segment, ...]]:
     """Pieces of work, in the order of the documents: some small files each, or part of a large one.
 
     Arguments: `unit_bytes` of input per piece; None chooses 8 MiB, more for corpora above 32 GiB, less when
-    `shards` shall each get some of a small one.
+    `shards` shall each get some of a small one; `left_out` takes what is found in folders and not read; `outputs` are
+    files and folders that the command itself writes: they are no input, wherever they lie.
     Raises DataError when an input is missing or holds no file of a known kind.
     """
-    files = [file for source in inputs for file in _files(source, options)]
+    left_out = [] if left_out is None else left_out
+    own = {os.path.realpath(output) for output in outputs}
+    files = [file for source in inputs for file in _files(source, options, left_out, own)]
     if unit_bytes is None:
-        total = sum(size for _, size in files)
+        total = sum(file.size for file in files)
         unit_bytes = max(8 << 20 if shards == 1 else min(8 << 20, total // (4 * shards)), total // 4096, 1 << 16)
     units: list[tuple[Segment, ...]] = []
     small: list[Segment] = []
@@ -148,25 +191,32 @@ def plan(
             units.append(tuple(small))
         small, weight = [], 0
 
-    for path, size in files:
-        kind = _format(path, options)
-        parts = list(_cut(path, kind, size, unit_bytes, options))
+    for file in files:
+        parts = list(_cut(file, unit_bytes, options))
         if len(parts) > 1:
             close()
             units += [(part,) for part in parts]
             continue
         small += parts
-        weight += size
+        weight += file.size
         if weight >= unit_bytes:
             close()
     close()
     return units
 
 
-def _cut(path: str, kind: str, size: int, unit_bytes: int, options: ReadOptions) -> Iterator[Segment]:
+def _cut(file: _File, unit_bytes: int, options: ReadOptions) -> Iterator[Segment]:
     """A file as segments of about `unit_bytes`, where its format lets work begin in the middle."""
+    path, size = file.path, file.size
+    if file.problem is not None:
+        yield Segment(path, "text", size, problem=file.problem)
+        return
+    kind = _format(path, options)
     if kind == "parquet" and size > unit_bytes:
-        yield from _row_groups(path, unit_bytes)
+        try:
+            yield from _row_groups(path, unit_bytes)
+        except OSError:
+            yield Segment(path, kind, size)  # reading will say why
         return
     # A separator that can overlap itself ("\n\n") is found only by reading from the beginning.
     lines = kind == "jsonl" or (options.separator is not None and not _overlaps(options.separator))
@@ -183,7 +233,7 @@ def _row_groups(path: str, unit_bytes: int) -> Iterator[Segment]:
     with _open(path) as file:
         try:
             metadata = parquet.ParquetFile(file).metadata
-        except (OSError, ValueError) as error:
+        except _broken_parquet() as error:
             raise DataError(f"{path} is no parquet file, or truncated: {_line(error)}") from error
         sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     start = weight = 0
@@ -194,50 +244,214 @@ def _row_groups(path: str, unit_bytes: int) -> Iterator[Segment]:
             start, weight = i, 0
 
 
-def _files(source: str, options: ReadOptions) -> list[tuple[str, int]]:
-    """Files of one input with their sizes; those of a folder by path, byte-wise."""
+@dataclass(frozen=True)
+class _File:
+    path: str
+    size: int
+    problem: str | None = None
+    """Why it cannot be read."""
+
+
+def _files(source: str, options: ReadOptions, left_out: list[LeftOut], own: Collection[str]) -> list[_File]:
+    """Files of one input; those of a folder by path, byte-wise."""
     if source == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return _walk(root, lambda name: name.endswith(".py"), skip=PACKAGE_FOLDERS)
+        return _Walk(str(root), lambda name: name.endswith(".py"), skip=PACKAGE_FOLDERS, links=False).files()
+    before = len(left_out)
     if "://" in source:
-        return _remote_files(source, options)
-    path = Path(source)
-    if path.is_file():
-        return [(source, path.stat().st_size)]
-    if not path.is_dir():
-        raise DataError(f"input {source} is neither a file, a folder, a URL nor `{STDLIB}`")
-    found = _walk(path, lambda name: _wanted(name, options))
+        found = _remote_files(source, options, left_out, own)
+    else:
+        try:
+            status = os.stat(source)
+        except (OSError, ValueError) as error:
+            if os.path.islink(source):
+                raise DataError(f"input {source}: {_link_problem(source, error)}") from error
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise DataError(f"input {source} is neither a file, a folder, a URL nor `{STDLIB}`") from error
+            raise DataError(f"cannot read input {source}: {_line(error)}") from error
+        if stat.S_ISREG(status.st_mode):
+            return [_File(source, status.st_size)]
+        if not stat.S_ISDIR(status.st_mode):
+            raise DataError(f"input {source} is {_special(status)}, neither a file, a folder, a URL nor `{STDLIB}`")
+        found = _Walk(source, lambda name: _wanted(name, options), left_out=left_out, own=own).files()
     if not found:
-        raise DataError(f"input {source} has no file with a known ending; name them with --endings")
+        reasons = summarize_left_out(left_out[before:])
+        counts = ", ".join(f"{facts['files']:,} {reason}" for reason, facts in reasons.items())
+        more = f" (left out: {counts})" if counts else ""
+        raise DataError(f"input {source} has no file with a known ending; name them with --endings{more}")
     return found
 
 
-def _walk(root: Path, wanted: Callable[[str], bool], skip: Sequence[str] = ()) -> list[tuple[str, int]]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in ("__pycache__", *skip) and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if wanted(name) and not name.startswith(".")]
-    found.sort(key=lambda path: path.relative_to(root).as_posix().encode())
-    return [(str(path), path.stat().st_size) for path in found]
+NAMED = 10
+"""So many files of each reason stand in a manifest; all of them in PREFIX.skipped.jsonl."""
 
 
-def _remote_files(source: str, options: ReadOptions) -> list[tuple[str, int]]:
+def summarize_left_out(left_out: Iterable[LeftOut]) -> dict[str, dict[str, Any]]:
+    """By reason: how many files, their bytes, and the names of the first."""
+    reasons: dict[str, dict[str, Any]] = {}
+    for item in left_out:
+        facts = reasons.setdefault(item.reason, {"files": 0, "bytes": 0, "first": []})
+        facts["files"] += item.files
+        facts["bytes"] += item.bytes
+        facts["first"] = [*facts["first"], item.place][:NAMED]
+    return dict(sorted(reasons.items()))
+
+
+def _link_problem(path: str, error: BaseException) -> str:
+    """Why a link leads nowhere."""
+    if isinstance(error, FileNotFoundError):
+        return f"a link to {os.readlink(path)}, which does not exist"
+    return "a link in a loop" if getattr(error, "errno", None) == errno.ELOOP else _line(error)
+
+
+def _special(status: os.stat_result) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(status.st_mode), "no regular file")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+class _Walk:
+    """The files of a folder. Links are followed; every folder is read once, however many links lead to it.
+
+    Nothing is opened but the first line of lists that an earlier run wrote, so that no FIFO or device can block.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        wanted: Callable[[str], bool],
+        *,
+        left_out: list[LeftOut] | None = None,
+        own: Collection[str] = (),
+        skip: Sequence[str] = (),
+        links: bool = True,
+    ) -> None:
+        self.root, self.wanted, self.skip, self.links = root, wanted, skip, links
+        self.left_out = [] if left_out is None else left_out
+        self.own, self.own_names = own, {os.path.basename(output) for output in own}
+        self.before = len(self.left_out)
+        self.found: list[_File] = []
+        self.folders = [root]
+        self.linked: list[tuple[bytes, str]] = []  # folders behind links, read after all others
+
+    def files(self) -> list[_File]:
+        """By path, byte-wise; so is what is left out."""
+        seen: set[tuple[int, int]] = set()
+        while self.folders or self.linked:
+            if linked := not self.folders:
+                folder = heapq.heappop(self.linked)[1]
+            else:
+                folder = self.folders.pop()
+            try:
+                status = os.stat(folder)
+                if status.st_ino and (status.st_dev, status.st_ino) in seen:
+                    # A loop, or one folder twice.
+                    self.left_out.append(LeftOut(folder, "folder read already under another name"))
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        self._take(entry)
+            except OSError as error:
+                problem = _link_problem(folder, error) if linked else f"the folder: {_line(error)}"
+                self.found.append(_File(folder, 0, problem))
+        key = len(os.path.join(os.fsencode(self.root), b""))
+        self.found.sort(key=lambda file: os.fsencode(file.path)[key:])
+        self.left_out[self.before :] = sorted(self.left_out[self.before :], key=lambda item: os.fsencode(item.place))
+        return self.found
+
+    def _take(self, entry: os.DirEntry[str]) -> None:
+        name, path = entry.name, entry.path
+        if name in self.skip or (name in self.own_names and os.path.realpath(path) in self.own):
+            return
+        if _is_hidden(name):
+            files, size = _below(entry)
+            if files:
+                self.left_out.append(LeftOut(path, "hidden", files, size))
+            return
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if self.links:
+                problem = _link_problem(path, error) if entry.is_symlink() else _line(error)
+                self.found.append(_File(path, 0, problem))
+            return
+        if stat.S_ISDIR(status.st_mode):
+            if _is_work_folder(path):
+                self.left_out.append(LeftOut(path, "of an unfinished run", *_below(entry)))
+            elif not entry.is_symlink():
+                self.folders.append(path)
+            elif self.links:
+                heapq.heappush(self.linked, (os.fsencode(path), path))
+        elif not stat.S_ISREG(status.st_mode):
+            self.left_out.append(LeftOut(path, "not a regular file"))
+        elif not self.wanted(name):
+            self.left_out.append(LeftOut(path, "unknown ending", bytes=status.st_size))
+        elif name.endswith(SKIPPED_ENDING) and is_skipped_list(Path(path)):
+            self.left_out.append(LeftOut(path, "list of what a run left out", bytes=status.st_size))
+        else:
+            self.found.append(_File(path, status.st_size))
+
+
+def _is_work_folder(path: str) -> bool:
+    """Whether a folder is the PREFIX.work of another, unfinished run."""
+    return path.endswith(".work") and all(os.path.isfile(os.path.join(path, name)) for name in ("lock", "key.json"))
+
+
+def _below(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Files and bytes of a file or of all below a folder, links not followed; what cannot be read counts as a file."""
+    try:
+        if not entry.is_dir(follow_symlinks=False):
+            return 1, entry.stat(follow_symlinks=False).st_size
+        with os.scandir(entry) as entries:
+            counts = [_below(inner) for inner in entries]
+        return sum(files for files, _ in counts), sum(size for _, size in counts)
+    except (OSError, RecursionError):
+        return 1, 0
+
+
+def _remote_files(source: str, options: ReadOptions, left_out: list[LeftOut], own: Collection[str]) -> list[_File]:
     import fsspec.core
+    from fsspec.implementations.local import LocalFileSystem
+
+    def url(name: str) -> str:
+        return _chained(source, system.unstrip_protocol(name))
 
     try:
         system, path = fsspec.core.url_to_fs(source)
-        if system.isdir(path):
-            entries = system.find(path, detail=True)
-            found = [(name, entry) for name, entry in entries.items() if _wanted(os.path.basename(name), options)]
-            found.sort(key=lambda item: item[0].encode())
-        else:
-            found = [(path, system.info(path))]
-        files = [(_chained(source, system.unstrip_protocol(name)), int(entry["size"] or 0)) for name, entry in found]
+        if isinstance(system, LocalFileSystem) and os.path.isdir(path):
+            there: list[LeftOut] = []
+            found = _Walk(path, lambda name: _wanted(name, options), left_out=there, own=own).files()
+            left_out += [replace(item, place=url(item.place)) for item in there]
+            return [replace(file, path=url(file.path)) for file in found]
+        if not system.isdir(path):
+            return [_File(url(path), int(system.info(path)["size"] or 0))]
+        unread: list[OSError] = []
+        own_find = type(system).find is not fsspec.AbstractFileSystem.find  # others have no way to tell of errors
+        entries = system.find(path, detail=True, **({} if own_find else {"on_error": unread.append}))
+        files = [_File(url(path), 0, f"the folder: {_line(error)}") for error in unread]
+        for name, entry in sorted(entries.items(), key=lambda item: os.fsencode(item[0])):
+            size = int(entry["size"] or 0)
+            inside = name.removeprefix(path).strip("/").split("/")
+            if any(map(_is_hidden, inside)):
+                left_out.append(LeftOut(url(name), "hidden", bytes=size))
+            elif not _wanted(inside[-1], options):
+                left_out.append(LeftOut(url(name), "unknown ending", bytes=size))
+            elif name.endswith(SKIPPED_ENDING) and _is_remote_list(system, name):
+                left_out.append(LeftOut(url(name), "list of what a run left out", bytes=size))
+            else:
+                files.append(_File(url(name), size))
+        return files
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"cannot read {source}: {_line(error)}") from error
-    if not files:
-        raise DataError(f"input {source} has no file with a known ending; name them with --endings")
-    return files
+
+
+def _is_remote_list(system: Any, name: str) -> bool:
+    with system.open(name, "rb") as file:
+        return is_skipped_line(file.readline())
 
 
 def _chained(source: str, url: str) -> str:
@@ -258,23 +472,56 @@ def _name(path: str) -> str:
 
 def _wanted(name: str, options: ReadOptions) -> bool:
     if options.endings:
-        return name.endswith(options.endings)
-    stem = name.removesuffix(Path(name).suffix) if _compression(name) else name
-    return stem.endswith((*SOURCE_ENDINGS, *LINES_ENDINGS[:2], ".parquet"))
+        return name.lower().endswith(tuple(ending.lower() for ending in options.endings))
+    return _stem(name).endswith((*SOURCE_ENDINGS, *LINES_ENDINGS[:-1], *PARQUET_ENDINGS))
 
 
 def _compression(path: str) -> str | None:
-    return COMPRESSIONS.get(Path(_name(path)).suffix)
+    return COMPRESSIONS.get(Path(_name(path)).suffix.lower())
+
+
+def _stem(path: str) -> str:
+    """The name that tells a file's format, in lower case: without the ending of its compression."""
+    name = _name(path)
+    return (name[: -len(Path(name).suffix)] if _compression(path) else name).lower()
 
 
 def _format(path: str, options: ReadOptions) -> str:
     if options.format != "auto":
         return options.format
-    name = _name(path)
-    stem = name.removesuffix(Path(name).suffix) if _compression(name) else name
+    stem = _stem(path)
     if stem.endswith(LINES_ENDINGS):
         return "jsonl"
-    return "parquet" if stem.endswith(".parquet") else "text"
+    if stem.endswith(PARQUET_ENDINGS):
+        return "parquet"
+    if stem.endswith(MIXED_ENDING):
+        return "jsonl" if _begins_with_object(path) else "text"
+    if not stem.endswith(SOURCE_ENDINGS) and _begins_with_object(path):
+        raise DataError(
+            f"{path} looks like JSON lines, which its ending does not say; give --format jsonl, or --format text to "
+            "take it as text"
+        )
+    return "text"
+
+
+def _begins_with_object(path: str) -> bool:
+    """Whether the first line of a file that is not blank is a JSON object."""
+    try:
+        with _open(path) as file:
+            head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    except DataError:
+        return False
+    except _unreadable():
+        return False
+    line, end, _ = head.partition(b"\n")
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except RecursionError:
+        return False
+    except ValueError:
+        return not end and re.match(rb'\{\s*"', line) is not None  # too long to see its end
 
 
 def _overlaps(separator: str) -> bool:
@@ -291,6 +538,9 @@ def read(unit: Sequence[Segment], options: ReadOptions, reading: Reading | None 
     reading = Reading() if reading is None else reading
     readers = {"jsonl": _read_lines, "parquet": _read_parquet, "text": _read_text}
     for segment in unit:
+        if segment.problem is not None:
+            yield Bad(segment.path, "unreadable file", segment.problem, segment.size)
+            continue
         try:
             yield from readers[segment.format](segment, options, reading)
         except _unreadable() as error:
@@ -365,45 +615,66 @@ def _last_cut(data: bytes, end: int | None = None) -> int | None:
 
 def _read_text(segment: Segment, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
     if options.separator is not None:
-        yield from _read_separated(segment, options.separator.encode(), options, reading)
+        yield from _read_separated(segment, options.separator, options, reading)
         return
     with _open(segment.path, reading) as file:
         limit = PIECE if options.splittable else options.max_document_bytes
         data = file.read(limit + 1)
         if len(data) > limit:
             if options.splittable:
-                yield from _read_long(file, segment.path, options)
+                yield from _read_long(file, segment.path, options, reading)
             else:
                 yield Bad(segment.path, "too long", f"over {limit} bytes; see --max-document-bytes")
             return
+    yield from _decoded(data, segment.path, options, reading, begins=True)
+
+
+def _decoded(
+    data: bytes, place: str, options: ReadOptions, reading: Reading, *, begins: bool, of: str = ""
+) -> Iterator[Text | Bad]:
+    """A document of a text file; `begins`: it stands at the beginning, where a byte order mark is no text."""
     try:
-        yield from _document(data.decode(), data, segment.path, options)
+        text = data.decode()
     except UnicodeDecodeError as error:
-        yield Bad(segment.path, "not UTF-8", f"byte {data[error.start]:#04x} at {error.start}")
+        detail = f"byte {data[error.start]:#04x} at {error.start}{of}"
+        if begins and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            detail += ": this is UTF-16"
+        yield Bad(place, "not UTF-8", detail)
+        return
+    if begins and text.startswith(BOM):
+        text, data = text[1:], data[len(codecs.BOM_UTF8) :]
+        reading.dropped["byte order mark"] += 1
+    yield from _document(text, data, place, options)
 
 
-def _read_separated(segment: Segment, separator: bytes, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
+def _read_separated(segment: Segment, separator: str, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
     number = 0
     base: int | None = None if segment.start else 0
-    for block in _record_blocks(segment, separator, options, reading):
+    mark = _separator(separator)
+
+    def place() -> str:
+        nonlocal base
+        base = _count(segment, mark) if base is None else base
+        return f"{segment.path}:document {base + number}"
+
+    for block in _record_blocks(segment, mark, options, reading):
         for data in block:
             number += 1
-            if not data and not options.keep_empty:
-                reading.blank += 1
+            begins = number == 1 and segment.start == 0
+            if isinstance(data, int):
+                yield Bad(place(), "too long", f"over {data} bytes; see --max-document-bytes")
                 continue
-            if not isinstance(data, int):
-                try:
-                    yield from _document(data.decode(), data, segment.path, options)
-                    continue
-                except UnicodeDecodeError as error:
-                    problem = "not UTF-8", f"byte {data[error.start]:#04x} at {error.start} of the document"
-            else:
-                problem = "too long", f"over {data} bytes; see --max-document-bytes"
-            base = _count(segment, separator) if base is None else base
-            yield Bad(f"{segment.path}:document {base + number}", *problem)
+            if begins and data == codecs.BOM_UTF8:
+                data = b""
+                reading.dropped["byte order mark"] += 1
+            if not data and not options.keep_empty:
+                reading.dropped["blank line" if separator == "\n" else "blank document"] += 1
+                continue
+            for item in _decoded(data, segment.path, options, reading, begins=begins, of=" of the document"):
+                yield replace(item, place=place()) if isinstance(item, Bad) else item
 
 
-def _read_long(file: BinaryIO, path: str, options: ReadOptions) -> Iterator[Text | Bad]:
+def _read_long(file: BinaryIO, path: str, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
     """A text file in parts, never whole in memory. It is read twice: a bad one must not be found out half-way."""
     file.seek(0)
     problem = _check_long(file, path, options)
@@ -411,7 +682,10 @@ def _read_long(file: BinaryIO, path: str, options: ReadOptions) -> Iterator[Text
         yield problem
         return
     file.seek(0)
-    rest, first = b"", True
+    rest, first = file.read(len(codecs.BOM_UTF8)), True
+    if rest == codecs.BOM_UTF8:
+        rest = b""
+        reading.dropped["byte order mark"] += 1
     while block := file.read(BLOCK):
         rest += block
         if len(rest) <= PIECE or (stop := _cut_before(rest, PIECE)) == len(rest):
@@ -447,21 +721,68 @@ def _check_long(file: BinaryIO, path: str, options: ReadOptions) -> Bad | None:
 # Records: lines of JSON, text between separators
 
 
+@dataclass(frozen=True)
+class _Separator:
+    """What stands between records."""
+
+    data: bytes
+    pattern: re.Pattern[bytes] | None = None
+    """Matches `data` with line ends of either kind; None: `data` alone."""
+
+    @property
+    def longest(self) -> int:
+        return len(self.data) + (self.data.count(b"\n") if self.pattern else 0)
+
+    def find(self, data: bytes) -> int:
+        """Where the first one ends; -1 when there is none."""
+        if self.pattern is not None:
+            match = self.pattern.search(data)
+            return match.end() if match else -1
+        found = data.find(self.data)
+        return found + len(self.data) if found >= 0 else -1
+
+    def split(self, data: bytes) -> tuple[list[bytes], list[int] | None]:
+        """Records, the last of which has no end yet, and the bytes of each separator (None: all as `data`)."""
+        if self.pattern is None:
+            return data.split(self.data), None
+        if b"\r" not in data:
+            records = data.split(self.data)
+            return records, [len(self.data)] * (len(records) - 1)
+        records, widths, start = [], [], 0
+        for match in self.pattern.finditer(data):
+            records.append(data[start : match.start()])
+            widths.append(match.end() - match.start())
+            start = match.end()
+        return [*records, data[start:]], widths
+
+
+def _separator(text: str) -> _Separator:
+    """For text: files from Windows end their lines in CR LF, whatever the separator says of line ends."""
+    data = text.encode()
+    if b"\n" not in data or b"\r" in data:
+        return _Separator(data)
+    return _Separator(data, re.compile(re.escape(data).replace(b"\\\n", b"\n").replace(b"\n", b"\r?\n")))
+
+
+LINES = _Separator(b"\n")
+
+
 def _record_blocks(
-    segment: Segment, separator: bytes, options: ReadOptions, reading: Reading
+    segment: Segment, separator: _Separator, options: ReadOptions, reading: Reading
 ) -> Iterator[list[bytes | int]]:
     """Lists of records, each about BLOCK bytes: those whose first byte lies in the segment.
 
     A record above the limit is never held; the limit, a number, stands for it.
     """
     limit, stop = options.max_document_bytes, segment.stop
+    exact, longest = len(separator.data), separator.longest
     with _open(segment.path, reading) as file:
-        begin = max(segment.start - len(separator), 0)  # offset in the file of the first byte of `rest`
+        begin = max(segment.start - longest, 0)  # offset in the file of the first byte of `rest`
         file.seek(begin)
         if not _compression(segment.path):
             reading.position = lambda: max(begin - segment.start, 0)
         rest = b""
-        skip = segment.start > 0  # drop what comes before the next separator
+        skip = segment.start > 0  # drop what comes before the first record that begins in the segment
         while stop is None or begin < stop:
             block = file.read(max(BLOCK, len(rest)))
             if not block:
@@ -469,26 +790,33 @@ def _record_blocks(
                     yield [rest if len(rest) <= limit else limit]
                 return
             rest += block
-            if skip:
-                found = rest.find(separator)
-                drop = found + len(separator) if found >= 0 else max(len(rest) - len(separator) + 1, 0)
+            while skip:
+                end = separator.find(rest)
+                drop = end if end >= 0 else max(len(rest) - longest + 1, 0)
                 rest, begin = rest[drop:], begin + drop
-                if found < 0 or (stop is not None and begin >= stop):
-                    continue
-                skip = False
-            records = rest.split(separator)
+                if end < 0:
+                    break
+                skip = begin < segment.start
+            if skip or (stop is not None and begin >= stop):
+                continue
+            records, widths = separator.split(rest)
             size = len(rest)
             rest = records.pop()
             if (stop is None or begin + size < stop) and size <= limit:
                 begin += size - len(rest)
+                if widths and (extra := sum(widths) - exact * len(widths)):
+                    reading.dropped["carriage return"] += extra
                 yield records  # type: ignore[misc]
                 continue
             kept: list[bytes | int] = []
-            for record in records:
+            for i, record in enumerate(records):
                 if stop is not None and begin >= stop:
                     break
+                width = exact if widths is None else widths[i]
                 kept.append(record if len(record) <= limit else limit)
-                begin += len(record) + len(separator)
+                begin += len(record) + width
+                if width > exact:
+                    reading.dropped["carriage return"] += width - exact
             yield kept
             if len(rest) > limit and (stop is None or begin < stop):
                 yield [limit]
@@ -505,10 +833,10 @@ def _read_lines(segment: Segment, options: ReadOptions, reading: Reading) -> Ite
         """file:line. Lines before a segment in the middle of a file are counted when first needed."""
         nonlocal base
         if base is None:
-            base = _count(segment, b"\n")
+            base = _count(segment, LINES)
         return f"{segment.path}:{base + number}"
 
-    for block in _record_blocks(segment, b"\n", options, reading):
+    for block in _record_blocks(segment, LINES, options, reading):
         for line in block:
             number += 1
             if isinstance(line, int):
@@ -518,11 +846,12 @@ def _read_lines(segment: Segment, options: ReadOptions, reading: Reading) -> Ite
                 text = load(line.decode())[key]
                 data = text.encode()
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                if not line.strip():
-                    reading.blank += 1
-                    continue
                 if number == 1 and segment.start == 0 and line.startswith(codecs.BOM_UTF8):
                     line = line.removeprefix(codecs.BOM_UTF8)
+                    reading.dropped["byte order mark"] += 1
+                if not line.strip():
+                    reading.dropped["blank line"] += 1
+                    continue
                 problem = _line_problem(line, key)
                 if isinstance(problem, str):
                     text, data = problem, problem.encode()
@@ -565,15 +894,17 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _count(segment: Segment, separator: bytes) -> int:
+def _count(segment: Segment, separator: _Separator) -> int:
     """Records that begin before the first one of a segment in the middle of a file."""
     count, rest, left = 0, b"", segment.start
     with _open(segment.path) as file:
         while left and (block := file.read(min(BLOCK, left))):
             left -= len(block)
-            rest += block
-            count += rest.count(separator)
-            rest = rest[rest.rfind(separator) + len(separator) :] if separator in rest else rest[-len(separator) :]
+            records, _ = separator.split(rest + block)
+            rest = records.pop()
+            count += len(records)
+            if len(rest) > BLOCK:  # of a long record the end alone can be part of a separator
+                rest = rest[-separator.longest :]
     return count if rest == b"" else count + 1
 
 
@@ -583,16 +914,21 @@ def _count(segment: Segment, separator: bytes) -> int:
 def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
     parquet = _parquet()
     column = options.text_key
+    broken = _broken_parquet()
     with _open(segment.path, reading) as file:
         try:
             table = parquet.ParquetFile(file)
-        except ValueError as error:  # pyarrow's ArrowInvalid
+        except broken as error:
             yield Bad(segment.path, "unreadable file", _line(error), segment.size)
             return
         if column not in table.schema_arrow.names:
             names = ", ".join(map(repr, table.schema_arrow.names[:4]))
             problem = f"no column {column!r}, only {names}; see --text-key"
             yield Bad(segment.path, "missing key", problem, segment.size)
+            return
+        if (number := table.schema_arrow.names.count(column)) > 1:
+            problem = f"{number} columns are named {column!r}; rename them, or name another one with --text-key"
+            yield Bad(segment.path, "ambiguous key", problem, segment.size)
             return
         kind = str(table.schema_arrow.field(column).type)
         if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
@@ -610,7 +946,7 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
                     for value in part.column(0):
                         row += 1
                         yield from _row(value, f"{segment.path}:row {row}", options)
-            except ValueError as error:
+            except broken as error:
                 yield Bad(f"{segment.path}:row group {group}", "unreadable file", _line(error), segment.size)
                 return
 
@@ -637,6 +973,12 @@ def _parquet() -> Any:
         return importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError("reading parquet needs the package pyarrow: pip install pyarrow") from error
+
+
+def _broken_parquet() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a file that is no parquet file, or a damaged one."""
+    arrow = importlib.import_module("pyarrow")
+    return (OSError, ValueError, KeyError, TypeError, OverflowError, arrow.ArrowException)
 
 
 # Files
@@ -694,4 +1036,6 @@ def _line(error: BaseException) -> str:
     """First line of an error's message."""
     if isinstance(error, FileNotFoundError):
         return "no such file"  # fsspec says no more than the name
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from oryx_megatron.data.corpus import NAMED
 from oryx_megatron.data.files import same_file, sha256_of
 from oryx_megatron.data.indexed import (
     BLOCK,
@@ -52,12 +53,13 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     _check_shards(parts)
     known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
-    skipped, paths = (_sums(parts, field) for field in ("skipped", "paths"))
+    counts: dict[str, Any] = {field: _sums(parts, field) for field in ("skipped", "dropped", "paths")}
+    left_out = _left_out(parts)
     with IndexedWriter(output, _vocabulary(first), overwrite=overwrite, dtype=first.index.dtype) as writer:
         for part in parts:
             _copy(part, writer, 0, part.documents)
         sources = [str(prefix) for prefix in prefixes]
-        return _finish(writer, first, size, merged=sources, skipped=skipped, paths=paths, **_common(parts))
+        return _finish(writer, first, size, merged=sources, left_out=left_out, **counts, **_common(parts))
 
 
 def split(
@@ -173,6 +175,18 @@ def _common(parts: Sequence[Dataset]) -> dict[str, Any]:
     same = {name: value for name, value in readings[0].items() if all(r.get(name, value) == value for r in readings)}
     formats = sorted({name for reading in readings for name in reading.get("formats", ())})
     return {"reading": same | {"formats": formats}} if formats else {}
+
+
+def _left_out(parts: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
+    """What `summarize_left_out` gave for each of the datasets, together."""
+    total: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for reason, facts in (part.manifest or {}).get("left_out", {}).items():
+            into = total.setdefault(reason, {"files": 0, "bytes": 0, "first": []})
+            into["files"] += facts["files"]
+            into["bytes"] += facts["bytes"]
+            into["first"] = [*into["first"], *facts["first"]][:NAMED]
+    return dict(sorted(total.items()))
 
 
 def _vocabulary(dataset: Dataset) -> int:

@@ -28,7 +28,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from oryx_megatron.data.corpus import Bad, Reading, ReadOptions, Segment, Text, describe, may_skip, plan, read
+from oryx_megatron.data.corpus import (
+    Bad,
+    LeftOut,
+    Reading,
+    ReadOptions,
+    Segment,
+    Text,
+    describe,
+    may_skip,
+    plan,
+    read,
+    summarize_left_out,
+)
 from oryx_megatron.data.fast import Encoder
 from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.data.indexed import IndexedWriter, check_outputs, file_of, output_prefix, token_dtype
@@ -39,6 +51,8 @@ BATCH_BYTES = 1 << 21
 """Text encoded in one call of a library."""
 CHECKPOINT_SECONDS = 10.0
 """At most so much merging is done again after a kill; finished pieces are kept anyhow."""
+NAMED_FILES = 10_000
+"""Of so many input files an unfinished run notes size and time one by one, to tell later which changed."""
 LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "gigatoken")
 
 
@@ -89,7 +103,7 @@ class _Part:
     tokens: int = 0
     text_bytes: int = 0
     max_token: int = -1
-    blank: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     unread: int = 0
@@ -119,8 +133,12 @@ def preprocess(
     _check_work(folder)
     begun = (folder / "key.json").is_file()
     _check_outputs(prefix, job, overwrite or begun)
-    units = _shard(plan(job.inputs, job.read, job.unit_bytes, job.shard[1]), job.shard)
-    _check_outputs(prefix, job, overwrite or begun, units)
+    left_out: list[LeftOut] = []
+    outputs = [file_of(prefix, end) for end in ("bin", "idx", "json", "skipped.jsonl", "work")]
+    units = plan(job.inputs, job.read, job.unit_bytes, job.shard[1], left_out=left_out, outputs=outputs)
+    units = _shard(units, job.shard)
+    if job.shard[0] != 1:
+        left_out = []  # the first shard tells of them
     key = _key(job, units, tokenizer)
     with _locked(folder), _writing(folder):
         if file_of(prefix, "idx").exists() and not restart and _finished(folder, key):
@@ -129,19 +147,16 @@ def preprocess(
             _check_outputs(prefix, job, overwrite, resuming=begun)
             state = _resume(folder, key, restart)
             workers = min(processes, len(units)) if processes > 1 else None
-            manifest = _run(job, units, prefix, folder, state, workers, report)
+            manifest = _run(job, units, left_out, prefix, folder, state, workers, report)
         with contextlib.suppress(OSError):
             _clear(folder, but=("lock", "key.json"))
     shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
-def _check_outputs(
-    prefix: Path, job: Job, overwrite: bool, units: Sequence[Sequence[Segment]] = (), *, resuming: bool = False
-) -> None:
-    """Refuse to replace what is no dataset of ours, or what is read: named by the user, or found in a folder."""
-    found = {segment.path: None for unit in units for segment in unit if "://" not in segment.path}
-    inputs = [*(source for source in job.inputs if "://" not in source), *found]
+def _check_outputs(prefix: Path, job: Job, overwrite: bool, *, resuming: bool = False) -> None:
+    """Refuse to replace what is no dataset of ours, or what the user named as input."""
+    inputs = [source.removeprefix("file://") for source in job.inputs]
     check_outputs(prefix, overwrite=overwrite, inputs=inputs, more=("skipped.jsonl",), resuming=resuming)
 
 
@@ -222,6 +237,11 @@ def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> di
         if "://" not in segment.path and os.path.exists(segment.path)
     }
     pieces = json.dumps([[asdict(segment) for segment in unit] for unit in units]) + json.dumps(times)
+    sizes: dict[str, int] = {}
+    for unit in units:
+        for segment in unit:
+            sizes[segment.path] = sizes.get(segment.path, 0) + segment.size
+    named = [[path, size, times.get(path)] for path, size in sizes.items()] if len(sizes) <= NAMED_FILES else None
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
     options = asdict(job) | {"max_bad": None, "tokenizer": tokenizer.fingerprint, "eod": tokenizer.eod_id}
     if job.on_error == "skip":
@@ -230,7 +250,23 @@ def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> di
         "options": json.loads(json.dumps(options)),
         "versions": versions,
         "input": hashlib.sha256(pieces.encode()).hexdigest(),
+        "files": named,
     }
+
+
+def _changed_input(before: list[list[Any]] | None, now: list[list[Any]] | None) -> str:
+    """What became of the input since an unfinished run read it."""
+    if before is None or now is None:
+        return "names, sizes or times differ"
+    old, new = ({file[0]: file[1:] for file in files} for files in (before, now))
+    for path in [*new, *old]:
+        if path not in old:
+            return f"{path} is new"
+        if path not in new:
+            return f"{path} is not among them any more"
+        if old[path] != new[path]:
+            return f"{path} was changed since"
+    return "their order"
 
 
 def _installed(name: str) -> bool:
@@ -264,7 +300,10 @@ def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
     if begun and not restart:
         found = read_json(folder / "key.json")
         if found["input"] != key["input"]:
-            raise DataError(f"{folder} is of a run whose input files were others; pass --restart to begin again")
+            what = _changed_input(found.get("files"), key["files"])
+            raise DataError(
+                f"{folder} is of a run whose input files were others; pass --restart to begin again ({what})"
+            )
         for name in ("options", "versions"):
             changed = [field for field, value in key[name].items() if found[name].get(field) != value]
             if changed:
@@ -279,6 +318,7 @@ def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
 def _run(
     job: Job,
     units: list[tuple[Segment, ...]],
+    left_out: list[LeftOut],
     prefix: Path,
     folder: Path,
     state: dict[str, Any],
@@ -342,6 +382,8 @@ def _run(
             "append_eod": job.append_eod,
             "source": list(job.inputs),
             "skipped": skipped,
+            "left_out": summarize_left_out(left_out),
+            "dropped": dict(sorted(totals.dropped.items())),
             "paths": dict(sorted(totals.paths.items())),
             "reading": _reading(job, units),
         }
@@ -349,9 +391,11 @@ def _run(
             more["shard"] = list(job.shard)
         writer.check_tokens()
         bad_file = file_of(prefix, "skipped.jsonl")
-        if log.tell():
+        if log.tell() or left_out:
             with replacing(bad_file) as temporary:
                 shutil.copyfile(folder / "skipped.jsonl", temporary)
+                with open(temporary, "ab") as file:
+                    file.writelines(_line(item.record()) for item in left_out)
         else:
             bad_file.unlink(missing_ok=True)
         return writer.finish(tokenizer.describe(), totals.text_bytes, **more)
@@ -361,14 +405,17 @@ def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:
     """How files became documents, for the manifest: datasets for which it differs are not shards of one corpus."""
     options = asdict(job.read) | {"endings": list(job.read.endings)}
     del options["splittable"]  # of the tokenizer
-    return {"formats": sorted({segment.format for unit in units for segment in unit}), **options}
+    return {
+        "formats": sorted({segment.format for unit in units for segment in unit if segment.problem is None}),
+        **options,
+    }
 
 
 def _add(totals: _Part, part: _Part) -> None:
     totals.documents += part.documents
     totals.tokens += part.tokens
     totals.text_bytes += part.text_bytes
-    totals.blank += part.blank
+    totals.dropped = dict(Counter(totals.dropped) + Counter(part.dropped))
     totals.unread += part.unread
     totals.max_token = max(totals.max_token, part.max_token)
     totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
@@ -399,6 +446,11 @@ def _log(folder: Path, size: int) -> Any:
     path.touch()
     os.truncate(path, size)
     return open(path, "ab")
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    """A line of PREFIX.skipped.jsonl."""
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _part_file(folder: Path, number: int, end: str) -> Path:
@@ -533,7 +585,7 @@ class _Worker:
             for file in (bin_, len_, bad):
                 file.flush()
                 os.fsync(file.fileno())
-            part.blank = reading.blank
+            part.dropped = dict(reading.dropped)
             part.paths = dict(self.encoder.counts)
             self.counts[0] = base + sum(segment.size for segment in unit)
             write_json(_part_file(self.folder, number, "json"), asdict(part))
@@ -551,7 +603,7 @@ class _Worker:
                 part.bad[item.reason] = part.bad.get(item.reason, 0) + 1
                 part.unread += item.unread
                 fields = {name: value for name, value in asdict(item).items() if name != "unread" or value}
-                log.write((json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+                log.write(_line(fields))
                 continue
             batch.append(item)
             size += len(item.data)
