@@ -25,7 +25,7 @@ from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
-from oryx_megatron.hf import configuration_oryx, modeling_oryx
+from oryx_megatron.hf import configuration_oryx, modeling_oryx, recurrences_oryx
 from oryx_megatron.hf.card import model_card
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.fields import from_hf_config, to_hf_config
@@ -137,7 +137,7 @@ def export(
     with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
         config.save_pretrained(folder)
-        for module in (configuration_oryx, modeling_oryx):
+        for module in (configuration_oryx, modeling_oryx, recurrences_oryx):
             shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
         end = manifest.data["tokenizer"]["eod"]
         GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False).save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Oryx for Hugging Face transformers 5: a language model that reads each token by attention or by a recurrence.
 
-This file and `configuration_oryx.py` stand alone: an export copies both beside the weights, and nothing but torch and
-transformers is needed to load them (`trust_remote_code=True`). That is why, unlike the rest of the project, it holds
-guarded imports of fla, mamba_ssm and causal_conv1d; what they compute is also written here in plain torch.
+This file, `configuration_oryx.py` and `recurrences_oryx.py` stand alone: an export copies them beside the weights, and
+nothing but torch and transformers is needed to load them (`trust_remote_code=True`). That is why, unlike the rest of
+the project, it holds guarded imports of fla, mamba_ssm and causal_conv1d; what they compute is here in plain torch too.
 
 Model: "Multi-Mixer Models: Flexible Sequence Modeling with Shared Representations", arXiv 2605.28769. Recurrences:
 Mamba-2 (SSD), arXiv 2405.21060, and Gated DeltaNet, arXiv 2412.06464.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 # First: it says in one line which versions of transformers serve, where the imports below would fail.
 from .configuration_oryx import OryxConfig
+from .recurrences_oryx import delta_gates, gated_delta_rule, ssd, ssd_gates, unit, wide, with_skip
 
 # isort: split
 from transformers import initialization as init
@@ -457,114 +458,6 @@ class OryxStaticCache(OryxCache, StaticCache):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recurrences. Initial and final states are fp32 [b, H, N, P]; sums run in fp32 (fp64 for fp64 inputs).
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _split(x: Tensor, chunk: int) -> Tensor:
-    """[b, s, H, …] → [b, H, n, chunk, …], filled up with zeros (tokens that neither decay nor write)."""
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk))
-    return x.unflatten(1, (-1, chunk)).movedim(3, 1)
-
-
-def _join(x: Tensor, s: int) -> Tensor:
-    """[b, H, n, chunk, P] → [b, s, H, P]"""
-    return x.movedim(1, 3).flatten(1, 2)[:, :s]
-
-
-def _decay(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Log decays [b, H, n, c] → running sums, and the decay from token j to token i, [b, H, n, c, c], 0 for j > i."""
-    total = g.cumsum(-1)
-    upper = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
-    # Masked before the exponential: above the diagonal it would overflow.
-    return total, (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(upper, -torch.inf).exp()
-
-
-def ssd(
-    q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None, chunk: int
-) -> tuple[Tensor | None, Tensor]:
-    """S_t = exp(a dt_t) S_{t-1} + dt_t k_t v_tᵀ; o_t = S_tᵀ q_t (arXiv 2405.21060), chunk by chunk.
-
-    q (None: no output wanted), k [b, s, H, N], v [b, s, H, P], dt [b, s, H], a [H] negative → o [b, s, H, P], S.
-    """
-    s, chunk = k.shape[1], min(chunk, k.shape[1])
-    k, v, dt = (_split(x, chunk) for x in (k, v, dt))
-    total, decay = _decay(dt * a[:, None, None])
-    v = v * dt.unsqueeze(-1)
-    written = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).transpose(-1, -2) @ v  # [b, H, n, N, P]
-    state = written.new_zeros(written[:, :, 0].shape) if state is None else state.to(written)
-    before = []
-    for i in range(written.shape[2]):
-        before.append(state)
-        state = total[:, :, i, -1].exp()[..., None, None] * state + written[:, :, i]
-    if q is None:
-        return None, state
-    q = _split(q, chunk)
-    o = (q @ k.transpose(-1, -2) * decay) @ v + (q * total.exp().unsqueeze(-1)) @ torch.stack(before, 2)
-    return _join(o, s), state
-
-
-def gated_delta_rule(
-    q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, chunk: int
-) -> tuple[Tensor | None, Tensor]:
-    """S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ; o_t = S_tᵀ q_t (arXiv 2412.06464), chunk by chunk.
-
-    q (None: no output wanted), k [b, s, H, N] normalised and scaled, v [b, s, H, P], g = log α and beta [b, s, H].
-    Inside a chunk S_i = exp(Γ_i) S_0 + Σ_{j≤i} exp(Γ_i - Γ_j) k_j u_jᵀ, with Γ the running sum of g and u solving
-    u_i + β_i Σ_{j<i} exp(Γ_i - Γ_j) (k_i·k_j) u_j = β_i (v_i - exp(Γ_i) S_0ᵀ k_i). Returns o [b, s, H, P] and S.
-    """
-    s, chunk = k.shape[1], min(chunk, k.shape[1])
-    k, v, g, beta = (_split(x, chunk) for x in (k, v, g, beta))
-    total, decay = _decay(g)
-    scaled = k * beta.unsqueeze(-1)
-    right = torch.cat([v * beta.unsqueeze(-1), scaled * total.exp().unsqueeze(-1)], -1)
-    # The solver takes the diagonal as ones and reads nothing above it.
-    solved = torch.linalg.solve_triangular(scaled @ k.transpose(-1, -2) * decay, right, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
-    late = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).transpose(-1, -2)
-    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(v)
-    before, written = [], []
-    for i in range(k.shape[2]):
-        before.append(state)
-        written.append(u[:, :, i] - w[:, :, i] @ state)
-        state = total[:, :, i, -1].exp()[..., None, None] * state + late[:, :, i] @ written[-1]
-    if q is None:
-        return None, state
-    q = _split(q, chunk)
-    o = (q @ k.transpose(-1, -2) * decay) @ torch.stack(written, 2)
-    o = o + (q * total.exp().unsqueeze(-1)) @ torch.stack(before, 2)
-    return _join(o, s), state
-
-
-def ssd_step(q: Tensor | None, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None):
-    """`ssd` for one token; q, k [b, 1, H, N], v [b, 1, H, P], dt [b, 1, H]."""
-    dt = dt[:, 0, :, None, None]
-    new = dt * k[:, 0].unsqueeze(-1) * v[:, 0].unsqueeze(-2)
-    if state is not None:
-        new = new + (dt * a[:, None, None]).exp() * state
-    return _read(q, new), new
-
-
-def gated_delta_step(q: Tensor | None, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None):
-    """`gated_delta_rule` for one token; q, k [b, 1, H, N], v [b, 1, H, P], g, beta [b, 1, H]."""
-    k, v, beta = k[:, 0].unsqueeze(-1), v[:, 0].unsqueeze(-2), beta[:, 0, :, None, None]
-    if state is None:
-        new = beta * k * v
-    else:
-        kept = g[:, 0, :, None, None].exp() * state
-        new = kept + beta * k * (v - (kept * k).sum(-2, keepdim=True))
-    return _read(q, new), new
-
-
-def _read(q: Tensor | None, state: Tensor) -> Tensor | None:
-    return None if q is None else (state * q[:, 0].unsqueeze(-1)).sum(-2).unsqueeze(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -578,7 +471,7 @@ class OryxRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        y = x.to(_wide(x))
+        y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
         return (y if gate is None else y * F.silu(gate.to(y.dtype))).to(self.weight.dtype)
 
@@ -593,7 +486,7 @@ def rotary_tables(positions: Tensor, width: int, base: float, dtype: torch.dtype
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [b, s, h, N], all N dimensions."""
-    cos, sin = (table.to(device=x.device, dtype=_wide(x)) for table in tables)
+    cos, sin = (table.to(device=x.device, dtype=wide(x.dtype)) for table in tables)
     y = x.to(cos.dtype)
     left, right = y.chunk(2, -1)
     return (y * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
@@ -624,8 +517,8 @@ class OryxShortConv(nn.Module):
         if self.kernels and causal_conv1d_fn is not None and x.is_cuda and window is None and 2 <= w <= 4 and s > 1:
             y = causal_conv1d_fn(x, self.weight, None, activation=self.activation)
         else:
-            wide, taps = full.to(_wide(full)), self.weight.to(_wide(full))
-            y = sum(wide[..., i : i + s] * taps[:, i, None] for i in range(w))
+            exact, taps = (y.to(wide(full.dtype)) for y in (full, self.weight))
+            y = sum(exact[..., i : i + s] * taps[:, i, None] for i in range(w))
             y = (F.silu(y) if self.activation else y).to(full.dtype)
         if valid is None:
             window = full[..., s:]
@@ -650,7 +543,7 @@ def eager_attention_forward(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=_wide(scores)).to(query.dtype)
+    weights = scores.softmax(-1, dtype=wide(scores.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -702,9 +595,9 @@ class OryxMixer(nn.Module):
         if config.has_recurrence:
             self.decay_proj = linear(heads * (2 if config.mixer == "gdn" else 1))
             # fp32 in a half-precision model too: `from_config` builds it under torch's default dtype.
-            wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            exact = wide(torch.get_default_dtype())
             for name in config.fp32_parameters:
-                self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=wide)))
+                self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=exact)))
         self.out_norm = OryxRMSNorm(p, config.rms_norm_eps)
         self.out_proj = nn.Linear(heads * p, d, bias=False)
         self.out_proj.residual = True
@@ -802,48 +695,39 @@ class OryxMixer(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """Recurrence over all tokens; the output [b, s, H, P] only when some token reads it."""
         config = self.config
-        dtype, wide = v.dtype, _wide(x)
+        dtype = v.dtype
         q = self._query(x, "recurrent") if context.modes.recurs else None
         if config.rotary == "both":
             k = rotate(k, context.rotary)
             q = None if q is None else rotate(q, context.rotary)
-        k, v = (y.repeat_interleave(self.num_key_value_groups, 2) for y in (k, v))
-        a = -self.a_log.to(wide).exp()
-        raw = self.decay_proj(x).to(wide)
+        raw = self.decay_proj(x)
         fast = self.kernels and x.is_cuda and x.shape[1] > 1 and dtype in (torch.bfloat16, torch.float16)
         if config.mixer == "mamba2":
-            dt = F.softplus(raw + self.dt_bias.to(wide))
+            dt, decay = ssd_gates(raw, self.dt_bias, self.a_log)
             if valid is not None:  # neither decay nor write
-                dt = dt * valid.unsqueeze(-1)
+                dt, decay = dt * valid.unsqueeze(-1), decay * valid.unsqueeze(-1)
             if fast and mamba_chunk_scan_combined is not None:
+                k, v = (y.repeat_interleave(self.num_key_value_groups, 2) for y in (k, v))
                 o, final = mamba_chunk_scan_combined(
-                    v, dt, a, k, k if q is None else q, chunk_size=128, D=self.d_skip.to(wide),
+                    v, dt, -self.a_log.to(dt).exp(), k, k if q is None else q, chunk_size=128, D=self.d_skip.to(dt),
                     initial_states=None if state is None else state.transpose(-1, -2).contiguous(),
                     return_final_states=True,
                 )  # fmt: skip
                 return (None if q is None else o), final.transpose(-1, -2)
-            q, k, wide_v = (None if y is None else y.to(wide) for y in (q, k, v))
-            if x.shape[1] == 1:
-                o, state = ssd_step(q, k, wide_v, dt, a, state)
-            else:
-                o, state = ssd(q, k, wide_v, dt, a, state, config.recurrence_chunk)
-            return (None if o is None else (o + self.d_skip.to(wide)[:, None] * wide_v).to(dtype)), state
-        decay, beta = raw.chunk(2, -1)
-        g, beta = a * F.softplus(decay + self.dt_bias.to(wide)), beta.sigmoid()
+            o, state = ssd(q, k, v, decay, dt, initial=state, chunk=config.recurrence_chunk)
+            return (None if o is None else with_skip(o, v, self.d_skip).to(dtype)), state
+        decay, beta = delta_gates(*raw.chunk(2, -1), self.dt_bias, self.a_log)
         if valid is not None:
-            g, beta = g * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
+            decay, beta = decay * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
         if fast and chunk_gated_delta_rule is not None:
+            k, v = (y.repeat_interleave(self.num_key_value_groups, 2) for y in (k, v))
             o, state = chunk_gated_delta_rule(
-                k if q is None else q, k, v, g, beta.to(dtype), scale=self.scaling, initial_state=state,
+                k if q is None else q, k, v, decay, beta.to(dtype), scale=self.scaling, initial_state=state,
                 output_final_state=True, use_qk_l2norm_in_kernel=True,
             )  # fmt: skip
             return (None if q is None else o), state
-        k, wide_v = _unit(k.to(wide)), v.to(wide)
-        q = None if q is None else _unit(q.to(wide)) * self.scaling
-        if x.shape[1] == 1:
-            o, state = gated_delta_step(q, k, wide_v, g, beta, state)
-        else:
-            o, state = gated_delta_rule(q, k, wide_v, g, beta, state, config.recurrence_chunk)
+        q = None if q is None else unit(q, self.scaling)
+        o, state = gated_delta_rule(q, unit(k), v, decay, beta, initial=state, chunk=config.recurrence_chunk)
         return (None if o is None else o.to(dtype)), state
 
     @staticmethod
@@ -874,11 +758,6 @@ class OryxMixer(nn.Module):
             if name.split(".")[0] in unused:
                 zero = zero + 0.0 * parameter.sum().to(zero)
         return zero
-
-
-def _unit(x: Tensor) -> Tensor:
-    """L2 norm 1 along the last dimension; the small constant is fla's."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class OryxMLP(nn.Module):
@@ -1097,7 +976,7 @@ class OryxModel(OryxPreTrainedModel):
         masks, key_counts = self._masks(modes, mask, past, slots, cache, x)
         rotary = None
         if self.config.rotary != "none":
-            rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rotary_base, _wide(x))
+            rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rotary_base, wide(x.dtype))
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(

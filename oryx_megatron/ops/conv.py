@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oryx_megatron.hf.recurrences_oryx import segments, wide
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.chunks import segments, wide
 
 
 @backends.dispatched("convolution")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.gated_delta import NORM_EPSILON
 from oryx_megatron.ops.layout import TokenLayout, around
 
 if TYPE_CHECKING:

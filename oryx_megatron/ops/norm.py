@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from oryx_megatron.hf.recurrences_oryx import wide
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.chunks import wide
 
 
 @backends.dispatched("norm")

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.hf.recurrences_oryx import segments
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.conv import causal_conv
 from oryx_megatron.ops.norm import gated_rms_norm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oryx_megatron.ops.chunks import wide
+from oryx_megatron.hf.recurrences_oryx import wide
 
 
 def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:

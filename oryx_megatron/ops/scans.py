@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON, STEPWISE, segments
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.fused import RESET
-from oryx_megatron.ops.gated_delta import NORM_EPSILON, STEPWISE, recurrent_gated_delta_rule
+from oryx_megatron.ops.gated_delta import recurrent_gated_delta_rule
 from oryx_megatron.ops.ssd import recurrent_ssd
 
 CHUNK = 64

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oryx_megatron import ops
+from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.fused import HeadSteps, KeysValues
-from oryx_megatron.ops.gated_delta import NORM_EPSILON
 
 
 def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from oryx_megatron import ops
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
 from oryx_megatron.modes import ModePlan, parse_plan
 from oryx_megatron.ops import TokenLayout, backends, fused
-from oryx_megatron.ops.gated_delta import NORM_EPSILON
 
 DEVICE = torch.device("cuda")
 BF16 = 2e-2

@@ -60,7 +60,7 @@ def test_folder_loads_and_generates_alone(mixer: str, tmp_path: Path) -> None:
     model = small(mixer)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    assert {"config.json", "configuration_oryx.py", "modeling_oryx.py", "model.safetensors"} <= {
+    assert {"config.json", "configuration_oryx.py", "modeling_oryx.py", "recurrences_oryx.py", "model.safetensors"} <= {
         path.name for path in folder.iterdir()
     }
     code = f"""
@@ -89,6 +89,8 @@ assert AutoConfig.from_pretrained(folder, trust_remote_code=True).mixer == "{mix
 
 again = folder + "_again"
 model.save_pretrained(again)
+import pathlib
+assert {{p.name for p in pathlib.Path(again).glob("*.py")}} == {{p.name for p in pathlib.Path(folder).glob("*.py")}}
 back = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 for (name, a), (other, b) in zip(model.named_parameters(), back.named_parameters()):
     assert name == other and torch.equal(a, b), name

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.hf.recurrences_oryx import segments
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import scans
-from oryx_megatron.ops.chunks import segments
 from oryx_megatron.ops.ssd import recurrent_ssd
 from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.fused_steps import delta_by_steps

@@ -20,6 +20,7 @@ from written_out import (
     ssd_quadratic,
 )
 
+from oryx_megatron.hf.recurrences_oryx import decay_sums
 from oryx_megatron.ops import gated_delta_rule, ssd
 from oryx_megatron.ops.gated_delta import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from oryx_megatron.ops.ssd import chunked_ssd, recurrent_ssd
@@ -235,6 +236,17 @@ def test_bf16(variant, function):
     for name, x in given.items():
         assert got[f"gradient of {name}"].dtype == x.dtype
     assert all(x.isfinite().all() for x in got.values())
+
+
+def test_sums_without_fp64_are_as_good():
+    """What stands in for running sums in fp64 on devices that lack them."""
+    generator = torch.Generator().manual_seed(9)
+    weak, strong = -(torch.rand(3, 70, generator=generator) * 1e-3), torch.rand(3, 70, generator=generator) < 0.2
+    log_decay = torch.where(strong, -60000.0, weak)
+    exact = decay_sums(log_decay.double()).tril()
+    for fp64 in (True, False):
+        got = decay_sums(log_decay, fp64=fp64).tril()
+        assert (got.double().exp() - exact.exp()).abs().max() < 1e-6
 
 
 def test_head_gates_stay_apart():

@@ -22,6 +22,7 @@ ORDER = (
     "planner",
     "modes",
     "platform",
+    "SHARED",
     "ops",
     "parallel",
     "data",
@@ -34,8 +35,10 @@ ORDER = (
     "MAINS",
 )
 """Parts from first to last. MAINS: other modules right under the package, and every __main__."""
+SHARED = {"hf.recurrences_oryx"}
+"""Modules of nothing but torch that `ops` is held against and every export ships."""
 MAY_GUARD = {"ops", "platform", "cli"}
-STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx"}
+STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx", *SHARED}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""
 KERNELS = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn"}
 NO_TORCH = {"errors", "resources", "reading", "display", "paths", "cli", "ranks", "config", "arch", "planner", "modes"}
@@ -45,6 +48,8 @@ IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseExcepti
 def part(module: str) -> str:
     """Part of a module named without the package, e.g. config of config.loading."""
     first, *_ = names = module.split(".")
+    if module in SHARED:
+        return "SHARED"
     return "MAINS" if names[-1] == "__main__" or first not in ORDER else first
 
 
