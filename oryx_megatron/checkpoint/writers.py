@@ -12,7 +12,6 @@ import functools
 import multiprocessing
 import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,13 +32,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from oryx_megatron import platform
+from oryx_megatron.platform.processes import SIGNALLED, how_it_ended
 
 GRACE = 20.0
 """Seconds that a report may take from the pipe to the queue after its writer has ended."""
 LOOK = 0.1
 """Seconds between looks at whether a writer was killed."""
-SIGNALLED = 128
-"""What a shell adds to the number of the signal that ended a process, for its exit code."""
 
 
 class ReportQueue:
@@ -159,17 +157,8 @@ def look_at(callers: Iterable[Any]) -> tuple[bool, str]:
         process = caller.process
         done = caller.is_current_async_call_done(no_dist=True) and done
         if process is not None and process.exitcode:
-            died = _how(process.exitcode)
+            died = f"its writer {how_it_ended(process.exitcode)}"
     return done, died
-
-
-def _how(code: int) -> str:
-    """What an exit code that is not 0 says."""
-    number = -code if code < 0 else code - SIGNALLED
-    if number not in {known.value for known in signal.Signals}:
-        return f"its writer ended with exit code {code}"
-    name = signal.Signals(number).name
-    return f"its writer was killed by {name}" + ("; is memory used up?" if name == "SIGKILL" else "")
 
 
 def renew_reports() -> None:

@@ -44,6 +44,7 @@ from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
 from oryx_megatron.data.tokenizer import Tokenizer, difference
+from oryx_megatron.data.workers import in_one_line
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
 from oryx_megatron.parallel.wait import first_rank_alone
 
@@ -714,6 +715,7 @@ def _read_ahead(
                 continue
             return
 
+    batches: Any = None
     try:
         try:
             batches = iter(loader)  # starts its processes
@@ -729,7 +731,7 @@ def _read_ahead(
                 return
         hand_over(None)
     except Exception as error:  # noqa: BLE001 - raised again by next_batches in the reader's thread
-        hand_over(error)
+        hand_over(in_one_line(error, getattr(batches, "_workers", [])))
 
 
 class _Order:

@@ -265,7 +265,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps that an earlier process did behind its last checkpoint are done again.
-        self._writer = SummaryWriter(str(self.folder), purge_step=iteration + 1 if iteration else None)
+        self._writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
 
     def on_return(self, iteration: int, to: int, skipped: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -71,7 +71,7 @@ def hold(folder: Path) -> RunLock | None:
 def _hold(folder: Path) -> RunLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoints", "faults", "tensorboard"):
+        for name in ("checkpoints", "faults"):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise ConfigError(f"output_dir: {folder / name} should be a folder; choose another output_dir")
         path = folder.resolve() / NAME

@@ -18,8 +18,8 @@ def _record(iteration: int) -> StepRecord:
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
-    """A process that died two steps behind its checkpoint, and one that goes back after bad steps."""
-    for done, steps, back in ((0, (1, 2, 3, 4), None), (2, (3, 4, 5), 3), (3, (), None)):
+    """Processes that died before the first checkpoint and behind a later one; one that goes back after bad steps."""
+    for done, steps, back in ((0, (1, 2, 3, 4, 5), None), (0, (1, 2, 3, 4), None), (2, (3, 4, 5), 3), (3, (), None)):
         reporter = TensorBoard(tmp_path)
         reporter.on_start(tiny_run(), done)
         for iteration in steps:

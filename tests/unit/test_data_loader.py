@@ -209,6 +209,24 @@ def test_tokens_are_checked_while_reading(paths: dict[str, str], tmp_path: Path)
         stream.next_batches()
 
 
+@pytest.mark.parametrize("vocabulary", [1500, 8192])
+def test_loader_processes_fail_in_one_line(paths: dict[str, str], tmp_path: Path, vocabulary: int) -> None:
+    """An error in one of them reads as without them; one that is killed, as when memory runs out, is named."""
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER, {"train": 10**5})["train"]
+    before = set(multiprocessing.active_children())
+    stream = SampleStream(blend, micro_batch_size=2, microbatches=1, eod=EOD, vocab_size=vocabulary, num_workers=2)
+    if vocabulary == 8192:
+        stream.next_batches()
+        (set(multiprocessing.active_children()) - before).pop().kill()
+        expected = r"^a loader process was killed by SIGKILL \(memory used up\?\); rerun to resume, with fewer"
+    else:
+        expected = r"^train data holds token 1\d\d\d, outside the vocabulary of 1500$"
+    with pytest.raises(DataError, match=expected) as error:
+        [stream.next_batches() for _ in range(10**5)]
+    assert "\n" not in str(error.value)
+    stream.close()
+
+
 def test_isolated_documents(paths: dict[str, str], tmp_path: Path) -> None:
     blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
     stream = SampleStream(blend, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=8192, isolated=True)
