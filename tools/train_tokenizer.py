@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.data.corpus import STDLIB
+from oryx_megatron.data.corpus import SKIPPED, STDLIB, ReadOptions
 from oryx_megatron.data.tokenizer import MODEL_FILES, write_manifest
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import DataError
@@ -26,6 +27,7 @@ from oryx_megatron.paths import expand_arguments
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from oryx_megatron.data.sampling import TrainingText
     from oryx_megatron.data.tokenizer import Tokenizer
 
 
@@ -34,7 +36,14 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     expand_arguments(args, "--input", urls=True)
     expand_arguments(args, "--output", "--adopt")
-    from oryx_megatron.data.train_tokenizer import check_folder, measure, train_byte_level, train_sentencepiece
+    from oryx_megatron.data.sampling import TrainingText
+    from oryx_megatron.data.train_tokenizer import (
+        OUTPUTS,
+        check_folder,
+        measure,
+        train_byte_level,
+        train_sentencepiece,
+    )
 
     if args.adopt:
         kind = next((kind for kind, name in MODEL_FILES.items() if name == args.file), None)
@@ -45,7 +54,16 @@ def main(argv: list[str] | None = None) -> int | None:
         raise DataError("--output names the folder of the new tokenizer; it is missing")
     check_folder(args.output, args.overwrite)
     source = " ".join(args.input)
-    training = documents(args, "training", held_out=False)
+    text = TrainingText(
+        args.input,
+        ReadOptions(text_key=args.text_key, format=args.format, endings=tuple(args.endings)),
+        on_error=args.on_error,
+        max_bad=args.max_bad,
+        sample_bytes=args.sample_bytes,
+        every=args.held_out,
+        outputs=[Path(args.output, name) for name in OUTPUTS],
+    )
+    training = progress(text, "training", held_out=False)
     if args.kind == "byte-level":
         tokenizer = train_byte_level(
             training,
@@ -54,6 +72,7 @@ def main(argv: list[str] | None = None) -> int | None:
             source=source,
             split_digits=not args.join_digits,
             overwrite=args.overwrite,
+            text=text,
         )
     else:
         tokenizer = train_sentencepiece(
@@ -66,34 +85,40 @@ def main(argv: list[str] | None = None) -> int | None:
             split_digits=not args.join_digits,
             character_coverage=args.character_coverage,
             overwrite=args.overwrite,
+            text=text,
         )
     print(shown(describe(args.output, tokenizer)))
+    print(shown_lines(account(args.output, text)))
     if args.held_out != 0:
-        print(shown_lines(report(measure(tokenizer, documents(args, "measuring", held_out=True)))))
+        print(shown_lines(report(measure(tokenizer, progress(text, "measuring", held_out=True)))))
     return 0
 
 
-def documents(args: argparse.Namespace, what: str, *, held_out: bool) -> Iterator[str]:
-    """Texts to train on, or those held out; --sample-bytes ends them early."""
+def progress(text: TrainingText, what: str, *, held_out: bool) -> Iterator[str]:
+    """Texts to train on, or those held out, with a bar."""
     from tqdm import tqdm
 
-    from oryx_megatron.data.corpus import read_documents
-
-    taken = 0
-    every = args.held_out
     with tqdm(unit="B", unit_scale=True, desc=what, leave=False, dynamic_ncols=True, disable=None) as bar:
-        number = 0
-        for source in args.input:
-            for document in read_documents(source, text_key=args.text_key):
-                # A part of a very long document counts as a document here.
-                number += 1
-                if (every != 0 and number % every == 0) != held_out:
-                    continue
-                taken += len(document.data)
-                bar.update(len(document.data))
-                yield document.text
-                if args.sample_bytes is not None and taken >= args.sample_bytes:
-                    return
+        for document in text.texts(held_out=held_out):
+            bar.update(len(document.data))
+            yield document.text
+
+
+def account(folder: str, text: TrainingText) -> str:
+    """What was trained on, and what was not."""
+    facts = text.facts()
+    sample = f", a sample of {text.size / 1e6:,.2f} MB of input" if text.sample_bytes is not None else ""
+    lines = [f"  trained on         {facts['bytes'] / 1e6:,.2f} MB{sample}"]
+    if facts["dropped"]:
+        lines.append(f"  dropped            {', '.join(f'{n:,} × {what}' for what, n in facts['dropped'].items())}")
+    if facts["skipped"]:
+        lines.append(f"  left out           {', '.join(f'{n:,} {reason}' for reason, n in facts['skipped'].items())}")
+    for reason, files in facts["left_out"].items():
+        lines.append(f"  files left out     {files['files']:,} {reason} ({files['bytes'] / 1e6:,.1f} MB)")
+        lines += [f"                       {shown(name)}" for name in files["first"][:3]]
+    if facts["skipped"] or facts["left_out"]:
+        lines.append(f"                     see {folder}/{SKIPPED}")
+    return "\n".join(lines)
 
 
 def describe(folder: str, tokenizer: Tokenizer) -> str:
@@ -115,10 +140,36 @@ def report(found: dict) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", nargs="+", default=[STDLIB], help=f"`{STDLIB}`, files, folders, URLs")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    parser.add_argument(
+        "--format", choices=["auto", "text", "jsonl", "parquet"], default="auto", help="default: by ending"
+    )
+    parser.add_argument("--endings", nargs="+", default=[], help="endings of the files that folders contribute")
+    parser.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="bad input; default: stop")
+    parser.add_argument(
+        "--max-bad", type=share, default=0.01, metavar="SHARE", help="with skip, of documents and input (default: 0.01)"
+    )
     parser.add_argument("--output", metavar="FOLDER", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in that folder")
     parser.add_argument("--vocab-size", type=int, default=8192, help="default: 8192")
@@ -128,8 +179,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
     parser.add_argument("--join-digits", action="store_true", help="let numbers be tokens; default: single digits")
     parser.add_argument("--character-coverage", type=float, default=0.9999, metavar="SHARE", help="default: 0.9999")
-    parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on this much text at most")
-    parser.add_argument("--held-out", type=int, default=10, metavar="N", help="measure on every N-th; 0: on none")
+    parser.add_argument(
+        "--sample-bytes", type=positive, metavar="N", help="train on this much text at most, spread over all inputs"
+    )
+    parser.add_argument("--held-out", type=whole, default=10, metavar="N", help="measure on every N-th; 0: on none")
     parser.add_argument("--adopt", metavar="FOLDER", help="write manifest.json for the tokenizer files of a folder")
     parser.add_argument(
         "--file", choices=list(MODEL_FILES.values()), help="with --adopt: the one to take where a folder holds several"

@@ -27,7 +27,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -54,7 +54,8 @@ COMPRESSIONS = {
 }
 """Letter case of endings does not count, here and above."""
 BOM = "\ufeff"
-SKIPPED_ENDING = ".skipped.jsonl"
+SKIPPED = "skipped.jsonl"
+"""PREFIX.skipped.jsonl of a dataset, skipped.jsonl of a tokenizer: lists of what was left out."""
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 BLOCK = 1 << 22
 """Bytes read at once, and roughly the text handed on at once."""
@@ -130,6 +131,11 @@ class Bad:
     detail: str = ""
     unread: int = 0
     """Input bytes of the file, or the part of it, that could not be read to its end."""
+
+    def record(self) -> dict[str, Any]:
+        """The line for PREFIX.skipped.jsonl."""
+        fields = {"place": self.place, "reason": self.reason, "detail": self.detail}
+        return fields | ({"unread": self.unread} if self.unread else {})
 
 
 @dataclass(frozen=True)
@@ -390,7 +396,7 @@ class _Walk:
             self.left_out.append(LeftOut(path, "not a regular file"))
         elif not self.wanted(name):
             self.left_out.append(LeftOut(path, "unknown ending", bytes=status.st_size))
-        elif name.endswith(SKIPPED_ENDING) and is_skipped_list(Path(path)):
+        elif name.endswith(SKIPPED) and is_skipped_list(Path(path)):
             self.left_out.append(LeftOut(path, "list of what a run left out", bytes=status.st_size))
         else:
             self.found.append(_File(path, status.st_size))
@@ -440,7 +446,7 @@ def _remote_files(source: str, options: ReadOptions, left_out: list[LeftOut], ow
                 left_out.append(LeftOut(url(name), "hidden", bytes=size))
             elif not _wanted(inside[-1], options):
                 left_out.append(LeftOut(url(name), "unknown ending", bytes=size))
-            elif name.endswith(SKIPPED_ENDING) and _is_remote_list(system, name):
+            elif inside[-1].endswith(SKIPPED) and _is_remote_list(system, name):
                 left_out.append(LeftOut(url(name), "list of what a run left out", bytes=size))
             else:
                 files.append(_File(url(name), size))
@@ -567,6 +573,26 @@ def read_documents(source: str, *, text_key: str = "text") -> Iterator[Text]:
 def may_skip(bad: Bad, inputs: Sequence[str]) -> bool:
     """The standard library has a few files in other encodings, on purpose: tests of Python's parser."""
     return bad.reason == "not UTF-8" and STDLIB in inputs and bad.place.startswith(sysconfig.get_path("stdlib"))
+
+
+def check_share(bad: Mapping[str, int], documents: int, unread: int, size: int, allowed: float) -> None:
+    """Raise DataError when more than the share `allowed` of the documents is bad, or of `size` input bytes unread.
+
+    Arguments: `bad` counts by reason, `documents` are those that are good.
+    """
+    advice = "nothing was written. Raise --max-bad and run again to go on"
+    if unread > allowed * size:
+        raise DataError(
+            f"files with {unread / size:.2%} of the input cannot be read to their end, more than "
+            f"--max-bad {allowed:.2%}; {advice}"
+        )
+    number = sum(count for reason, count in bad.items() if reason != "empty")
+    if number > allowed * (documents + number):
+        worst = max((count, reason) for reason, count in bad.items() if reason != "empty")[1]
+        raise DataError(
+            f"{number:,} of {documents + number:,} documents are bad ({number / (documents + number):.2%}, mostly: "
+            f"{worst}), more than --max-bad {allowed:.2%}; {advice}"
+        )
 
 
 def describe(bad: Bad) -> str:

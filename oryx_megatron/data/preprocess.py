@@ -35,6 +35,7 @@ from oryx_megatron.data.corpus import (
     ReadOptions,
     Segment,
     Text,
+    check_share,
     describe,
     may_skip,
     plan,
@@ -425,19 +426,9 @@ def _add(totals: _Part, part: _Part) -> None:
 def _check_share(job: Job, totals: _Part, input_bytes: int, *, final: bool = False) -> None:
     if job.on_error == "stop":
         return
-    if totals.unread > job.max_bad * input_bytes:
-        raise DataError(
-            f"files with {totals.unread / input_bytes:.2%} of the input cannot be read to their end, more than "
-            f"--max-bad {job.max_bad:.2%}; nothing was written. Raise --max-bad and run again to go on"
-        )
-    bad = sum(number for reason, number in totals.bad.items() if reason != "empty")
-    seen = totals.documents + bad
-    if bad > job.max_bad * seen and (final or seen >= 100_000):
-        worst = max((n, reason) for reason, n in totals.bad.items() if reason != "empty")
-        raise DataError(
-            f"{bad:,} of {seen:,} documents are bad ({bad / seen:.2%}, mostly: {worst[1]}), more than --max-bad "
-            f"{job.max_bad:.2%}; nothing was written. Raise --max-bad and run again to go on"
-        )
+    seen = totals.documents + sum(number for reason, number in totals.bad.items() if reason != "empty")
+    counts = totals.bad if final or seen >= 100_000 else {}
+    check_share(counts, totals.documents, totals.unread, input_bytes, job.max_bad)
 
 
 def _log(folder: Path, size: int) -> Any:
@@ -602,8 +593,7 @@ class _Worker:
                     return
                 part.bad[item.reason] = part.bad.get(item.reason, 0) + 1
                 part.unread += item.unread
-                fields = {name: value for name, value in asdict(item).items() if name != "unread" or value}
-                log.write(_line(fields))
+                log.write(_line(item.record()))
                 continue
             batch.append(item)
             size += len(item.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,14 +15,21 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from oryx_megatron.data.corpus import SKIPPED
 from oryx_megatron.data.files import read_json, replacing, sha256_of
+from oryx_megatron.data.indexed import is_skipped_list
+from oryx_megatron.data.sampling import TrainingText
 from oryx_megatron.data.tokenizer import MANIFEST, MODEL_FILES, PRE_TOKENIZERS, Tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
 EOD = "<|endoftext|>"
 """End-of-document token of the byte-level tokenizers trained here."""
 ENDS = {"sentencepiece": "</s>", "huggingface": EOD}
-OUTPUTS = (MANIFEST, *MODEL_FILES.values(), "tokenizer_config.json")
+LONGEST_LINE = 1 << 16
+"""Bytes; SentencePiece leaves longer lines out."""
+RESERVED = "\u2585"
+"""SentencePiece leaves out lines that hold it."""
+OUTPUTS = (MANIFEST, *MODEL_FILES.values(), "tokenizer_config.json", SKIPPED)
 """Files of a tokenizer's folder that training writes, replaces or removes."""
 
 
@@ -36,19 +44,23 @@ def train_sentencepiece(
     split_digits: bool = True,
     character_coverage: float = 0.9999,
     overwrite: bool = True,
+    text: TrainingText | None = None,
 ) -> Tokenizer:
     """Train a SentencePiece model into `folder`.
 
     With byte fallback text comes back exactly: no normalisation, no space put before the text, runs of spaces kept and
     learned as pieces, everything else that is not in the vocabulary (newlines too) as bytes. Only U+2581,
-    SentencePiece's own sign for a space, comes back as a space. Raises DataError when the text does not suffice for the
+    SentencePiece's own sign for a space, comes back as a space. Lines are cut where the trainer would leave long ones
+    out; its reserved character U+2585 is left to bytes, and counted in the manifest. `text`: where the texts are from,
+    for the manifest. Raises DataError when the text does not suffice for the
     vocabulary, or the folder holds a tokenizer and `overwrite` is off.
     """
     check_folder(folder, overwrite)
     model = io.BytesIO()
+    lines = _Lines(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -59,7 +71,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=split_digits,
-            max_sentence_length=1 << 16,
+            max_sentence_length=LONGEST_LINE,
             unk_id=0,
             bos_id=-1,
             eos_id=1,
@@ -67,6 +79,10 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if lines.failure is not None:
+            raise lines.failure from None  # of the text, not of the trainer
+        if not lines.bytes:
+            raise DataError(f"cannot train a tokenizer on {source}: there is no text") from error
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         raise DataError(f"cannot train {vocab_size} pieces on {source}: {reason}") from error
     options = {
@@ -74,8 +90,9 @@ def train_sentencepiece(
         "byte_fallback": byte_fallback,
         "split_digits": split_digits,
         "character_coverage": character_coverage,
+        **({"reserved_characters": lines.reserved} if lines.reserved else {}),
     }
-    return _write(folder, {"tokenizer.model": model.getvalue()}, source, "sentencepiece", options, overwrite)
+    return _write(folder, {"tokenizer.model": model.getvalue()}, source, "sentencepiece", options, overwrite, text)
 
 
 def train_byte_level(
@@ -86,6 +103,7 @@ def train_byte_level(
     source: str,
     split_digits: bool = True,
     overwrite: bool = True,
+    text: TrainingText | None = None,
 ) -> Tokenizer:
     """Train byte-level BPE of Hugging Face's `tokenizers` into `folder`; every text comes back exactly.
 
@@ -113,7 +131,7 @@ def train_byte_level(
         raise DataError(f"cannot train {vocab_size} tokens on {source}: it yields {backend.get_vocab_size()}")
     config = f'{{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{EOD}"}}\n'
     files = {"tokenizer.json": backend.to_str(pretty=True).encode(), "tokenizer_config.json": config.encode()}
-    return _write(folder, files, source, "huggingface", {"split_digits": split_digits}, overwrite)
+    return _write(folder, files, source, "huggingface", {"split_digits": split_digits}, overwrite, text)
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Any]:
@@ -183,7 +201,12 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
         files = {}
     for name in there:
         path = folder / name
-        ours = bool(files) if name == MANIFEST else path.is_file() and files.get(name) == sha256_of(path)
+        if name == MANIFEST:
+            ours = bool(files)
+        elif name == SKIPPED:
+            ours = bool(files) and path.is_file() and is_skipped_list(path)
+        else:
+            ours = path.is_file() and files.get(name) == sha256_of(path)
         if not ours:
             raise DataError(f"{path} exists and was not trained here; choose another folder or move it away")
     if not overwrite:
@@ -191,11 +214,22 @@ def check_folder(folder: str | Path, overwrite: bool) -> None:
 
 
 def _write(
-    folder: str | Path, files: dict[str, bytes], source: str, kind: str, training: dict[str, Any], overwrite: bool
+    folder: str | Path,
+    files: dict[str, bytes],
+    source: str,
+    kind: str,
+    training: dict[str, Any],
+    overwrite: bool,
+    text: TrainingText | None,
 ) -> Tokenizer:
-    """Write a trained tokenizer; files of an earlier one of another kind go."""
+    """Write a trained tokenizer, and what was left out of its text; files of an earlier one of another kind go."""
     folder = Path(folder)
     check_folder(folder, overwrite)  # again: training took a while
+    if text is not None:
+        training = training | {"text": text.facts()}
+        if bad := text.list_of_bad():
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in bad]
+            files = files | {SKIPPED: "".join(lines).encode("utf-8", "backslashreplace")}
     old = [name for name in OUTPUTS if name != MANIFEST and name not in files and (folder / name).exists()]
     try:
         with contextlib.ExitStack() as stack:
@@ -208,7 +242,35 @@ def _write(
         raise DataError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
+class _Lines:
     """Lines without their end: SentencePiece's trainer knows no newlines, they stay bytes."""
-    for text in texts:
-        yield from (line for line in text.split("\n") if line)
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.failure: BaseException | None = None
+        """What ended the texts early, and the trainer does not hand on."""
+        self.bytes = 0
+        self.reserved = 0
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                self.reserved += text.count(RESERVED)
+                for line in text.replace(RESERVED, "\n").split("\n"):
+                    if line:
+                        self.bytes += len(line)
+                        yield from _pieces(line)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line in parts that the trainer takes, cut before a space where there is one."""
+    while 4 * len(line) > LONGEST_LINE and len(line.encode()) > LONGEST_LINE:
+        part = line.encode()[:LONGEST_LINE].decode(errors="ignore")
+        space = part.rfind(" ")
+        part = part[:space] if space > 0 else part
+        yield part
+        line = line[len(part) :]
+    yield line
