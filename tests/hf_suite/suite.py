@@ -2,8 +2,8 @@
 
 test_modeling_common.py, test_training_mixin.py and test_configuration_common.py of transformers' source distribution,
 of the version installed, once per mixer and mode plan. The distribution leaves out the folders tests/generation and
-tests/exporters; with TRANSFORMERS_TESTS naming the tests folder of a checkout of that version, their mixins run too.
-What they would ask of generation, tests/numerics/test_hf_generate.py and test_hf_as_others.py ask here.
+tests/exporters: generation.py asks what the first would. With TRANSFORMERS_TESTS naming the tests folder of a checkout
+of that version, transformers' own mixins of those folders run too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import transformers
+from generation import GenerationCases
 
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM, OryxModel
@@ -113,6 +114,7 @@ class OryxTester:
 
 
 class Case(
+    GenerationCases,
     common.ModelTesterMixin,
     suite["generation.test_utils"].GenerationTesterMixin,
     suite["test_training_mixin"].TrainingTesterMixin,
