@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = load_for_inference(arguments.checkpoint, tensor=ranks.world_size())
         tokenizer = load_tokenizer(arguments.tokenizer or model.run.data.tokenizer)
-        check_tokenizer(tokenizer, model.manifest.data["tokenizer"], str(model.folder))
+        check_tokenizer(tokenizer, model.manifest.tokenizer, str(model.folder))
         prompt = tokenizer.encode(text) or [tokenizer.eod_id]
         shown = _Printer(tokenizer, prompt) if parallel.is_main_rank() else None
         generate(

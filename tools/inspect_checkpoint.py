@@ -60,10 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _verify(summary: Summary) -> int:
-    from oryx_megatron.checkpoint.store import damaged_files
+    from oryx_megatron.checkpoint.store import check_files
 
-    if bad := damaged_files(summary.folder, summary.manifest):
-        raise CheckpointError(f"{summary.folder} is damaged: {', '.join(bad)} differ from the manifest or are missing")
+    check_files(summary.folder, summary.manifest)
     sys.stdout.write(f"{shown(summary.folder)}: all {len(summary.manifest.files)} files are as they were written\n")
     return 0
 
@@ -72,12 +71,11 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
     from oryx_megatron.checkpoint.inspect import tree
 
     manifest = summary.manifest
-    model, layout = manifest.config["model"], manifest.layout
+    model, layout = manifest.run().model, manifest.layout
     lines = [
         str(summary.folder),
         f"  iteration {manifest.iteration:,}, {manifest.consumed_samples:,} samples read",
-        f"  model {model['name']}: {model['mixer']}, modes {model['modes']}, {model['num_layers']} layers × "
-        f"{model['hidden_size']}",
+        f"  model {model.name}: {model.mixer}, modes {model.modes}, {model.num_layers} layers × {model.hidden_size}",
         f"  written under {' × '.join(f'{name} {size}' for name, size in layout.items())}; loads under any layout",
         f"  {_size(summary.file_bytes)} in {len(manifest.files) + 1} files",
         f"  commit {manifest.commit or 'unknown'}",

@@ -12,10 +12,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from oryx_megatron.checkpoint.manifest import NAME, Manifest, read_manifest
 from oryx_megatron.checkpoint.safe import read_metadata
-from oryx_megatron.checkpoint.store import check_format
+from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
+METADATA = ".metadata"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def summarize(folder: str | Path) -> Summary:
     check_format(folder)
     try:
         stored = read_metadata(folder).state_dict_metadata
+        check_files(folder, manifest, (METADATA,))
         size = sum((folder / name).stat().st_size for name in (*manifest.files, NAME))
     except OSError as error:
         raise CheckpointError(f"{folder} is damaged ({error}); use another checkpoint") from None

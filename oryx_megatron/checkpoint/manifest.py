@@ -16,9 +16,12 @@ from typing import Any
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, NewerCheckpointError
+from oryx_megatron.reading import parse_json, read_text
 
 FORMAT = 1
 NAME = "manifest.json"
+LARGEST = 1 << 28
+"""Bytes of a manifest: some hundred thousand files."""
 CHECKSUM = "checksum"
 """Key of the sha256 of all other keys and values, as `_checksum` makes it. The first version wrote none."""
 
@@ -65,22 +68,40 @@ class Manifest:
             ) from None
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What it says of the tokenizer: name, fingerprint, eod and more; CheckpointError when it does not."""
+        found = self.data.get("tokenizer")
+        kinds = {"name": str, "fingerprint": str, "eod": int}
+        if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in kinds.items()):
+            raise CheckpointError(f"{NAME} of iteration {self.iteration} says nothing of its tokenizer; use another")
+        return found
+
+    @property
+    def trained_on(self) -> dict[str, Any] | None:
+        """State of the training data; None: a conversion, which read none. CheckpointError when it does not say."""
+        found = self.data.get("train", False)
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(f"{NAME} of iteration {self.iteration} says nothing of its data; use another")
+        return found
+
+
+def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:
     """Write manifest.json into `folder`, with its checksum."""
     fields = json.loads(json.dumps(dataclasses.asdict(manifest)))  # as it will be read: no tuples
-    (folder / NAME).write_text(json.dumps(fields | {CHECKSUM: _checksum(fields)}, indent=1) + "\n")
+    (folder / name).write_text(json.dumps(fields | {CHECKSUM: _checksum(fields)}, indent=1) + "\n")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read manifest.json of a checkpoint.
+def read_manifest(folder: str | Path, name: str = NAME) -> Manifest:
+    """Read manifest.json of a checkpoint, or what a conversion calls it.
 
     Raises:
         NewerCheckpointError: of a format that this version does not know.
         CheckpointError: not a checkpoint of this project, or damaged.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / name
     try:
-        fields = json.loads(path.read_text())
+        fields = parse_json(read_text(path, LARGEST))
         if not isinstance(fields, dict):
             raise ValueError(f"it holds a JSON {type(fields).__name__}, not an object")
         if type(written := fields["format"]) is int and written > FORMAT:
@@ -94,10 +115,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         _check(manifest)
         return manifest
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {NAME}") from None
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}") from None
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged (it has no key {error}); use another checkpoint") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
 
 
@@ -114,6 +135,12 @@ def _check(manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         if name != Path(name).name or type(file.get("bytes")) is not int or not isinstance(file.get("sha256"), str):
             raise ValueError(f"files has a wrong entry for {name!r}")
+    for result in manifest.evaluations:
+        texts, numbers = ("dataset", "plan"), ("iteration", "loss", "perplexity", "bits_per_byte")
+        if not all(_fits(result.get(name), str) for name in texts) or not all(
+            _fits(result.get(name), int | float) for name in numbers
+        ):
+            raise ValueError("evaluations has a wrong entry")
     if manifest.format != FORMAT or manifest.iteration < 0 or manifest.consumed_samples < 0:
         raise ValueError("format, iteration or consumed_samples is out of range")
 

@@ -20,7 +20,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron.checkpoint import safe, shards
-from oryx_megatron.checkpoint.store import check_format
+from oryx_megatron.checkpoint.manifest import Manifest
+from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,25 @@ def gather_weights(chunks: list[Any], *, always: bool = False) -> None:
 def load_model_weights(folder: Path, chunks: list[Any]) -> None:
     """Fill the model only, for evaluation, generation and conversion."""
     load_sharded_state(folder, chunks, None)
+
+
+def check_whole(folder: Path, manifest: Manifest) -> None:
+    """Compare the files of a checkpoint with its manifest, each rank a share of them; collective.
+
+    Raises:
+        CheckpointError: on every rank, when any file is missing or differs.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = sorted(manifest.files)[rank::world]
+    found: list[CheckpointError | None] = [None] * world
+    mine = None
+    try:
+        check_files(folder, manifest, share)
+    except CheckpointError as error:
+        mine = error
+    torch.distributed.all_gather_object(found, mine)
+    if (first := next(filter(None, found), None)) is not None:
+        raise first
 
 
 def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:

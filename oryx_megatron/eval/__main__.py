@@ -168,7 +168,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
 
     loaded = load_for_inference(folder, tensor=ranks.world_size())
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
-    check_tokenizer(codec, loaded.manifest.data["tokenizer"], str(loaded.folder))
+    check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
     run = loaded.run
     return predict_with_checkpoint(loaded), codec, run.model.vocab_size, run.modes.chunk, run.model.name
 

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oryx_megatron import platform
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import ConversionError
+from oryx_megatron.errors import ConversionError, OryxError
 from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.convert import recognised
+from oryx_megatron.hf.convert import check_export, recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 
@@ -33,6 +33,7 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
         ConversionError: it does not load, or asks for what no export has.
     """
     recognised(folder)
+    check_export(Path(folder))
     AutoConfig.register(OryxConfig.model_type, OryxConfig, exist_ok=True)
     AutoModelForCausalLM.register(OryxConfig, OryxForCausalLM, exist_ok=True)
     try:
@@ -40,7 +41,9 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
         if tokenizer is not None:
             return model.to(platform.device()).eval(), load_tokenizer(tokenizer)  # type: ignore[arg-type]
         codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
+    except OryxError:
+        raise
+    except Exception as error:  # of many kinds: what transformers, tokenizers and safetensors raise on damaged files
         raise ConversionError(
             f"{folder} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error

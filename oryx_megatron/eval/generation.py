@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oryx_megatron import parallel, platform
-from oryx_megatron.checkpoint import Manifest, find_checkpoint, load_model_weights, read_manifest
+from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.model import LayerState, SequenceInfo, build_model
@@ -49,6 +49,7 @@ def load_for_inference(path: str | Path, *, tensor: int = 1) -> LoadedModel:
     # One token is not divisible over ranks, so decoding goes without sequence parallelism.
     layout = ParallelConfig(tensor=tensor, sequence=False)
     parallel.initialize(layout, seed=run.seed)
+    check_whole(folder, manifest)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     chunk = build_model(run.model, layout, run.precision, seed=run.seed)[0]
     load_model_weights(folder, [chunk])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oryx_megatron import parallel
-from oryx_megatron.checkpoint import Manifest, find_checkpoint, load_model_weights, read_manifest
+from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig
 from oryx_megatron.config.validate import Layout, validate
 from oryx_megatron.data.indexed import open_dataset
@@ -75,7 +75,7 @@ def evaluate_checkpoint(
         world_size,
     )
     spoken = load_tokenizer(run.data.tokenizer)
-    check_tokenizer(spoken, manifest.data["tokenizer"], str(folder))
+    check_tokenizer(spoken, manifest.tokenizer, str(folder))
     name = "valid" if data is None else Path(data).name
     if data is not None and batches is None:
         held = open_dataset(data, vocab_size=spoken.vocab_size, tokenizer=spoken.describe())
@@ -87,6 +87,7 @@ def evaluate_checkpoint(
             )
         run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batches=whole))
     parallel.initialize(run.parallel, seed=run.seed)
+    check_whole(folder, manifest)
     from megatron.core import parallel_state
 
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import re
@@ -19,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
-from oryx_megatron.checkpoint.manifest import file_digest, package_versions, write_manifest
-from oryx_megatron.config import check_model, to_dict
+from oryx_megatron.checkpoint.manifest import LARGEST, file_digest, package_versions, write_manifest
+from oryx_megatron.config import check_model, from_dict, to_dict
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
@@ -41,6 +40,7 @@ from oryx_megatron.hf.tables import (
 from oryx_megatron.hf.tensors import CheckpointReader, SafetensorsReader, Shape, write_checkpoint, write_safetensors
 from oryx_megatron.hf.tokenizer import export_tokenizer
 from oryx_megatron.platform import git_commit
+from oryx_megatron.reading import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def export(
         mode_chunk=run.modes.chunk,
         max_position_embeddings=run.data.sequence_length,
         architectures=["OryxForCausalLM"],
-        eos_token_id=manifest.data["tokenizer"]["eod"],
+        eos_token_id=manifest.tokenizer["eod"],
     )
     try:
         modeling_oryx.check_default_plan(config)
@@ -117,6 +117,7 @@ def export(
     wanted = hf_shapes(config)
     found = {name: shape for name, shape in reader.shapes().items() if not _beside_weights(name)}
     check_names(checkpoint_shapes(rules, wanted, model.num_layers), found, f"{source}:")
+    store.check_files(source, manifest)
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
     places: dict[str, tuple[Rule, int | None]] = {}
     for rule, layer in _unrolled(rules, model.num_layers):
@@ -139,11 +140,12 @@ def export(
         config.save_pretrained(folder)
         for module in (configuration_oryx, modeling_oryx, recurrences_oryx):
             shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
-        end = manifest.data["tokenizer"]["eod"]
+        end = manifest.tokenizer["eod"]
         GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False).save_pretrained(folder)
         if spoken is not None:
             export_tokenizer(spoken, folder, run.data.sequence_length)
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+        files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+        write_manifest(folder, dataclasses.replace(manifest, files=files), MANIFEST)
         (folder / "README.md").write_text(model_card(manifest, target.name), encoding="utf-8")
     size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
     return Conversion(source, target, len(tensors), size, model)
@@ -151,7 +153,7 @@ def export(
 
 def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None) -> Tokenizer:
     tokenizer = load_tokenizer(folder or run.data.tokenizer)
-    if (why := difference(manifest.data["tokenizer"], tokenizer.describe())) is not None:
+    if (why := difference(manifest.tokenizer, tokenizer.describe())) is not None:
         raise ConversionError(
             f"{tokenizer.folder} is not the tokenizer of the checkpoint, which has {why}; give the right one with "
             "--tokenizer"
@@ -183,12 +185,12 @@ def import_(
     if run is None and kept is None:
         raise ConversionError(f"{source} has no {MANIFEST} that says how it was trained; give a run config with --run")
     name = kept.config["model"]["name"] if kept is not None else source.resolve().name
-    model = from_hf_config(config, name)
-    _check(model, source)
+    model = _checked(source, lambda: from_hf_config(config, name))
     reader = SafetensorsReader(source)
     shapes = hf_shapes(config)
     found = {name: shape for name, shape in reader.shapes().items() if not _tied(name, config)}
     check_names(shapes, found, f"{source}:")
+    check_export(source)
     if run is None:
         assert kept is not None
         run = kept.run()
@@ -221,8 +223,7 @@ def import_llama(
     """
     source = Path(source)
     theirs = _json(source / "config.json")
-    model = _llama_model(source, theirs, mixer)
-    _check(model, source)
+    model = _checked(source, lambda: _llama_model(source, theirs, mixer))
     config = to_hf_config(model)
     reader = SafetensorsReader(source)
     shapes = hf_shapes(config)
@@ -276,25 +277,26 @@ def _llama_model(source: Path, theirs: dict[str, Any], mixer: Literal["gdn", "ma
     try:
         heads = theirs["num_attention_heads"]
         width = theirs.get("head_dim") or theirs["hidden_size"] // heads
-        return ModelConfig(
-            name=f"{source.resolve().name}-{mixer}",
-            mixer=mixer,
-            num_layers=theirs["num_hidden_layers"],
-            hidden_size=theirs["hidden_size"],
-            ffn_hidden_size=theirs["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=theirs.get("num_key_value_heads") or heads,
-            key_width=width,
-            value_width=width,
-            vocab_size=theirs["vocab_size"],
-            conv_width=4 if mixer == "mamba2" else 0,
-            output_gate=False,
-            qk_norm=False,
-            rotary_base=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
-            tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
-            norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
-            init_std=theirs.get("initializer_range", 0.02),
-        )
+        fields = {
+            "name": f"{source.resolve().name}-{mixer}",
+            "mixer": mixer,
+            "num_layers": theirs["num_hidden_layers"],
+            "hidden_size": theirs["hidden_size"],
+            "ffn_hidden_size": theirs["intermediate_size"],
+            "num_heads": heads,
+            "num_kv_heads": theirs.get("num_key_value_heads") or heads,
+            "key_width": width,
+            "value_width": width,
+            "vocab_size": theirs["vocab_size"],
+            "conv_width": 4 if mixer == "mamba2" else 0,
+            "output_gate": False,
+            "qk_norm": False,
+            "rotary_base": float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
+            "tie_embeddings": theirs.get("tie_word_embeddings") or False,
+            "norm_epsilon": theirs.get("rms_norm_eps", 1e-6),
+            "init_std": theirs.get("initializer_range", 0.02),
+        }
+        return from_dict(ModelConfig, fields, source="config.json")
     except KeyError as error:
         raise ConversionError(f"{source / 'config.json'} lacks {error}") from None
 
@@ -377,12 +379,35 @@ def _described(run: RunConfig) -> dict[str, Any]:
 
 
 def _kept_manifest(source: Path) -> Manifest | None:
-    if not (source / MANIFEST).is_file():
+    if not (source / MANIFEST).exists():
         return None
     try:
-        return Manifest(**_json(source / MANIFEST))
-    except TypeError as error:
-        raise ConversionError(f"{source / MANIFEST} is damaged ({error})") from None
+        return read_manifest(source, MANIFEST)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from None
+
+
+def check_export(folder: Path) -> None:
+    """Compare what an export computes by (config, weights, tokenizer) with its manifest, where that lists them.
+
+    Raises:
+        ConversionError: a file is damaged, or was changed since.
+    """
+    kept = _kept_manifest(folder)
+    if kept is None or "config.json" not in kept.files:  # the first version listed the checkpoint's files
+        return
+    names = {name for name in kept.files if name in _COMPUTES or ".safetensors" in name}
+    try:
+        store.check_files(folder, kept, names)
+    except CheckpointError as error:
+        why = str(error).removesuffix("; use another checkpoint")
+        raise ConversionError(
+            f"{why}; export it again, or, if it was changed on purpose, remove its {MANIFEST} (import then needs --run)"
+        ) from None
+
+
+_COMPUTES = ("config.json", "tokenizer.json", "tokenizer.model")
+"""Files of an export, besides those of weights, that decide what it computes."""
 
 
 def _oryx_config(source: Path) -> OryxConfig:
@@ -391,8 +416,8 @@ def _oryx_config(source: Path) -> OryxConfig:
         raise ConversionError(f"{source}: model type {fields.get('model_type')!r}; known: oryx, llama")
     try:
         return OryxConfig.from_dict(fields)
-    except ValueError as error:
-        raise ConversionError(f"{source / 'config.json'}: {error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConversionError(f"{source / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
 def recognised(source: str | Path) -> dict[str, Any]:
@@ -422,7 +447,7 @@ def hf_model_type(source: str | Path) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path, LARGEST))
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}); is this a Hugging Face folder?") from None
     except ValueError as error:
@@ -432,11 +457,16 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check(model: ModelConfig, source: Path) -> None:
+def _checked(source: Path, make: Callable[[], ModelConfig]) -> ModelConfig:
+    """The model of a config.json that may hold anything; ConversionError when it is none."""
     try:
+        model = make()
         check_model(model)
     except ConfigError as error:
-        raise ConversionError(f"{source / 'config.json'}: {error}") from None
+        raise ConversionError(f"{source / 'config.json'}: {str(error).removeprefix('config.json: ')}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConversionError(f"{source / 'config.json'}: a field is of the wrong type ({error})") from None
+    return model
 
 
 def _tied(name: str, config: OryxConfig) -> bool:

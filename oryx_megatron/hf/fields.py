@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oryx_megatron.config import from_dict
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 
@@ -41,9 +42,12 @@ def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
 
 
 def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
-    """The model config of a Hugging Face config; G = H becomes null, as the presets write it."""
+    """The model config of a Hugging Face config; G = H becomes null, as the presets write it.
+
+    Raises:
+        ConfigError: a field is of the wrong type.
+    """
     fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG.items()}
-    fields |= {key: tuple(fields[key]) for key in ("decay_init", "dt_init")}
     if fields["num_kv_heads"] == fields["num_heads"]:
         fields["num_kv_heads"] = None
-    return ModelConfig(name=name, **fields)
+    return from_dict(ModelConfig, {"name": name, **fields}, source="config.json")

@@ -38,10 +38,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from oryx_megatron.checkpoint.safe import SafeReader
 from oryx_megatron.errors import CheckpointError, ConversionError
+from oryx_megatron.reading import parse_json, read_text
 
 Shape = tuple[int, ...]
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+LARGEST = 1 << 28
+"""Bytes of an index."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -182,8 +185,10 @@ class SafetensorsReader:
         self.folder = folder
         if (folder / INDEX).is_file():
             try:
-                files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+                files = sorted(set(parse_json(read_text(folder / INDEX, LARGEST))["weight_map"].values()))
+                if strange := [file for file in files if file != Path(file).name]:
+                    raise ValueError(f"it names {strange[0]}")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(f"{folder / INDEX} is damaged ({_line(error)})") from None
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
@@ -204,12 +209,14 @@ class SafetensorsReader:
                 length = struct.unpack("<Q", file.read(8))[0]
                 if length > path.stat().st_size:
                     raise ValueError("the header is longer than the file")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue
                 start, end = entry["data_offsets"]
                 dtype, shape = known[entry["dtype"]], tuple(entry["shape"])
+                if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+                    raise ValueError(f"{name} has no sizes")
                 if end - start != dtype.itemsize * math.prod(shape) or 8 + length + end > path.stat().st_size:
                     raise ValueError(f"{name} reaches beyond the file")
                 entries[name] = path, dtype, shape, 8 + length + start

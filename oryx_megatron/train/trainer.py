@@ -425,7 +425,7 @@ class Trainer:
                 f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
                 f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
             )
-        if manifest.data["train"] is None:  # a conversion: of weights alone, read from no data
+        if (trained_on := manifest.trained_on) is None:  # a conversion: of weights alone, read from no data
             return
         if (before := written.optimizer.name) != run.optimizer.name:
             raise CheckpointError(
@@ -437,7 +437,7 @@ class Trainer:
                 f"{root}: written with parallel.distributed_optimizer {str(sharded).lower()}, whose state the other "
                 f"optimizer cannot read; set it back, or {WEIGHTS_ALONE}"
             )
-        check_resume(manifest.data["train"], self.datasets["train"])
+        check_resume(trained_on, self.datasets["train"])
 
     def _manifest(self) -> Any:
         iteration, evaluations, stream = self.iteration, self.evaluations, self.stream.state()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_runs
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ from oryx_megatron.testing.fuzz import Target, fuzz
 from oryx_megatron.testing.project import VOCABULARY, synthetic_texts, tiny_project
 
 QUICK = 60
-SOAK = 500
+SOAK = 1000
 """Damaged variants over all targets in `make test` and in `make soak`."""
 
 
@@ -125,6 +126,7 @@ TARGETS: list[tuple[Target, Callable[[Path, Path], None]]] = [
     (Target("dataset", read_dataset, ["data.*"]), own_dataset),
     (Target("dataset without manifest", read_dataset, ["data.*"]), foreign_dataset),
     (Target("sample cache", read_cache, ["cache/**/*"]), sample_cache),
+    *fuzz_runs.TARGETS,
 ]
 """Each with what writes its valid folder, given a tiny project's folder and an empty one."""
 

@@ -306,6 +306,7 @@ def test_a_tensor_too_many_or_too_few_in_a_checkpoint(project: Path, tmp_path: P
     shutil.copytree(project.parent / "gdn tp2", tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "iteration_0000007" / "manifest.json"
     manifest = json.loads(path.read_text())
+    manifest.pop("checksum")  # as of one that was written so
     for field, value, message in (
         ("output_gate", False, "nothing maps: decoder.layers.self_attention.in_proj.weight.output_gate"),
         ("tie_embeddings", False, "lacks output_layer.weight"),
