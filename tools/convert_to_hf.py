@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode-plan", help="plan used where a caller gives none (default: attention)")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--license", metavar="ID", help="of the weights, as apache-2.0 (default: the run's `license`)")
     parser.add_argument("--verify", action="store_true", help="compare logits of both sides in fp32 and bf16")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     return parser
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         mode_plan=arguments.mode_plan,
         tokenizer=arguments.tokenizer,
         with_tokenizer=not arguments.no_tokenizer,
+        license=arguments.license,
         overwrite=arguments.overwrite,
     )
     what = f"{done.source} → {done.target}: {done.model.name}"

@@ -386,3 +386,5 @@ class RunConfig:
     """Training engine; deepspeed splits ranks into tensor and data parallelism only."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """DeepSpeed's share of the layout."""
+    license: str | None = None
+    """License of the weights for the model cards of exports, as the Hub writes it, e.g. apache-2.0; null: none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -491,6 +492,14 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
 
 
+def check_license(license: str | None) -> None:
+    """Raise ConfigError unless it is an identifier, as model cards want it."""
+    if license is not None and re.fullmatch(r"[a-z0-9]([a-z0-9.+-]*[a-z0-9])?", license) is None:
+        raise ConfigError(
+            f"license: {license!r} is no identifier of a license as the Hub writes it, e.g. apache-2.0, mit or other"
+        )
+
+
 def validate(run: RunConfig, world_size: int) -> Layout:
     """Check a run as a whole for `world_size` ranks and give its layout; ConfigError at the first fault.
 
@@ -510,6 +519,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     _check_training(run)
     _check_faults(run.faults)
     _check_modes(run)
+    check_license(run.license)
     try:
         layout = layout_for(run, world_size)
     except ConfigError as error:

@@ -40,7 +40,9 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ("precision", run.precision.dtype + ("" if run.precision.fp8 == "none" else f", fp8 {run.precision.fp8}")),
     ]  # fmt: skip
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- oryx\n---",
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- oryx\n"
+        + (f"license: {run.license}\n" if run.license is not None else "")
+        + "---",
         f"# {markdown(model.name)}",
         "An Oryx language model (arXiv 2605.28769): one set of weights whose tokens may each be read by softmax "
         "attention or by a linear recurrence, switching at any token."

@@ -21,6 +21,7 @@ from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, s
 from oryx_megatron.checkpoint.manifest import LARGEST, file_digest, package_versions, write_manifest
 from oryx_megatron.config import check_model, from_dict, to_dict
 from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.config.validate import check_license
 from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
@@ -76,6 +77,7 @@ def export(
     mode_plan: str | None = None,
     tokenizer: str | Path | None = None,
     with_tokenizer: bool = True,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Write a checkpoint, of any layout, as a folder that transformers loads without this package.
@@ -88,6 +90,7 @@ def export(
         mode_plan: Default plan of the exported model.
         tokenizer: Tokenizer folder; default the run's.
         with_tokenizer: False leaves the tokenizer out.
+        license: Of the weights, as the Hub writes it; default the run's. Without one the model card names none.
         overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
 
     Raises:
@@ -98,6 +101,12 @@ def export(
     source, target = find_checkpoint(source), Path(target)
     manifest = read_manifest(source)
     run = manifest.run()
+    if license is not None:
+        run = dataclasses.replace(run, license=license)
+        manifest = dataclasses.replace(manifest, config=to_dict(run))
+    check_license(run.license)
+    if run.license is None:
+        log.warning("no license is set: the model card names none; set `license` in the run config, or use --license")
     model = run.model
     spoken = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
     config = to_hf_config(
@@ -194,7 +203,7 @@ def import_(
     if run is None:
         assert kept is not None
         run = kept.run()
-    if kept is None or to_dict(run) != kept.config:
+    if kept is None or not _same(run, kept.run()):
         kept = None  # another run: it starts from these weights, at its own first step
     return _write(source, Path(target), model, shapes, reader.dtype, reader.read, run, kept, overwrite)
 
@@ -372,6 +381,11 @@ def _write(
         store.commit(writing)
     size = sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
     return Conversion(source, target, len(wanted), size, model)
+
+
+def _same(run: RunConfig, other: RunConfig) -> bool:
+    """Whether they train alike: a license may be given at the export."""
+    return to_dict(dataclasses.replace(run, license=None)) == to_dict(dataclasses.replace(other, license=None))
 
 
 def _described(run: RunConfig) -> dict[str, Any]:

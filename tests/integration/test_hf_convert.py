@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hf_checkpoints import CASES, resave, run_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -20,7 +21,7 @@ from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.config import load_run, to_dict
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
-from oryx_megatron.errors import CheckpointError, ConversionError
+from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export, import_, import_llama
 from oryx_megatron.hf.fields import CONFIG, from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
@@ -123,6 +124,27 @@ def test_model_card_is_filled_from_the_manifest(exported: Path) -> None:
     for fact in ("1,344 tokens: 7 steps of 4 × 48", "| data | 1 |", "| `recurrent` | 2.5000 | 12.180 | 1.2500 | 7 |",
                  "| torch | ", "0" * 40, "Gated DeltaNet"):  # fmt: skip
         assert fact in card, fact
+
+
+def test_license_of_the_weights(
+    exported: Path, project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The card's metadata states it; it is no other run; without one the export says so."""
+    assert "license:" not in (exported / "README.md").read_text()
+    source = project.parent / "gdn tp2"
+    export(source, tmp_path / "licensed", license="apache-2.0")
+    assert not [record for record in caplog.records if record.name.startswith("oryx_megatron")]
+    card = (tmp_path / "licensed" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    import_(tmp_path / "licensed", tmp_path / "back", run_of(project, "gdn tp2"))
+    kept = read_manifest(find_checkpoint(tmp_path / "back"))
+    assert kept.iteration == read_manifest(find_checkpoint(source)).iteration > 0
+    with pytest.raises(ConfigError, match=r"license: 'Apache 2' is no identifier"):
+        export(source, tmp_path / "no", license="Apache 2")
+    assert not (tmp_path / "no").exists()
+    export(source, tmp_path / "none", with_tokenizer=False)
+    (warning,) = (record for record in caplog.records if record.name.startswith("oryx_megatron"))
+    assert warning.getMessage().startswith("no license is set")
 
 
 def test_tokenizer_of_an_export_reads_as_the_runs(exported: Path, project: Path) -> None:
