@@ -929,7 +929,9 @@ class OryxModel(OryxPreTrainedModel):
             use_cache = False
         if attention_mask is None and position_ids is not None and cache is None and s > 1:
             starts = (position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] == 0)
-            if not torch.compiler.is_compiling() and bool(starts.any()):
+            if torch.compiler.is_exporting():  # one graph for all texts, without a branch: it checks itself
+                torch._assert_async(~starts.any(), "an exported Oryx takes no packed documents: position_ids restart")
+            elif bool(starts.any()):  # under torch.compile the graph ends here; with fullgraph=True this is an error
                 return self._forward_packed(x, starts.expand(b, -1), mode_plan, output_attentions)
         if cache is None and use_cache:
             cache = OryxCache(self.config)
@@ -1216,6 +1218,7 @@ class OryxForCausalLM(OryxPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         """Make the OryxCache, and the SlotPlan of prompt and new tokens."""
         cache = OryxCache.of(model_kwargs.get(CACHE), self.config)
+        generation_config._cache_is_the_callers = cache is not None
         keep_kv = getattr(cache, "keep_kv", self.config.keep_kv)
         keep_kv = _setting("keep_kv", model_kwargs, generation_config, keep_kv)
         given = model_kwargs.get("mode_plan") is not None
@@ -1415,7 +1418,10 @@ def _decode(
     model_kwargs: dict,
     period: int = 16,
 ) -> Tensor:
-    """The loop over new tokens. End-of-text is looked for every `period` tokens, in a copy made one period before."""
+    """The loop over new tokens. End-of-text is looked for every `period` tokens, in a copy made one period before.
+
+    A cache that the caller keeps may not run ahead of the text, so there it is looked for after every token.
+    """
     plan: SlotPlan = model_kwargs["mode_plan"]
     eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
     b, start = input_ids.shape
@@ -1424,6 +1430,7 @@ def _decode(
     text = input_ids.new_zeros(b, length)
     text[:, :start] = input_ids
     going = torch.ones(b, dtype=torch.bool, device=text.device)
+    exact = generation_config._cache_is_the_callers
     watch = _Watch(text.device)
     end = start
     while True:
@@ -1437,7 +1444,11 @@ def _decode(
             going = going & (tokens[:, None] != eos).all(1)
         text[:, end] = tokens
         end += 1
-        if end == length or (eos is not None and (end - start) % period == 0 and watch.finished(going)):
+        if end == length:
+            break
+        if eos is not None and exact and not bool(going.any()):
+            break
+        if eos is not None and not exact and (end - start) % period == 0 and watch.finished(going):
             break
         logits = decoder.step(tokens, plan.modes(offset + end - 1, offset + end))
     if eos is not None:

@@ -154,6 +154,28 @@ def test_a_cache_under_either_name(name: str, room: int | None) -> None:
     assert int(cache.get_seq_length()) == 16
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("room", [None, 64])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_kept_cache_ends_with_the_text(mixer: str, room: int | None, rows: int) -> None:
+    """The next turn of a chat, after a turn that stopped at an end token, equals one pass over the whole chat."""
+    model = tiny_model(mixer, dtype=torch.float32)
+    ids = random_ids(rows, 6)
+    free = model.generate(ids, max_new_tokens=30, do_sample=False)[:, 6:].tolist()
+    ends = [next(t for i, t in enumerate(row) if i >= 3 and t not in row[:i]) for row in free]
+    plan = "every:2"
+    for added in (1, 3, 11, 20):
+        cache = OryxCache(model.config, room)
+        common = {"do_sample": False, "past_key_values": cache, "mode_plan": plan, "pad_token_id": 0}
+        mask = torch.ones_like(ids)  # or generate takes every token 0 for padding
+        text = model.generate(ids, attention_mask=mask, max_new_tokens=30, eos_token_id=ends, **common)
+        assert int(cache.get_seq_length()) == text.shape[1] - 1
+        more = torch.cat([text, random_ids(rows, added, seed=added)], 1)
+        common |= {"attention_mask": torch.ones_like(more), "return_dict_in_generate": True, "output_logits": True}
+        out = model.generate(more, max_new_tokens=6, **common)
+        check_against_one_pass(model, out, plan, prompt=more.shape[1])
+
+
 def test_without_cache_and_from_embeddings() -> None:
     model = tiny_model("mamba2", dtype=torch.float32)
     ids = random_ids(2, 6)

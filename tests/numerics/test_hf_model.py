@@ -189,6 +189,27 @@ def test_packed_documents_are_kept_apart(mixer: str) -> None:
     torch.testing.assert_close(packed, torch.cat(parts, 1), **TOLERANCE)
 
 
+def test_packed_documents_never_mix_in_a_compiled_or_exported_model() -> None:
+    """Compiled they are kept apart as in eager mode; one graph without a branch refuses them, and says so."""
+    model, ids = tiny_model("gdn"), random_ids(1, 13)
+    packed = torch.cat([torch.arange(n) for n in (5, 3, 5)])[None]
+    alone = [model(part).logits for part in ids.split([5, 3, 5], 1)]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(ids, position_ids=packed).logits, torch.cat(alone, 1), **TOLERANCE)
+    torch.testing.assert_close(compiled(ids, position_ids=torch.arange(13)[None]).logits, model(ids).logits)
+    with pytest.raises(torch._dynamo.exc.UserError):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, position_ids=packed, use_cache=False)
+    torch.compiler.reset()
+    exported = torch.export.export(
+        model, (ids,), {"position_ids": torch.arange(13)[None], "use_cache": False}, strict=False
+    ).module()
+    given = {"use_cache": False}
+    torch.testing.assert_close(exported(ids, position_ids=torch.arange(13)[None], **given).logits, model(ids).logits)
+    with pytest.raises(RuntimeError, match="takes no packed documents"):
+        exported(ids, position_ids=packed, **given)
+
+
 def test_attention_implementations_agree() -> None:
     ids, modes = random_ids(2, 19), random_modes(19)
     mask = torch.ones(2, 19, dtype=torch.long)
