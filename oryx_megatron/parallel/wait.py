@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import DistStoreError, distributed_c10d
+from torch.distributed import DistNetworkError, DistStoreError, distributed_c10d
 
 from oryx_megatron.errors import OryxError
 
@@ -57,7 +58,12 @@ def first_rank_alone(
                 silent.rank_local = True  # rank 0 prints nothing any more
                 raise silent from timeout
             seen = beats
+        except DistNetworkError as lost:
+            gone = error(f"rank 0, which {what}, is gone: {str(lost).splitlines()[0]}")
+            gone.rank_local = True
+            raise gone from lost
     answer = json.loads(store.get(f"{name}/done"))
+    store.add(f"{name}/read", 1)
     if "error" in answer:
         raise error(answer["error"])
     return answer["value"]
@@ -77,9 +83,18 @@ def _work(work: Callable[[], T], name: str, store: Any, beat: float) -> T:
     except BaseException as error:
         why = str(error) if isinstance(error, OryxError) else f"rank 0 failed: {type(error).__name__}: {error}"
         store.set(f"{name}/done", json.dumps({"error": why}))
+        _await_readers(name, store)
         raise
     finally:
         ended.set()
         thread.join()
     store.set(f"{name}/done", json.dumps({"value": value}))
     return value
+
+
+def _await_readers(name: str, store: Any, seconds: float = 20.0) -> None:
+    """Stay until all ranks have read an error: this process may be the one that serves the store, and ends by it."""
+    deadline = time.monotonic() + seconds
+    others = torch.distributed.get_world_size() - 1
+    while store.add(f"{name}/read", 0) < others and time.monotonic() < deadline:
+        time.sleep(0.05)
