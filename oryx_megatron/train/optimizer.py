@@ -28,7 +28,11 @@ from megatron.core.utils import get_model_config, unwrap_model
 from oryx_megatron import platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.train import overlap
 from oryx_megatron.train.muon import Matrix, Muon, matrices
+
+BUCKET = 40_000_000
+"""Parameters that are reduced and gathered at once under parallel.overlap."""
 
 
 def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
@@ -40,9 +44,9 @@ def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         fp8_param_gather=run.precision.fp8_params,
         # An own bucket for all parameters unless communication overlaps with the backward pass.
-        bucket_size=None if not run.parallel.overlap else 40_000_000,
+        bucket_size=None if not run.parallel.overlap else BUCKET,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=get_model_config(chunk),
             ddp_config=config,
@@ -52,6 +56,9 @@ def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
         )
         for i, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        overlap.keep_order(chunk)
+    return wrapped
 
 
 def connect(run: RunConfig, chunks: list[DistributedDataParallel], optimizer: Any) -> None:

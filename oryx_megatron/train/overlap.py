@@ -1,0 +1,57 @@
+"""parallel.overlap under mode plans: every data-parallel rank communicates in one order, whatever its plans.
+
+megatron-core reduces a bucket of gradients when it is complete and waits for gathered weights where a module is called.
+Which parts of a mixer run, and when their gradients are ready, depends on the plan, which differs between data-parallel
+ranks: without care one rank's bucket would meet another one's other bucket.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+
+from oryx_megatron.model.mixer import OryxMixer
+
+
+def keep_order(chunk: DistributedDataParallel) -> None:
+    """Make a wrapped model chunk gather and reduce in a fixed order; nothing to do where nothing overlaps."""
+    if chunk.ddp_config.overlap_param_gather and chunk.ddp_config.use_distributed_optimizer:
+        _gather_whole_mixers(chunk)
+    if chunk.ddp_config.overlap_grad_reduce:
+        _reduce_in_order(chunk)
+
+
+def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
+    """Let each mixer wait for all of its weights, also of those that no module call reads (convolution, head norms)."""
+
+    def wait(mixer: OryxMixer, unused: Any) -> None:
+        for parameter in mixer.parameters():
+            chunk.param_to_bucket_group[parameter].finish_param_sync()
+
+    for module in chunk.modules():
+        if isinstance(module, OryxMixer):
+            module.register_forward_pre_hook(wait)
+
+
+def _reduce_in_order(chunk: DistributedDataParallel) -> None:
+    """Start the reduction of a complete bucket when all those that a backward pass completes before it have started."""
+    place = {parameter: i for i, parameter in enumerate(chunk.module.parameters())}
+    for own in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):  # megatron-core waits for them in this order
+        own.sort(key=lambda group: -min(place[parameter] for parameter in group.params))
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    starts = [group.start_grad_sync for group in groups]
+    complete: dict[int, dict[str, Any]] = {}
+    """Arguments of the calls that wait for their turn, by place in `groups`."""
+    turn = 0
+
+    def in_turn(number: int, **keywords: Any) -> None:
+        nonlocal turn
+        complete[number] = keywords
+        while turn in complete:
+            starts[turn](**complete.pop(turn))
+            turn = (turn + 1) % len(groups)
+
+    for number, group in enumerate(groups):
+        group.start_grad_sync = partial(in_turn, number)
