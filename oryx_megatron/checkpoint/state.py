@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oryx_megatron.checkpoint import safe, shards
+from oryx_megatron.checkpoint import safe, scales, shards
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
@@ -37,6 +37,8 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
     """Sharded state of all model chunks of this rank and, if given, of the optimizer."""
     models = [unwrap_model(chunk) for chunk in chunks]
     state: dict[str, Any] = {_name(i): model.sharded_state_dict(metadata={}) for i, model in enumerate(models)}
+    for i, model in enumerate(models):
+        scales.unpickle(model, state[_name(i)])
     if optimizer is not None:
         model_state = state if len(models) > 1 else state[_name(0)]
         if (single := shards.own_shards(optimizer)) is not None:
@@ -105,7 +107,9 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
     for i, chunk in enumerate(chunks):
         weights = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
-        unwrap_model(chunk).load_state_dict(weights, strict=True)
+        model = unwrap_model(chunk)
+        scales.restore(model, weights, folder)
+        model.load_state_dict(weights, strict=True)
     if kept is not None:
         _load_optimizer(kept, loaded["optimizer"])
         # In fp32 each rank's share of the weights are its masters, which a run in bf16 wrote with more digits.
