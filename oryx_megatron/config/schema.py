@@ -344,6 +344,9 @@ class KernelsConfig:
     """Gated RMSNorm of the mixer's output, where the mixer is not fused."""
     mixer: Literal["auto", "reference", "fused"] = "auto"
     """Steps between the mixer's products, attention and recurrence: one by one, or fused over tokens sorted by mode."""
+    graphs: Literal["auto", "off"] = "auto"
+    """auto: capture forward and backward of a microbatch as CUDA graphs and replay them, where there is a GPU and the
+    mixer is fused; start-up says what was chosen (docs/performance.md)."""
     cache_dir: LocalPath | None = None
     """Folder that keeps compiled kernels for all ranks and nodes (docs/install-gpu.md); null: each package's own."""
 

@@ -18,7 +18,7 @@ from oryx_megatron.errors import ConfigError
 
 A = ParamSpec("A")
 R = TypeVar("R")
-PARTS = tuple(field.name for field in fields(KernelsConfig) if field.name != "cache_dir")
+PARTS = tuple(field.name for field in fields(KernelsConfig) if field.name not in ("graphs", "cache_dir"))
 
 
 @dataclass(frozen=True)

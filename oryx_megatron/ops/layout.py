@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oryx_megatron import platform
 from oryx_megatron.modes import Mode, ModePlan
 
 BLOCK = 128
@@ -59,6 +60,13 @@ class TokenLayout:
         Attention blocks lie from the last to the first one: a late block sees more keys, and the longest work should
         start first. Built on the host from the plan's runs and sent in one copy.
         """
+        isolated = documents is not None and len(documents) > 2
+        tables = platform.to_device(cls.tables_of(plan, documents), device)
+        return cls(plan, *tables.unbind(0), isolated=isolated)  # type: ignore[misc, arg-type]
+
+    @staticmethod
+    def tables_of(plan: ModePlan, documents: Tensor | None = None) -> Tensor:
+        """`tokens`, `rows` and `starts` of a plan's layout, int32 [3, s] on the host."""
         attends = plan.is_attention()
         attention, recurrent = np.flatnonzero(attends), np.flatnonzero(~attends)
         if len(recurrent) and len(attention) % BLOCK == 0:
@@ -67,12 +75,19 @@ class TokenLayout:
         rows = np.empty_like(tokens)
         rows[tokens] = np.arange(len(tokens))
         starts = np.zeros_like(tokens)
-        isolated = documents is not None and len(documents) > 2
-        if isolated:
-            bounds = documents.cpu().numpy()  # type: ignore[union-attr]
+        if documents is not None and len(documents) > 2:
+            bounds = documents.cpu().numpy()
             starts = np.repeat(bounds[:-1], np.diff(bounds))
-        tables = torch.from_numpy(np.stack((tokens, rows, starts)).astype(np.int32)).to(device, non_blocking=True)
-        return cls(plan, *tables.unbind(0), isolated=isolated)  # type: ignore[misc, arg-type]
+        return torch.from_numpy(np.stack((tokens, rows, starts)).astype(np.int32))
+
+    @staticmethod
+    def shape_of(plan: ModePlan, documents: Tensor | None = None) -> tuple[int, bool, bool]:
+        """All that host code branches on (`attention`, `isolated`, `diagonal`).
+
+        Layouts of one shape launch the same kernels on other tables.
+        """
+        isolated = documents is not None and len(documents) > 2
+        return plan.attention_tokens, isolated, not isolated and _in_blocks(plan)
 
     @property
     def length(self) -> int:
@@ -138,9 +153,7 @@ class TokenLayout:
 
         Then a block of queries meets exactly one block of keys in part, its own, and the mask needs no table.
         """
-        return not self.isolated and all(
-            run.start % BLOCK == 0 == run.stop % BLOCK for run in self.plan.attention_runs()
-        )
+        return not self.isolated and _in_blocks(self.plan)
 
     @cached_property
     def _visible(self) -> tuple[Tensor, Tensor]:
@@ -184,6 +197,10 @@ def around(part: Tensor, shape: torch.Size) -> Tensor:
     whole = part.new_empty(shape)
     whole[..., offset:] = part
     return whole
+
+
+def _in_blocks(plan: ModePlan) -> bool:
+    return all(run.start % BLOCK == 0 == run.stop % BLOCK for run in plan.attention_runs())
 
 
 def _met(tokens: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:

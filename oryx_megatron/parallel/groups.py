@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 from torch.distributed import distributed_c10d
@@ -42,7 +44,8 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         # Between CPUs every group is gloo already; a second set would only cost start-up time.
         create_gloo_process_groups=platform.has_gpu(),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    # A generator whose state a CUDA graph can hold; megatron-core forks it around dropout even where there is none.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.has_gpu())
 
 
 def _join(launch: ranks.Launch, timeout: timedelta) -> None:
@@ -95,6 +98,21 @@ def start_name() -> str:
     return os.environ.get("ORYX_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
+class Holder(Protocol):
+    """Something that keeps communicators in use."""
+
+    def forget(self) -> None:
+        """Let go of them."""
+
+
+_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
+def hold(holder: Holder) -> None:
+    """Have `holder.forget` called before the groups are given up: NCCL waits for CUDA graphs that hold its kernels."""
+    _holders.add(holder)
+
+
 def release() -> None:
     """Give up megatron-core's groups and stay in the default one, for instance before another layout.
 
@@ -102,6 +120,8 @@ def release() -> None:
     """
     from megatron.core import parallel_state
 
+    for holder in list(_holders):
+        holder.forget()
     parallel_state.destroy_model_parallel()
     default = distributed_c10d._get_default_group()
     for group in [group for group in distributed_c10d._world.pg_map if group is not default]:

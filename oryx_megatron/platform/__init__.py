@@ -6,7 +6,8 @@ Importing this package costs no torch; it puts off what megatron-core loads in v
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.platform import imports
@@ -47,12 +48,16 @@ __all__ = [
     "install",
     "installed",
     "late",
+    "leave_default_stream",
     "local_rank",
+    "mark",
     "missing_package",
     "multiprocessors",
     "peak_flops",
     "peak_memory_bytes",
+    "seconds_between",
     "synchronize",
+    "to_device",
     "transformer_engine_missing",
     "use_kernel_cache",
     "version",
@@ -88,6 +93,40 @@ def local_rank() -> int:
     """Rank within the node, from torchrun's environment; 0 outside of it."""
     launch = ranks.read()
     return 0 if launch is None else launch.local_rank
+
+
+def to_device(x: torch.Tensor, where: torch.device | None = None) -> torch.Tensor:
+    """`x` on `where` (this rank's device), by a copy that the host does not wait for."""
+    where = where or device()
+    if where.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(where, non_blocking=True)
+
+
+def mark() -> Any:
+    """A moment of this rank's device, for `seconds_between`: nobody waits for it now."""
+    import torch
+
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds between two marks that the device has passed."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
+
+
+def leave_default_stream() -> None:
+    """Launch what this thread does from here on in a stream of its own: the default one cannot be captured."""
+    import torch
+
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_stream(stream)
 
 
 def synchronize() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -100,22 +100,19 @@ class Session:
     Process groups are made (over all ranks of torch.distributed's world); `close` leaves the model-parallel ones.
     """
 
-    def __init__(self, run: RunConfig, *, iteration: int = 0) -> None:
+    def __init__(self, run: RunConfig, *, iteration: int = 0, build: Callable[[RunConfig], Any] | None = None) -> None:
         parallel.initialize(run.parallel, seed=run.seed)
         from megatron.core import parallel_state
 
         from oryx_megatron.data.loader import SampleStream
-        from oryx_megatron.model import build_model
-        from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, wrap
+        from oryx_megatron.train.engine import MegatronEngine
 
         self.run, self.layout = run, validate(run, torch.distributed.get_world_size())
         self.data_rank = parallel_state.get_data_parallel_rank()
-        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
-        self.optimizer = build_optimizer(run, self.chunks)
-        self.schedule = build_schedule(run, self.optimizer)
-        connect(run, self.chunks, self.optimizer)
+        self.engine = (build or MegatronEngine)(run)
+        self.chunks, self.optimizer = self.engine.chunks, self.engine.optimizer
         self.iteration = iteration
-        self.schedule.step(increment=iteration)
+        self.engine.rewind(iteration)
         self.stream = SampleStream(
             SyntheticText(run),  # type: ignore[arg-type]
             micro_batch_size=run.train.micro_batch_size,
@@ -131,8 +128,7 @@ class Session:
     def step(self) -> tuple[float, float]:
         """One optimizer step; mean loss and gradient norm, equal on all ranks."""
         from oryx_megatron.train.batches import training_batches
-        from oryx_megatron.train.optimizer import optimizer_step
-        from oryx_megatron.train.step import forward_backward
+        from oryx_megatron.train.guard import bad_step
 
         batches = training_batches(
             self.stream.next_batches(),
@@ -142,12 +138,14 @@ class Session:
             data_rank=self.data_rank,
             data_size=self.layout.dp,
         )
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        totals = forward_backward(self.chunks, batches, forward_only=False)
-        _, norm = optimizer_step(self.optimizer, loss=totals.loss)
-        self.schedule.step(increment=1)
+        totals = self.engine.gradients(batches)
+        norm = self.engine.gradient_norm()
+        bad, norm = totals.read(bad_step(totals, norm), norm)
+        if bad:
+            self.engine.discard()
+        else:
+            self.engine.update(norm)
+        self.engine.advance()
         self.iteration += 1
         return totals.mean_loss, norm
 
@@ -157,9 +155,7 @@ class Session:
 
     def checkpoints(self, root: Path) -> CheckpointManager:
         """A manager of this session's checkpoints under `root`."""
-        from oryx_megatron.checkpoint import CheckpointManager
-
-        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
+        return self.engine.checkpoints(root)
 
     def manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """A manifest with what loading needs, for `CheckpointManager.save`."""
@@ -182,7 +178,7 @@ class Session:
         """End the reader and leave megatron-core's groups, so that another layout can follow in these processes."""
         self.stream.close()
         forget_hooks(self.chunks)
-        del self.chunks, self.optimizer, self.schedule
+        del self.chunks, self.optimizer, self.engine
         parallel.release()
         gc.collect()
 
@@ -212,9 +208,11 @@ def forget_hooks(chunks: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def session(run: RunConfig, *, iteration: int = 0) -> Iterator[Session]:
-    """A `Session`, closed at the end."""
-    opened = Session(run, iteration=iteration)
+def session(
+    run: RunConfig, *, iteration: int = 0, build: Callable[[RunConfig], Any] | None = None
+) -> Iterator[Session]:
+    """A `Session`, closed at the end; `build`: another engine than the one of a run."""
+    opened = Session(run, iteration=iteration, build=build)
     try:
         yield opened
     finally:

@@ -49,7 +49,8 @@ class StepRecord:
     forward_backward_seconds: float
     """Part of it from the first microbatch to reduced gradients and the loss."""
     optimizer_seconds: float
-    """Part of it for the gradient norm, the agreement between ranks, and the update."""
+    """For the gradient norm, the agreement between ranks, and the update. On a GPU those of the step before: the update
+    still runs when the loss is known."""
     model_flops: float
     """Model FLOPs of the step, forward and backward (arch.flops_per_token)."""
     skipped: bool

@@ -34,7 +34,7 @@ from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.model import OryxMixer, build_model
 from oryx_megatron.train.engine import MegatronEngine, warm
 from oryx_megatron.train.optimizer import build_schedule
-from oryx_megatron.train.step import Microbatch, Totals, _reduce, forward_microbatch
+from oryx_megatron.train.step import Microbatch, OryxProgram, Totals, _reduce, launch
 
 BUCKET = 50_000_000
 """Elements that one collective reduces or gathers."""
@@ -100,13 +100,13 @@ class DeepSpeedEngine:
         reports: list[Tensor] = []
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            output, loss_of = forward_microbatch(iter((batch,)), self._forward)  # type: ignore[arg-type]
+            output, loss_of = launch(OryxProgram(), iter((batch,)), self._forward)  # type: ignore[arg-type]
             total, _, report = loss_of(output)
             reports.append(report["totals"])
             self.engine.backward(total * scale, scale_wrt_gas=False)
         return _reduce(reports)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """See Engine."""
         from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 
@@ -115,7 +115,7 @@ class DeepSpeedEngine:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
         else:
             norm = optimizer.scaled_global_norm()
-        return math.nan if is_invalid_grad_norm(norm) else float(norm)
+        return torch.tensor(math.nan if is_invalid_grad_norm(norm) else float(norm), device=platform.device())
 
     def update(self, norm: float) -> None:
         """See Engine; DeepSpeed finds the norm again itself."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.utils import get_model_config
+from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import CheckpointManager
@@ -14,6 +18,7 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model import build_model
 from oryx_megatron.model.warm import compile_in_turn
+from oryx_megatron.train.graphs import MicrobatchGraphs
 from oryx_megatron.train.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -22,7 +27,8 @@ from oryx_megatron.train.optimizer import (
     gradient_norm,
     wrap,
 )
-from oryx_megatron.train.step import Microbatch, Totals, forward_backward
+from oryx_megatron.train.step import ForwardStep, Microbatch, OryxProgram, Program, Totals, forward_backward, launch
+from oryx_megatron.train.update import FusedUpdate
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +42,8 @@ class Engine(Protocol):
     def gradients(self, batches: list[Microbatch]) -> Totals:
         """Forward and backward pass of a step's microbatches."""
 
-    def gradient_norm(self) -> float:
-        """Of those gradients, over all ranks, before clipping."""
+    def gradient_norm(self) -> Tensor:
+        """[] of those gradients, over all ranks, before clipping."""
 
     def update(self, norm: float) -> None:
         """Clip gradients of this norm and apply them."""
@@ -59,30 +65,60 @@ class Engine(Protocol):
 
 
 class MegatronEngine:
-    """megatron-core's data-parallel wrapper, optimizer and pipeline schedules."""
+    """megatron-core's data-parallel wrapper, optimizer and pipeline schedules.
 
-    def __init__(self, run: RunConfig) -> None:
-        self.run = run
-        self.chunks: list[Any] = wrap(run, build_model(run.model, run.parallel, run.precision, seed=run.seed))
+    Args:
+        run: Validated config.
+        model: Model chunks of this rank; None builds the run's Oryx model.
+        program: How they run a microbatch.
+    """
+
+    def __init__(self, run: RunConfig, *, model: list[Any] | None = None, program: Program | None = None) -> None:
+        self.run, self.program = run, program or OryxProgram()
+        launched = why_launched(run)
+        if launched is None:
+            platform.leave_default_stream()
+        self.chunks: list[Any] = wrap(run, model or build_model(run.model, run.parallel, run.precision, seed=run.seed))
+        if launched is None and program is None and not get_model_config(self.chunks[0]).fused_mixer:
+            launched = "kernels.mixer is not fused"  # the kernels of separate steps depend on the plan
+        self.graphs = None if launched else MicrobatchGraphs(self.program, self.chunks)
+        if platform.has_gpu():
+            log.info("graphs: %s", f"off, {launched}" if launched else "microbatches are captured as shapes come")
         warm(run, self.chunks)
         self.optimizer = build_optimizer(run, self.chunks)
         self.schedule = build_schedule(run, self.optimizer)
         connect(run, self.chunks, self.optimizer)
+        self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
+        if self.fused_update is not None:
+            get_model_config(self.chunks[0]).finalize_model_grads_func = self.fused_update.finalize
+        self._totals = Totals(torch.ones(3))
+        """Of the step whose gradients these are."""
 
     def gradients(self, batches: list[Microbatch]) -> Totals:
         """See Engine."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return forward_backward(self.chunks, batches, forward_only=False)
+        if self.graphs is None:
+            step: ForwardStep = partial(launch, self.program)
+        else:
+            self.graphs.begin(len(batches))
+            step = self.graphs.forward_step
+        self._totals = forward_backward(self.chunks, batches, forward_only=False, forward_step=step)
+        return self._totals
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """See Engine."""
-        return gradient_norm(self.optimizer)
+        if self.fused_update is not None:
+            return self.fused_update.norm(self._totals.sums[1])
+        return torch.tensor(gradient_norm(self.optimizer), device=platform.device())
 
     def update(self, norm: float) -> None:
         """See Engine."""
-        apply_gradients(self.optimizer, norm)
+        if self.fused_update is not None:
+            self.fused_update.apply(norm, self._totals.tokens)
+        else:
+            apply_gradients(self.optimizer, norm)
 
     def discard(self) -> None:
         """See Engine: the next step begins by clearing them."""
@@ -97,12 +133,29 @@ class MegatronEngine:
 
     def rewind(self, iteration: int) -> None:
         """See Engine."""
+        if self.graphs is not None:
+            self.graphs.forget()  # loading may have replaced FP8 state
         self.schedule.num_steps = 0
         self.schedule.step(increment=iteration)
 
     def checkpoints(self, root: Path) -> CheckpointManager:
         """See Engine."""
         return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
+
+
+def why_launched(run: RunConfig) -> str | None:
+    """Why kernels are launched one by one, or None where microbatches may be captured as CUDA graphs."""
+    if run.kernels.graphs == "off":
+        return "kernels.graphs is off"
+    if not platform.has_gpu():
+        return "there is no GPU"
+    if run.precision.fp8 == "delayed":
+        # The history of every part is shifted in every pass, also of parts that a pass does not compute: not yet seen
+        # to be the same in graphs.
+        return "not with precision.fp8 delayed"
+    if run.parallel.context > 1:
+        return "not with parallel.context"  # not yet seen on GPUs
+    return None
 
 
 def warm(run: RunConfig, chunks: list[Any]) -> None:

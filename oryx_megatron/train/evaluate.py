@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
@@ -106,8 +107,8 @@ def _run(
     try:
         for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size)):
             batches = evaluation_batches(stream.next_batches(), plan, token_bytes)
-            sums.append(forward_backward(chunks, batches, forward_only=True))
+            sums.append(forward_backward(chunks, batches, forward_only=True).sums)
             progress()
     finally:
         stream.close()
-    return Totals(sum(s.loss for s in sums), sum(s.tokens for s in sums), sum(s.text_bytes for s in sums))
+    return Totals(torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +16,7 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.model.sequence import SequenceInfo
 from oryx_megatron.modes import ModePlan
+from oryx_megatron.ops import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -36,34 +37,106 @@ class Microbatch:
     """UTF-8 bytes that the counted labels stand for; known in evaluation only."""
 
 
-def forward_microbatch(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    """megatron-core's forward step: next microbatch through one model chunk, and the function that makes its loss."""
-    batch = next(batches)
-    device = platform.device()
-    sort = get_model_config(chunk).fused_mixer
-    info = SequenceInfo.build(batch.plan, device=device, documents=batch.documents, sort=sort)
-    local = _context_slice(batch.tokens.shape[1])
-    tokens, labels, mask = (
-        info.arrange(x.to(device, non_blocking=True))[:, local].contiguous()
-        for x in (batch.tokens, batch.labels, batch.loss_mask)
-    )
-    output = chunk(
-        tokens,
-        None,  # position_ids: the mixer makes its own
-        None,  # attention_mask: causality and documents travel in `info`
-        labels=labels,
-        packed_seq_params=info,
-    )
-    # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
-    text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
-    return output, partial(_sum_loss, mask, text_bytes)
+ForwardStep = Callable[[Iterator[Microbatch], torch.nn.Module], tuple[Tensor, Any]]
+"""megatron-core's forward step: the next microbatch through one model chunk; its output, and what makes the loss."""
 
 
-def _sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+class Program(Protocol):
+    """How one kind of model runs a microbatch; what an engine launches, or captures once and replays."""
+
+    def shape(self, batch: Microbatch) -> Hashable:
+        """All that host code branches on: microbatches of one shape launch the same kernels on other data."""
+
+    def parts(self, batch: Microbatch) -> frozenset[str]:
+        """Parts of the model that this rank computes for `batch`, where that depends on the batch."""
+
+    def place(self, batch: Microbatch, chunk: torch.nn.Module) -> Any:
+        """What a chunk reads of `batch`, on the device."""
+
+    def refill(self, placed: Any, batch: Microbatch) -> None:
+        """Overwrite what `place` made of another microbatch of the same shape."""
+
+    def forward(self, placed: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """megatron-core's forward step: output of one model chunk, and the function that makes its loss."""
+
+
+@dataclass
+class Placed:
+    """A microbatch on the device."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    info: SequenceInfo
+    text_bytes: float
+
+
+class OryxProgram:
+    """See Program."""
+
+    def shape(self, batch: Microbatch) -> Hashable:
+        """See Program."""
+        return batch.tokens.shape, TokenLayout.shape_of(batch.plan, batch.documents)
+
+    def parts(self, batch: Microbatch) -> frozenset[str]:
+        """See Program: the queries of the modes of this rank's rows, and the recurrence."""
+        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        rows, attention = batch.plan.length // ranks, batch.plan.attention_tokens
+        own = min(max(attention - rank * rows, 0), rows)
+        found = {"attention query": own > 0, "recurrent query": own < rows, "recurrence": attention < batch.plan.length}
+        return frozenset(part for part, computed in found.items() if computed)
+
+    def place(self, batch: Microbatch, chunk: torch.nn.Module) -> Placed:
+        """See Program."""
+        sort = get_model_config(chunk).fused_mixer
+        info = SequenceInfo.build(batch.plan, device=platform.device(), documents=batch.documents, sort=sort)
+        # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
+        text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
+        layout, ranks = info.layout, parallel_state.get_context_parallel_world_size()
+        if layout is not None and ranks > 1:
+            layout.shard(ranks)  # its tables come from the host too
+        tokens, labels, mask = (platform.to_device(x) for x in _texts(batch))
+        return Placed(tokens, labels, mask, info, text_bytes)
+
+    def refill(self, placed: Placed, batch: Microbatch) -> None:
+        """See Program."""
+        layout = placed.info.layout
+        assert layout is not None, "only microbatches of fused mixers are of equal shape"
+        sources = (*_texts(batch), *TokenLayout.tables_of(batch.plan, batch.documents))
+        targets = (placed.tokens, placed.labels, placed.loss_mask, layout.tokens, layout.rows, layout.starts)
+        for target, source in zip(targets, sources):
+            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+    def forward(self, placed: Placed, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """See Program."""
+        info, local = placed.info, _context_slice(placed.tokens.shape[1])
+        tokens, labels, mask = (
+            info.arrange(x)[:, local].contiguous() for x in (placed.tokens, placed.labels, placed.loss_mask)
+        )
+        output = chunk(
+            tokens,
+            None,  # position_ids: the mixer makes its own
+            None,  # attention_mask: causality and documents travel in `info`
+            labels=labels,
+            packed_seq_params=info,
+        )
+        return output, partial(sum_loss, mask, placed.text_bytes)
+
+
+def _texts(batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.tokens, batch.labels, batch.loss_mask
+
+
+def launch(program: Program, batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """megatron-core's forward step: the next microbatch through one model chunk, kernel by kernel."""
+    return program.forward(program.place(next(batches), chunk), chunk)
+
+
+def sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Summed loss, number of counted tokens, and a report; megatron-core divides at the end of the step."""
     total = (losses.float() * mask).sum()
     tokens = mask.sum()
-    report = torch.stack((total.detach(), tokens, tokens.new_tensor(text_bytes)))
+    report = torch.stack((total.detach(), tokens, tokens.new_full((), text_bytes)))
     return total, tokens.to(torch.int), {"totals": report}
 
 
@@ -74,16 +147,42 @@ def _context_slice(length: int) -> slice:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a global batch, the same on every rank."""
+    """Sums over a global batch, the same on every rank. Reading a number waits for the device."""
 
-    loss: float
-    """Nats."""
-    tokens: float
-    """Counted labels."""
-    text_bytes: float
-    """UTF-8 bytes of those labels; 0 in training."""
+    sums: Tensor
+    """[3] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training)."""
     local: Tensor | None = field(default=None, repr=False, compare=False)
     """[microbatches, 3] the same of every microbatch of this rank, on the last pipeline stage."""
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        return self.sums.tolist()
+
+    def read(self, *others: Tensor) -> list[float]:
+        """Wait once for these sums and for other numbers (of any shape), which are returned."""
+        numbers = torch.cat([self.sums, *(other.double().reshape(-1) for other in others)]).tolist()
+        self.__dict__["_numbers"] = numbers[:3]
+        return numbers[3:]
+
+    @property
+    def loss(self) -> float:
+        """Nats."""
+        return self._numbers[0]
+
+    @property
+    def tokens(self) -> float:
+        """Counted labels."""
+        return self._numbers[1]
+
+    @property
+    def text_bytes(self) -> float:
+        """UTF-8 bytes of those labels; 0 in training."""
+        return self._numbers[2]
+
+    @property
+    def mean(self) -> Tensor:
+        """`mean_loss`, [] on the device."""
+        return self.sums[0] / self.sums[1].clamp(min=1)
 
     @property
     def mean_loss(self) -> float:
@@ -91,20 +190,27 @@ class Totals:
         return self.loss / max(self.tokens, 1.0)
 
 
-def forward_backward(chunks: list[Any], batches: list[Microbatch], *, forward_only: bool) -> Totals:
+def forward_backward(
+    chunks: list[Any],
+    batches: list[Microbatch],
+    *,
+    forward_only: bool,
+    forward_step: ForwardStep | None = None,
+) -> Totals:
     """Run the microbatches of one step; leaves gradients in place unless `forward_only`.
 
     Args:
         chunks: Model chunks of this rank.
         batches: The microbatches of this data-parallel rank, all of one shape.
         forward_only: Skip the backward pass.
+        forward_step: megatron-core's forward step; None launches an Oryx model's.
     """
     micro_batch_size, length = batches[0].tokens.shape
     # Each model chunk (virtual pipeline stage) draws the same microbatches from an iterator of its own.
     iterators = [iter(batches) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):
         reports = get_forward_backward_func()(
-            forward_step_func=forward_microbatch,
+            forward_step_func=forward_step or partial(launch, OryxProgram()),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
@@ -129,5 +235,4 @@ def _reduce(reports: list[Tensor]) -> Totals:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    loss, tokens, text_bytes = total.tolist()
-    return Totals(loss, tokens, text_bytes, local)
+    return Totals(total, local)

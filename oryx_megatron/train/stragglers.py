@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import socket
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class Stragglers:
 
         def measured(*arguments: Any, **keywords: Any) -> Any:
             if self._begin is not None:
-                self._times.append((self._begin, _now()))
+                self._times.append((self._begin, platform.mark()))
                 self._begin = None
             return finalize(*arguments, **keywords)
 
@@ -61,13 +60,13 @@ class Stragglers:
     def start(self) -> None:
         """A step begins."""
         if self.active:
-            self._begin = _now()
+            self._begin = platform.mark()
 
     def compare(self) -> str | None:
         """Exchange the mean times since the last call, on all ranks; names the slowest if beyond the threshold."""
         if not self.active or not self._times:
             return None
-        mine = statistics.fmean(_seconds(begin, end) for begin, end in self._times)
+        mine = statistics.fmean(platform.seconds_between(begin, end) for begin, end in self._times)
         self._times.clear()
         seconds = torch.zeros(len(self._peers), dtype=torch.float64, device=platform.device())
         seconds[torch.distributed.get_rank()] = mine
@@ -99,15 +98,3 @@ def slowest(seconds: list[float], peers: list[tuple[tuple[int, ...], str]], thre
         f"rank {rank} ({peers[rank][1]}) is slow: {seconds[rank]:.3f} s for its part of a step, "
         f"its peers take {usual:.3f} s"
     )
-
-
-def _now() -> Any:
-    if not platform.has_gpu():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3

@@ -44,7 +44,7 @@ from oryx_megatron.train.callbacks import (
 from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.engine import Engine, MegatronEngine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
-from oryx_megatron.train.guard import Guard, Prolonged, record_path, write_record
+from oryx_megatron.train.guard import Guard, Prolonged, bad_step, record_path, write_record
 from oryx_megatron.train.step import Microbatch, Totals
 from oryx_megatron.train.stragglers import Stragglers
 from oryx_megatron.train.watchdog import Watchdog
@@ -112,6 +112,8 @@ class Trainer:
         self._stop: str | None = None
         """Why to stop after this step, as all ranks agreed."""
         self._started = False
+        self._update: tuple[Any, Any] | None = None
+        """When the last update began and ended."""
         self._mute: set[str] = set()
         self.bad_step: dict[str, Any] | None = None
         """The last one, as it is recorded."""
@@ -139,7 +141,8 @@ class Trainer:
     def _fit(self, last: int) -> signals.Stop | None:
         run = self.run
         try:
-            self._agree(0.0, bad=False)  # a signal may have come while the model was built
+            # A signal may have come while the model was built.
+            self._conclude(self._exchange(0.0, torch.tensor(False)).tolist())
             if self._missed_evaluation():
                 self.evaluate()
             while self.iteration < last and self._stop is None:
@@ -190,31 +193,36 @@ class Trainer:
             data_rank=self.data_rank,
             data_size=self.layout.dp,
         )
-        forward = time.perf_counter()
+        begun = platform.mark()
         totals = self.engine.gradients(batches)
         lr = self.engine.learning_rate()
-        update = time.perf_counter()
+        reduced = platform.mark()
         norm = self.engine.gradient_norm()
-        reason = self.guard.reason(totals.loss if not math.isfinite(totals.loss) else totals.mean_loss, norm)
-        share, bad = self._agree(
-            sum(batch.plan.attention_share for batch in batches) / len(batches), bad=reason is not None
+        found = self._exchange(
+            sum(batch.plan.attention_share for batch in batches) / len(batches),
+            bad_step(totals, norm, self.guard.limit()),
         )
+        *exchanged, grad_norm = totals.read(found, norm)  # the one moment at which the device waits for the host
+        share, bad = self._conclude(exchanged)
         if bad:
-            self.bad_step = self._describe(batches, totals, norm, reason, consumed)
+            reason = self.guard.reason(totals.mean_loss if math.isfinite(totals.loss) else totals.loss, grad_norm)
+            self.bad_step = self._describe(batches, totals, grad_norm, reason, consumed)
             self.engine.discard()
         else:
-            self.engine.update(norm)
+            self.engine.update(grad_norm)
             self.guard.good(totals.mean_loss)
+        updated = platform.mark()
         self.engine.advance()
         self.iteration += 1
         self._started = True
-        platform.synchronize()
+        forward_seconds = platform.seconds_between(begun, reduced)
+        optimizer_seconds = self._update_seconds(reduced, updated)
         ended = time.perf_counter()
         data_seconds = self.stream.wait_seconds - waited
         for part, seconds in (
             ("data", data_seconds),
-            ("forward_backward", update - forward),
-            ("optimizer", ended - update),
+            ("forward_backward", forward_seconds),
+            ("optimizer", optimizer_seconds),
             ("step", ended - started),
         ):
             self.clock.add(part, seconds)
@@ -223,15 +231,15 @@ class Trainer:
         return StepRecord(
             iteration=self.iteration,
             loss=totals.mean_loss,
-            grad_norm=norm,
+            grad_norm=grad_norm,
             lr=lr,
             attention_share=share,
             tokens=tokens,
             consumed_samples=self.stream.consumed,
             seconds=ended - started,
             data_seconds=data_seconds,
-            forward_backward_seconds=update - forward,
-            optimizer_seconds=ended - update,
+            forward_backward_seconds=forward_seconds,
+            optimizer_seconds=optimizer_seconds,
             model_flops=flops * tokens,
             skipped=bad,
         )
@@ -305,19 +313,32 @@ class Trainer:
         self.guard.load_state(manifest.guard)
         return manifest
 
-    def _agree(self, share: float, *, bad: bool) -> tuple[float, bool]:
-        """The one exchange of a step: mean attention share, whether any rank saw a bad step or was told to stop.
+    def _exchange(self, share: float, bad: torch.Tensor) -> torch.Tensor:
+        """The one exchange of a step, on the device: attention share, whether a rank saw a bad step or is to stop.
 
         Every rank of the model counts its share, so the mean over all is that over data-parallel ranks.
         """
         notes = self.stop_request.notes(longest=self.clock.longest_stop, started=self._started)
-        sums = torch.tensor([share, float(bad), *notes], dtype=torch.float64, device=platform.device())
+        own = platform.to_device(torch.tensor([share, 0.0, *notes], dtype=torch.float64))
+        own[1] = bad
         world = torch.distributed.get_world_size()
         if world > 1:
-            torch.distributed.all_reduce(sums)
-        total, faults, *votes = sums.tolist()
+            torch.distributed.all_reduce(own)
+            own[0] /= world
+        return own
+
+    def _conclude(self, exchanged: list[float]) -> tuple[float, bool]:
+        """Take note of what all ranks said; mean attention share, and whether the step was bad."""
+        share, faults, *votes = exchanged
         self._stop = signals.decide(votes)
-        return total / world, faults > 0
+        return share, faults > 0
+
+    def _update_seconds(self, begun: Any, ended: Any) -> float:
+        """Time of the update: on a GPU, which is still at it, of the one before."""
+        last, self._update = self._update, (begun, ended)
+        if not platform.has_gpu():
+            last = self._update
+        return platform.seconds_between(*last) if last is not None else 0.0
 
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""

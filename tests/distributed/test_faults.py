@@ -174,8 +174,8 @@ def test_loss_spike(trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch
 
     def jump(*arguments: Any, **keywords: Any) -> Any:
         totals = computed(*arguments, **keywords)
-        if totals.loss and current[0].iteration == 5:
-            object.__setattr__(totals, "loss", totals.loss * 3)
+        if current[0].iteration == 5:
+            totals.sums[0] *= 3
         return totals
 
     monkeypatch.setattr(module, "forward_backward", jump)

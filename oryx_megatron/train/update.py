@@ -1,0 +1,135 @@
+"""AdamW over megatron-core's sharded bf16 parameters in two passes over memory.
+
+megatron-core divides gradients by the number of tokens, clips them, updates fp32 masters and casts each parameter: four
+passes, two reads by the host and several launches a parameter. Here division and clipping are one factor, and
+TransformerEngine's multi_tensor_adam writes masters and bf16 parameters together. The state stays megatron-core's own,
+so checkpoints are the same.
+
+(Its multi_tensor_adam_capturable_master would take the factor too, but reads gradients in the parameters' format.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.config.schema import RunConfig
+
+CALL = 1024
+"""Tensors of one call, as TransformerEngine's own optimizer makes them."""
+
+
+class FusedUpdate:
+    """Norm and update of megatron-core's distributed optimizers.
+
+    Gradients are expected undivided: connect `finalize` as megatron-core's finalize_model_grads_func.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._parts: list[DistributedOptimizer] = _parts(optimizer)
+        self._clip = float(optimizer.config.clip_grad)
+        # The kernels' flag of an overflow, which concerns fp16.
+        self._unused = torch.zeros(1, dtype=torch.int32, device=platform.device())
+
+    @staticmethod
+    def serves(run: RunConfig, optimizer: Any) -> bool:
+        """Whether this run's optimizer can be updated so; the others go through megatron-core's steps."""
+        return (
+            run.optimizer.name == "adamw"
+            and run.precision.dtype == "bf16"
+            and run.parallel.distributed_optimizer
+            and not run.optimizer.cpu_offload
+            and not run.precision.fp8_params
+            and platform.transformer_engine_missing() is None
+            and all(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+        )
+
+    @staticmethod
+    def finalize(model: list[Any], num_tokens: Tensor | None = None, **keywords: Any) -> None:
+        """megatron-core's finalize_model_grads, which does not divide by the number of tokens."""
+        finalize_model_grads(model, None, **keywords)
+
+    @torch.no_grad()
+    def norm(self, tokens: Tensor) -> Tensor:
+        """L2 norm over all ranks of the gradients of the mean loss, [] fp32; makes gradients ready for `apply`.
+
+        Args:
+            tokens: [] by which the gradients are to be divided.
+        """
+        from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
+
+        total = torch.zeros((), device=platform.device())
+        for part in self._parts:
+            part.prepare_grads()
+            gradients = part.get_main_grads_for_grad_norm()
+            if gradients:
+                own, _ = multi_tensor_applier(multi_tensor_l2norm, self._unused, [gradients], False)
+                square = own.square().view(())
+            else:
+                square = torch.zeros_like(total)
+            torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+            total = total + square
+        return total.sqrt() / tokens.float().clamp(min=1)
+
+    @torch.no_grad()
+    def apply(self, norm: float, tokens: float) -> None:
+        """Divide gradients by `tokens`, clip them, whose norm this is, and apply them; then gather the parameters."""
+        factor = 1 / max(tokens, 1.0)
+        if self._clip > 0:
+            factor *= min(1.0, self._clip / (norm + 1e-6))
+        for part in self._parts:
+            if not part.is_stub_optimizer:
+                self._apply(part, factor)
+            if not part.ddp_config.overlap_param_gather:
+                for chunk in part.model_chunks:
+                    chunk.start_param_sync()
+
+    def _apply(self, part: DistributedOptimizer, factor: float) -> None:
+        from transformer_engine.pytorch.optimizers import multi_tensor_adam, multi_tensor_applier
+
+        inner = part.optimizer
+        casts = zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups)
+        narrow = {id(master): weight for masters, weights in casts for master, weight in zip(masters, weights)}
+        for group in inner.param_groups:
+            beta1, beta2 = group["betas"]
+            group["step"] = group.get("step", 0) + 1
+            masters: list[list[Tensor]] = [[], [], [], [], []]
+            plain: list[list[Tensor]] = [[], [], [], []]
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                if "exp_avg" not in state:
+                    inner.initialize_state(parameter, False)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                weight = narrow.get(id(parameter))
+                if weight is None:
+                    row: tuple[Tensor, ...] = (parameter.grad, parameter.data, *moments)
+                else:
+                    row = (parameter.grad, weight.data, *moments, parameter.data)
+                for column, tensor in zip(plain if weight is None else masters, row):
+                    column.append(tensor)
+            if gradients := masters[0] + plain[0]:
+                torch._foreach_mul_(gradients, factor)
+            for lists in (masters, plain):
+                for start in range(0, len(lists[0]), CALL):
+                    multi_tensor_applier(
+                        multi_tensor_adam,
+                        self._unused,
+                        [column[start : start + CALL] for column in lists],
+                        group["lr"],
+                        beta1,
+                        beta2,
+                        group["eps"],
+                        group["step"],
+                        inner.adam_w_mode,
+                        1 if group["bias_correction"] else 0,
+                        group["weight_decay"],
+                    )
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
