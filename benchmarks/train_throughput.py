@@ -44,7 +44,7 @@ from oryx_megatron.model.config import transformer_config
 from oryx_megatron.modes import Mode, ModePlan, draw_plan, parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import forget_hooks
-from oryx_megatron.train.engine import MegatronEngine
+from oryx_megatron.train.engine import MegatronEngine, take_step
 from oryx_megatron.train.step import Microbatch
 
 PEAK_TFLOPS = 989.0
@@ -142,12 +142,7 @@ class Runner:
 
     def step(self, plan: ModePlan) -> float:
         """As Trainer.step: gradients, their norm, the update; loss and norm are read by the host."""
-        totals = self.engine.gradients([Microbatch(*self.batch, plan)])
-        norm = self.engine.gradient_norm()
-        (measured,) = totals.read(norm)
-        self.engine.update(measured)
-        self.engine.advance()
-        return totals.mean_loss
+        return take_step(self.engine, [Microbatch(*self.batch, plan)])[0]
 
     def time(self, plans: list[ModePlan], steps: int) -> tuple[float, float]:
         """Mean milliseconds of a step over whole rounds of the plans, and the last loss per token."""

@@ -1,4 +1,4 @@
-"""One model of a retrieval experiment: trained with the project's own step and optimizer, scored under mode plans."""
+"""One model of a retrieval experiment: trained by the engine that users train with, scored under mode plans."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from oryx_megatron.eval.retrieval import (
     RetrievalTask,
     WordCodec,
 )
-from oryx_megatron.model import SequenceInfo, build_model
+from oryx_megatron.model import SequenceInfo
 from oryx_megatron.modes import ModePlan, draw_plan
 from oryx_megatron.ops import backends
-from oryx_megatron.train.optimizer import build_optimizer, build_schedule, connect, optimizer_step, wrap
-from oryx_megatron.train.step import Microbatch, forward_backward
+from oryx_megatron.train.engine import MegatronEngine, take_step
+from oryx_megatron.train.step import Microbatch
 
 
 def build_task(task: TaskConfig, vocab_size: int) -> RetrievalTask:
@@ -127,11 +127,9 @@ class Training:
         backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
         self.task = build_task(experiment.task, run.model.vocab_size)
         self.lessons = build_lessons(experiment.task, run.model.vocab_size)
-        self.chunks = wrap(run, build_model(run.model, run.parallel, run.precision, seed=seed))
+        self.engine = MegatronEngine(run)
+        self.chunks = self.engine.chunks
         self.parameters = sum(p.numel() for p in self.chunks[0].parameters())
-        self.optimizer = build_optimizer(run, self.chunks)
-        self.schedule = build_schedule(run, self.optimizer)
-        connect(run, self.chunks, self.optimizer)
 
     def batches(self) -> Iterator[RetrievalBatch]:
         """One global batch per iteration, drawn beside training; the same for every model of a seed."""
@@ -157,12 +155,7 @@ class Training:
             Microbatch(tokens, labels.clamp(min=0), (labels != IGNORED).float(), self._plan(iteration, m, length))
             for m, (tokens, labels) in enumerate(zip(batch.tokens.split(size), batch.labels.split(size)))
         ]
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss = forward_backward(self.chunks, microbatches, forward_only=False).mean_loss
-        optimizer_step(self.optimizer, loss=loss)
-        self.schedule.step(increment=1)
+        loss, _ = take_step(self.engine, microbatches)
         return loss
 
     def _plan(self, iteration: int, microbatch: int, length: int) -> ModePlan:

@@ -128,7 +128,7 @@ class Session:
     def step(self) -> tuple[float, float]:
         """One optimizer step; mean loss and gradient norm, equal on all ranks."""
         from oryx_megatron.train.batches import training_batches
-        from oryx_megatron.train.guard import bad_step
+        from oryx_megatron.train.engine import take_step
 
         batches = training_batches(
             self.stream.next_batches(),
@@ -138,16 +138,9 @@ class Session:
             data_rank=self.data_rank,
             data_size=self.layout.dp,
         )
-        totals = self.engine.gradients(batches)
-        norm = self.engine.gradient_norm()
-        bad, norm = totals.read(bad_step(totals, norm), norm)
-        if bad:
-            self.engine.discard()
-        else:
-            self.engine.update(norm)
-        self.engine.advance()
+        found = take_step(self.engine, batches)
         self.iteration += 1
-        return totals.mean_loss, norm
+        return found
 
     def steps(self, count: int) -> list[tuple[float, float]]:
         """`step`, `count` times."""

@@ -19,6 +19,7 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model import build_model
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.train.graphs import MicrobatchGraphs
+from oryx_megatron.train.guard import bad_step
 from oryx_megatron.train.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -141,6 +142,22 @@ class MegatronEngine:
     def checkpoints(self, root: Path) -> CheckpointManager:
         """See Engine."""
         return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
+
+
+def take_step(engine: Engine, batches: list[Microbatch]) -> tuple[float, float]:
+    """One optimizer step as Trainer.step takes it, for tests and benchmarks: mean loss and gradient norm.
+
+    An update that is not finite is dropped; every rank decides for itself, from equal numbers.
+    """
+    totals = engine.gradients(batches)
+    norm = engine.gradient_norm()
+    bad, measured = totals.read(bad_step(totals, norm), norm)
+    if bad:
+        engine.discard()
+    else:
+        engine.update(measured)
+    engine.advance()
+    return totals.mean_loss, measured
 
 
 def why_launched(run: RunConfig) -> str | None:

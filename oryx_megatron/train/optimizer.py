@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -198,21 +197,6 @@ def learning_rate(run: RunConfig, iteration: int) -> float:
     group: dict[str, Any] = {}
     build_schedule(run, SimpleNamespace(param_groups=[group])).step(increment=iteration)
     return float(group["lr"])
-
-
-def optimizer_step(optimizer: MegatronOptimizer, *, loss: float) -> tuple[bool, float]:
-    """Clip and apply the gradients, unless the loss or their norm is not finite.
-
-    All ranks decide alike: the norm is reduced over model-parallel ranks and the loss is known to all.
-
-    Returns:
-        Whether parameters changed, and the gradient norm before clipping.
-    """
-    norm = gradient_norm(optimizer)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        return False, norm
-    apply_gradients(optimizer, norm)
-    return True, norm
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
