@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -41,18 +42,30 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"error: {shown(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"error{_rank()}: {shown(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
             return 2
         except ImportError as error:
             if error.name != "transformers":  # as hf/configuration_oryx.py refuses a version
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
+                raise
+            why = (str(error).strip().splitlines() or ["no more can be allocated"])[0]
+            print(f"error{_rank()}: not enough memory: {shown(why)}", file=sys.stderr, flush=True)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
 
     return guarded
+
+
+def _rank() -> str:
+    """Of a fault that each rank has for itself: which one this is, where there are several."""
+    rank = os.environ.get("RANK", "").strip() or "0"
+    return "" if rank == "0" else f" on rank {rank}"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -35,6 +35,12 @@ def merge_runs(runs: Iterable[tuple[int, int, bool]]) -> PlanRuns:
     return tuple(merged)
 
 
+CHUNKS = 1 << 20
+"""Most chunks that a plan is drawn up for."""
+DIGITS = 18
+"""Of a number of tokens."""
+
+
 def chunk_runs(attends: Iterable[bool], chunk: int, length: int) -> PlanRuns:
     """Runs of a plan given per chunk of `chunk` tokens; the last chunk ends at `length`."""
     return merge_runs((i * chunk, min((i + 1) * chunk, length), bool(a)) for i, a in enumerate(attends))
@@ -53,7 +59,7 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None)
         return ConfigError(f"mode plan `{spec}`: {why}; a plan is one of {FORMS}")
 
     def whole(text: str, least: int) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
             raise wrong(f"`{text}` is not a whole number of at least {least}")
         return int(text)
 
@@ -64,6 +70,8 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None)
         return count
 
     chunks = -(-length // chunk)
+    if chunks > CHUNKS and spec.strip().startswith(("ratio", "every")):
+        raise ConfigError(f"mode plan `{spec}`: {length} tokens are {chunks} chunks of {chunk}, more than {CHUNKS}")
     kind, colon, value = spec.strip().partition(":")
     value = value.strip()
     if kind in ("attention", "recurrent") and not colon:
@@ -86,7 +94,7 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None)
         runs: list[tuple[int, int, bool]] = []
         for part in value.split(","):
             match = _RUN.fullmatch(part.strip())
-            if match is None:
+            if match is None or max(len(match[2]), len(match[3])) > DIGITS:
                 raise wrong(f"`{part.strip()}` is no run like a0-256 or r256-512")
             start, stop = int(match[2]), int(match[3])
             if stop <= start:

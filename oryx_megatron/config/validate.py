@@ -73,6 +73,20 @@ def _divisible(name: str, value: int, by: str, divisor: int) -> None:
         raise ConfigError(f"{name} {value} is not divisible by {by}{f' = {divisor}' if '×' in by else ''}; use {near}")
 
 
+LIMITS = {
+    "num_layers": 1 << 14,
+    "hidden_size": 1 << 24,
+    "ffn_hidden_size": 1 << 26,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "key_width": 1 << 16,
+    "value_width": 1 << 16,
+    "vocab_size": 1 << 31,
+    "conv_width": 1 << 16,
+}
+"""Sizes that a slip of the keyboard passes and no model comes near: beyond them nothing is even counted."""
+
+
 def check_model(model: ModelConfig) -> None:
     """Checks inside one model config; ConfigError names the field."""
     _positive(
@@ -89,6 +103,9 @@ def check_model(model: ModelConfig) -> None:
         model__init_std=model.init_std,
         model__recurrence_chunk=model.recurrence_chunk,
     )
+    for name, limit in LIMITS.items():
+        if (value := getattr(model, name) or 0) > limit:
+            raise ConfigError(f"model.{name}: {value} is more than {limit}, the most that is supported")
     if model.num_heads % model.kv_heads:
         raise ConfigError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
     if model.conv_width < 0 or model.conv_width == 1:
