@@ -1,6 +1,6 @@
 """Parameters, FLOPs and decode memory of a model by arithmetic alone, and how much of it both modes share.
 
-`python -m oryx_megatron.arch 1.4b-gdn` prints them. How shares count (ORYX.md, "What the paper shows"): per mode,
+`python -m oryx_megatron.arch 1.4b-gdn` prints them. How shares count (docs/model.md, "What is shared"): per mode,
 shared ÷ (used by that mode), without the embedding; the whole-model share and the shares with the embedding are
 reported beside. Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width,
 w convolution taps, V vocabulary, s sequence.

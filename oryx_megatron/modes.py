@@ -1,4 +1,4 @@
-"""Mode plans: which tokens of a sequence are read by attention and which by the recurrence (ORYX.md, "Mode plans").
+"""Mode plans: which tokens of a sequence are read by attention and which by the recurrence (docs/model.md).
 
 A plan is the same for all layers and all sequences of a microbatch. Pure Python and numpy.
 """

@@ -14,7 +14,7 @@ from oryx_megatron.ops import TokenLayout
 
 @dataclass
 class LayerState:
-    """Both states of one layer after `length` tokens, kept in step whatever the modes (ORYX.md, state contract).
+    """Both states of one layer after `length` tokens, kept in step whatever the modes (docs/model.md).
 
     Shapes: b batch, G key/value heads, H heads, N key width, P value width, c convolution channels, w taps.
     """

@@ -85,7 +85,7 @@ def test_1_4b_by_hand():
 
 @pytest.mark.parametrize("name", ORYX)
 def test_shares(name):
-    """At least 90 % of what a mode uses is shared; the whole-model share is what ORYX.md's 12/14 says."""
+    """At least 90 % of what a mode uses is shared; the whole-model share is what docs/model.md's 12/14 says."""
     counts = arch.parameter_counts(load_model(name))
     for mode in ("attention", "recurrent"):
         assert 0.90 <= counts.share(mode) < counts.share(mode, embedding=True) < 1
