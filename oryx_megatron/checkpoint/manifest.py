@@ -67,7 +67,6 @@ class Manifest:
                 f"the config in {NAME} of iteration {self.iteration} cannot be read: {error}"
             ) from None
 
-
     @property
     def tokenizer(self) -> dict[str, Any]:
         """What it says of the tokenizer: name, fingerprint, eod and more; CheckpointError when it does not."""

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from oryx_megatron.data.bounds import TooSlow
 from oryx_megatron.data.corpus import Text
 from oryx_megatron.data.tokenizer import (
     CL100K,
@@ -182,7 +183,19 @@ class Encoder:
     def _original(self, texts: Sequence[Text]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer.encode_plain([t.text if t.first else self._rest(t).decode() for t in texts])
+        whole = [text.text if text.first else self._rest(text).decode() for text in texts]
+        try:
+            return self.tokenizer.encode_plain(whole)
+        except TooSlow as error:
+            more = f", or one of the {len(texts) - 1:,} after it" if len(texts) > 1 else ""
+            raise DataError(f"{texts[0].place}{more}: {error}") from error
+        except DataError:
+            for text, one in zip(texts, whole, strict=True):
+                try:
+                    self.tokenizer.encode_plain([one])
+                except DataError as error:
+                    raise DataError(f"{text.place}: {error}") from error
+            raise
 
     def _verify(self, texts: Sequence[Text], flat: np.ndarray, lengths: np.ndarray) -> None:
         if self.verify_fraction <= 0:

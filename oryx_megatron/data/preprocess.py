@@ -245,6 +245,8 @@ def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> di
     named = [[path, size, times.get(path)] for path, size in sizes.items()] if len(sizes) <= NAMED_FILES else None
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}
     options = asdict(job) | {"max_bad": None, "tokenizer": tokenizer.fingerprint, "eod": tokenizer.eod_id}
+    if _ends_itself(tokenizer):
+        options["ends_itself"] = True  # an earlier version added another end
     if job.on_error == "skip":
         del options["on_error"]  # whoever stopped at bad input may go on and leave it out
     return {
@@ -410,6 +412,11 @@ def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:
         "formats": sorted({segment.format for unit in units for segment in unit if segment.problem is None}),
         **options,
     }
+
+
+def _ends_itself(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer puts the end of a document after every text: one is enough."""
+    return tokenizer.after[-1:] == (tokenizer.eod_id,)
 
 
 def _add(totals: _Part, part: _Part) -> None:
@@ -609,7 +616,7 @@ class _Worker:
         totals = np.add.reduceat(lengths, np.flatnonzero(np.concatenate([[True], ends[:-1]])))
         if not batch[0].first:
             totals[0] += open_length
-        if self.job.append_eod:
+        if self.job.append_eod and not _ends_itself(self.tokenizer):
             # As megatron's tool: nothing, not even an end, for a document without tokens.
             document = np.cumsum(np.concatenate([[0], ends[:-1]]))
             marked = ends & (totals[document] > 0)

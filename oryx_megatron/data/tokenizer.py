@@ -9,12 +9,12 @@ together do. The objects are what megatron-core's GPTDatasetConfig asks for: `vo
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib
 import importlib.util
 import json
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -22,8 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oryx_megatron.data.bounds import bounded, check_charsmap, check_config, check_ids, one_line
 from oryx_megatron.data.files import read_json, sha256_of, write_json
 from oryx_megatron.errors import DataError
+from oryx_megatron.reading import open_regular, parse_json
 from oryx_megatron.resources import shipped
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Tokenizer(ABC):
     before: tuple[int, ...] = ()
     """Special tokens the tokenizer puts before every text (a begin of sequence, say)."""
     after: tuple[int, ...] = ()
-    """Special tokens it puts after every text."""
+    """Special tokens it puts after every text; where the end of a document is the last of them, none is added."""
     dummy_prefix: bool = False
     """It reads every text as if a space stood before it."""
     splittable: bool = False
@@ -150,10 +152,17 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(folder, fingerprint)
         import sentencepiece
 
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{folder / 'tokenizer.model'} is no SentencePiece model: {_line(error)}") from error
+        path = folder / "tokenizer.model"
+        with one_line(f"{path} is no SentencePiece model"):
+            # As bytes: the library takes no names that are not UTF-8.
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=_read(path))
+            model, _ = self.proto()
+            for number, piece in enumerate(model.pieces):
+                if not isinstance(piece.piece, str):
+                    raise DataError(f"{path} is no SentencePiece model: piece {number} is not UTF-8")
+                if not math.isfinite(piece.score):
+                    raise DataError(f"{path}: the score of piece {piece.piece!r} is not a number")
+            check_charsmap(model.normalizer_spec.precompiled_charsmap, path)
         self.vocab_size = self.processor.get_piece_size()
         self.eod_id = self.processor.eos_id() if eod is None else self.processor.piece_to_id(eod)
         if self.eod_id < 0 or (eod is not None and self.processor.id_to_piece(self.eod_id) != eod):
@@ -209,10 +218,12 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         path = folder / "tokenizer.json"
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust binding raises no narrower class
-            raise DataError(f"{path} is no tokenizer of Hugging Face's `tokenizers`: {_line(error)}") from error
+        data = _read(path)
+        with one_line(f"{path} is no tokenizer of Hugging Face's `tokenizers`"):
+            check_config(parse_json(data), path)
+            self.backend = tokenizers.Tokenizer.from_buffer(data)
+        config = json.loads(self.backend.to_str())
+        self.known = _is_known(config)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         # Ids may have holes; the embedding needs a row for the highest.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -226,32 +237,28 @@ class HuggingFaceTokenizer(Tokenizer):
         self.backend.no_truncation()
         self.backend.no_padding()
         self.before, self.after = self._template(path)
-        self.splittable = self._is_splittable()
+        self.splittable = self.known and _is_splittable(config)
 
     def _template(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The special tokens the post-processor puts around a text."""
-        plain = self.backend.encode("a", add_special_tokens=False).ids
-        whole = self.backend.encode("a").ids
+        plain, whole = (self._encode(["a"], special=special)[0] for special in (False, True))
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
         raise DataError(f"{path}: its post-processor does more than add tokens around a text")
 
-    def _is_splittable(self) -> bool:
-        """Byte-level BPE over a known pre-tokeniser, and no added token that reaches over a space."""
-        config = json.loads(self.backend.to_str())
-        added = config["added_tokens"]
-        return (
-            config["model"]["type"] == "BPE"
-            and not config["model"]["dropout"]
-            and not config["model"]["byte_fallback"]
-            and (config["normalizer"] is None or config["normalizer"]["type"] == "NFC")
-            and knows_pre_tokenizer(config["pre_tokenizer"])
-            and not any(token["lstrip"] or token["rstrip"] or " " in token["content"] for token in added)
-        )
+    def _encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        def call() -> list[list[int]]:
+            return [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+        what = f"tokenizer {self.folder} fails on a text"
+        if not self.known:
+            return bounded(call, sum(map(len, texts)), what)
+        with one_line(what):
+            return call()
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return self._encode(texts, special=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -280,6 +287,22 @@ class HuggingFaceTokenizer(Tokenizer):
         return sizes
 
 
+def _is_known(config: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json divides and normalises texts in a way that is known here, and known to be quick."""
+    normalizer = config["normalizer"]
+    return (normalizer is None or normalizer["type"] == "NFC") and knows_pre_tokenizer(config["pre_tokenizer"])
+
+
+def _is_splittable(config: dict[str, Any]) -> bool:
+    """Byte-level BPE, and no added token that reaches over a space; the pre-tokeniser is a known one."""
+    return (
+        config["model"]["type"] == "BPE"
+        and not config["model"]["dropout"]
+        and not config["model"]["byte_fallback"]
+        and not any(token["lstrip"] or token["rstrip"] or " " in token["content"] for token in config["added_tokens"])
+    )
+
+
 class TiktokenTokenizer(Tokenizer):
     """A rank file of tiktoken; `pattern` and `special_tokens` come from the manifest. Specials in a text are text."""
 
@@ -304,21 +327,23 @@ class TiktokenTokenizer(Tokenizer):
         self.file_digest = fingerprint
         rules = json.dumps([fingerprint, pattern, sorted(special.items())])
         self.fingerprint = hashlib.sha256(rules.encode()).hexdigest()
-        try:
-            lines = (line.split() for line in path.read_bytes().splitlines() if line)
+        with one_line(f"{path} is no rank file of tiktoken"):
+            lines = (line.split() for line in _read(path).splitlines() if line)
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            check_ids((*ranks.values(), *special.values()), path)
             self.encoding = tiktoken.Encoding(
                 folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
-        except (ValueError, binascii.Error) as error:
-            raise DataError(f"{path} is no rank file of tiktoken: {_line(error)}") from error
         if eod is None or eod not in special:
             raise DataError(f"{folder / MANIFEST}: `eod` must name one of special_tokens, it is {eod!r}")
         self.vocab_size = self.encoding.n_vocab
         self.eod_id = special[eod]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encoding.encode_ordinary(text) for text in texts]
+        def call() -> list[list[int]]:
+            return [self.encoding.encode_ordinary(text) for text in texts]
+
+        return bounded(call, sum(map(len, texts)), f"tokenizer {self.folder} fails on a text")
 
     def decode(self, ids: Iterable[int]) -> str:
         special = self.encoding._special_tokens.values()
@@ -534,6 +559,9 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
-def _line(error: Exception) -> str:
-    """First line of a library's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _read(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
