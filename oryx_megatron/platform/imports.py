@@ -1,6 +1,6 @@
 """What megatron-core and torch load at import and no run of ours uses: put off to first use.
 
-`import megatron.core` costs three times the CPU of `import torch`, in every process of every rank. Four causes, each
+`import megatron.core` costs three times the CPU of `import torch`, in every process of every rank. Each cause is
 handled where its module is imported, by a hook that importing `oryx_megatron.platform` installs. The packages whose
 modules import megatron-core import it in their `__init__`, so it is there first. For megatron-core 0.16.1 and torch
 2.11 to 2.13; tests/unit/test_startup.py fails when one of them no longer loads what is put off here.
@@ -11,6 +11,7 @@ modules import megatron-core import it in their `__init__`, so it is there first
 | torch.distributed.tensor: five names of symbolic_shapes | sympy | a tensor of unknown shape |
 | torch.optim: steps and methods that dynamo must not trace | torch._dynamo | nothing traces where dynamo is not loaded |
 | megatron.core.timers: its own TensorBoard writer | tensorboard | never: our own writes TensorBoard's files |
+| DeepSpeed 0.19.8's Muon: three functions compiled | torch._dynamo, torch._inductor | their first call |
 | nccl_allocator, unified_memory: torch's C++ builder | setuptools | a build |
 
 On GPUs the same functions are compiled by the same torch.compile as before.
@@ -138,19 +139,46 @@ def compiled_on_first_use(function: Callable[..., Any]) -> Callable[..., Any]:
 
     megatron-core's fused activations are a GPU matter: compiling them takes minutes and a C++ compiler on a CPU.
     """
-    chosen: list[Callable[..., Any]] = []
+
+    def compiled() -> Callable[..., Any]:
+        import torch
+
+        return torch.compile(function) if torch.cuda.is_available() else function
+
+    return _made_on_first_use(function, compiled)
+
+
+def _made_on_first_use(function: Callable[..., Any], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `make` gives at the first call; inside of another compiled function the plain one, part of its graph."""
+    made: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         import torch
 
-        if torch.compiler.is_compiling():  # inside of another one: part of that one's graph
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if not chosen:
-            chosen.append(torch.compile(function) if torch.cuda.is_available() else function)
-        return chosen[0](*args, **kwargs)
+        if not made:
+            made.append(make())
+        return made[0](*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def _with_a_late_compiler(module: ModuleType) -> Iterator[None]:
+    """DeepSpeed's Muon: its functions are compiled as it says, when they are called."""
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    original = compiler.compile
+
+    def compile(**options: Any) -> Callable[..., Any]:
+        return lambda function: _made_on_first_use(function, lambda: original(**options)(function))
+
+    compiler.compile = compile  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        compiler.compile = original  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -203,6 +231,7 @@ _AROUND: dict[str, Callable[[ModuleType], contextlib.AbstractContextManager[None
     "megatron.core.inference.unified_memory": _with_a_late_builder,
     "torch.distributed.tensor": _without_sympy,
     SYMBOLIC_SHAPES: _with_the_originals,
+    "deepspeed.runtime.zero.muon.original_muon": _with_a_late_compiler,
     "torch.optim": _with_untraced_optimizers,
 }
 
