@@ -52,9 +52,7 @@ class GenerationCases:
                 whole = model.generate(**inputs(ids), max_new_tokens=4, **options)
                 first = model.generate(**inputs(ids), max_new_tokens=3, **options)
                 text = torch.cat([ids, first.sequences], 1) if embedded else first.sequences
-                more = model.generate(
-                    **inputs(text), max_new_tokens=1, past_key_values=first.past_key_values, **GREEDY
-                )
+                more = model.generate(**inputs(text), max_new_tokens=1, past_key_values=first.past_key_values, **GREEDY)
                 assert torch.equal(more.sequences[:, -1], whole.sequences[:, -1])
                 torch.testing.assert_close(more.logits[0], whole.logits[3], atol=1e-4, rtol=1e-3)
 
