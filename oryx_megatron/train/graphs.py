@@ -28,6 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from oryx_megatron import parallel, platform
+from oryx_megatron.train import overlap
 from oryx_megatron.train.step import Microbatch, Program, launch
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class MicrobatchGraphs:
                 pair = self._pairs[key] = self._capture(batch, chunk, slot, reduces=reduces)
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 self._give_up(error)
+                overlap.give_up_reduction(chunk)
                 for module in waiting:
                     module.is_first_microbatch = True
                 return launch(self.program, iter([batch]), chunk)

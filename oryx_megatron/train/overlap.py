@@ -20,7 +20,13 @@ def keep_order(chunk: DistributedDataParallel) -> None:
     if chunk.ddp_config.overlap_param_gather and chunk.ddp_config.use_distributed_optimizer:
         _gather_whole_mixers(chunk)
     if chunk.ddp_config.overlap_grad_reduce:
-        _reduce_in_order(chunk)
+        chunk.reduction_order = _InOrder(chunk)
+
+
+def give_up_reduction(chunk: DistributedDataParallel) -> None:
+    """Forget what a backward pass has begun that will not be finished."""
+    if chunk.ddp_config.overlap_grad_reduce:
+        chunk.reduction_order.reset()
 
 
 def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
@@ -35,23 +41,27 @@ def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
             module.register_forward_pre_hook(wait)
 
 
-def _reduce_in_order(chunk: DistributedDataParallel) -> None:
-    """Start the reduction of a complete bucket when all those that a backward pass completes before it have started."""
-    place = {parameter: i for i, parameter in enumerate(chunk.module.parameters())}
-    for own in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):  # megatron-core waits for them in this order
-        own.sort(key=lambda group: -min(place[parameter] for parameter in group.params))
-    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
-    starts = [group.start_grad_sync for group in groups]
-    complete: dict[int, dict[str, Any]] = {}
-    """Arguments of the calls that wait for their turn, by place in `groups`."""
-    turn = 0
+class _InOrder:
+    """Starts the reduction of a complete bucket when all those that a backward pass completes before it have started."""
 
-    def in_turn(number: int, **keywords: Any) -> None:
-        nonlocal turn
-        complete[number] = keywords
-        while turn in complete:
-            starts[turn](**complete.pop(turn))
-            turn = (turn + 1) % len(groups)
+    def __init__(self, chunk: DistributedDataParallel) -> None:
+        place = {parameter: i for i, parameter in enumerate(chunk.module.parameters())}
+        for own in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):  # megatron-core waits in this order
+            own.sort(key=lambda group: -min(place[parameter] for parameter in group.params))
+        groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+        self._starts = [group.start_grad_sync for group in groups]
+        self.reset()
+        for number, group in enumerate(groups):
+            group.start_grad_sync = partial(self._complete, number)
 
-    for number, group in enumerate(groups):
-        group.start_grad_sync = partial(in_turn, number)
+    def reset(self) -> None:
+        """A backward pass was given up: the next one begins with the first bucket."""
+        self._turn = 0
+        self._waiting: dict[int, dict[str, Any]] = {}
+        """Arguments of the calls that wait for their turn, by place of their bucket."""
+
+    def _complete(self, number: int, **keywords: Any) -> None:
+        self._waiting[number] = keywords
+        while self._turn in self._waiting:
+            self._starts[self._turn](**self._waiting.pop(self._turn))
+            self._turn = (self._turn + 1) % len(self._starts)
