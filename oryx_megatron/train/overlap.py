@@ -42,7 +42,7 @@ def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
 
 
 class _InOrder:
-    """Starts the reduction of a complete bucket when all those that a backward pass completes before it have started."""
+    """Starts the reduction of a complete bucket when all that a backward pass completes before it have started."""
 
     def __init__(self, chunk: DistributedDataParallel) -> None:
         place = {parameter: i for i, parameter in enumerate(chunk.module.parameters())}
