@@ -291,7 +291,7 @@ class EvaluationConfig:
     interval: int = 0
     """Iterations between evaluations; 0: only at the end."""
     batches: int = 8
-    """Global batches per validation set and plan."""
+    """Global batches per validation set and plan; fewer where a set holds less: each sample is read once."""
     plans: tuple[str, ...] = ("attention", "recurrent", "ratio:0.25")
     """Mode plans to evaluate under."""
 
