@@ -39,7 +39,16 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import backends
-from oryx_megatron.planner import CONTEXT_GIB, GIB, Cluster, Work, estimate, layout_of
+from oryx_megatron.planner import (
+    CONTEXT_GIB,
+    COPY_TERABYTES,
+    GIB,
+    MEMORY_GIB,
+    Cluster,
+    Work,
+    estimate,
+    layout_of,
+)
 from oryx_megatron.testing.layouts import Session, session, tiny_run
 from oryx_megatron.train.engine import MegatronEngine
 
@@ -143,7 +152,12 @@ def measure(name: str, layout: ParallelConfig, text: str, graphs: bool, argument
     plan = parse_plan(arguments.plan, arguments.sequence, chunk=arguments.chunk)
     work = Work(arguments.sequence, arguments.batch, 1.0 if peer else plan.attention_share)
     split = layout_of(model, work, layout, arguments.micro, world)
-    planned = estimate(model, Cluster(world), work, split, arguments.micro, layout.recompute, arguments.cpu_offload)
+    name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
+    card = next((card for card in COPY_TERABYTES if card.upper() in name_of_card), "h200")
+    cluster = Cluster(world, MEMORY_GIB[card], copy_tbps=COPY_TERABYTES[card])
+    planned = estimate(
+        model, cluster, work, split, arguments.micro, layout.recompute, arguments.cpu_offload, graphs=graphs
+    )
     return Found(
         model=name,
         layout=text,

@@ -40,14 +40,18 @@ ATTENTION_SHARE = 0.52
 """Of the peak that attention reaches, forward and backward (cuDNN, 8,192 tokens, 16 heads of 128)."""
 RECURRENCE_SECONDS = {"gdn": 2.04e-3 / (32768 * 16), "mamba2": 2.17e-3 / (32768 * 16)}
 """Per token and head of 128 × 128 on an H200, forward and backward (flash_qla at 8,192 tokens, our Triton kernels)."""
-COPY_BYTES = 4.27e12
-"""Bytes per second that an H200 copies."""
+COPY_TERABYTES = {"h100": 3.0, "h200": 4.27}
+"""TB/s that a card copies, read and written."""
+MEMORY_GIB = {"h100": 79.0, "h200": 141.0}
+"""Of a card."""
 PEAK = 989e12
 """FLOP/s of an H200 in bf16, of which the constants above are shares."""
 LAUNCH_SECONDS = 3.1e-3
-"""What the host needs for a layer and microbatch, forward and backward: `benchmarks/layouts.py --micro 1`."""
-COLLECTIVE_SECONDS = 0.13e-3
+"""What the host needs for a layer and microbatch, launched, forward and backward: `benchmarks/layouts.py --micro 1`."""
+COLLECTIVE_SECONDS = {"launched": 0.13e-3, "graphs": 0.05e-3}
 """Of a collective beside its bytes, while ranks wait for each other: `benchmarks/layouts.py --layout tensor=2`."""
+UPDATE_BYTES = 46.0
+"""Moved per parameter that a GPU owns: cleared and scaled gradient, its norm, AdamW with master and moments in fp32."""
 EXCHANGE_SECONDS = 1.0e-3
 """Of an exchange of context parallelism beside its bytes: 0.7 (mamba2) and 1.4 ms (gdn) with 8,192 tokens a rank."""
 OFFLOAD_SECONDS = 0.96e-9
@@ -74,6 +78,8 @@ class Cluster:
     """GB/s that NCCL sends from one GPU to other nodes; not measured here (400 Gbit/s on paper)."""
     tflops: float = 989.0
     """Peak of one GPU in bf16, TFLOP/s."""
+    copy_tbps: float = COPY_TERABYTES["h200"]
+    """TB/s that one GPU copies."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +287,11 @@ def estimate(
     micro_batch: int,
     recompute: Recompute,
     cpu_offload: bool = False,
+    *,
+    graphs: bool = True,
 ) -> Estimate:
-    """Memory, traffic and time of one layout."""
+    """Memory, traffic and time of one layout; `graphs`: microbatches are replayed as CUDA graphs where they can be."""
+    graphs = graphs and layout.cp == 1  # engine.why_launched
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload)
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
@@ -302,11 +311,13 @@ def estimate(
         forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
     # Norms, activations and copies: what is kept is written and read again about twice.
     moved = 2.5 * sum(activation_bytes(model, dataclasses.replace(layout, tp=1), share).values()) * model.num_layers
-    forward, backward = forward + moved / COPY_BYTES / 3, backward + 2 * moved / COPY_BYTES / 3
+    copied = cluster.copy_tbps * 1e12
+    forward, backward = forward + moved / copied / 3, backward + 2 * moved / copied / 3
     again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
     head = 3 * flops["output_layer"] / (LINEAR_SHARE * PEAK) / layout.tp
     micro = tokens * ((forward + backward + again) * part + head / layout.pp) / speed
-    micro = max(micro, LAUNCH_SECONDS * max(layout.stage_layers))
+    if not graphs:
+        micro = max(micro, LAUNCH_SECONDS * max(layout.stage_layers))
     node, network = cluster.node_gbps * 1e9, cluster.network_gbps * 1e9
 
     def link(ranks: int) -> float:
@@ -316,7 +327,7 @@ def estimate(
     passes = layout.microbatches * max(layout.stage_layers)
     tensor, context = traffic["tensor"] / link(layout.tp), traffic["context"] / link(layout.tp * layout.cp)
     if layout.tp > 1:
-        tensor += COLLECTIVE_SECONDS * _collectives(recompute) * passes
+        tensor += COLLECTIVE_SECONDS["graphs" if graphs else "launched"] * _collectives(recompute) * passes
     if layout.cp > 1:
         context += EXCHANGE_SECONDS * 2 * _exchanges(recompute) * passes
     pipeline = traffic["pipeline"] / link(layout.world_size)
@@ -326,7 +337,7 @@ def estimate(
     exposed = max(0.0, data - 0.8 * micro)
     parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
     owned = parameters / (layout.dp * layout.cp)
-    update = OFFLOAD_SECONDS * owned if cpu_offload else 34.0 * owned / COPY_BYTES
+    update = OFFLOAD_SECONDS * owned if cpu_offload else UPDATE_BYTES * owned / copied
     return Estimate(
         layout=layout,
         micro_batch=micro_batch,

@@ -29,7 +29,17 @@ from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
-from oryx_megatron.planner import GIB, USABLE, Cluster, Estimate, Work, plan, schedule
+from oryx_megatron.planner import (
+    COPY_TERABYTES,
+    GIB,
+    MEMORY_GIB,
+    USABLE,
+    Cluster,
+    Estimate,
+    Work,
+    plan,
+    schedule,
+)
 
 PICTURE_MICROBATCHES = 16
 """More would not be seen."""
@@ -45,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sequence", type=int, required=True, help="tokens per sample")
     parser.add_argument("--batch", type=int, required=True, help="samples per step over all GPUs")
     parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
-    parser.add_argument("--memory", type=float, default=defaults.memory_gib, help="GiB per GPU (default %(default)s)")
+    parser.add_argument("--card", choices=sorted(MEMORY_GIB), default="h200", help="memory and its speed")
+    parser.add_argument("--memory", type=float, help="GiB per GPU (default: the card's)")
     parser.add_argument("--gpus-per-node", type=int, default=defaults.gpus_per_node)
     parser.add_argument(
         "--nvlink", type=float, default=defaults.node_gbps, help="GB/s that NCCL sends per GPU inside a node"
@@ -64,14 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     expand_arguments(a, "--picture")
     for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
-        if not getattr(a, name) > 0:
+        if (value := getattr(a, name)) is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")
     if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
         raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
     if a.picture:
         check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
     model = load_model(a.model)
-    cluster = Cluster(a.gpus, a.memory, a.gpus_per_node, a.nvlink, a.network, a.tflops)
+    memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
+    cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
     work = Work(a.sequence, a.batch, _share(model, a.attention_share))
     found = plan(model, cluster, work, a.cpu_offload)
     if a.json:
