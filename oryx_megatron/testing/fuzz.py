@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from oryx_megatron.errors import OryxError
 
 ODD: tuple[Any, ...] = (None, True, -1, 0, 1 << 70, 0.5, float("nan"), "", "x", "../x", [], [0], {}, {"x": 0}, [[]] * 3)
@@ -96,7 +98,7 @@ def damage(folder: Path, patterns: Sequence[str], draw: random.Random) -> str:
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     path = draw.choice(paths)
     ways = [_flip, _truncate, _zero, _append, _delete, _overwrite]
-    if path.suffix == ".json":
+    if path.suffix in (".json", ".jsonl", ".yaml"):
         ways += [_swap] * 6
     what = draw.choice(ways)(path, draw)
     return f"{path.relative_to(folder)}: {what}"
@@ -149,9 +151,15 @@ def _delete(path: Path, _: random.Random) -> str:
 
 
 def _swap(path: Path, draw: random.Random) -> str:
-    """Another type, no value, or another name somewhere in a JSON file."""
+    """Another type, no value, or another name somewhere in a JSON or YAML file, or in a line of JSON."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    number = draw.randrange(len(lines)) if path.suffix == ".jsonl" and lines else None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".yaml":
+            value = yaml.safe_load(text)
+        else:
+            value = json.loads(text if number is None else lines[number])
     except ValueError:
         return _flip(path, draw)
     places = list(_places(value))
@@ -169,8 +177,12 @@ def _swap(path: Path, draw: random.Random) -> str:
     else:
         parent[key] = draw.choice(ODD)
         way = f"made {parent[key]!r}"
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return f"{key!r}: {way}"
+    written = yaml.safe_dump(value, sort_keys=False) if path.suffix == ".yaml" else json.dumps(value)
+    if number is not None:
+        lines[number] = written + "\n"
+        written = "".join(lines)
+    path.write_text(written, encoding="utf-8")
+    return f"{'' if number is None else f'line {number + 1}, '}{key!r}: {way}"
 
 
 def _places(value: Any) -> Any:

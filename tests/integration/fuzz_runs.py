@@ -232,7 +232,8 @@ def _sum_up(folder: Path) -> None:
 
 def _plot(folder: Path) -> None:
     plot_run.read_curves(folder / "metrics.jsonl", "tokens", "run")
-    plot_run.draw([plot_run.read_curves(folder / "metrics.jsonl", "iteration", "run")], "iteration")
+    page = plot_run._page("<svg></svg>", [plot_run.read_curves(folder / "metrics.jsonl", "iteration", "run")])
+    assert page.count("<tr>") >= 2
 
 
 def _resume(folder: Path) -> None:
