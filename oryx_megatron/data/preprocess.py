@@ -170,7 +170,9 @@ def _check_work(folder: Path) -> None:
         found = [] if folder.is_symlink() else [path.name for path in folder.iterdir()]
         other = [name for name in found if name not in known and not name.startswith((".key.json.", ".state.json."))]
         left = "key.json" in found and {"options", "versions", "input"} <= set(read_json(folder / "key.json"))
-        empty = found == [] or (found == ["lock"] and not (folder / "lock").stat().st_size)
+        # Killed before it noted what it is about.
+        empty = set(found) <= {"lock", "parts"} and not any(folder.glob("parts/*"))
+        empty = empty and not ("lock" in found and (folder / "lock").stat().st_size)
         ours = not folder.is_symlink() and not other and (left or empty)
     except (OSError, DataError):
         ours = False

@@ -99,6 +99,13 @@ def test_preprocessing_replaces_nothing_foreign(
         assert f"model.{end.partition('/')[0]}" in line
 
 
+def test_what_a_kill_at_the_beginning_left_is_ours(here: Path) -> None:
+    Path("out.work/parts").mkdir(parents=True)
+    Path("out.work/lock").touch()
+    assert tool("preprocess_data").main(preprocess("out")) == 0
+    assert not Path("out.work").exists()
+
+
 @pytest.mark.parametrize("kind", ["a dangling link", "a folder", "a FIFO"])
 def test_what_is_no_file_is_not_replaced_either(here: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     make = {"a dangling link": lambda p: os.symlink("nowhere", p), "a folder": os.mkdir, "a FIFO": os.mkfifo}
