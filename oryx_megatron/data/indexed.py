@@ -389,9 +389,10 @@ class Dataset:
     def ends(self, eod: int, most: int = 256) -> tuple[int, int]:
         """How many of up to `most` documents, spread over the dataset, end with a token; and of how many."""
         index = self.index
-        bounds = np.asarray(index.documents)
-        filled = np.flatnonzero(np.diff(bounds))  # documents without a sequence have no end
-        chosen = bounds[filled[np.unique(np.linspace(0, len(filled) - 1, min(most, len(filled))).astype(int))] + 1] - 1
+        looked = np.unique(np.linspace(0, self.documents - 1, 4 * most).astype(np.int64))
+        bounds = np.asarray(index.documents[looked]), np.asarray(index.documents[looked + 1])
+        chosen = bounds[1][bounds[1] > bounds[0]] - 1  # documents without a sequence have no end
+        chosen = chosen[np.unique(np.linspace(0, max(len(chosen) - 1, 0), min(most, len(chosen))).astype(np.int64))]
         chosen = chosen[np.asarray(index.lengths[chosen]) > 0]
         last = np.asarray(index.offsets[chosen]) // index.dtype.itemsize + np.asarray(index.lengths[chosen]) - 1
         return int((np.asarray(self.data()[last]) == eod).sum()), len(chosen)
