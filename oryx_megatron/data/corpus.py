@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from oryx_megatron.data.indexed import is_skipped_line, is_skipped_list
+from oryx_megatron.data.files import is_skipped_line, is_skipped_list
 from oryx_megatron.errors import DataError
 
 STDLIB = "stdlib"

@@ -235,3 +235,21 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_skipped_list(path: Path) -> bool:
+    """Whether a file is a PREFIX.skipped.jsonl as preprocessing writes it: what was left out, and why."""
+    try:
+        with open(path, "rb") as file:
+            return is_skipped_line(file.readline(1 << 20))
+    except OSError:
+        return False
+
+
+def is_skipped_line(line: bytes) -> bool:
+    """Whether a line says what was left out of a dataset, and why."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and set(record) >= {"place", "reason", "detail"} and "text" not in record

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from oryx_megatron.data.files import read_json, same_file, sha256_of, sync, temporary_name, write_json
+from oryx_megatron.data.files import is_skipped_list, read_json, same_file, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
 
@@ -622,24 +622,6 @@ def _is_ours(prefix: Path, path: Path) -> bool:
         return path.stat().st_size in sizes
     except (DataError, OSError, KeyError, TypeError):
         return False
-
-
-def is_skipped_list(path: Path) -> bool:
-    """Whether a file is a PREFIX.skipped.jsonl as preprocessing writes it: what was left out, and why."""
-    try:
-        with open(path, "rb") as file:
-            return is_skipped_line(file.readline(1 << 20))
-    except OSError:
-        return False
-
-
-def is_skipped_line(line: bytes) -> bool:
-    """Whether a line says what was left out of a dataset, and why."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and set(record) >= {"place", "reason", "detail"} and "text" not in record
 
 
 def file_of(prefix: Path, end: str) -> Path:

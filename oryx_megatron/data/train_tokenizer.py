@@ -16,8 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from oryx_megatron.data.corpus import SKIPPED
-from oryx_megatron.data.files import read_json, replacing, sha256_of
-from oryx_megatron.data.indexed import is_skipped_list
+from oryx_megatron.data.files import is_skipped_list, read_json, replacing, sha256_of
 from oryx_megatron.data.sampling import TrainingText
 from oryx_megatron.data.tokenizer import MANIFEST, MODEL_FILES, PRE_TOKENIZERS, Tokenizer, write_manifest
 from oryx_megatron.errors import DataError

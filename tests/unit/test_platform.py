@@ -113,7 +113,7 @@ chosen = []
 untouched = {name: getattr(torch, name) for name in cpu._FACTORIES}
 torch.cuda.is_available = lambda: True
 torch.cuda.set_device, torch.cuda.device_count = chosen.append, lambda: 4
-os.environ["LOCAL_RANK"] = "6"
+os.environ |= {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "6", "LOCAL_WORLD_SIZE": "8"}
 platform.install()
 assert chosen == [2] and not cpu.is_installed()
 assert platform.backend() == "cpu:gloo,cuda:nccl"
