@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                         if arguments.out is not None:
                             with replacing(arguments.out) as temporary:
                                 temporary.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
-        if main_rank:
+        if main_rank and "gpt" in arguments.models:  # again, now that all of GPT's are known
             print("\n".join(["", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(show(r, results) for r in results)]))
     finally:
         parallel.destroy()
