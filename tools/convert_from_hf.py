@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown
@@ -35,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         help="recurrence of a Llama start (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the new gates of a Llama start (default: %(default)s)")
-    parser.add_argument("--verify", action="store_true", help="compare logits of both sides in fp32 and bf16")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare logits of both sides; OUTPUT appears when they agree"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     return parser
 
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from oryx_megatron.hf.convert import hf_model_type, import_, import_llama
     from oryx_megatron.hf.verify import verify
 
+    lines: list[str] = []
     run = load_run(arguments.run, arguments.overrides) if arguments.run is not None else None
     llama = hf_model_type(arguments.folder) == "llama"
     if llama:
@@ -68,12 +72,21 @@ def main(argv: list[str] | None = None) -> int:
             overwrite=arguments.overwrite,
         )
     else:
-        done = import_(arguments.folder, arguments.output, run, overwrite=arguments.overwrite)
+
+        def check(checkpoint: Path) -> None:
+            lines.extend(map(str, verify(checkpoint, arguments.folder, names=(arguments.output, arguments.folder))))
+
+        done = import_(
+            arguments.folder,
+            arguments.output,
+            run,
+            overwrite=arguments.overwrite,
+            check=check if arguments.verify else None,
+        )
     what = f"{done.source} → {done.target}: {done.model.name}"
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
-    if arguments.verify:
-        for result in verify(done.target, done.source):
-            print(f"verified {result.dtype} under {result.plan}: difference {result.difference:.1e}")
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown
@@ -32,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--license", metavar="ID", help="of the weights, as apache-2.0 (default: the run's `license`)")
-    parser.add_argument("--verify", action="store_true", help="compare logits of both sides in fp32 and bf16")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare logits and generation first; OUTPUT appears if they agree"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     return parser
 
@@ -46,7 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.hf.convert import export
-    from oryx_megatron.hf.verify import verify
+    from oryx_megatron.hf.verify import verify, verify_generation
+
+    lines: list[str] = []
+
+    def check(folder: Path) -> None:
+        names = arguments.checkpoint, arguments.output
+        lines.extend(map(str, verify(arguments.checkpoint, folder, names=names)))
+        lines.extend(map(str, verify_generation(arguments.checkpoint, folder, names=names)))
 
     done = export(
         arguments.checkpoint,
@@ -58,12 +68,12 @@ def main(argv: list[str] | None = None) -> int:
         with_tokenizer=not arguments.no_tokenizer,
         license=arguments.license,
         overwrite=arguments.overwrite,
+        check=check if arguments.verify else None,
     )
     what = f"{done.source} → {done.target}: {done.model.name}"
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
-    if arguments.verify:
-        for result in verify(done.source, done.target):
-            print(f"verified {result.dtype} under {result.plan}: difference {result.difference:.1e}")
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -79,6 +79,7 @@ def export(
     with_tokenizer: bool = True,
     license: str | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
 ) -> Conversion:
     """Write a checkpoint, of any layout, as a folder that transformers loads without this package.
 
@@ -92,6 +93,7 @@ def export(
         with_tokenizer: False leaves the tokenizer out.
         license: Of the weights, as the Hub writes it; default the run's. Without one the model card names none.
         overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
+        check: Called with the whole folder before it appears under its name; what it raises leaves none.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
@@ -150,12 +152,13 @@ def export(
         for module in (configuration_oryx, modeling_oryx, recurrences_oryx):
             shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
         end = manifest.tokenizer["eod"]
-        GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False).save_pretrained(folder)
-        if spoken is not None:
-            export_tokenizer(spoken, folder, run.data.sequence_length)
+        pad = end if spoken is None else export_tokenizer(spoken, folder, run.data.sequence_length)
+        GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, dataclasses.replace(manifest, files=files), MANIFEST)
         (folder / "README.md").write_text(model_card(manifest, target.name), encoding="utf-8")
+        if check is not None:
+            check(folder)
     size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
     return Conversion(source, target, len(tensors), size, model)
 
@@ -174,7 +177,12 @@ def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None)
 
 
 def import_(
-    source: str | Path, target: str | Path, run: RunConfig | None = None, *, overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    run: RunConfig | None = None,
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
 ) -> Conversion:
     """Turn an Oryx folder of Hugging Face's form into a checkpoint that loads under any layout.
 
@@ -184,6 +192,7 @@ def import_(
         run: Run config that the manifest shall hold (its model is replaced); default: the one in the folder's
             oryx_manifest.json.
         overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
+        check: Called with the whole run folder before it appears under its name; what it raises leaves none.
 
     Raises:
         ConversionError: not an Oryx folder, damaged, or a tensor is missing, left over or of a wrong shape.
@@ -205,7 +214,7 @@ def import_(
         run = kept.run()
     if kept is None or not _same(run, kept.run()):
         kept = None  # another run: it starts from these weights, at its own first step
-    return _write(source, Path(target), model, shapes, reader.dtype, reader.read, run, kept, overwrite)
+    return _write(source, Path(target), model, shapes, reader.dtype, reader.read, run, kept, overwrite, check)
 
 
 def import_llama(
@@ -342,6 +351,7 @@ def _write(
     run: RunConfig,
     kept: Manifest | None,
     overwrite: bool,
+    check: Callable[[Path], object] | None = None,
 ) -> Conversion:
     """Write the checkpoint of a model given by its Hugging Face tensors."""
     rules = weight_rules(model)
@@ -379,6 +389,8 @@ def _write(
             )
         write_manifest(writing, manifest)
         store.commit(writing)
+        if check is not None:
+            check(folder)
     size = sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
     return Conversion(source, target, len(wanted), size, model)
 

@@ -58,6 +58,8 @@ _WHOLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
 
 FP32 = ("a_log", "dt_bias", "d_skip")
 """Last part of the names of tensors that stay fp32 in every export."""
+CHECKPOINT_FP32 = tuple(name.split(".")[-1] for hf, name, _ in _WHOLE if hf.split(".")[-1] in FP32)
+"""The same in checkpoints."""
 
 EXTRA_STATE = "_extra_state"
 """Objects that megatron-core's linear layers put into checkpoints for FP8: scaling state, no weights."""

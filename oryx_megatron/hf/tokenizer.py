@@ -19,8 +19,15 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACE = "▁"
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json (and keep the original model file beside them).
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+"""What padding is called where a vocabulary has it."""
+
+
+def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> int:
+    """Write tokenizer.json and tokenizer_config.json (and keep the original model file and chat template beside them).
+
+    Special tokens in a text become their ids, as fine-tuning needs them: in training they are text. Padding is another
+    token than the end of a text where the vocabulary has one that no text holds. Returns its id.
 
     Raises ConversionError when the written tokenizer gives other ids than the run's on sample texts.
     """
@@ -30,9 +37,6 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
         _compare(tokenizer, fast)
         fast.save(str(folder / "tokenizer.json"))
         shutil.copyfile(tokenizer.folder / "tokenizer.model", folder / "tokenizer.model")
-        # Special tokens are marks between texts, as in training; the same letters inside a text are text. A unigram
-        # model of `tokenizers` cannot tell the two apart.
-        config["split_special_tokens"] = isinstance(fast.model, models.BPE)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         shutil.copyfile(tokenizer.folder / "tokenizer.json", folder / "tokenizer.json")
         original = tokenizer.folder / "tokenizer_config.json"
@@ -43,8 +47,36 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
     end = tokenizer.piece(tokenizer.eod_id)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     config.setdefault("eos_token", end)
-    config.setdefault("pad_token", config["eos_token"])
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    ids = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    if _text(config.get("pad_token")) in (None, _text(config["eos_token"])):
+        config["pad_token"] = _padding(tokenizer, ids) or config["eos_token"]
+    template = tokenizer.folder / "chat_template.jinja"
+    if template.is_file():
+        shutil.copyfile(template, folder / template.name)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    pad = ids.token_to_id(_text(config["pad_token"]))
+    return tokenizer.eod_id if pad is None else pad
+
+
+def _text(token: Any) -> Any:
+    """A special token of tokenizer_config.json, which may be written as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _padding(tokenizer: Tokenizer, ids: FastTokenizer) -> str | None:
+    """A token to pad with that is not the end of a text and that no text becomes; None where there is none."""
+    names = list(PADS)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        processor = tokenizer.processor
+        if processor.pad_id() >= 0:
+            names.insert(0, processor.id_to_piece(processor.pad_id()))
+        if any(processor.is_byte(i) for i in range(tokenizer.vocab_size)):
+            names.append(processor.id_to_piece(processor.unk_id()))  # bytes spell what has no piece: it never occurs
+        if processor.bos_id() >= 0:
+            names.append(processor.id_to_piece(processor.bos_id()))  # training begins no text with it
+    found = (name for name in names if ids.token_to_id(name) not in (None, tokenizer.eod_id))
+    return next(found, None)
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> FastTokenizer:

@@ -27,7 +27,7 @@ from oryx_megatron.hf.fields import CONFIG, from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.tensors import CheckpointReader
 from oryx_megatron.hf.tokenizer import export_tokenizer
-from oryx_megatron.hf.verify import verify
+from oryx_megatron.hf.verify import verify, verify_generation
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.project import synthetic_texts, tiny_project
 
@@ -151,9 +151,18 @@ def test_tokenizer_of_an_export_reads_as_the_runs(exported: Path, project: Path)
     ours = load_tokenizer(project.parent / "tokenizer")
     theirs = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     for text in [*synthetic_texts(20, seed=5), "  été\n\t</s> 中 ", ""]:
-        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs(text, split_special_tokens=True).input_ids == ours.encode(text)
+        assert "</s>" in text or theirs(text).input_ids == ours.encode(text)
         assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
-    assert theirs.eos_token_id == ours.eod_id == theirs.pad_token_id
+    assert theirs.eos_token_id == ours.eod_id
+    # What fine-tuning puts into a text becomes the id that training ended texts with, and no collator masks it.
+    assert theirs("a</s>b").input_ids == [*ours.encode("a"), ours.eod_id, *ours.encode("b")]
+    assert theirs.pad_token_id not in (None, ours.eod_id)
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (ours.eod_id, theirs.pad_token_id)
+    assert set(theirs("a")) == {"input_ids", "attention_mask"}
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert theirs("a<|im_end|>").input_ids[-1] == theirs.convert_tokens_to_ids("<|im_end|>")
     batch = theirs(["a", "a longer one"], padding=True, padding_side="left", return_tensors="pt")
     assert batch.attention_mask[0].tolist() == [0] * (batch.input_ids.shape[1] - 1) + [1]
 
@@ -187,11 +196,17 @@ def test_other_tokenizers_travel_too(kind: str, tmp_path: Path) -> None:
             minloglevel=2,
         )
         tokenizer = write_manifest(folder, source="test")
-    export_tokenizer(tokenizer, out, 128)
+    template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    pad = export_tokenizer(tokenizer, out, 128)
     theirs = AutoTokenizer.from_pretrained(out)
     for text in synthetic_texts(20, seed=6):
         assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
     assert theirs.eos_token_id == tokenizer.eod_id
+    assert theirs.pad_token_id == pad
+    assert (pad == tokenizer.eod_id) == (kind == "huggingface")  # whose vocabulary has nothing else
+    ids = theirs.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, return_dict=True)["input_ids"]
+    assert ids[-1] == tokenizer.eod_id
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "gdn"])
@@ -361,6 +376,55 @@ def test_verify_sees_a_difference(exported: Path, project: Path) -> None:
         verify(project.parent / "gdn tp2", exported, plans=0)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_export_generates_what_the_checkpoint_does(case: str, project: Path, tmp_path: Path) -> None:
+    export(project.parent / case, tmp_path / "hf")
+    ways = [result.way for result in verify_generation(project.parent / case, tmp_path / "hf", new=8)]
+    each = ["greedy", "greedy with a static cache", "greedy in a batch", "greedy in a batch", "3 beams"]
+    assert ways == each * (2 if run_of(project, case).model.modes == "both" else 1)
+
+
+def test_generation_that_drops_the_cache_is_seen(exported: Path, project: Path, monkeypatch) -> None:
+    """As under a version of transformers that calls it otherwise."""
+    prepare = OryxForCausalLM.prepare_inputs_for_generation
+
+    def dropping(self, *args, **kwargs):
+        inputs = prepare(self, *args, **kwargs)
+        return {name: value for name, value in inputs.items() if name in ("input_ids", "mode_plan")}
+
+    monkeypatch.setattr(OryxForCausalLM, "prepare_inputs_for_generation", dropping)
+    with pytest.raises(ConversionError, match=r"does not generate what .* does: greedy under plan prompt:"):
+        verify_generation(project.parent / "gdn tp2", exported)
+
+
+@pytest.mark.parametrize("case", ["mamba2 pp2", "gdn tp2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_other_formats_are_verified_against_their_own_weights(
+    case: str, dtype: str, project: Path, tmp_path: Path
+) -> None:
+    export(project.parent / case, tmp_path / "hf", dtype=dtype)
+    assert all(result.agrees for result in verify(project.parent / case, tmp_path / "hf", plans=1, length=40))
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] * 1.01}, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConversionError, match="does not compute"):
+        verify(project.parent / case, tmp_path / "hf", plans=1, length=40)
+
+
+def test_a_failed_check_leaves_no_folder(exported: Path, project: Path, tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        assert (folder / "README.md").is_file() or (folder / "checkpoints").is_dir()
+        raise ConversionError("no")
+
+    for convert in (
+        lambda: export(project.parent / "gdn tp2", tmp_path / "new", check=check),
+        lambda: import_(exported, tmp_path / "new", check=check),
+    ):
+        with pytest.raises(ConversionError, match="no"):
+            convert()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 def test_another_run_starts_from_the_weights(exported: Path, project: Path, tmp_path: Path) -> None:
     run = load_run(project, ["train.iterations=99"])
     import_(exported, tmp_path / "start", run)
@@ -375,9 +439,10 @@ def test_tools_convert_and_complain_in_one_line(project: Path, tmp_path: Path) -
         command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
-    done = tool("convert_to_hf.py", project.parent / "mamba2 pp2", tmp_path / "hf", "--verify")
+    done = tool("convert_to_hf.py", project.parent / "mamba2 pp2", tmp_path / "hf", "--verify", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verified") == 10
+    assert done.stdout.count("generated") == 10
     # Overrides behind an option, as in the documentation.
     options = ("--run", project, "train.iterations=99")
     assert tool("convert_from_hf.py", tmp_path / "hf", tmp_path / "next", *options).returncode == 0
