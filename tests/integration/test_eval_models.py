@@ -12,7 +12,7 @@ import torch
 
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import ConfigError, ConversionError
+from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.testing import run_distributed
@@ -82,6 +82,32 @@ def test_a_dataset_too_small_for_a_batch_is_an_error(hf_project: Path) -> None:
         evaluate_checkpoint(
             hf_project.parent / "gdn tp2", ("attention",), data=str(hf_project.parent / "data"), sequence_length=10**6
         )
+
+
+def test_changed_weights_are_neither_evaluated_nor_continued(hf_project: Path, tmp_path: Path) -> None:
+    """One byte of a checkpoint or of an export: its numbers would be another model's."""
+    from oryx_megatron import parallel
+    from oryx_megatron.eval.export import load_export
+    from oryx_megatron.eval.generation import load_for_inference
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    run = tmp_path / "run"
+    shutil.copytree(hf_project.parent / "shared tp2", run)
+    export(run, tmp_path / "hf")
+    for path in (next(run.glob("checkpoints/*/__0_*.distcp")), tmp_path / "hf" / "model.safetensors"):
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+    parallel.destroy()
+    try:
+        for read in (load_for_inference, lambda path: evaluate_checkpoint(path, ("attention",), batches=1)):
+            with pytest.raises(CheckpointError, match=r"is damaged: __0_.*\.distcp cannot be read or differ"):
+                read(run)
+            parallel.destroy()
+    finally:
+        parallel.destroy()
+    with pytest.raises(ConversionError, match=r"is damaged: model\.safetensors cannot be read or differ"):
+        load_export(tmp_path / "hf")
 
 
 def test_retrieval_finds_the_same_on_both_sides(hf_project: Path, folder: Path, tmp_path: Path) -> None:
