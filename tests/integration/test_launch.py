@@ -211,7 +211,15 @@ def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
     expected = {
         "preprocess": ["--input", "a", "--tokenizer", "t", "--output", "d/x", "--processes=2", "--shard", "2/3"],
         "pretrain": ["-m", "oryx_megatron.train", str(run), override],
-        "evaluate-3": ["perplexity", f"{folder}/out", "--data", HOSTILE, "--output", f"{folder}/out/evaluate-3"],
+        "evaluate-3": [
+            "perplexity",
+            f"{folder}/out",
+            "--data",
+            HOSTILE,
+            "--output",
+            f"{folder}/out/evaluate-3",
+            "--overwrite",
+        ],
         "convert": [f"{REPOSITORY}/tools/convert_to_hf.py", f"{folder}/out", f"{folder}/hf"],
     }
     for name, arguments in expected.items():
