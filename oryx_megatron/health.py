@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform as python_platform
+import secrets
 import socket
 import statistics
 import subprocess
@@ -299,7 +300,7 @@ class _Rank:
             return ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f".health-{self.node}-{os.getpid()}"
+            path = folder / f".health-{self.node}-{secrets.token_hex(6)}"
             path.touch()
         except OSError:
             return ""
@@ -315,7 +316,7 @@ class _Rank:
         """Free GB and MB/s of the output folder, and whether it is rank 0's."""
         if (folder := self._output()) is None:
             return {}
-        path = folder / f".health-{self.node}-{os.getpid()}.tmp"
+        path = folder / f".health-{self.node}-{secrets.token_hex(6)}.tmp"
         block = os.urandom(1 << 20)  # not to be compressed away
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ opens itself: it is checked before it is handed on.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
@@ -28,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.common import (
 )
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from oryx_megatron.errors import CheckpointError
@@ -112,7 +113,25 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
         raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged or hostile (it holds no metadata); use another checkpoint")
+    _check_sizes(metadata, path)
     return metadata
+
+
+def _check_sizes(metadata: Metadata, path: Path) -> None:
+    """Raise CheckpointError for tensors that are larger than the files they should be in: memory is taken by these."""
+    try:
+        sizes = [
+            math.prod(entry.size) * entry.properties.dtype.itemsize
+            for entry in metadata.state_dict_metadata.values()
+            if isinstance(entry, TensorStorageMetadata)
+        ]
+        names = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
+        there = sum((path.parent / name).stat().st_size for name in names)
+    except (OSError, *_DAMAGE) as error:
+        raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
+    if min(sizes, default=0) < 0 or sum(sizes) > there:
+        found = f"tensors of {sum(sizes)} bytes in the {there} bytes of {', '.join(names[:3])}"
+        raise CheckpointError(f"{path} is damaged or hostile ({found}); use another checkpoint")
 
 
 class SafeReader(FileSystemReader):

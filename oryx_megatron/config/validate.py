@@ -85,6 +85,10 @@ LIMITS = {
     "conv_width": 1 << 16,
 }
 """Sizes that a slip of the keyboard passes and no model comes near: beyond them nothing is even counted."""
+LONGEST = 2**27
+"""Tokens of a sequence."""
+MOST_WORKERS = 1024
+"""Of loader processes on each rank."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -190,7 +194,11 @@ def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
 
 def _check_data(data: DataConfig, iterations: int) -> None:
     _positive(data__sequence_length=data.sequence_length)
+    if data.sequence_length > LONGEST:  # plans are checked chunk by chunk
+        raise ConfigError(f"data.sequence_length: {data.sequence_length} should be at most {LONGEST}")
     _not_negative(data__num_workers=data.num_workers)
+    if data.num_workers > MOST_WORKERS:
+        raise ConfigError(f"data.num_workers: {data.num_workers} should be at most {MOST_WORKERS}, on each rank")
     if not data.tokenizer:
         raise ConfigError("data.tokenizer: is empty")
     starts = [stage.start for stage in data.stages]

@@ -6,10 +6,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from oryx_megatron.arch import parameter_counts
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.model.spec import block_spec
+from oryx_megatron.platform import memory
 
 
 def build_chunk(
@@ -38,7 +40,20 @@ def build_chunk(
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, seed: int
 ) -> list[GPTModel]:
-    """All chunks of this pipeline rank (one unless stages are virtual), with the weights of `seed`."""
+    """All chunks of this pipeline rank (one unless stages are virtual), with the weights of `seed`.
+
+    Raises:
+        ConfigError: its share of the weights is more than all of this machine's memory.
+    """
+    count = parameter_counts(model).total
+    memory.check(
+        f"model {model.name}: its {count:,} parameters",
+        count
+        * (4 if precision.dtype == "fp32" else 1 if precision.fp8_params else 2)
+        // (parallel.tensor * parallel.pipeline),
+        memory.device_bytes(),
+        "use a smaller model, or more ranks of parallel.tensor or parallel.pipeline",
+    )
     config = transformer_config(model, parallel, precision)
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
     chunks = []

@@ -45,6 +45,7 @@ from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.engine import Engine, MegatronEngine
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged, bad_step, record_path, write_record
+from oryx_megatron.train.sizes import check_sizes
 from oryx_megatron.train.step import Microbatch, Totals
 from oryx_megatron.train.stragglers import Stragglers
 from oryx_megatron.train.watchdog import Watchdog
@@ -78,6 +79,7 @@ class Trainer:
     ) -> None:
         if layout.world_size != (world := torch.distributed.get_world_size()):
             raise ConfigError(f"layout for {layout.world_size} ranks, but {world} run: samples would be left out")
+        check_sizes(run, layout)
         self.run, self.layout = run, layout
         self.folder = Path(run.output_dir)
         self.data_rank = parallel_state.get_data_parallel_rank()

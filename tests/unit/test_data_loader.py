@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -222,7 +223,7 @@ def test_loader_processes_fail_in_one_line(paths: dict[str, str], tmp_path: Path
     else:
         expected = r"^train data holds token 1\d\d\d, outside the vocabulary of 1500$"
     with pytest.raises(DataError, match=expected) as error:
-        [stream.next_batches() for _ in range(10**5)]
+        collections.deque((stream.next_batches() for _ in range(10**5)), maxlen=0)
     assert "\n" not in str(error.value)
     stream.close()
 
