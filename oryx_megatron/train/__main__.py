@@ -52,9 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parallel.initialize(run.parallel, seed=run.seed)
         stop.install()  # not before: a rank that waits for one that died must end when torchrun tells it to
+        from oryx_megatron.train import lock
         from oryx_megatron.train.trainer import Trainer
 
-        stopped = Trainer(run, layout, stop=stop).fit()
+        try:
+            stopped = Trainer(run, layout, stop=stop).fit()
+        finally:
+            lock.release()
     finally:
         parallel.destroy()
         stop.restore()

@@ -68,8 +68,15 @@ def hold(folder: Path) -> RunLock | None:
     return lock
 
 
+def release() -> None:
+    """Give back what this process holds; nothing where a run has ended already."""
+    for lock in list(_held.values()):
+        lock.release()
+
+
 def _hold(folder: Path) -> RunLock:
     try:
+        missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoints", "faults"):
             if (folder / name).exists() and not (folder / name).is_dir():
@@ -78,6 +85,7 @@ def _hold(folder: Path) -> RunLock:
         if (lock := _held.get(path)) is None or not lock.is_mine():
             lock = RunLock(path)
             lock.acquire(shown=folder)
+            lock.made = missing
             _held[path] = lock
         return lock
     except (FileExistsError, NotADirectoryError) as error:
@@ -99,6 +107,8 @@ class RunLock:
         self.path = path
         self.pid = os.getpid()
         self.identity = _identity()
+        self.made: list[Path] = []
+        """Folders that were made for it, innermost first: a start that fails leaves none that is empty."""
         self._end = threading.Event()
 
     def acquire(self, *, shown: Path) -> None:
@@ -153,6 +163,9 @@ class RunLock:
         with contextlib.suppress(OSError):
             if self.is_mine():
                 self.path.unlink()
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # something was written there
+                folder.rmdir()
 
     def _create(self) -> bool:
         """Make the file unless there is one."""
