@@ -37,5 +37,5 @@ class TrainingError(OryxError):
     """A run cannot go on with what it computes."""
 
 
-WEIGHTS_ALONE = "take the weights alone into a new run (tools/convert_to_hf.py, then tools/convert_from_hf.py)"
+WEIGHTS_ALONE = "start a new run from the weights alone (init_from, another output_dir)"
 """Advice where a run cannot go on with what it was."""

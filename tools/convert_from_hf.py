@@ -5,8 +5,9 @@
     python tools/convert_from_hf.py EXPORT RUN --run configs/run/quickstart.yaml train.iterations=500
     python tools/convert_from_hf.py LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml --mixer mamba2
 
-The checkpoint lies in RUN/checkpoints and loads under any layout. An export made by convert_to_hf.py knows its run;
-for others, and for another run, --run (with key=value overrides) gives it, its model replaced by the folder's.
+The checkpoint lies in RUN/checkpoints and loads under any layout; RUN/config.yaml is the run that resumes from it. An
+export made by convert_to_hf.py knows its run; for others, and for another run, --run (with key=value overrides) gives
+it, its model replaced by the folder's. A run config can also name the folder itself: init_from (docs/operations.md).
 Of a Llama, the attention path is copied and the recurrent path initialised (our own extension; docs/huggingface.md).
 """
 
@@ -50,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     expand_arguments(arguments, "folder", "output", "--run")
     if arguments.overrides and arguments.run is None:
         raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
+    for override in arguments.overrides:
+        if override.partition("=")[0].partition(".")[0] == "model":
+            raise ConfigError(
+                f"`{override}` has no effect: the model is the folder's; change it in a run that starts from the "
+                "folder (init_from)"
+            )
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.config import load_run
     from oryx_megatron.hf.convert import hf_model_type, import_, import_llama
@@ -87,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     for line in lines:
         print(line)
+    if run is not None:
+        print(f"train it: python -m oryx_megatron.train {shown(f'{done.target}/config.yaml')}")
     return 0
 
 

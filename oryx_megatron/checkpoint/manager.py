@@ -114,6 +114,14 @@ class Checkpoints:
             )
         return None
 
+    def start_from(self, folder: Path, *, optimizer: bool) -> None:
+        """Fill the model, and the optimizer if asked, from a whole checkpoint of another run.
+
+        Raises:
+            CheckpointError: it does not fit the model or the optimizer.
+        """
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------------------------------- internals
 
     def _fill(self, folder: Path, manifest: Manifest) -> None:
@@ -263,6 +271,10 @@ class CheckpointManager(Checkpoints):
         with self._clearing(folder):
             self._start(folder, iteration, manifest)
         return None if self.config.asynchronous else self.wait()
+
+    def start_from(self, folder: Path, *, optimizer: bool) -> None:
+        """See Checkpoints."""
+        load_sharded_state(folder, self.chunks, self.optimizer, weights_only=not optimizer)
 
     def _start(self, folder: Path, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
         """Start the writers of all ranks."""

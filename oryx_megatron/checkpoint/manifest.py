@@ -53,6 +53,10 @@ class Manifest:
     format: int = FORMAT
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Samples passed over after bad steps, and what the next steps are judged by (train/guard.py)."""
+    init_from: dict[str, Any] | None = None
+    """What the run started from: path, iteration and sha256 of its manifest, and what was taken along."""
+    origin: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    """Iteration and samples from which `consumed_samples` is counted (data/loader.py: Origin)."""
 
     def run(self) -> RunConfig:
         """The run config it was written by.
@@ -140,6 +144,8 @@ def _check(manifest: Manifest) -> None:
             _fits(result.get(name), int | float) for name in numbers
         ):
             raise ValueError("evaluations has a wrong entry")
+    if len(manifest.origin) != 2:
+        raise ValueError("origin is not an iteration and a number of samples")
     if manifest.format != FORMAT or manifest.iteration < 0 or manifest.consumed_samples < 0:
         raise ValueError("format, iteration or consumed_samples is out of range")
 

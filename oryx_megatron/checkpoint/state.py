@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,13 @@ def _without_classes(state: Any) -> Any:
     return [_without_classes(value) for value in state] if isinstance(state, list) else state
 
 
-def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None) -> None:
+def load_sharded_state(
+    folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None, *, weights_only: bool = False
+) -> None:
     """Fill model and, if given, optimizer from a checkpoint written under any layout.
 
-    A checkpoint of weights alone (a conversion) leaves the optimizer with its initial state.
+    A checkpoint of weights alone (a conversion) leaves the optimizer with its initial state, as `weights_only` does:
+    only its copies of the weights are filled.
 
     Raises:
         CheckpointError: its tensors do not fit the model or the optimizer.
@@ -90,8 +93,8 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
     safe.install()
     check_format(folder)
     written = set(safe.read_metadata(folder).state_dict_metadata)
-    kept = optimizer
-    if optimizer is not None and not any(name.startswith("optimizer.") for name in written):
+    kept = None if weights_only else optimizer
+    if kept is not None and not has_optimizer(written):
         log.warning("%s has no optimizer state: the optimizer starts anew", folder)
         kept = None
     if kept is not None:
@@ -116,6 +119,11 @@ def load_sharded_state(folder: Path, chunks: list[Any], optimizer: MegatronOptim
         gather_weights(chunks, always=True)
     elif optimizer is not None:
         optimizer.reload_model_params()
+
+
+def has_optimizer(written: Iterable[str]) -> bool:
+    """Whether the names in a checkpoint are not of weights alone."""
+    return any(name.startswith("optimizer.") for name in written)
 
 
 def gather_weights(chunks: list[Any], *, always: bool = False) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from oryx_megatron import resources
-from oryx_megatron.config.schema import NAME, PATH, BlendEntry, ModelConfig, RunConfig
+from oryx_megatron.config.schema import NAME, PATH, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
@@ -88,6 +88,17 @@ def type_name(kind: Any) -> str:
     return names.get(kind) or kind.__name__
 
 
+def without_null(kind: Any) -> Any:
+    """X of `X | None`; any other type as it is."""
+    if isinstance(kind, types.UnionType):
+        return next(inner for inner in typing.get_args(kind) if inner is not types.NoneType)
+    return kind
+
+
+_BY_PATH = (BlendEntry, InitFromConfig)
+"""Classes for which a path may stand alone."""
+
+
 def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
     """`value` as `kind`; ConfigError that names `source` and the field `name`."""
 
@@ -104,12 +115,12 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None or (isinstance(value, str) and value.strip().casefold() in ("none", "null")):
             return None  # `None` is how Python writes it; YAML reads text
-        rest = [k for k in args if k is not types.NoneType]
-        if not isinstance(value, (str, int, float, bool)):
+        inner = without_null(kind)
+        if not isinstance(value, (str, int, float, bool)) and not dataclasses.is_dataclass(inner):
             raise wrong()
-        return _convert(rest[0], value, source, name)
+        return _convert(inner, value, source, name)
     if dataclasses.is_dataclass(kind):
-        if kind is BlendEntry and isinstance(value, str):
+        if kind in _BY_PATH and isinstance(value, str):
             value = {"path": value}
         return from_dict(cast(type, kind), value, source=source, prefix=name)
     if origin is tuple:
@@ -258,7 +269,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         prefix = "".join(f"{k}." for k in keys[:i])
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
-        elif dataclasses.is_dataclass(kind):
+        elif dataclasses.is_dataclass(kind := without_null(kind)):
             kinds = field_types(kind)
             if key not in kinds and not (kind is ModelConfig and key == "preset"):
                 raise ConfigError(f"{source}: unknown key `{prefix}{key}`{_near(key, kinds, prefix)}")
@@ -270,8 +281,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         _convert(kind, value, source, path.strip())
     for i, key in enumerate(keys[:-1]):
         inner = data.get(key)
-        if i == 0 and key == "model" and isinstance(inner, str):
-            inner = {"preset": inner}
+        if i == 0 and key in ("model", "init_from") and isinstance(inner, str):
+            inner = {"preset" if key == "model" else "path": inner}
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):

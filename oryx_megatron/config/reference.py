@@ -10,7 +10,7 @@ import textwrap
 import typing
 from typing import Any
 
-from oryx_megatron.config.loading import field_types, to_dict, type_name
+from oryx_megatron.config.loading import field_types, to_dict, type_name, without_null
 from oryx_megatron.config.schema import RunConfig
 
 _HEAD = """\
@@ -95,7 +95,7 @@ def reference() -> str:
         for name, kind in field_types(cls).items():
             inner = inner_class(kind)
             if inner is not None and inner not in sections:
-                many = "" if dataclasses.is_dataclass(kind) else "[…]"
+                many = "" if dataclasses.is_dataclass(without_null(kind)) else "[…]"
                 sections[inner] = f"{prefix}{name}{many}"
                 visit(inner, f"{prefix}{name}{many}.")
 

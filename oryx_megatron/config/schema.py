@@ -352,6 +352,20 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitFromConfig:
+    """What a run that has no checkpoint yet starts from (docs/operations.md); a path alone stands for `{path: …}`."""
+
+    path: LocalPath
+    """Run folder (its newest whole checkpoint), one checkpoint, or a Hugging Face folder: an export or a Llama."""
+    optimizer: bool = False
+    """Take the optimizer state along; false: it starts anew."""
+    schedule: bool = False
+    """Continue at the source's iteration: learning rate, mixing schedule, stages; false: at 0."""
+    data: bool = False
+    """Continue at the source's position in the same training data; false: from its beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One pretraining run."""
 
@@ -365,6 +379,8 @@ class RunConfig:
     """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
     seed: int = 1234
     """Seeds initialisation, sample order and mode plans."""
+    init_from: InitFromConfig | None = None
+    """Checkpoint or model whose weights this run starts from; null: new weights."""
     modes: ModesConfig = ModesConfig()
     """How training mixes the two modes."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -469,8 +469,16 @@ def _check_precision(run: RunConfig) -> None:
 
 
 def _check_engine(run: RunConfig) -> None:
-    """What DeepSpeed can do of a run; its layouts are checked in `layout_for`."""
+    """Where a run starts, and what DeepSpeed can do of it; its layouts are checked in `layout_for`."""
     settings = run.deepspeed
+    if run.init_from is not None and Path(run.output_dir).resolve() in (
+        (source := Path(run.init_from.path).resolve()),
+        *source.parents,
+    ):
+        raise ConfigError(
+            f"init_from: {run.init_from.path} is of this run itself (output_dir {run.output_dir}); choose another "
+            "output_dir"
+        )
     if run.engine != "deepspeed":
         for name in ("zero_stage", "offload"):
             if getattr(settings, name) != getattr(DeepSpeedConfig(), name):
@@ -481,6 +489,7 @@ def _check_engine(run: RunConfig) -> None:
     if settings.offload == "parameters" and settings.zero_stage != 3:
         raise ConfigError("deepspeed.offload: parameters need deepspeed.zero_stage 3; use optimizer")
     for name, wrong, instead in (
+        ("init_from", run.init_from is not None, "remove it"),
         ("optimizer.name", run.optimizer.name != "adamw", "use adamw"),
         ("optimizer.cpu_offload", run.optimizer.cpu_offload, "use deepspeed.offload"),
         ("parallel.distributed_optimizer", not run.parallel.distributed_optimizer, "ZeRO always shards; leave it true"),

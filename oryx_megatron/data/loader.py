@@ -116,41 +116,62 @@ class Blend(torch.utils.data.Dataset):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a run begins to count samples: one that starts from another's checkpoint may not begin at 0."""
+
+    iteration: int = 0
+    samples: int = 0
+
+    def samples_at(self, iteration: int, batch: int) -> int:
+        """Samples read when `iteration` steps are done, `batch` a step."""
+        return self.samples + (iteration - self.iteration) * batch
+
+
+AT_ZERO = Origin()
+
+
+@dataclass(frozen=True)
 class _Stage:
     start: int  # sample
     stop: int
     blend: tuple[BlendEntry, ...]
 
 
-def sample_counts(run: RunConfig) -> dict[str, int]:
+def sample_counts(run: RunConfig, origin: Origin = AT_ZERO) -> dict[str, int]:
     """Samples a run needs: `train`, `valid` when the split has a validation part, and each further validation set."""
     evaluation = run.evaluation.batches * run.train.global_batch_size
-    counts = {"train": run.train.iterations * run.train.global_batch_size}
+    counts = {"train": origin.samples_at(run.train.iterations, run.train.global_batch_size)}
     if run.data.split[1] > 0:
         counts["valid"] = evaluation
     return counts | dict.fromkeys(run.data.validation, evaluation)
 
 
 def build_datasets(
-    run: RunConfig, tokenizer: Tokenizer, samples: dict[str, int] | None = None, *, once: bool | None = None
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    samples: dict[str, int] | None = None,
+    *,
+    once: bool | None = None,
+    origin: Origin = AT_ZERO,
 ) -> dict[str, Blend]:
     """Blends by name: `train`, `valid`, `test` and the names of data.validation.
 
     Arguments: `samples` to build per name (default `sample_counts(run)`); names left out are not built. `once`: what is
     not for training has no more samples than its data hold, each read once, and the last batch is filled up with
     samples without loss; default: with the default `samples` only, else there are as many samples as asked for.
+    `origin`: where the run's count of training samples begins.
     Under torch.distributed all ranks must call it: rank 0 verifies and builds, the others then map the finished cache.
     Raises DataError, on every rank, for a missing, damaged, empty or foreign dataset.
     """
     once = samples is None if once is None else once
-    samples = sample_counts(run) if samples is None else samples
+    samples = sample_counts(run, origin) if samples is None else samples
     named = [run.data.blend, *(stage.blend for stage in run.data.stages), *run.data.validation.values()]
     _allow_files(sum(map(len, named)))
     blends: dict[str, Blend] = {}
 
     def build() -> dict[str, Any]:
         try:
-            blends.update(_build(run, tokenizer, samples, once))
+            blends.update(_build(run, tokenizer, samples, once, origin))
         except (DataError, OSError) as error:
             raise _as_data_error(error) from error
         return {name: blend.identity for name, blend in blends.items()}
@@ -158,7 +179,7 @@ def build_datasets(
     identities = first_rank_alone(build, "builds sample indices", DataError)
     if not blends:
         try:
-            blends.update(_build(run, tokenizer, samples, once, identities))
+            blends.update(_build(run, tokenizer, samples, once, origin, identities))
         except (DataError, OSError) as error:
             mine = _as_data_error(error)
             mine.rank_local = True  # rank 0 saw no fault
@@ -193,6 +214,7 @@ def _build(
     tokenizer: Tokenizer,
     samples: dict[str, int],
     once: bool,
+    origin: Origin,
     told: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Blend]:
     """Blends by name. `told`: the identities that rank 0 found; None on rank 0, which alone may build and checks more.
@@ -215,7 +237,7 @@ def _build(
     blends = {}
     for name, count in samples.items():
         if name == "train":
-            stages = _stages(run, count)
+            stages = _stages(run, count, origin)
         else:
             entries = run.data.validation.get(name) or _first_blend(run)
             stages = (_Stage(0, count, entries),)
@@ -254,14 +276,16 @@ def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
     return blend
 
 
-def _stages(run: RunConfig, count: int) -> tuple[_Stage, ...]:
+def _stages(run: RunConfig, count: int, origin: Origin) -> tuple[_Stage, ...]:
     """The training blend over samples. A stage's `start` is an iteration."""
     starts = {0: _first_blend(run)} | {stage.start: stage.blend for stage in run.data.stages}
-    begins = sorted(start for start in starts if start * run.train.global_batch_size < count or start == 0)
-    ends = [begin * run.train.global_batch_size for begin in begins[1:]] + [count]
-    return tuple(
-        _Stage(begin * run.train.global_batch_size, end, starts[begin]) for begin, end in zip(begins, ends, strict=True)
-    )
+    blends: dict[int, tuple[BlendEntry, ...]] = {}
+    for start in sorted(starts):  # of stages that began before the first sample, the last one counts
+        begin = max(origin.samples_at(start, run.train.global_batch_size), 0) if start else 0
+        if begin < count or not start:
+            blends[begin] = starts[start]
+    begins = list(blends)
+    return tuple(_Stage(begin, end, blends[begin]) for begin, end in zip(begins, [*begins[1:], count], strict=True))
 
 
 def _check_boundaries(dataset: Dataset, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
 from oryx_megatron.checkpoint.manifest import LARGEST, file_digest, package_versions, write_manifest
-from oryx_megatron.config import check_model, from_dict, to_dict
+from oryx_megatron.config import check_model, from_dict, to_dict, to_yaml
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_license
 from oryx_megatron.data.files import appearing
@@ -52,6 +52,20 @@ Format = Literal["keep", "bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NOT_WEIGHTS = ("optimizer.", "rng_state")
 """Starts of the names of what a checkpoint holds besides the model."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A Hugging Face folder as the weights of an Oryx model; its tensors are read as they are asked for."""
+
+    source: Path
+    model: ModelConfig
+    shapes: dict[str, Shape]
+    """Name → shape of every tensor, under the names of an export."""
+    dtype: Callable[[str], torch.dtype]
+    read: Callable[[str], Tensor]
+    kept: Manifest | None = None
+    """The manifest of the checkpoint that an export was made of."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +211,24 @@ def import_(
     Raises:
         ConversionError: not an Oryx folder, damaged, or a tensor is missing, left over or of a wrong shape.
     """
+    weights = open_export(source)
+    kept = weights.kept
+    if run is None:
+        if kept is None:
+            raise ConversionError(
+                f"{source} has no {MANIFEST} that says how it was trained; give a run config with --run"
+            )
+        run = kept.run()
+    elif kept is None or not _same(run, kept.run()):
+        kept = None  # another run: it starts from these weights, at its own first step
+    return _convert(weights, Path(target), run, kept, overwrite, check)
+
+
+def open_export(source: str | Path) -> Weights:
+    """An Oryx folder of Hugging Face's form. Raises ConversionError as `import_` does."""
     source = Path(source)
     config = _oryx_config(source)
     kept = _kept_manifest(source)
-    if run is None and kept is None:
-        raise ConversionError(f"{source} has no {MANIFEST} that says how it was trained; give a run config with --run")
     name = kept.config["model"]["name"] if kept is not None else source.resolve().name
     model = _checked(source, lambda: from_hf_config(config, name))
     reader = SafetensorsReader(source)
@@ -209,12 +236,7 @@ def import_(
     found = {name: shape for name, shape in reader.shapes().items() if not _tied(name, config)}
     check_names(shapes, found, f"{source}:")
     check_export(source)
-    if run is None:
-        assert kept is not None
-        run = kept.run()
-    if kept is None or not _same(run, kept.run()):
-        kept = None  # another run: it starts from these weights, at its own first step
-    return _write(source, Path(target), model, shapes, reader.dtype, reader.read, run, kept, overwrite, check)
+    return Weights(source, model, shapes, reader.dtype, reader.read, kept)
 
 
 def import_llama(
@@ -239,6 +261,11 @@ def import_llama(
     Raises:
         ConversionError: not a Llama folder, or one with biases, another activation or scaled rotary embedding.
     """
+    return _convert(open_llama(source, mixer=mixer, seed=seed), Path(target), run, None, overwrite)
+
+
+def open_llama(source: str | Path, *, mixer: Literal["gdn", "mamba2"], seed: int) -> Weights:
+    """A Transformer in Llama's layout as an Oryx model. Raises ConversionError as `import_llama` does."""
     source = Path(source)
     theirs = _json(source / "config.json")
     model = _checked(source, lambda: _llama_model(source, theirs, mixer))
@@ -259,7 +286,18 @@ def import_llama(
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if name.split(".")[-1] in FP32 else dtype
 
-    return _write(source, Path(target), model, shapes, dtype_of, produce, run, None, overwrite)
+    return Weights(source, model, shapes, dtype_of, produce)
+
+
+def open_folder(source: str | Path, *, mixer: Literal["gdn", "mamba2"], seed: int) -> Weights:
+    """A Hugging Face folder of either kind; `mixer` and `seed` are for a Llama.
+
+    Raises:
+        ConversionError: neither, damaged, or a tensor is missing, left over or of a wrong shape.
+    """
+    if hf_model_type(source) == "llama":
+        return open_llama(source, mixer=mixer, seed=seed)
+    return open_export(source)
 
 
 LLAMA = {
@@ -341,25 +379,46 @@ def _new_tensor(name: str, shape: Shape, model: ModelConfig, seed: int) -> Tenso
     raise ConversionError(f"no first value is known for {name}")
 
 
-def _write(
-    source: Path,
+def _convert(
+    weights: Weights,
     target: Path,
-    model: ModelConfig,
-    shapes: dict[str, Shape],
-    dtype_of: Callable[[str], torch.dtype],
-    read: Callable[[str], Tensor],
     run: RunConfig,
     kept: Manifest | None,
     overwrite: bool,
     check: Callable[[Path], object] | None = None,
 ) -> Conversion:
-    """Write the checkpoint of a model given by its Hugging Face tensors."""
+    """Write the run folder `target` with one checkpoint and the config that resumes from it."""
+    inputs: list[str | Path] = [weights.source, run.data.tokenizer]
+    with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
+        writing = store.begin(folder / "checkpoints", kept.iteration if kept else 0)
+        tensors, size = write_weights(weights, writing, run, kept)
+        store.commit(writing)
+        own = dataclasses.replace(run, model=weights.model, output_dir=str(target), init_from=None)
+        (folder / "config.yaml").write_text(to_yaml(own), encoding="utf-8")
+        if check is not None:
+            check(folder)
+    return Conversion(weights.source, target, tensors, size, weights.model)
+
+
+def write_weights(weights: Weights, folder: Path, run: RunConfig, kept: Manifest | None = None) -> tuple[int, int]:
+    """Write them into an empty folder as a checkpoint of `run`, its model replaced; number and bytes of its tensors.
+
+    Args:
+        weights: What to write.
+        folder: Existing and empty.
+        run: Config for the manifest.
+        kept: The manifest instead.
+
+    Raises:
+        ConversionError: the disk is full or the folder not writable.
+    """
+    model, read = weights.model, weights.read
     rules = weight_rules(model)
     run = dataclasses.replace(run, model=model)
-    wanted = checkpoint_shapes(rules, shapes, model.num_layers)
+    wanted = checkpoint_shapes(rules, weights.shapes, model.num_layers)
     places = {part: (rule, number) for rule in rules for number, part in enumerate(rule.checkpoint)}
     stacked = {part for part, (rule, _) in places.items() if rule.layered}
-    dtypes = {part: dtype_of(_named(rule.hf[0], 0)) for part, (rule, _) in places.items()}
+    dtypes = {part: weights.dtype(_named(rule.hf[0], 0)) for part, (rule, _) in places.items()}
 
     def produce(part: str, layer: int | None) -> Tensor:
         rule, number = places[part]
@@ -367,32 +426,25 @@ def _write(
         start = sum(rule.rows[:number])
         return rows[start : start + rule.rows[number]].clone() if rule.rows else rows
 
-    inputs: list[str | Path] = [source, run.data.tokenizer]
-    with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
-        writing = store.begin(folder / "checkpoints", kept.iteration if kept else 0)
-        write_checkpoint(writing, wanted, dtypes, stacked, produce, extra_states(model))
-        files = {path.name: file_digest(path) for path in sorted(writing.iterdir())}
-        if kept is not None:
-            manifest = dataclasses.replace(kept, files=files)
-        else:
-            manifest = Manifest(
-                iteration=0,
-                consumed_samples=0,
-                config=to_dict(run),
-                layout={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
-                rng={"seed": run.seed},
-                data={"train": None, "tokenizer": _described(run)},
-                evaluations=[],
-                versions=package_versions(),
-                commit=git_commit(),
-                files=files,
-            )
-        write_manifest(writing, manifest)
-        store.commit(writing)
-        if check is not None:
-            check(folder)
-    size = sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
-    return Conversion(source, target, len(wanted), size, model)
+    write_checkpoint(folder, wanted, dtypes, stacked, produce, extra_states(model))
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    if kept is not None:
+        manifest = dataclasses.replace(kept, files=files)
+    else:
+        manifest = Manifest(
+            iteration=0,
+            consumed_samples=0,
+            config=to_dict(run),
+            layout={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
+            rng={"seed": run.seed},
+            data={"train": None, "tokenizer": _described(run)},
+            evaluations=[],
+            versions=package_versions(),
+            commit=git_commit(),
+            files=files,
+        )
+    write_manifest(folder, manifest)
+    return len(wanted), sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
 
 
 def _same(run: RunConfig, other: RunConfig) -> bool:

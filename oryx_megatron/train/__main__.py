@@ -10,11 +10,13 @@ import argparse
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.display import log_lines
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.display import log_lines, shown
 from oryx_megatron.train.signals import StopRequest, exit_code
 
 
@@ -39,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
             f"context {layout.cp} × data {layout.dp}, {layout.microbatches} microbatches per step\n"
         )
+        if run.init_from is not None:
+            _preview(run)
         return 0
     _quiet()
     stop = StopRequest()
@@ -63,6 +67,15 @@ def main(argv: list[str] | None = None) -> int:
         parallel.destroy()
         stop.restore()
     return 0 if stopped is None else exit_code()
+
+
+def _preview(run: RunConfig) -> None:
+    """Say what the run would start from, and in what it differs."""
+    _quiet()
+    from oryx_megatron.train import init_from
+
+    for line in init_from.preview(run, Path(run.output_dir) / "checkpoints"):
+        sys.stdout.write(f"{shown(line)}\n")
 
 
 def _quiet() -> None:

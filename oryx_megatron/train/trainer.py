@@ -30,7 +30,7 @@ from oryx_megatron.data.loader import Batch, SampleStream, build_datasets, check
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError, ConfigError, DataError, TrainingError
 from oryx_megatron.ops import backends
-from oryx_megatron.train import lock, resume, signals
+from oryx_megatron.train import init_from, lock, resume, signals
 from oryx_megatron.train.batches import training_batches
 from oryx_megatron.train.callbacks import (
     Callback,
@@ -97,7 +97,8 @@ class Trainer:
             for line in _reproduction(run, layout):
                 log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
-        self.datasets = build_datasets(run, self.tokenizer)
+        self.start = init_from.find(run, self.folder / "checkpoints", before)
+        self.datasets = build_datasets(run, self.tokenizer, origin=self.start.origin)
         if reports and len(self.datasets) == 1:
             log.warning("data.split %s and data.validation leave nothing to evaluate", list(run.data.split))
         self.engine = _build_engine(run, layout)
@@ -121,6 +122,8 @@ class Trainer:
         """The last one, as it is recorded."""
         if manifest := self._load(before):
             resume.tell(manifest, run, self.checkpoints.root)
+        else:
+            self._start()
         self.stream = self.open_stream()
         self.callbacks: Sequence[Callback] = _reporters(run, layout, self.folder, self.clock) if reports else ()
 
@@ -281,7 +284,7 @@ class Trainer:
             microbatches=self.layout.microbatches,
             data_rank=self.data_rank,
             data_size=self.layout.dp,
-            consumed=self.iteration * self.run.train.global_batch_size + skipped,
+            consumed=self._samples(self.iteration) + skipped,
             isolated=self.run.data.documents == "isolated",
             eod=self.tokenizer.eod_id,
             vocab_size=self.tokenizer.vocab_size,
@@ -303,6 +306,17 @@ class Trainer:
         if path is not None:
             self._save_error = None
             self._call("on_checkpoint", path)
+
+    def _start(self) -> None:
+        """Take what init_from names, if anything."""
+        begun = self.start.take(self.run, self.checkpoints, self.datasets["train"], self.tokenizer, self.guard)
+        if begun is not None:
+            self.iteration = begun
+            self.engine.rewind(begun)
+
+    def _samples(self, iteration: int) -> int:
+        """Samples read when that many steps are done, less those skipped."""
+        return self.start.origin.samples_at(iteration, self.run.train.global_batch_size)
 
     def _load(self, before: int | None = None) -> Manifest | None:
         """Go on from the newest whole checkpoint (before an iteration), if there is one; its manifest."""
@@ -418,11 +432,11 @@ class Trainer:
         if not self._load(before):
             raise TrainingError(f"{what}, and no checkpoint before them to go back to; {records}")
         guard.returns, guard.returned_to = returns, self.iteration
-        guard.skipped = consumed - self.iteration * self.run.train.global_batch_size
+        guard.skipped = consumed - self._samples(self.iteration)
         self.stream = self.open_stream()
         log.warning(
             "%s: back to the checkpoint of step %d; the %d samples since are passed over; %s",
-            what, self.iteration, consumed - self.iteration * self.run.train.global_batch_size, records,
+            what, self.iteration, guard.skipped, records,
         )  # fmt: skip
         self._call("on_return", here, self.iteration, guard.skipped)
         return True
@@ -432,34 +446,24 @@ class Trainer:
         root, run = self.checkpoints.root, self.run
         written = manifest.run()
         then, now = written.model, run.model
-        changed = [
-            f"{field.name} (there {getattr(then, field.name)}, here {getattr(now, field.name)})"
-            for field in dataclasses.fields(now)
-            if field.name not in _OF_NO_MATTER and getattr(then, field.name) != getattr(now, field.name)
-        ]
-        if changed:
+        names = tuple(field.name for field in dataclasses.fields(now) if field.name not in _OF_NO_MATTER)
+        if changed := [
+            f"{name} (there {before}, here {after})" for name, before, after in init_from.unlike(then, now, names)
+        ]:
             raise CheckpointError(
                 f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
                 "choose another output_dir"
             )
         skipped = int(manifest.guard.get("skipped_samples", 0))
-        if manifest.consumed_samples != manifest.iteration * run.train.global_batch_size + skipped:
+        if manifest.consumed_samples != self._samples(manifest.iteration) + skipped:
             raise CheckpointError(
                 f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
                 f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
             )
         if (trained_on := manifest.trained_on) is None:  # a conversion: of weights alone, read from no data
             return
-        if (before := written.optimizer.name) != run.optimizer.name:
-            raise CheckpointError(
-                f"{root}: written with optimizer.name {before}, whose state {run.optimizer.name} cannot read; set it "
-                f"back, or {WEIGHTS_ALONE}"
-            )
-        if (sharded := written.parallel.distributed_optimizer) != run.parallel.distributed_optimizer:
-            raise CheckpointError(
-                f"{root}: written with parallel.distributed_optimizer {str(sharded).lower()}, whose state the other "
-                f"optimizer cannot read; set it back, or {WEIGHTS_ALONE}"
-            )
+        if (why := init_from.foreign_optimizer(written, run)) is not None:
+            raise CheckpointError(f"{root}: {why}; set it back, or {WEIGHTS_ALONE}")
         check_resume(trained_on, self.datasets["train"])
 
     def _manifest(self) -> Any:
@@ -469,7 +473,7 @@ class Trainer:
         def make(files: dict[str, dict[str, Any]]) -> Manifest:
             return Manifest(
                 iteration=iteration,
-                consumed_samples=iteration * self.run.train.global_batch_size + guard["skipped_samples"],
+                consumed_samples=self._samples(iteration) + guard["skipped_samples"],
                 config=to_dict(self.run),
                 layout={"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp},
                 rng={"seed": self.run.seed, "state": "none: every draw is a function of seed, iteration, microbatch"},
@@ -479,6 +483,8 @@ class Trainer:
                 commit=platform.git_commit(),
                 files=files,
                 guard=guard,
+                init_from=self.start.record,
+                origin=list(dataclasses.astuple(self.start.origin)),
             )
 
         return make

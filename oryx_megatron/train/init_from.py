@@ -1,0 +1,362 @@
+"""Where a run starts: its own newest checkpoint, another run's (`init_from`), a Hugging Face folder, or new weights.
+
+`find` runs before there are datasets and a model, because the order of samples depends on where their count begins;
+`Start.take` then fills the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oryx_megatron.checkpoint import Manifest, check_whole, read_manifest, safe, store
+from oryx_megatron.checkpoint.manager import Checkpoints
+from oryx_megatron.checkpoint.manifest import NAME, file_digest
+from oryx_megatron.checkpoint.state import has_optimizer
+from oryx_megatron.config import to_dict
+from oryx_megatron.config.schema import InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.data.files import temporary_name
+from oryx_megatron.data.loader import AT_ZERO, Blend, Origin, check_resume
+from oryx_megatron.data.tokenizer import Tokenizer, difference
+from oryx_megatron.errors import CheckpointError, ConfigError, DataError, NewerCheckpointError
+from oryx_megatron.parallel.wait import first_rank_alone
+from oryx_megatron.train import resume
+from oryx_megatron.train.guard import Guard
+
+if TYPE_CHECKING:
+    from oryx_megatron.hf.convert import Weights
+
+log = logging.getLogger(__name__)
+
+SHAPES = (
+    *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "key_width"),
+    *("value_width", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
+)
+"""Fields of a model that decide which parameters it has, and their shapes."""
+NOT_LISTED = (
+    *("output_dir", "init_from", "license", "parallel", "checkpoint", "evaluation", "faults", "logging", "kernels"),
+    *("engine", "deepspeed", "train.exit_after"),
+)
+"""Parts of a run that change nothing of what it learns."""
+LISTED = 60
+"""Characters of a value in the list of differences."""
+
+
+@dataclass
+class Start:
+    """Where a run starts, the same on all ranks."""
+
+    origin: Origin = AT_ZERO
+    record: dict[str, Any] | None = None
+    """For the manifests of this run's checkpoints."""
+    settings: InitFromConfig | None = None
+    """None: nothing is taken from elsewhere."""
+    folder: Path | None = None
+    """Checkpoint to take."""
+    manifest: Manifest | None = None
+    temporary: bool = False
+    """The checkpoint was made of a Hugging Face folder, for this start alone."""
+
+    def take(
+        self, run: RunConfig, checkpoints: Checkpoints, blend: Blend, tokenizer: Tokenizer, guard: Guard
+    ) -> int | None:
+        """Fill model, optimizer and guard; the iteration to begin at, or None when there is nothing to take.
+
+        Raises:
+            CheckpointError: it does not fit.
+            DataError: the data position is of other data.
+        """
+        if self.settings is None or self.folder is None or self.manifest is None:
+            return None
+        with self._discarding():
+            if self.settings.data:
+                assert self.manifest.trained_on is not None
+                try:
+                    check_resume(self.manifest.trained_on, blend)
+                except DataError as error:
+                    raise DataError(f"init_from.data: {error}") from None
+                guard.load_state(self.manifest.guard)
+            for line in describe(run, self.folder, self.manifest):
+                log.info("%s", line)
+            made = self.manifest.data.get("tokenizer")
+            if not self.temporary and made and (why := difference(made, tokenizer.describe())) is not None:
+                log.warning("init_from: the source was trained with %s: its embeddings mean other tokens", why)
+            if self.settings.schedule and (text := resume.jump(self.manifest.run(), run, self.origin.iteration)):
+                log.warning("%s", text)
+            checkpoints.start_from(self.folder, optimizer=self.settings.optimizer)
+            torch.distributed.barrier()  # until no rank reads any more
+        return self.origin.iteration
+
+    @contextlib.contextmanager
+    def _discarding(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.temporary and self.folder is not None and torch.distributed.get_rank() == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
+    """Where a run with its checkpoints under `root` starts; collective.
+
+    Args:
+        run: Validated config.
+        root: Its own checkpoints.
+        before: Only own checkpoints of earlier iterations count.
+
+    Raises:
+        ConfigError: the source does not fit this run.
+        CheckpointError: no whole checkpoint there.
+        ConversionError: a Hugging Face folder that cannot be read.
+    """
+    found = first_rank_alone(lambda: _look(run, root, before), "looks for checkpoints", CheckpointError)
+    if "origin" in found:
+        if run.init_from is not None:
+            log.info("init_from: has no effect: this run has checkpoints of its own")
+        return Start(Origin(*found["origin"]), found["record"])
+    settings = run.init_from
+    if settings is None:
+        return Start()
+    folder, manifest = _newest_whole([Path(path) for path in found["folders"]])
+    check(run, folder, manifest)
+    record = found["record"] or {
+        "path": str(folder),
+        "iteration": manifest.iteration,
+        "manifest_sha256": file_digest(folder / NAME)["sha256"],
+    }
+    kept = int(manifest.guard.get("skipped_samples", 0))
+    origin = Origin(
+        manifest.iteration if settings.schedule else 0, manifest.consumed_samples - kept if settings.data else 0
+    )
+    taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
+    return Start(origin, record | taken, settings, folder, manifest, temporary=found["record"] is not None)
+
+
+def preview(run: RunConfig, root: Path) -> list[str]:
+    """For --dry-run: what `find` would find, in lines, and its errors; without ranks, and files are not compared."""
+    if run.init_from is None:
+        return []
+    if _own(root, None) is not None:
+        return [f"init_from: has no effect: this run has checkpoints of its own in {root}"]
+    path = Path(run.init_from.path)
+    if is_hugging_face(path):
+        weights = _open(run, path)
+        return _headline(run, str(path), None) + _differences(weights.model, run.model)
+    folder = store.find_checkpoint(path)
+    manifest = read_manifest(folder)
+    check(run, folder, manifest)
+    return describe(run, folder, manifest)
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is of Hugging Face's form."""
+    return (path / "config.json").is_file() and not (path / NAME).is_file()
+
+
+def check(run: RunConfig, folder: Path, manifest: Manifest) -> None:
+    """Raise ConfigError when a run cannot start from a checkpoint in the way it asks for."""
+    settings = run.init_from
+    assert settings is not None
+    store.check_format(folder)
+    written = manifest.run()
+    check_shapes(written.model, run.model, settings.path)
+    if settings.optimizer:
+        if not has_optimizer(safe.read_metadata(folder).state_dict_metadata):
+            raise ConfigError(f"init_from.optimizer: {folder} holds weights alone; set it to false")
+        if (why := foreign_optimizer(written, run)) is not None:
+            raise ConfigError(f"init_from.optimizer: {folder} was {why}; set it back, or init_from.optimizer to false")
+    if settings.schedule and manifest.iteration >= run.train.iterations:
+        raise ConfigError(
+            f"init_from.schedule: {folder} is at iteration {manifest.iteration} of train.iterations="
+            f"{run.train.iterations}; increase that, or set init_from.schedule to false"
+        )
+    if settings.data and manifest.trained_on is None:
+        raise ConfigError(f"init_from.data: {folder} has read no data; set it to false")
+
+
+def check_shapes(then: ModelConfig, now: ModelConfig, path: str) -> None:
+    """Raise ConfigError unless the models have the same parameters."""
+    if changed := unlike(then, now, SHAPES):
+        told = ", ".join(f"{name} (there {before}, here {after})" for name, before, after in changed)
+        settings = " ".join(f"model.{name}={to_text(before)}" for name, before, _ in changed)
+        raise ConfigError(
+            f"init_from: {path} holds model {then.name}, whose weights do not fit {now.name}: {told}; set {settings}"
+        )
+
+
+def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
+    """Fields of two models that differ, with both values; `num_kv_heads: null` is as many as heads."""
+    then, now = (dataclasses.replace(model, num_kv_heads=model.kv_heads) for model in (then, now))
+    pairs = ((name, getattr(then, name), getattr(now, name)) for name in names)
+    return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
+    """Why the optimizer of one run cannot read the other's state; None when it can."""
+    if then.optimizer.name != now.optimizer.name:
+        return f"written with optimizer.name {then.optimizer.name}, whose state {now.optimizer.name} cannot read"
+    if (sharded := then.parallel.distributed_optimizer) != now.parallel.distributed_optimizer:
+        return (
+            f"written with parallel.distributed_optimizer {to_text(sharded)}, whose state the other optimizer cannot "
+            "read"
+        )
+    return None
+
+
+def describe(run: RunConfig, folder: Path, manifest: Manifest) -> list[str]:
+    """What a run takes from a checkpoint, and in what it differs from that one's run: lines for a terminal."""
+    assert run.init_from is not None
+    written = manifest.run()
+    if is_hugging_face(Path(run.init_from.path)):
+        return _headline(run, run.init_from.path, None) + _differences(written.model, run.model)
+    return _headline(run, str(folder), manifest) + _differences(written, run)
+
+
+# ----------------------------------------------------------------------------------------------------- internals
+
+
+def _own(root: Path, before: int | None) -> dict[str, Any] | None:
+    """What the newest own checkpoint that can be read says of the run's start; None when there is no checkpoint."""
+    folders = [path for path in store.list_folders(root) if before is None or store.iteration_of(path) < before]
+    for folder in reversed(folders):
+        with contextlib.suppress(CheckpointError):  # told when it is loaded
+            manifest = read_manifest(folder)
+            return {"origin": manifest.origin, "record": manifest.init_from}
+    return {"origin": [0, 0], "record": None} if folders else None
+
+
+def _look(run: RunConfig, root: Path, before: int | None) -> dict[str, Any]:
+    """On rank 0: the own start, or the checkpoints to start from, newest first."""
+    if (own := _own(root, before)) is not None:
+        return own
+    settings = run.init_from
+    if settings is None:
+        return {}
+    path = Path(settings.path)
+    if is_hugging_face(path):
+        folder, record = _converted(run, path)
+        return {"folders": [str(folder)], "record": record}
+    newest = store.find_checkpoint(path)
+    folders = [newest] if newest == path else store.list_checkpoints(newest.parent)[::-1]
+    return {"folders": [str(folder.resolve()) for folder in folders], "record": None}
+
+
+def _newest_whole(folders: list[Path]) -> tuple[Path, Manifest]:
+    """The first of some checkpoints that is whole; collective, each rank reads a share of the files."""
+    for number, folder in enumerate(folders):
+        try:
+            return folder, _read_whole(folder)
+        except NewerCheckpointError:
+            raise
+        except CheckpointError as error:
+            if number + 1 == len(folders):
+                raise
+            why = str(error).removesuffix("; use another checkpoint")
+            log.warning("init_from: %s; trying the checkpoint before it", why)
+    raise AssertionError("no folder")
+
+
+def _read_whole(folder: Path) -> Manifest:
+    mine: Manifest | CheckpointError
+    try:
+        mine = read_manifest(folder)
+    except CheckpointError as error:
+        mine = error
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine if isinstance(mine, CheckpointError) else None)
+    if (first := next(filter(None, found), None)) is not None:
+        raise first
+    assert isinstance(mine, Manifest)
+    check_whole(folder, mine)
+    return mine
+
+
+def _open(run: RunConfig, path: Path) -> Weights:
+    """A Hugging Face folder whose weights fit this run."""
+    from oryx_megatron.hf.convert import open_folder  # transformers takes its time
+
+    assert run.init_from is not None
+    for name in ("optimizer", "schedule", "data"):
+        if getattr(run.init_from, name):
+            raise ConfigError(f"init_from.{name}: {path} is a Hugging Face folder, of weights alone; set it to false")
+    weights = open_folder(path, mixer=run.model.mixer, seed=run.seed)
+    check_shapes(weights.model, run.model, str(path))
+    return weights
+
+
+def _converted(run: RunConfig, path: Path) -> tuple[Path, dict[str, Any]]:
+    """A Hugging Face folder as a checkpoint in the run's folder, and the record of it."""
+    from oryx_megatron.hf.convert import MANIFEST, write_weights
+
+    weights = _open(run, path)
+    home = Path(run.output_dir)
+    for left in home.glob(".init_from.*.tmp"):  # by a start that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    folder = temporary_name(home / "init_from")
+    try:
+        folder.mkdir(parents=True)
+        write_weights(weights, folder, run)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise
+    described = path / (MANIFEST if weights.kept is not None else "config.json")
+    return folder, {
+        "path": str(path.resolve()),
+        "iteration": None if weights.kept is None else weights.kept.iteration,
+        "manifest_sha256": file_digest(described)["sha256"],
+    }
+
+
+def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[str]:
+    settings = run.init_from
+    assert settings is not None
+    taken = ["weights"]
+    if manifest is not None:
+        taken += ["optimizer"] if settings.optimizer else []
+        taken += [f"schedule (iteration {manifest.iteration})"] if settings.schedule else []
+        taken += [f"data (sample {manifest.consumed_samples})"] if settings.data else []
+    return [f"init_from: {', '.join(taken) if len(taken) > 1 else 'weights alone'} of {source}"]
+
+
+def _differences(then: Any, now: Any) -> list[str]:
+    """`field before → after` for everything that differs, of runs or of models."""
+    prefix = "model." if isinstance(now, ModelConfig) else ""
+    if isinstance(now, RunConfig):
+        then, now = (
+            dataclasses.replace(run, model=dataclasses.replace(run.model, num_kv_heads=run.model.kv_heads))
+            for run in (then, now)
+        )
+    else:
+        then, now = (dataclasses.replace(model, num_kv_heads=model.kv_heads) for model in (then, now))
+    before, after = dict(_leaves(to_dict(then))), dict(_leaves(to_dict(now)))
+    return [
+        f"init_from: {prefix}{name} {to_text(before.get(name))} → {to_text(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name) and not {name, name.split(".")[0]} & set(NOT_LISTED)
+    ]
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def to_text(value: Any) -> str:
+    """A value as a config file has it, in short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LISTED else text[: LISTED - 1] + "…"
