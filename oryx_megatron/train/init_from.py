@@ -26,7 +26,7 @@ from oryx_megatron.config.schema import InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import AT_ZERO, Blend, Origin, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
-from oryx_megatron.errors import CheckpointError, ConfigError, DataError, NewerCheckpointError
+from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, NewerCheckpointError
 from oryx_megatron.parallel.wait import first_rank_alone
 from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
@@ -59,11 +59,10 @@ class Start:
     """For the manifests of this run's checkpoints."""
     settings: InitFromConfig | None = None
     """None: nothing is taken from elsewhere."""
-    folder: Path | None = None
-    """Checkpoint to take."""
-    manifest: Manifest | None = None
-    temporary: bool = False
-    """The checkpoint was made of a Hugging Face folder, for this start alone."""
+    checkpoint: tuple[Path, Manifest] | None = None
+    """What to take; None: a Hugging Face folder, of which `take` makes one."""
+    weights: Weights | None = None
+    """That folder, opened, on rank 0."""
 
     def take(
         self, run: RunConfig, checkpoints: Checkpoints, blend: Blend, tokenizer: Tokenizer, guard: Guard
@@ -72,36 +71,43 @@ class Start:
 
         Raises:
             CheckpointError: it does not fit.
+            ConversionError: a Hugging Face folder cannot be read, or there is no room to convert it.
             DataError: the data position is of other data.
         """
-        if self.settings is None or self.folder is None or self.manifest is None:
+        settings = self.settings
+        if settings is None:
             return None
-        with self._discarding():
-            if self.settings.data:
-                assert self.manifest.trained_on is not None
+        with self._source(run) as (folder, manifest):
+            if settings.data:
+                assert manifest.trained_on is not None
                 try:
-                    check_resume(self.manifest.trained_on, blend)
+                    check_resume(manifest.trained_on, blend)
                 except DataError as error:
                     raise DataError(f"init_from.data: {error}") from None
-                guard.load_state(self.manifest.guard)
-            for line in describe(run, self.folder, self.manifest):
+                guard.load_state(manifest.guard)
+            for line in describe(run, folder, manifest):
                 log.info("%s", line)
-            made = self.manifest.data.get("tokenizer")
-            if not self.temporary and made and (why := difference(made, tokenizer.describe())) is not None:
+            made = manifest.data.get("tokenizer") if self.checkpoint is not None else None
+            if made and (why := difference(made, tokenizer.describe())) is not None:
                 log.warning("init_from: the source was trained with %s: its embeddings mean other tokens", why)
-            if self.settings.schedule and (text := resume.jump(self.manifest.run(), run, self.origin.iteration)):
+            if settings.schedule and (text := resume.jump(manifest.run(), run, self.origin.iteration)):
                 log.warning("%s", text)
-            checkpoints.start_from(self.folder, optimizer=self.settings.optimizer)
+            checkpoints.start_from(folder, optimizer=settings.optimizer)
             torch.distributed.barrier()  # until no rank reads any more
         return self.origin.iteration
 
     @contextlib.contextmanager
-    def _discarding(self) -> Iterator[None]:
+    def _source(self, run: RunConfig) -> Iterator[tuple[Path, Manifest]]:
+        """The checkpoint to take; one that is made of a Hugging Face folder goes again."""
+        if self.checkpoint is not None:
+            yield self.checkpoint
+            return
+        made = first_rank_alone(lambda: str(_converted(run, self.weights)), "converts init_from", ConversionError)
         try:
-            yield
+            yield Path(made), _read_whole(Path(made))
         finally:
-            if self.temporary and self.folder is not None and torch.distributed.get_rank() == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(made, ignore_errors=True)
 
 
 def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
@@ -117,7 +123,8 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
         CheckpointError: no whole checkpoint there.
         ConversionError: a Hugging Face folder that cannot be read.
     """
-    found = first_rank_alone(lambda: _look(run, root, before), "looks for checkpoints", CheckpointError)
+    opened: list[Weights] = []
+    found = first_rank_alone(lambda: _look(run, root, before, opened), "looks for checkpoints", CheckpointError)
     if "origin" in found:
         if run.init_from is not None:
             log.info("init_from: has no effect: this run has checkpoints of its own")
@@ -125,9 +132,12 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     settings = run.init_from
     if settings is None:
         return Start()
+    taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
+    if "folders" not in found:
+        return Start(AT_ZERO, found["record"] | taken, settings, weights=opened[0] if opened else None)
     folder, manifest = _newest_whole([Path(path) for path in found["folders"]])
     check(run, folder, manifest)
-    record = found["record"] or {
+    record = {
         "path": str(folder),
         "iteration": manifest.iteration,
         "manifest_sha256": file_digest(folder / NAME)["sha256"],
@@ -136,8 +146,7 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     origin = Origin(
         manifest.iteration if settings.schedule else 0, manifest.consumed_samples - kept if settings.data else 0
     )
-    taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
-    return Start(origin, record | taken, settings, folder, manifest, temporary=found["record"] is not None)
+    return Start(origin, record | taken, settings, (folder, manifest))
 
 
 def preview(run: RunConfig, root: Path) -> list[str]:
@@ -233,8 +242,8 @@ def _own(root: Path, before: int | None) -> dict[str, Any] | None:
     return {"origin": [0, 0], "record": None} if folders else None
 
 
-def _look(run: RunConfig, root: Path, before: int | None) -> dict[str, Any]:
-    """On rank 0: the own start, or the checkpoints to start from, newest first."""
+def _look(run: RunConfig, root: Path, before: int | None, opened: list[Weights]) -> dict[str, Any]:
+    """On rank 0: the own start, or the checkpoints to start from, newest first, or a Hugging Face folder, `opened`."""
     if (own := _own(root, before)) is not None:
         return own
     settings = run.init_from
@@ -242,11 +251,11 @@ def _look(run: RunConfig, root: Path, before: int | None) -> dict[str, Any]:
         return {}
     path = Path(settings.path)
     if is_hugging_face(path):
-        folder, record = _converted(run, path)
-        return {"folders": [str(folder)], "record": record}
+        opened.append(weights := _open(run, path))
+        return {"record": _record(path, weights)}
     newest = store.find_checkpoint(path)
     folders = [newest] if newest == path else store.list_checkpoints(newest.parent)[::-1]
-    return {"folders": [str(folder.resolve()) for folder in folders], "record": None}
+    return {"folders": [str(folder.resolve()) for folder in folders]}
 
 
 def _newest_whole(folders: list[Path]) -> tuple[Path, Manifest]:
@@ -292,11 +301,22 @@ def _open(run: RunConfig, path: Path) -> Weights:
     return weights
 
 
-def _converted(run: RunConfig, path: Path) -> tuple[Path, dict[str, Any]]:
-    """A Hugging Face folder as a checkpoint in the run's folder, and the record of it."""
-    from oryx_megatron.hf.convert import MANIFEST, write_weights
+def _record(path: Path, weights: Weights) -> dict[str, Any]:
+    from oryx_megatron.hf.convert import MANIFEST
 
-    weights = _open(run, path)
+    described = path / (MANIFEST if weights.kept is not None else "config.json")
+    return {
+        "path": str(path.resolve()),
+        "iteration": None if weights.kept is None else weights.kept.iteration,
+        "manifest_sha256": file_digest(described)["sha256"],
+    }
+
+
+def _converted(run: RunConfig, weights: Weights | None) -> Path:
+    """A Hugging Face folder as a checkpoint in the run's folder."""
+    from oryx_megatron.hf.convert import write_weights
+
+    assert weights is not None
     home = Path(run.output_dir)
     for left in home.glob(".init_from.*.tmp"):  # by a start that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -307,14 +327,9 @@ def _converted(run: RunConfig, path: Path) -> tuple[Path, dict[str, Any]]:
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
-            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from error
+            raise ConversionError(f"{folder}: cannot be written ({error.strerror})") from error
         raise
-    described = path / (MANIFEST if weights.kept is not None else "config.json")
-    return folder, {
-        "path": str(path.resolve()),
-        "iteration": None if weights.kept is None else weights.kept.iteration,
-        "manifest_sha256": file_digest(described)["sha256"],
-    }
+    return folder
 
 
 def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[str]:

@@ -452,7 +452,7 @@ class Trainer:
         ]:
             raise CheckpointError(
                 f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
-                "choose another output_dir"
+                f"{_own_config(manifest, root)}choose another output_dir"
             )
         skipped = int(manifest.guard.get("skipped_samples", 0))
         if manifest.consumed_samples != self._samples(manifest.iteration) + skipped:
@@ -512,6 +512,12 @@ class Trainer:
             self._mute.add(what)
         else:
             self._mute.discard(what)
+
+
+def _own_config(manifest: Manifest, root: Path) -> str:
+    """Advice where a conversion wrote the config that its checkpoint belongs to."""
+    path = root.parent / "config.yaml"
+    return f"train {path}, or " if manifest.trained_on is None and path.is_file() else ""
 
 
 def _reproduction(run: RunConfig, layout: Layout) -> list[str]:

@@ -77,6 +77,10 @@ def under_layouts(config: Path) -> None:
         train(config, f"{dtype} continued", *LAYOUTS["2x1x1"], precision, source, *ALL)
         start(config, f"{dtype} pipeline", *LAYOUTS["1x2x1"], precision, source, "seed=7", "data.sequence_length=40")
     start(config, "bf16 data", "precision.dtype=bf16", source, "modes.p_attention=0.5")
+    if torch.distributed.get_rank() == 0:
+        export(config.parent / "bf16" / "checkpoints" / HALF, config.parent / "hf")
+    torch.distributed.barrier()
+    start(config, "bf16 export", *LAYOUTS["1x2x1"], "precision.dtype=bf16", f"init_from={config.parent / 'hf'}")
 
 
 @pytest.mark.timeout(600)
@@ -90,6 +94,7 @@ def test_layouts(tmp_path: Path) -> None:
         for field in ("loss", "grad_norm", "lr", "attention_share", "consumed_samples", "iteration"):
             assert runs.steps(f"{dtype} continued", field) == runs.steps(dtype, field)[3:]
     assert_same(weights(tmp_path / "bf16 data"), source)
+    assert_same(weights(tmp_path / "bf16 export"), source)
 
 
 # -------------------------------------------------------------------------------------------- one rank, in this process
@@ -261,6 +266,9 @@ def test_an_export(trainer: Callable[..., Trainer], project: Path, tmp_path: Pat
     assert not list((tmp_path / "new").glob(".init_from*"))
     with pytest.raises(ConfigError, match=r"init_from.data: .*hf is a Hugging Face folder, of weights alone"):
         make(project, tmp_path / "other", f"init_from={tmp_path / 'hf'}", "init_from.data=true")
+    with pytest.raises(DataError):
+        make(project, tmp_path / "other", f"init_from={tmp_path / 'hf'}", "data.blend=[/nowhere]")
+    assert not list((tmp_path / "other").glob(".init_from*"))
     (tmp_path / "hf" / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"holds no model\.safetensors"):
         make(project, tmp_path / "other", f"init_from={tmp_path / 'hf'}")
@@ -290,6 +298,8 @@ def test_a_llama(
     assert convert_from_hf.main([*convert, "train.iterations=1"]) == 0
     assert f"train it: python -m oryx_megatron.train {tmp_path / 'start'}/config.yaml" in capsys.readouterr().out
     run = load_run(tmp_path / "start" / "config.yaml")
+    with pytest.raises(CheckpointError, match=r"num_kv_heads \(there 4, here 2\).*; train .*start/config.yaml, or"):
+        make(project, tmp_path / "start")
     resumed = Trainer(run, validate(run, 1))
     resumed.fit()
     assert (resumed.iteration, resumed.folder) == (1, tmp_path / "start")
