@@ -127,11 +127,13 @@ def _check_sizes(metadata: Metadata, path: Path) -> None:
         ]
         names = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
         there = sum((path.parent / name).stat().st_size for name in names)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing; use another checkpoint") from None
     except (OSError, *_DAMAGE) as error:
         raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
     if min(sizes, default=0) < 0 or sum(sizes) > there:
         found = f"tensors of {sum(sizes)} bytes in the {there} bytes of {', '.join(names[:3])}"
-        raise CheckpointError(f"{path} is damaged or hostile ({found}); use another checkpoint")
+        raise CheckpointError(f"{path} is damaged or hostile: {found} cannot be read; use another checkpoint")
 
 
 class SafeReader(FileSystemReader):

@@ -90,6 +90,8 @@ def losses(dtype: str, offload: bool, root: str) -> list[list[float]]:
         optimizer=OptimizerConfig(lr=1e-2, cpu_offload=offload),  # type: ignore[arg-type]
     )
     if offload:
+        from oryx_megatron.train import engine
+
         as_if_beside_a_gpu()
         found = own.platform.has_gpu
         build = own.build_optimizer
@@ -102,7 +104,7 @@ def losses(dtype: str, offload: bool, root: str) -> list[list[float]]:
             finally:
                 own.platform.has_gpu, own.get_megatron_optimizer = found, plain
 
-        own.build_optimizer = build_beside_a_gpu
+        engine.build_optimizer = build_beside_a_gpu
     with session(run) as opened:
         if offload:
             assert_in_host_memory(opened.optimizer)
