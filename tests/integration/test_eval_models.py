@@ -202,17 +202,47 @@ def test_lm_eval_runs_on_an_export_unchanged(folder: Path, monkeypatch: pytest.M
     assert bits["attention"] != pytest.approx(bits["recurrent"], rel=1e-3)
 
 
+def test_lm_eval_under_plans_that_count_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Texts shorter than N are all attention, whatever stands beside them; `last:N` needs one text per call."""
+    pytest.importorskip("lm_eval", reason="the evaluation harness is an extra")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    texts = [("def f(x):", " return x"), ("a = 1\n" * 3 + "a = 1", "\nb = 2\nc = 3"), ("x", "y")]
+    asked = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    own, codec = load_export(folder)
+
+    def scores(plan: str, batch_size: int) -> list[float]:
+        options = {"trust_remote_code": True, "device": "cpu", "batch_size": batch_size}
+        return [score for score, _ in HFLM(str(folder), mode_plan=plan, **options).loglikelihood(asked)]
+
+    want = []
+    for context, answer in texts:
+        length = len(codec.encode(context + answer)) - 1  # the last token is only scored
+        mask = f"runs:a0-{length}" if length <= 12 else f"runs:a0-12,r12-{length}"
+        want.append(log_likelihood(own, codec, context, answer, mask, read=length))
+    for size in (1, 3):
+        assert scores("prefix:12", size) == pytest.approx(want, rel=1e-3)
+    assert len(scores("last:4", 1)) == 3
+    with pytest.raises(ValueError, match="lm-eval: --batch_size 1"):
+        scores("last:4", 3)
+
+
 def load_export(folder: Path):
     from oryx_megatron.eval.export import load_export as load
 
     return load(folder)
 
 
-def log_likelihood(model, codec, context: str, answer: str, plan: str, before: list[int] | None = None) -> float:
+def log_likelihood(
+    model, codec, context: str, answer: str, plan: str, before: list[int] | None = None, read: int | None = None
+) -> float:
     """Nats of the tokens of `answer` after `context`, split as lm-eval splits them."""
     whole = (before or []) + codec.encode(context + answer)
     start = len(before or []) + len(codec.encode(context))
     ids = torch.tensor([whole])
     with torch.no_grad():
-        logits = model(ids, mode_plan=plan).logits.log_softmax(-1)
-    return logits[0, start - 1 : -1].gather(1, ids[0, start:, None]).sum().item()
+        logits = model(ids[:, :read], mode_plan=plan).logits.log_softmax(-1)
+    return logits[0, start - 1 : len(whole) - 1].gather(1, ids[0, start:, None]).sum().item()
