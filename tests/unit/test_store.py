@@ -206,7 +206,7 @@ def test_damaged_manifest_of_the_first_version(tmp_path: Path) -> None:
     for name, value in fields.items():
         rest = {key: other for key, other in fields.items() if key != name}
         wrong = [rest | {f"{name}x": value}, *(rest | {name: other} for other in (True, 1.5, [1], {"x": 1}))]
-        for changed in wrong[: 4 if name in ("config", "rng", "data", "layout", "guard") else 5]:
+        for changed in wrong[: 4 if name in ("config", "rng", "data", "layout", "guard", "init_from") else 5]:
             (folder / "manifest.json").write_text(json.dumps(changed))
             with pytest.raises(CheckpointError, match=r"manifest.json is damaged \("):
                 read_manifest(folder)
