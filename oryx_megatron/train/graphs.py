@@ -161,7 +161,9 @@ class MicrobatchGraphs:
         parts, seen = self.program.parts(batch), self._seen[number]
         if self._warm and parts <= seen:
             return True
-        seen |= parts
+        if not parts <= seen:
+            seen |= parts
+            self._release()  # else its activations would lie beside those of the graphs
         return False
 
     def _number(self, chunk: Any) -> int:
@@ -225,11 +227,18 @@ class MicrobatchGraphs:
         self._seconds += time.perf_counter() - begun
         return _Pair(placed, source, gradient, output, output_gradient, report, forward, backward, reduces, first_runs)
 
+    def _release(self) -> None:
+        """Give back all graphs with their memory; a slot that is made anew has a pool of its own."""
+        if self._slots:
+            torch.cuda.synchronize()
+            self._pairs.clear()
+            self._slots.clear()
+            torch.cuda.empty_cache()
+
     def _give_up(self, error: Exception) -> None:
         torch.cuda.synchronize()
         self.failed = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._pairs.clear()
-        self._slots.clear()
+        self._release()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # it still counts for the capture that failed
         gc.collect()
