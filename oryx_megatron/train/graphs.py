@@ -140,6 +140,9 @@ class MicrobatchGraphs:
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 self._give_up(error)
                 overlap.give_up_reduction(chunk)
+                for group in _groups(chunk):  # what a capture began was never sent
+                    group.grad_reduce_handle = group.param_gather_handle = None
+                    group.param_gather_dispatched = group.param_gather_dispatched and not gathers
                 for module in waiting:
                     module.is_first_microbatch = True
                 return launch(self.program, iter([batch]), chunk)
