@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from logging import WARNING, Formatter, LogRecord, StreamHandler, basicConfig
 from typing import Any
 
@@ -69,3 +70,24 @@ def _visible(character: str) -> str:
     if unicodedata.category(character) in _HIDDEN or character in _TURNING:
         return character.encode("unicode_escape").decode()
     return character
+
+
+def left_out_lines(facts: Mapping[str, Any], width: int, listed: str) -> list[str]:
+    """What of a corpus was not used: `dropped`, `skipped` and `left_out` of a manifest.
+
+    Args:
+        facts: The manifest, or what has these keys.
+        width: Columns of the names in front.
+        listed: The file that names everything.
+    """
+    lines = [
+        f"  {title:<{width}}{', '.join(f'{n:,} {between}{what}' for what, n in facts[key].items())}"
+        for title, key, between in (("dropped", "dropped", "× "), ("left out", "skipped", ""))
+        if facts[key]
+    ]
+    for reason, files in facts["left_out"].items():
+        lines.append(f"  {'files left out':<{width}}{files['files']:,} {reason} ({files['bytes'] / 1e6:,.1f} MB)")
+        lines += [f"  {'':<{width}}  {shown(name)}" for name in files["first"][:3]]
+    if facts["skipped"] or facts["left_out"]:
+        lines.append(f"  {'':<{width}}see {listed}")
+    return lines

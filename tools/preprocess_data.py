@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.display import shown, shown_lines
+from oryx_megatron.display import left_out_lines, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -151,15 +151,7 @@ def summarize(prefix: str, manifest: dict, seconds: float) -> str:
     ]
     lines.append(f"  encoded          {', '.join(ways)}" + (f"; {verified:,} of them compared" if verified else ""))
     lines += [f"                     ({line})" for line in why]
-    if manifest["dropped"]:
-        lines.append(f"  dropped          {', '.join(f'{n:,} × {what}' for what, n in manifest['dropped'].items())}")
-    if manifest["skipped"]:
-        lines.append(f"  left out         {', '.join(f'{n:,} {reason}' for reason, n in manifest['skipped'].items())}")
-    for reason, facts in manifest["left_out"].items():
-        lines.append(f"  files left out   {facts['files']:,} {reason} ({facts['bytes'] / 1e6:,.1f} MB)")
-        lines += [f"                     {shown(name)}" for name in facts["first"][:3]]
-    if manifest["skipped"] or manifest["left_out"]:
-        lines.append(f"                   see {prefix}.skipped.jsonl")
+    lines += left_out_lines(manifest, 17, f"{prefix}.skipped.jsonl")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.corpus import SKIPPED, STDLIB, ReadOptions
 from oryx_megatron.data.tokenizer import MODEL_FILES, write_manifest
-from oryx_megatron.display import shown, shown_lines
+from oryx_megatron.display import left_out_lines, shown, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
 
@@ -109,15 +109,7 @@ def account(folder: str, text: TrainingText) -> str:
     facts = text.facts()
     sample = f", a sample of {text.size / 1e6:,.2f} MB of input" if text.sample_bytes is not None else ""
     lines = [f"  trained on         {facts['bytes'] / 1e6:,.2f} MB{sample}"]
-    if facts["dropped"]:
-        lines.append(f"  dropped            {', '.join(f'{n:,} × {what}' for what, n in facts['dropped'].items())}")
-    if facts["skipped"]:
-        lines.append(f"  left out           {', '.join(f'{n:,} {reason}' for reason, n in facts['skipped'].items())}")
-    for reason, files in facts["left_out"].items():
-        lines.append(f"  files left out     {files['files']:,} {reason} ({files['bytes'] / 1e6:,.1f} MB)")
-        lines += [f"                       {shown(name)}" for name in files["first"][:3]]
-    if facts["skipped"] or facts["left_out"]:
-        lines.append(f"                     see {folder}/{SKIPPED}")
+    lines += left_out_lines(facts, 19, f"{folder}/{SKIPPED}")
     return "\n".join(lines)
 
 
