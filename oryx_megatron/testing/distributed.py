@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +60,6 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 
 def _join(processes: list[Any], folder: Path, timeout: float) -> None:
-    import time
-
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes):
         # One failed rank leaves the others waiting in a collective: report it at once.
@@ -87,12 +86,20 @@ def _rank_main(
     try:
         result = function(*args)
         torch.save(result, Path(folder, f"{rank}.pt"))
+        if rank == "0":
+            _await_others(Path(folder), int(environment["WORLD_SIZE"]))
     except BaseException:  # noqa: BLE001 - whatever it was, the parent process reports it
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise SystemExit(1) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _await_others(folder: Path, world_size: int) -> None:
+    """Rank 0 hosts the rendezvous store, as torchrun's agent does otherwise: it must outlive the other ranks' work."""
+    while not all(any(Path(folder, f"{rank}.{end}").exists() for end in ("pt", "error")) for rank in range(world_size)):
+        time.sleep(0.01)
 
 
 def _torchrun(world_size: int) -> dict[str, str]:

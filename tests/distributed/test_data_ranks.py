@@ -126,6 +126,19 @@ def read_other_copies(folder: str) -> str:
     return ""
 
 
+def leave_early() -> int:
+    """Rank 0 has nothing more to do when the other one asks its store."""
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 0:
+        return first_rank_alone(lambda: 7, "builds sample indices", DataError)
+    time.sleep(0.5)
+    return first_rank_alone(lambda: 0, "builds sample indices", DataError)
+
+
+def test_a_first_rank_that_is_done_is_not_missed() -> None:
+    assert run_distributed(leave_early, 2) == [7, 7]
+
+
 def test_a_node_with_another_copy_of_the_data_is_noticed(tmp_path: Path) -> None:
     for rank in (0, 1):
         (tmp_path / f"node{rank}").mkdir()
