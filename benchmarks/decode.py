@@ -164,7 +164,7 @@ def mamba_step(model: Mamba2ForCausalLM, batch: int) -> Step:
 
 def kv_bytes(model: ModelConfig, context: int) -> int:
     """Bytes of keys and values of one sequence, bf16."""
-    return 2 * model.kv_heads * (model.key_width + model.value_width) * model.num_layers * context
+    return 2 * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * model.num_layers * context
 
 
 def fitting(batch: int, each: int, device: torch.device) -> int:
@@ -187,7 +187,7 @@ def build(kind: str, model: ModelConfig, llama_ffn: int, device: torch.device, d
                 config = LlamaConfig(
                     vocab_size=model.vocab_size, hidden_size=model.hidden_size, intermediate_size=llama_ffn,
                     num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
-                    num_key_value_heads=model.kv_heads, head_dim=model.key_width, tie_word_embeddings=True,
+                    num_key_value_heads=model.kv_heads, head_dim=model.qk_head_dim, tie_word_embeddings=True,
                     max_position_embeddings=1 << 18,
                 )  # fmt: skip
                 return LlamaForCausalLM(config).eval()

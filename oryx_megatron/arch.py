@@ -83,8 +83,8 @@ class ParameterCounts:
 
 def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
     """Output widths of the mixer's input projections, their users and formulas."""
-    keys, values = model.kv_heads * model.key_width, model.kv_heads * model.value_width
-    queries = model.num_heads * model.key_width
+    keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
+    queries = model.num_heads * model.qk_head_dim
     both = model.modes == "both"
     parts: dict[str, tuple[int, User, str]] = {
         "in_proj.key": (keys, "shared", "G N d"),
@@ -98,14 +98,14 @@ def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
         if model.has_recurrence:
             parts["in_proj.query_recurrent"] = (queries, "recurrent" if both else "shared", "H N d")
     if model.output_gate:
-        parts["in_proj.output_gate"] = (model.num_heads * model.value_width, "shared", "H P d")
+        parts["in_proj.output_gate"] = (model.num_heads * model.v_head_dim, "shared", "H P d")
     return parts
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of `model` by part; equal to what the built model has."""
     d, f, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
-    heads, n, p = model.num_heads, model.key_width, model.value_width
+    heads, n, p = model.num_heads, model.qk_head_dim, model.v_head_dim
     both = model.modes == "both"
     attention: User = "attention" if both else "shared"
     recurrent: User = "recurrent" if both else "shared"
@@ -144,7 +144,7 @@ def flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -
         raise ValueError(f"attention_share {attention_share} is not within 0 … 1")
     if (attention_share > 0 and not model.has_attention) or (attention_share < 1 and not model.has_recurrence):
         raise ValueError(f"model {model.name} has only the mode {model.modes}, not a share of {attention_share}")
-    d, layers, heads, n, p = model.hidden_size, model.num_layers, model.num_heads, model.key_width, model.value_width
+    d, layers, heads, n, p = model.hidden_size, model.num_layers, model.num_heads, model.qk_head_dim, model.v_head_dim
     recurs = attention_share < 1
     terms: dict[str, float] = {}
     for name, (width, _, _) in _projections(model).items():
@@ -176,20 +176,20 @@ def kv_bytes_per_token(model: ModelConfig) -> int:
     """Bytes that one token adds to a sequence's KV cache (bf16), whatever its mode."""
     if not model.has_attention:
         return 0
-    return model.num_layers * model.kv_heads * (model.key_width + model.value_width) * KV_BYTES
+    return model.num_layers * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * KV_BYTES
 
 
 def state_bytes(model: ModelConfig) -> int:
     """Bytes of one sequence's recurrent states (fp32)."""
     if not model.has_recurrence:
         return 0
-    return model.num_layers * model.num_heads * model.key_width * model.value_width * STATE_BYTES
+    return model.num_layers * model.num_heads * model.qk_head_dim * model.v_head_dim * STATE_BYTES
 
 
 def window_bytes(model: ModelConfig) -> int:
     """Bytes of one sequence's convolution windows (bf16)."""
     taps = max(model.conv_width - 1, 0)
-    return model.num_layers * model.kv_heads * (model.key_width + model.value_width) * taps * KV_BYTES
+    return model.num_layers * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * taps * KV_BYTES
 
 
 def _shares(model: ModelConfig) -> tuple[float, ...]:

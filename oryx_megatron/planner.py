@@ -147,8 +147,8 @@ def activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[s
     `share` is of attention tokens; a mode that no token is in costs nothing.
     """
     d, f, tp = model.hidden_size, model.ffn_hidden_size, layout.tp
-    heads, keys = model.num_heads, model.kv_heads * model.key_width
-    values, queries, outputs = model.kv_heads * model.value_width, heads * model.key_width, heads * model.value_width
+    heads, keys = model.num_heads, model.kv_heads * model.qk_head_dim
+    values, queries, outputs = model.kv_heads * model.v_head_dim, heads * model.qk_head_dim, heads * model.v_head_dim
     attends, recurs = share > 0, share < 1
     gate = outputs if model.output_gate else 0
     logits = (1 if model.mixer == "mamba2" else 2) * heads * recurs
@@ -266,8 +266,8 @@ def traffic_bytes(
     stream = 2.0 * model.hidden_size * tokens
     collectives = _collectives(recompute)
     gates = (1 if model.mixer == "mamba2" else 2) * model.num_heads * (work.attention_share < 1)
-    widths = model.kv_heads * (model.key_width + model.value_width) + gates
-    widths += model.num_heads * (model.key_width + model.value_width)  # one query a token, and the outputs
+    widths = model.kv_heads * (model.qk_head_dim + model.v_head_dim) + gates
+    widths += model.num_heads * (model.qk_head_dim + model.v_head_dim)  # one query a token, and the outputs
     exchanges = _exchanges(recompute)
     ranks = layout.dp * cp
     parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
@@ -306,7 +306,7 @@ def estimate(
     forward = linear / (LINEAR_SHARE * PEAK) + flops.get("attention", 0.0) / (ATTENTION_SHARE * PEAK)
     backward = 2 * forward
     if share < 1:
-        area = model.key_width * model.value_width / 128**2
+        area = model.qk_head_dim * model.v_head_dim / 128**2
         scans = RECURRENCE_SECONDS[model.mixer] * model.num_heads * area * model.num_layers
         forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
     # Norms, activations and copies: what is kept is written and read again about twice.

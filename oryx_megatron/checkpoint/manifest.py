@@ -33,7 +33,7 @@ class Manifest:
     iteration: int
     """Optimizer steps done."""
     consumed_samples: int
-    """Samples read or passed over; with the seed, the whole state of the data loader."""
+    """Samples read or skipped; with the seed, the whole state of the data loader."""
     config: dict[str, Any]
     """Resolved run config."""
     layout: dict[str, int]
@@ -52,7 +52,7 @@ class Manifest:
     """Size in bytes and sha256 of every other file of the checkpoint."""
     format: int = FORMAT
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Samples passed over after bad steps, and what the next steps are judged by (train/guard.py)."""
+    """Samples skipped after bad steps, and what the next steps are judged by (train/guard.py)."""
     init_from: dict[str, Any] | None = None
     """What the run started from: path, iteration and sha256 of its manifest, and what was taken along."""
     origin: list[int] = dataclasses.field(default_factory=lambda: [0, 0])

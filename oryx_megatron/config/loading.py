@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import logging
 import operator
 import types
 import typing
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from oryx_megatron import resources
-from oryx_megatron.config.schema import NAME, PATH, BlendEntry, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import NAME, PATH, RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
@@ -26,6 +27,7 @@ from oryx_megatron.paths import expand
 from oryx_megatron.reading import read_text, reason
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -99,6 +101,22 @@ _BY_PATH = (BlendEntry, InitFromConfig)
 """Classes for which a path may stand alone."""
 
 
+def _renamed(cls: Any, data: Mapping[Any, Any], source: str, prefix: str = "") -> dict[Any, Any]:
+    """`data` with today's names of the fields of `cls`; a note for each old one, an error where both are given."""
+    old = {key: new for key, new in RENAMED.get(getattr(cls, "__name__", ""), {}).items() if key in data}
+    for key, new in old.items():
+        if new in data:
+            raise ConfigError(f"{source}: `{prefix}{key}` is the old name of `{prefix}{new}`: remove one of the two")
+        _note(f"{prefix}{key}", f"{prefix}{new}")
+    return {old.get(key, key): value for key, value in data.items()}
+
+
+@functools.cache
+def _note(old: str, new: str) -> None:
+    """Once in a process: a checkpoint's manifest is read several times."""
+    log.warning("config: `%s` is now `%s`; the old name is read until 0.4", old, new)
+
+
 def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
     """`value` as `kind`; ConfigError that names `source` and the field `name`."""
 
@@ -154,6 +172,7 @@ def from_dict(cls: type[T], data: Any, *, source: str = "config", prefix: str = 
         raise ConfigError(f"{where}: expected a mapping of {cls.__name__} fields, got {_shown(data)}")
     kinds = field_types(cls)
     dot = f"{prefix}." if prefix else ""
+    data = _renamed(cls, data, source, dot)
     for key in data:
         if key not in kinds:
             raise ConfigError(f"{source}: unknown key `{dot}{key}`{_near(str(key), kinds, dot)}")
@@ -238,6 +257,7 @@ def _model_data(value: Any, source: str, folder: Path, depth: int = 0) -> dict[s
         return data
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: model: expected a preset's name, a path or a mapping, got {_shown(value)}")
+    value = _renamed(ModelConfig, value, source, "model.")
     if "preset" not in value:
         return value
     if not isinstance(value["preset"], str):
@@ -265,12 +285,15 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{source}: expected key=value, e.g. train.iterations=100")
     # Walk the schema first, so that a typo is told with the override's text and not the file's name.
     kind: Any = RunConfig
+    owners: list[Any] = []  # the class of each key
     for i, key in enumerate(keys):
+        owners.append(without_null(kind))
         prefix = "".join(f"{k}." for k in keys[:i])
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
         elif dataclasses.is_dataclass(kind := without_null(kind)):
             kinds = field_types(kind)
+            keys[i] = key = next(iter(_renamed(kind, {key: None}, source, prefix)))
             if key not in kinds and not (kind is ModelConfig and key == "preset"):
                 raise ConfigError(f"{source}: unknown key `{prefix}{key}`{_near(key, kinds, prefix)}")
             kind = kinds.get(key, str)
@@ -287,7 +310,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             inner = {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{source}: `{'.'.join(keys[: i + 1])}` is {_shown(inner)}, not a mapping")
-        data[key] = inner = dict(inner)
+        data[key] = inner = _renamed(owners[i + 1], inner, source, "".join(f"{k}." for k in keys[: i + 1]))
         data = inner
     data[keys[-1]] = value
 

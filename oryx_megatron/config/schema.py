@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 PATH, NAME = "path", "name"
+RENAMED = {
+    "ModelConfig": {"key_width": "qk_head_dim", "value_width": "v_head_dim", "rotary_base": "rope_theta"},
+    "FaultsConfig": {"returns": "max_rollbacks"},
+}
+"""Keys of 0.1, by class, that run files and checkpoints still hold; read with a note until 0.4 (config/loading.py)."""
 LocalPath = Annotated[str, PATH]
 """File or folder of this machine; `~` and `$NAME` are expanded when a config is read (config/loading.py)."""
 PathOrName = Annotated[str, PATH, NAME]
@@ -35,9 +40,9 @@ class ModelConfig:
     """Number of query heads H; also the number of recurrent states per layer."""
     num_kv_heads: int | None = None
     """Number of key/value heads G; divides num_heads. null: as many as num_heads."""
-    key_width: int = 128
+    qk_head_dim: int = 128
     """Width N of a key or query head."""
-    value_width: int = 128
+    v_head_dim: int = 128
     """Width P of a value head."""
     vocab_size: int = 32768
     """Rows of the embedding. At least the tokenizer's size; divisible by the tensor-parallel size."""
@@ -49,7 +54,7 @@ class ModelConfig:
     """RMSNorm per head on the attention query and on the key that attention reads."""
     rotary: Literal["attention", "both", "none"] = "attention"
     """Which mode's queries and keys get rotary position embedding."""
-    rotary_base: float = 10000.0
+    rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     shared_query: bool = False
     """One query projection for both modes (the paper: +0.17 perplexity) instead of one each."""
@@ -306,8 +311,8 @@ class FaultsConfig:
     """Seconds before the time limit at which the run stops: at least what a step, an evaluation and a save take."""
     bad_steps: int = 8
     """Skipped steps in a row after which the run goes back to the last good checkpoint and skips its data; 0: never."""
-    returns: int = 3
-    """Times that the run goes back without one good step in between before it gives up."""
+    max_rollbacks: int = 3
+    """Rollbacks without one good step in between before the run gives up."""
     spike: float | None = None
     """Skip a step whose loss is this many scaled median absolute deviations above the running median; null: off."""
     spike_window: int = 64

@@ -79,8 +79,8 @@ LIMITS = {
     "ffn_hidden_size": 1 << 26,
     "num_heads": 1 << 16,
     "num_kv_heads": 1 << 16,
-    "key_width": 1 << 16,
-    "value_width": 1 << 16,
+    "qk_head_dim": 1 << 16,
+    "v_head_dim": 1 << 16,
     "vocab_size": 1 << 31,
     "conv_width": 1 << 16,
 }
@@ -99,10 +99,10 @@ def check_model(model: ModelConfig) -> None:
         model__ffn_hidden_size=model.ffn_hidden_size,
         model__num_heads=model.num_heads,
         model__num_kv_heads=model.kv_heads,
-        model__key_width=model.key_width,
-        model__value_width=model.value_width,
+        model__key_width=model.qk_head_dim,
+        model__value_width=model.v_head_dim,
         model__vocab_size=model.vocab_size,
-        model__rotary_base=model.rotary_base,
+        model__rotary_base=model.rope_theta,
         model__norm_epsilon=model.norm_epsilon,
         model__init_std=model.init_std,
         model__recurrence_chunk=model.recurrence_chunk,
@@ -114,8 +114,8 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
     if model.conv_width < 0 or model.conv_width == 1:
         raise ConfigError(f"model.conv_width: {model.conv_width} should be 0 (no convolution) or at least 2")
-    if model.rotary != "none" and model.key_width % 2:
-        raise ConfigError(f"model.key_width {model.key_width} should be even for rotary embedding")
+    if model.rotary != "none" and model.qk_head_dim % 2:
+        raise ConfigError(f"model.qk_head_dim {model.qk_head_dim} should be even for rotary embedding")
     if model.shared_query and model.modes != "both":
         raise ConfigError(f"model.shared_query: a model with modes={model.modes} has one query; leave it false")
     for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
@@ -277,7 +277,7 @@ def _check_faults(faults: FaultsConfig) -> None:
     _not_negative(
         faults__time_margin=faults.time_margin,
         faults__bad_steps=faults.bad_steps,
-        faults__returns=faults.returns,
+        faults__max_rollbacks=faults.max_rollbacks,
         faults__slow_rank=faults.slow_rank,
     )
     for name in ("time_limit", "spike", "hang_timeout"):
@@ -445,16 +445,16 @@ def _check_precision(run: RunConfig) -> None:
             f"precision.bf16_first_layers {precision.bf16_first_layers} + bf16_last_layers "
             f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in FP8"
         )
-    keys, values, queries = model.kv_heads * model.key_width, model.kv_heads * model.value_width, model.num_heads
+    keys, values, queries = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim, model.num_heads
     count = 1 if model.shared_query else model.has_attention + model.has_recurrence
-    inner = keys + values + count * queries * model.key_width
-    inner += model.num_heads * model.value_width if model.output_gate else 0
+    inner = keys + values + count * queries * model.qk_head_dim
+    inner += model.num_heads * model.v_head_dim if model.output_gate else 0
     widths = {
         "model.hidden_size": model.hidden_size,
         f"model.ffn_hidden_size {model.ffn_hidden_size} / tensor {tp}": model.ffn_hidden_size // tp,
         f"the mixer's input projection {inner} / tensor {tp}": inner // tp,
-        f"the mixer's output width {model.num_heads * model.value_width} / tensor {tp}": (
-            model.num_heads * model.value_width // tp
+        f"the mixer's output width {model.num_heads * model.v_head_dim} / tensor {tp}": (
+            model.num_heads * model.v_head_dim // tp
         ),
     }
     for name, width in widths.items():

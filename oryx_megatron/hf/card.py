@@ -32,7 +32,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ("modes", {"both": "attention and recurrence, chosen per token"}.get(model.modes, f"{model.modes} only")),
         ("parameters", f"{arch.parameter_counts(model).total:,}"),
         ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
-        ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.key_width} + {model.value_width} wide"),
+        ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.qk_head_dim} + {model.v_head_dim} wide"),
         ("vocabulary", f"{model.vocab_size:,} ({markdown(manifest.tokenizer['name'])})"),
         ("trained on", f"{tokens:,} tokens: {manifest.iteration:,} steps of {train.global_batch_size} × "
                        f"{run.data.sequence_length}"),

@@ -47,7 +47,7 @@ def transformer_config(
         "ffn_hidden_size": model.ffn_hidden_size,
         "num_attention_heads": model.num_heads,
         "num_query_groups": model.kv_heads,
-        "kv_channels": model.key_width,
+        "kv_channels": model.qk_head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
         "gated_linear_unit": True,

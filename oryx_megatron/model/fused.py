@@ -118,7 +118,7 @@ class FusedOryxMixer(OryxMixer):
         self.steps = fused.HeadSteps(
             silu=self.activation == "silu",
             norm=model.qk_norm,
-            rotary_base=None if model.rotary == "none" else model.rotary_base,
+            rope_theta=None if model.rotary == "none" else model.rope_theta,
             l2=model.mixer == "gdn",
             epsilon=config.layernorm_epsilon,
         )
@@ -128,7 +128,7 @@ class FusedOryxMixer(OryxMixer):
         if config.fp8_dot_product_attention:
             from oryx_megatron.model.te import fp8_attention
 
-            widths = (model.key_width, model.value_width)
+            widths = (model.qk_head_dim, model.v_head_dim)
             self._fp8_attention.append(fp8_attention(self.heads, self.groups, widths, self.tp_group))
 
     def _in_proj_rows(self, shards: int) -> dict[str, int]:
@@ -260,7 +260,7 @@ class FusedOryxMixer(OryxMixer):
         read = fused.keys_values(
             projected,
             self.groups,
-            (model.key_width, model.value_width),
+            (model.qk_head_dim, model.v_head_dim),
             self._conv_weight() if model.conv_width else None,
             self.key_norm.summed_weight() if model.has_attention and model.qk_norm else None,
             layout,
@@ -270,14 +270,14 @@ class FusedOryxMixer(OryxMixer):
         o_attention = o_recurrent = None
         if query_attention is not None:
             norm = self.query_norm.summed_weight() if model.qk_norm else None
-            q = fused.attention_query(query_attention, model.key_width, norm, layout, steps)
+            q = fused.attention_query(query_attention, model.qk_head_dim, norm, layout, steps)
             keys, values = read.attention_keys, read.attention_values
             if self._fp8_attention and not layout.recurrent and not layout.isolated:
-                o_attention = self._fp8_attention[0](q, keys, values).unflatten(-1, (-1, model.value_width))
+                o_attention = self._fp8_attention[0](q, keys, values).unflatten(-1, (-1, model.v_head_dim))
             else:
                 o_attention = ops.attend(q, keys, values, layout)  # type: ignore[arg-type]
         if query_recurrent is not None and logits is not None:
-            q = fused.recurrent_query(query_recurrent, model.key_width, layout, steps)
+            q = fused.recurrent_query(query_recurrent, model.qk_head_dim, layout, steps)
             decay, rate = fused.gates(logits, self._own(self.a_log), self._own(self.dt_bias), layout, model.mixer)
             keys, values = read.recurrent_keys, read.recurrent_values
             if model.mixer == "mamba2":

@@ -44,16 +44,16 @@ from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
 def in_proj_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
     """Name → rows of each part of `in_proj.weight`, in order, on one of `shards` equal shards of the heads."""
     heads, groups = model.num_heads // shards, model.kv_heads // shards
-    parts = {"key": groups * model.key_width, "value": groups * model.value_width}
+    parts = {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
     if model.shared_query and model.modes == "both":
-        parts["query"] = heads * model.key_width
+        parts["query"] = heads * model.qk_head_dim
     else:
         if model.has_attention:
-            parts["query_attention"] = heads * model.key_width
+            parts["query_attention"] = heads * model.qk_head_dim
         if model.has_recurrence:
-            parts["query_recurrent"] = heads * model.key_width
+            parts["query_recurrent"] = heads * model.qk_head_dim
     if model.output_gate:
-        parts["output_gate"] = heads * model.value_width
+        parts["output_gate"] = heads * model.v_head_dim
     return parts
 
 
@@ -70,7 +70,7 @@ def conv_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
     if not model.conv_width:
         return {}
     groups = model.kv_heads // shards
-    return {"key": groups * model.key_width, "value": groups * model.value_width}
+    return {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
 
 
 @dataclass
@@ -149,7 +149,7 @@ class OryxMixer(MegatronModule):
         )
         self.out_proj = build_module(
             submodules.out_proj,
-            model.num_heads * model.value_width,
+            model.num_heads * model.v_head_dim,
             model.hidden_size,
             input_is_parallel=True,
             tp_comm_buffer_name="proj",
@@ -159,10 +159,10 @@ class OryxMixer(MegatronModule):
         if model.conv_width:
             self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width, device)
             _mark_tensor_parallel(self.conv.weight)
-        self.out_norm = HeadNorm(config, model.value_width)
+        self.out_norm = HeadNorm(config, model.v_head_dim)
         if model.has_attention and model.qk_norm:
-            self.query_norm = HeadNorm(config, model.key_width)
-            self.key_norm = HeadNorm(config, model.key_width)
+            self.query_norm = HeadNorm(config, model.qk_head_dim)
+            self.key_norm = HeadNorm(config, model.qk_head_dim)
         if model.has_recurrence:
             self.decay_proj = build_module(
                 submodules.decay_proj,
@@ -242,7 +242,7 @@ class OryxMixer(MegatronModule):
         # [b, s, H, P] → [s/cp, b, all H of this tensor-parallel rank, P]; the gate never left its tokens.
         o = heads_to_sequence(o.transpose(0, 1), self.cp_group)
         if gate is not None:
-            gate = gate.unflatten(-1, (-1, self.model.value_width))
+            gate = gate.unflatten(-1, (-1, self.model.v_head_dim))
         y = ops.gated_rms_norm(o, gate, self.out_norm.summed_weight(), self.out_norm.eps)
         return y.flatten(2)
 
@@ -267,7 +267,7 @@ class OryxMixer(MegatronModule):
 
     def _keys_values(self, projected: Tensor, state: LayerState | None, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         """k [b, s, G, N] and v [b, s, G, P], shared by both modes; advances the convolution window."""
-        key_rows, value_rows = self.groups * self.model.key_width, self.groups * self.model.value_width
+        key_rows, value_rows = self.groups * self.model.qk_head_dim, self.groups * self.model.v_head_dim
         kv = projected[..., : key_rows + value_rows].transpose(0, 1)  # [b, s, channels]
         if self.model.conv_width:
             kv, window = ops.causal_conv(
@@ -331,7 +331,7 @@ class OryxMixer(MegatronModule):
         if self.model.qk_norm:
             k = self.key_norm(k)
         if self.model.rotary != "none":
-            k = ops.rotary(k, info.positions, self.model.rotary_base)
+            k = ops.rotary(k, info.positions, self.model.rope_theta)
         if state is not None:
             k, v = state.append(k, v)
         if plan.attention_tokens == 0:
@@ -340,7 +340,7 @@ class OryxMixer(MegatronModule):
         if self.model.qk_norm:
             q = self.query_norm(q)
         if self.model.rotary != "none":
-            q = ops.rotary(q, info.positions, self.model.rotary_base)
+            q = ops.rotary(q, info.positions, self.model.rope_theta)
         return ops.mode_attention(q, k, v, plan, documents=info.documents)
 
     def _recur(
@@ -355,8 +355,8 @@ class OryxMixer(MegatronModule):
         model = self.model
         q = self._query(parts, "query_recurrent")
         if model.rotary == "both":
-            q = ops.rotary(q, info.positions, model.rotary_base)
-            k = ops.rotary(k, info.positions, model.rotary_base)
+            q = ops.rotary(q, info.positions, model.rope_theta)
+            k = ops.rotary(k, info.positions, model.rope_theta)
         logits = [parts[name].transpose(0, 1) for name in self.decay_parts]
         common: dict[str, Any] = {
             "dt_bias": self._own(self.dt_bias),

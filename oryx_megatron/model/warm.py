@@ -68,10 +68,10 @@ def compile_in_turn(run: RunConfig, chunks: list[Any]) -> float:
 def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
     """What a mixer does between its projections, without the exchange of context parallelism."""
     model, size = mixer.model, mixer.cp_group.size()
-    queries, outputs = mixer.heads * model.key_width, mixer.heads * size * model.value_width
+    queries, outputs = mixer.heads * model.qk_head_dim, mixer.heads * size * model.v_head_dim
     kept = mixer.parts.get("output_gate", 0) if size == 1 else 0  # under context parallelism it stays with its rows
     inputs: list[Tensor | None] = [
-        _random(layout.length, batch, mixer.groups * (model.key_width + model.value_width) + kept, like=mixer),
+        _random(layout.length, batch, mixer.groups * (model.qk_head_dim + model.v_head_dim) + kept, like=mixer),
         _random(layout.attention, batch, queries, like=mixer) if layout.attention else None,
         _random(layout.recurrent, batch, queries, like=mixer) if layout.recurrent else None,
         None,
@@ -87,7 +87,7 @@ def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
     shard = layout.shard(size)
     rows = _random(shard.length, batch, outputs, like=mixer)
     gate = _random(shard.length, batch, outputs, like=mixer) if model.output_gate else None
-    o = rows.unflatten(-1, (-1, model.value_width)).transpose(0, 1)
+    o = rows.unflatten(-1, (-1, model.v_head_dim)).transpose(0, 1)
     _backward(mixer.norm_rows(o, None, gate, shard), [x for x in (rows, gate) if x is not None])
 
 

@@ -109,7 +109,7 @@ def _flash4_missing() -> str | None:
         return None
     if need.dtype == "fp32":
         return "flash-attn-4 computes in bf16; set precision.dtype: bf16"
-    widths = (need.model.key_width, need.model.value_width)
+    widths = (need.model.qk_head_dim, need.model.v_head_dim)
     if any(width % 8 or width > 128 for width in widths):
         return f"flash-attn-4 takes heads of up to 128, in eights, not {widths[0]} and {widths[1]}"
     return None
@@ -194,11 +194,11 @@ def _no_gpu() -> str | None:
 
 
 @cache
-def _te_attention(heads: int, groups: int, key_width: int, value_width: int) -> Any:
+def _te_attention(heads: int, groups: int, qk_head_dim: int, v_head_dim: int) -> Any:
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
-        heads, (key_width, value_width), num_gqa_groups=groups, qkv_format="bshd", attn_mask_type="causal"
+        heads, (qk_head_dim, v_head_dim), num_gqa_groups=groups, qkv_format="bshd", attn_mask_type="causal"
     )
 
 

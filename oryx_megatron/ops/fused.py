@@ -38,7 +38,7 @@ def missing() -> str | None:
     if need is None:
         return None
     model = need.model
-    for name, width in (("key_width", model.key_width), ("value_width", model.value_width)):
+    for name, width in (("qk_head_dim", model.qk_head_dim), ("v_head_dim", model.v_head_dim)):
         if width not in (16, 32, 64, 128, 256):
             return f"model.{name} {width} is not a power of two from 16 to 256"
     if model.conv_width not in (0, TAPS):
@@ -76,7 +76,7 @@ class HeadSteps:
     """SiLU after the convolution."""
     norm: bool
     """RMSNorm of what attention reads."""
-    rotary_base: float | None
+    rope_theta: float | None
     """Rotary of what attention reads; None: none."""
     l2: bool
     """L2 norm of what the recurrence reads."""
@@ -138,7 +138,7 @@ class _KeysValues(torch.autograd.Function):
         split = groups * widths[0]
         taps = (None, None) if conv is None else (conv[:split], conv[split:])
         _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r, 1.0)
-        plain = HeadSteps(steps.silu, norm=False, rotary_base=None, l2=False, epsilon=steps.epsilon)
+        plain = HeadSteps(steps.silu, norm=False, rope_theta=None, l2=False, epsilon=steps.epsilon)
         values = projected[..., split:]
         _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value, 1.0)
         gate = projected[..., split + groups * widths[1] :] if gated else None
@@ -147,15 +147,15 @@ class _KeysValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         projected, conv, key_norm = ctx.saved_tensors
-        layout, steps, groups, (key_width, value_width) = ctx.layout, ctx.steps, ctx.groups, ctx.widths
+        layout, steps, groups, (qk_head_dim, v_head_dim) = ctx.layout, ctx.steps, ctx.groups, ctx.widths
         key_a, key_r, value_a, value_r, gate = grads
-        split = groups * key_width
-        end = split + groups * value_width
+        split = groups * qk_head_dim
+        end = split + groups * v_head_dim
         dx = around(gate, projected.shape) if gate is not None else torch.empty_like(projected)
         if gate is None:
             dx[..., end:] = 0
         shares = []
-        plain = HeadSteps(steps.silu, norm=False, rotary_base=None, l2=False, epsilon=steps.epsilon)
+        plain = HeadSteps(steps.silu, norm=False, rope_theta=None, l2=False, epsilon=steps.epsilon)
         for columns, taps, norm, grad_a, grad_r, how in (
             (slice(0, split), slice(0, split), key_norm, key_a, key_r, steps),
             (slice(split, end), slice(split, end), None, value_a, value_r, plain),
@@ -239,7 +239,7 @@ def _steps_used(steps: HeadSteps, out_a: Any, out_r: Any) -> dict[str, Any]:
     """The flags of one call: a step whose result nobody takes is left out."""
     return {
         "NORM": steps.norm and out_a is not None,
-        "ROTARY": steps.rotary_base is not None and out_a is not None,
+        "ROTARY": steps.rope_theta is not None and out_a is not None,
         "L2": steps.l2 and out_r is not None,
         "OUT_A": out_a is not None,
         "OUT_R": out_r is not None,
@@ -247,7 +247,7 @@ def _steps_used(steps: HeadSteps, out_a: Any, out_r: Any) -> dict[str, Any]:
 
 
 def _angles(steps: HeadSteps, layout: TokenLayout, width: int, used: bool) -> tuple[Tensor | None, Tensor | None]:
-    return layout.rotary(steps.rotary_base, width) if used and steps.rotary_base is not None else (None, None)
+    return layout.rotary(steps.rope_theta, width) if used and steps.rope_theta is not None else (None, None)
 
 
 def _heads_forward(

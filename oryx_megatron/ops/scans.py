@@ -115,21 +115,21 @@ class _Scan(torch.autograd.Function):
 
         q, k, v, decay, rate, d, initial = ctx.saved_tensors
         batch, length, heads, _ = q.shape
-        groups, value_width = k.shape[2], v.shape[3]
+        groups, v_head_dim = k.shape[2], v.shape[3]
         do, d_last = grads
-        do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], value_width) if do is None else do
+        do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v_head_dim) if do is None else do
         do = do.contiguous()
         states, _ = _states(k, v, decay, rate, initial, heads, False)
         d_states = torch.empty_like(states)
         d_initial = None if initial is None else torch.empty_like(initial)
         sizes, chunks = _sizes(q, v), -(-length // CHUNK)
-        columns = _columns(batch * heads, value_width)
-        kernels.grad_states[(value_width // columns, batch * heads)](
+        columns = _columns(batch * heads, v_head_dim)
+        kernels.grad_states[(v_head_dim // columns, batch * heads)](
             q, decay, rate, do, d_last, d_states, d_initial, length, heads,
             FINAL=d_last is not None, INITIAL=initial is not None, COLS=columns, **sizes, num_warps=4, num_stages=3,
         )  # fmt: skip
         dq, dk = torch.empty_like(q), torch.empty_like(q)
-        dv = v.new_empty(batch, length, heads, value_width)
+        dv = v.new_empty(batch, length, heads, v_head_dim)
         d_decay, d_rate = torch.empty_like(decay), torch.empty_like(rate)
         dd = decay.new_empty(batch, chunks, heads)
         grid = (chunks, batch * heads)
@@ -155,10 +155,10 @@ def _states(
     """States before every chunk [b, H, chunks, N, P] in the inputs' format, and the last one in fp32."""
     from oryx_megatron.ops.triton import ssd as kernels
 
-    batch, length, groups, key_width = k.shape
+    batch, length, groups, qk_head_dim = k.shape
     width = v.shape[-1]
-    states = k.new_empty(batch, heads, -(-length // CHUNK), key_width, width)
-    last = k.new_empty(batch, heads, key_width, width, dtype=torch.float32) if final else None
+    states = k.new_empty(batch, heads, -(-length // CHUNK), qk_head_dim, width)
+    last = k.new_empty(batch, heads, qk_head_dim, width, dtype=torch.float32) if final else None
     columns = _columns(batch * heads, width)
     kernels.states[(width // columns, batch * heads)](
         k, v, decay, rate, initial, states, last, length, heads, groups,
@@ -287,7 +287,7 @@ def _fla_missing() -> str | None:
     need = backends.workload()
     if need is not None and need.dtype == "fp32":
         return "it computes in bf16; set precision.dtype: bf16 or kernels.recurrence: reference"
-    return platform.wrong_triton_for_fla(need is not None and need.model.key_width == need.model.value_width == 128)
+    return platform.wrong_triton_for_fla(need is not None and need.model.qk_head_dim == need.model.v_head_dim == 128)
 
 
 def _triton_missing() -> str | None:
@@ -295,7 +295,7 @@ def _triton_missing() -> str | None:
         return reason
     need = backends.workload()
     if need is not None:
-        for name, width in (("key_width", need.model.key_width), ("value_width", need.model.value_width)):
+        for name, width in (("qk_head_dim", need.model.qk_head_dim), ("v_head_dim", need.model.v_head_dim)):
             if width not in (16, 32, 64, 128):
                 return f"model.{name} {width} is not 16, 32, 64 or 128"
     return None

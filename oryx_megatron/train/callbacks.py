@@ -82,7 +82,7 @@ class Callback:
         """After `on_step` of a bad step; `path` is its batch, kept for replay."""
 
     def on_return(self, iteration: int, to: int, skipped: int) -> None:
-        """When the run went back from `iteration` to the checkpoint of `to`; `skipped` samples are passed over now."""
+        """After a rollback from `iteration` to the checkpoint of `to`; `skipped` samples are left out by now."""
 
     def on_slow(self, iteration: int, text: str) -> None:
         """When a rank lags behind its peers."""
@@ -175,7 +175,7 @@ class Display(Callback):
 
     def on_return(self, iteration: int, to: int, skipped: int) -> None:
         self._started, self._first, self._since = time.monotonic(), to, []
-        self._write(f"  back from step {iteration} to {to}; {skipped} samples are passed over")
+        self._write(f"  rollback from step {iteration} to {to}; skipping {skipped} samples")
 
     def on_finish(self, iteration: int, reason: str | None) -> None:
         if reason is not None:

@@ -2,7 +2,7 @@
 
 A step is bad when its loss or gradient norm is not finite, or (faults.spike) when its loss is a spike. Its update is
 left out on all ranks alike. After faults.bad_steps of them in a row the run goes back to the last checkpoint before
-them and goes on with the data after them: `skipped` samples were passed over so far. That number, and the losses that
+them and continues with the data after them: `skipped` samples were left out so far. That number, and the losses that
 the running median goes over, are in every checkpoint's manifest, so that a resumed run takes the same decisions.
 """
 
@@ -34,12 +34,12 @@ class Guard:
         self.faults = faults
         self.losses: deque[float] = deque(maxlen=faults.spike_window)
         self.skipped = 0
-        """Samples passed over by going back."""
+        """Samples left out by rollbacks."""
         self.row = 0
         """Bad steps since the last good one."""
-        self.returns = 0
+        self.rollbacks = 0
         """Times the run went back since the last good step."""
-        self.returned_to: int | None = None
+        self.rolled_back_to: int | None = None
 
     def reason(self, loss: float, norm: float) -> str | None:
         """Why a step is bad, or None."""
@@ -62,8 +62,8 @@ class Guard:
         """A step was applied."""
         if self.faults.spike is not None:
             self.losses.append(loss)
-        self.row = self.returns = 0
-        self.returned_to = None
+        self.row = self.rollbacks = 0
+        self.rolled_back_to = None
 
     def bad(self) -> bool:
         """A step was left out; True when it is time to go back."""

@@ -6,7 +6,7 @@ Events, one JSON object a line with `event`, `time` (unix) and `iteration`:
     checkpoint  seconds that training stood still for it
     evaluation  seconds
     skip        a bad step was left out (reason)
-    return      back to an older checkpoint (to, samples: passed over so far)
+    return      rollback to an older checkpoint (to, samples: skipped so far)
     slow        a rank lags behind its peers (rank, host, times)
     stop        asked to stop, everything saved (reason)
     end         all steps done

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHAPES = (
-    *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "key_width"),
-    *("value_width", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
+    *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "qk_head_dim"),
+    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
 )
 """Fields of a model that decide which parameters it has, and their shapes."""
 NOT_LISTED = (

@@ -407,7 +407,7 @@ class Trainer:
         }
 
     def _handle_bad_step(self) -> bool:
-        """Keep the batch, and after faults.bad_steps in a row go back to before them; True when gone back."""
+        """Keep the batch; after faults.bad_steps in a row roll back to before them. True after a rollback."""
         assert self.bad_step is not None
         if self.callbacks:
             path = record_path(self.folder, self.iteration)
@@ -417,25 +417,25 @@ class Trainer:
         if not self.guard.bad():
             return False
         faults, guard = self.run.faults, self.guard
-        here, consumed, row, returns = self.iteration, self.stream.consumed, guard.row, guard.returns + 1
+        here, consumed, row, rollbacks = self.iteration, self.stream.consumed, guard.row, guard.rollbacks + 1
         what = f"step {here}: {self.bad_step['reason']}, {row} steps in a row"
         records = f"their batches are in {self.folder}/faults (replay: python -m oryx_megatron.train.replay)"
-        if returns > faults.returns:
+        if rollbacks > faults.max_rollbacks:
             raise TrainingError(
-                f"{what}, again after going back {faults.returns} times; {records}: look for a broken device, lower "
-                "optimizer.lr, or mend the data"
+                f"{what}, again after {faults.max_rollbacks} rollbacks (faults.max_rollbacks); {records}: look for a "
+                "broken device, lower optimizer.lr, or fix the data"
             )
         self._complete_save(self.checkpoints.wait)
         self.stream.close()
         # A second time without a good step in between, that checkpoint is to blame itself: take the one before.
-        before = here - row + 1 if guard.returned_to is None else guard.returned_to
+        before = here - row + 1 if guard.rolled_back_to is None else guard.rolled_back_to
         if not self._load(before):
-            raise TrainingError(f"{what}, and no checkpoint before them to go back to; {records}")
-        guard.returns, guard.returned_to = returns, self.iteration
+            raise TrainingError(f"{what}, and no checkpoint before them for a rollback; {records}")
+        guard.rollbacks, guard.rolled_back_to = rollbacks, self.iteration
         guard.skipped = consumed - self._samples(self.iteration)
         self.stream = self.open_stream()
         log.warning(
-            "%s: back to the checkpoint of step %d; the %d samples since are passed over; %s",
+            "%s: rollback to the checkpoint of step %d, skipping the %d samples read since; %s",
             what, self.iteration, guard.skipped, records,
         )  # fmt: skip
         self._call("on_return", here, self.iteration, guard.skipped)

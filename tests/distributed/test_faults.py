@@ -128,8 +128,8 @@ def test_going_back(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pyt
     opened = trainer(*settings)
     opened.callbacks = [At(3, lambda: poison_weight(opened)), *opened.callbacks]
     assert opened.fit() is None
-    assert "step 5: loss is not finite, 2 steps in a row: back to the checkpoint of step 3" in caplog.text
-    assert "back to the checkpoint of step 2" in caplog.text
+    assert "step 5: loss is not finite, 2 steps in a row: rollback to the checkpoint of step 3" in caplog.text
+    assert "rollback to the checkpoint of step 2" in caplog.text
     # Steps 4 and 5 read samples 6–9, again 10–13 after the first return; step 3 now begins behind them.
     assert steps(tmp_path, "iteration") == list(range(1, 10))
     assert not any(steps(tmp_path, "skipped"))
@@ -148,20 +148,20 @@ def test_going_back(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pyt
     assert resumed.iteration == 6
     resumed.fit()
     assert steps(tmp_path, "loss") == losses
-    # The samples that the run passed over are missing at its end: the first ones are read once more.
+    # The samples that the run skipped are missing at its end: the first ones are read once more.
     assert torch.equal(resumed.open_stream().dataset[18]["tokens"], resumed.datasets["train"][0]["tokens"])
 
 
 def test_giving_up(trainer: Callable[..., Trainer]) -> None:
-    """Numbers that stay bad, with and without a checkpoint to go back to, end the run in one line."""
-    opened = trainer("train.iterations=9", "faults.bad_steps=2", "faults.returns=1", "checkpoint.interval=3")
+    """Numbers that stay bad, with and without a checkpoint for a rollback, end the run in one line."""
+    opened = trainer("train.iterations=9", "faults.bad_steps=2", "faults.max_rollbacks=1", "checkpoint.interval=3")
     parameter = next(iter(opened.engine.chunks[0].parameters()))
     opened.callbacks = [At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("nan")))]
-    with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* going back 1 times; "):
+    with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* after 1 rollbacks "):
         opened.fit()
     first = trainer("train.iterations=9", "faults.bad_steps=2", f"output_dir={opened.folder}/other")
     poison_weight(first)
-    with pytest.raises(TrainingError, match=r"step 2: .*no checkpoint before them to go back to"):
+    with pytest.raises(TrainingError, match=r"step 2: .*no checkpoint before them for a rollback"):
         first.fit()
 
 

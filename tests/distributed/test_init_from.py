@@ -133,7 +133,7 @@ def test_newest_and_its_record(
     caplog.set_level("INFO")
     source = project.parent / "source"
     first = trainer(
-        *(f"init_from={source}", "data.sequence_length=40", "modes.p_attention=0.5", "model.rotary_base=5e4"),
+        *(f"init_from={source}", "data.sequence_length=40", "modes.p_attention=0.5", "model.rope_theta=5e4"),
         *("train.iterations=2", "optimizer.lr=1e-3"),
     )
     assert (first.iteration, first.stream.consumed) == (0, 0)
@@ -141,7 +141,7 @@ def test_newest_and_its_record(
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("init_from")]
     assert told == [
         f"init_from: weights alone of {newest}",
-        "init_from: model.rotary_base 10000 → 50000",
+        "init_from: model.rope_theta 10000 → 50000",
         "init_from: data.sequence_length 48 → 40",
         "init_from: train.iterations 5 → 2",
         "init_from: modes.p_attention 0.25 → 0.5",
@@ -157,7 +157,7 @@ def test_newest_and_its_record(
     }
     # From now on it resumes, also without the source, and another start from there is another source.
     caplog.clear()
-    again = trainer("init_from=/nowhere", "data.sequence_length=40", "model.rotary_base=5e4", "train.iterations=2")
+    again = trainer("init_from=/nowhere", "data.sequence_length=40", "model.rope_theta=5e4", "train.iterations=2")
     again.stream.close()
     assert again.iteration == 2
     assert again.start.record == manifest.init_from
@@ -247,7 +247,7 @@ def test_what_does_not_fit(
 
 def test_every_field_of_a_model_is_of_one_kind() -> None:
     """Fields that decide shapes, and those that may differ: a new one must be put on a side."""
-    free = {"name", "rotary", "rotary_base", "norm_epsilon", "init_std", "decay_init", "dt_init", "recurrence_chunk"}
+    free = {"name", "rotary", "rope_theta", "norm_epsilon", "init_std", "decay_init", "dt_init", "recurrence_chunk"}
     names = {field.name for field in fields(ModelConfig)}
     assert set(SHAPES) <= names
     assert names - set(SHAPES) - {"rope_scaling"} == free
@@ -293,8 +293,8 @@ def test_a_llama(
     assert main([str(project), "--dry-run", *small, *settings]) == 0
     assert f"init_from: weights alone of {tmp_path / 'llama'}\n" in capsys.readouterr().out
     convert = [str(tmp_path / "llama"), str(tmp_path / "start"), "--run", str(project)]
-    assert convert_from_hf.main([*convert, "model.rotary_base=5e4"]) == 2
-    assert "`model.rotary_base=5e4` has no effect: the model is the folder's" in capsys.readouterr().err
+    assert convert_from_hf.main([*convert, "model.rope_theta=5e4"]) == 2
+    assert "`model.rope_theta=5e4` has no effect: the model is the folder's" in capsys.readouterr().err
     assert convert_from_hf.main([*convert, "train.iterations=1"]) == 0
     assert f"train it: python -m oryx_megatron.train {tmp_path / 'start'}/config.yaml" in capsys.readouterr().out
     run = load_run(tmp_path / "start" / "config.yaml")

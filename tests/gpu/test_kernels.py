@@ -225,7 +225,7 @@ def test_fused_steps(plan, isolated, dtype, tolerance):
     order, n = layout.tokens.long(), layout.attention
     attends = torch.from_numpy(modes.is_attention()).to(DEVICE)[None, :, None, None]
     positions = layout.identity - layout.starts
-    steps = fused.HeadSteps(silu=True, norm=True, rotary_base=1e4, l2=True, epsilon=eps)
+    steps = fused.HeadSteps(silu=True, norm=True, rope_theta=1e4, l2=True, epsilon=eps)
     kv, split = 2 * groups * width, groups * width
     inputs = [
         leaf(s, b, kv + heads * width, dtype=dtype),

@@ -15,7 +15,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 CASES = {
     "gdn tp2": ({}, ParallelConfig(tensor=2), "bf16"),
     "mamba2 pp2": (
-        {"mixer": "mamba2", "tie_embeddings": False, "num_kv_heads": None, "value_width": 12, "qk_norm": False},
+        {"mixer": "mamba2", "tie_embeddings": False, "num_kv_heads": None, "v_head_dim": 12, "qk_norm": False},
         ParallelConfig(pipeline=2),
         "fp32",
     ),

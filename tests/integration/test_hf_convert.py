@@ -111,8 +111,8 @@ def test_config_table_holds_every_field() -> None:
     assert len(set(CONFIG.values())) == len(CONFIG)
     model = ModelConfig(
         name="m", mixer="mamba2", modes="both", num_layers=3, hidden_size=40, ffn_hidden_size=72, num_heads=6,
-        num_kv_heads=3, key_width=10, value_width=14, vocab_size=99, conv_width=3, output_gate=False, qk_norm=False,
-        rotary="both", rotary_base=5e4, shared_query=True, tie_embeddings=False, norm_epsilon=1e-6, init_std=0.03,
+        num_kv_heads=3, qk_head_dim=10, v_head_dim=14, vocab_size=99, conv_width=3, output_gate=False, qk_norm=False,
+        rotary="both", rope_theta=5e4, shared_query=True, tie_embeddings=False, norm_epsilon=1e-6, init_std=0.03,
         decay_init=(0.5, 8.0), dt_init=(2e-3, 0.2), recurrence_chunk=32,
     )  # fmt: skip
     assert from_hf_config(to_hf_config(model), "m") == model

@@ -84,7 +84,7 @@ def test_the_wheel_holds_all_files(wheel: Path) -> None:
 
 TINY = (
     "model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=48 model.num_heads=4 model.num_kv_heads=2 "
-    "model.key_width=8 model.value_width=8 data.blend=[data/mine] data.sequence_length=64 modes.chunk=16 "
+    "model.qk_head_dim=8 model.v_head_dim=8 data.blend=[data/mine] data.sequence_length=64 modes.chunk=16 "
     "parallel.tensor=1 train.iterations=2 schedule.warmup=0 checkpoint.interval=0 evaluation.interval=0 "
     "logging.tensorboard=false output_dir=run"
 )

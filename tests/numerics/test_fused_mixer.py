@@ -59,7 +59,7 @@ def replace_kernels() -> None:
 
 def config(**changes) -> ModelConfig:
     fields = {"name": "t", "mixer": "gdn", "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 40, "num_heads": 2}
-    fields |= {"key_width": 16, "value_width": 32, "vocab_size": VOCABULARY, "init_std": 0.2}
+    fields |= {"qk_head_dim": 16, "v_head_dim": 32, "vocab_size": VOCABULARY, "init_std": 0.2}
     return ModelConfig(**(fields | changes))
 
 

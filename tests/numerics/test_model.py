@@ -53,7 +53,7 @@ def one_rank() -> Iterator[None]:
 
 def config(variant: str, **changes) -> ModelConfig:
     fields = {"name": "t", "mixer": variant, "num_layers": 2, "hidden_size": 20, "ffn_hidden_size": 28, "num_heads": 4}
-    fields |= {"num_kv_heads": 2, "key_width": 8, "value_width": 6, "vocab_size": VOCABULARY, "init_std": 0.3}
+    fields |= {"num_kv_heads": 2, "qk_head_dim": 8, "v_head_dim": 6, "vocab_size": VOCABULARY, "init_std": 0.3}
     return ModelConfig(**(fields | {"recurrence_chunk": 16} | changes))
 
 
@@ -148,7 +148,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dt_bias: Tensor, 
 
 def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
     """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s]."""
-    heads, groups, n, p = model.num_heads, model.kv_heads, model.key_width, model.value_width
+    heads, groups, n, p = model.num_heads, model.kv_heads, model.qk_head_dim, model.v_head_dim
     serving = [head // (heads // groups) for head in range(heads)]
     x = w["embedding.word_embeddings.weight"][tokens]
     for layer in range(model.num_layers):

@@ -14,7 +14,7 @@ ORYX = [f"{size}-{mixer}" for size in SIZES for mixer in ("gdn", "mamba2")]
 
 def small(**changes) -> ModelConfig:
     fields = {"name": "small", "mixer": "gdn", "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 10}
-    fields |= {"num_heads": 4, "num_kv_heads": 2, "key_width": 3, "value_width": 5, "vocab_size": 7, "conv_width": 4}
+    fields |= {"num_heads": 4, "num_kv_heads": 2, "qk_head_dim": 3, "v_head_dim": 5, "vocab_size": 7, "conv_width": 4}
     return ModelConfig(**(fields | changes))
 
 

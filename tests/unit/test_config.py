@@ -15,6 +15,7 @@ from oryx_megatron.config import (
     from_dict,
     load_model,
     load_run,
+    loading,
     preset_names,
     to_dict,
     to_yaml,
@@ -38,8 +39,8 @@ model:
   hidden_size: 128
   ffn_hidden_size: 256
   num_heads: 8
-  key_width: 16
-  value_width: 16
+  qk_head_dim: 16
+  v_head_dim: 16
   vocab_size: 512
 data:
   sequence_length: 256
@@ -103,7 +104,7 @@ def test_presets_run(name):
     validate(run, 1)
     validate(load_run(RUNS[0], [f"model={name}", *extra, "parallel.tensor=2", "parallel.pipeline=2"]), 4)
     if not name.startswith("tiny"):
-        assert model.key_width == model.value_width == 128
+        assert model.qk_head_dim == model.v_head_dim == 128
         assert model.vocab_size == 32768
         assert model.tie_embeddings
 
@@ -171,6 +172,32 @@ def test_overrides(run_file):
     assert run.precision.dtype == "fp32"
     assert run.output_dir == "runs/a=b"
     assert run.data.validation == {"web": (BlendEntry(path="v"),)}
+
+
+def test_old_names_are_read_with_a_note(run_file, tmp_path, caplog):
+    """Run files, model files, overrides and manifests of 0.1, each with the names of that time."""
+    loading._note.cache_clear()
+    old = tmp_path / "old.yaml"
+    text = RUN.replace("qk_head_dim", "key_width").replace("v_head_dim: 16", "value_width: 16\n  rotary_base: 5e3")
+    old.write_text(text + "faults: {returns: 5}\n")
+    run = load_run(old)
+    assert (run.model.qk_head_dim, run.model.v_head_dim, run.model.rope_theta) == (16, 16, 5e3)
+    assert run.faults.max_rollbacks == 5
+    notes = {f"config: `{a}` is now `{b}`; the old name is read until 0.4" for a, b in (
+        ("model.key_width", "model.qk_head_dim"), ("model.value_width", "model.v_head_dim"),
+        ("model.rotary_base", "model.rope_theta"), ("faults.returns", "faults.max_rollbacks"),
+    )}  # fmt: skip
+    assert {record.getMessage() for record in caplog.records} == notes
+    assert len(caplog.records) == len(notes)
+    assert load_run(old, ["model.rope_theta=7", "faults.max_rollbacks=1"]).model.rope_theta == 7
+    assert load_run(old, ["model.rotary_base=7", "faults.returns=1"]).faults.max_rollbacks == 1
+    assert load_run(run_file, ["faults={returns: 2}", "model={preset: tiny-gdn, rotary_base: 9}"]).model.rope_theta == 9
+    assert from_dict(RunConfig, to_dict(run) | {"faults": {"returns": 4}}).faults.max_rollbacks == 4
+    preset = tmp_path / "old-model.yaml"
+    preset.write_text(yaml.safe_dump(yaml.safe_load(text)["model"]))
+    assert load_run(run_file, [f"model={{preset: {preset}, rope_theta: 8}}"]).model.rope_theta == 8
+    message = fault(run_file, "model={preset: tiny-gdn, rotary_base: 9, rope_theta: 9}")
+    assert "`model.rotary_base` is the old name of `model.rope_theta`: remove one of the two" in message
 
 
 def test_model_by_name_path_and_change(run_file, tmp_path):
@@ -300,7 +327,7 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["model.num_layers=0"], "model.num_layers: 0 should be above 0"),
         (["model.num_kv_heads=3"], "model.num_kv_heads 3 does not divide model.num_heads 8"),
         (["model.conv_width=1"], "model.conv_width: 1 should be 0 (no convolution) or at least 2"),
-        (["model.key_width=15"], "model.key_width 15 should be even for rotary embedding"),
+        (["model.qk_head_dim=15"], "model.qk_head_dim 15 should be even for rotary embedding"),
         (
             ["model.shared_query=true", "model.modes=attention"],
             "model.shared_query: a model with modes=attention has one",
@@ -405,9 +432,9 @@ def test_layouts(run_file, world_size, overrides, layout):
             ["precision.fp8=delayed", "model.ffn_hidden_size=264"],
             "model.ffn_hidden_size 264 / tensor 1 = 264 is not a mult",
         ),
-        (["precision.fp8=delayed", "model.value_width=17"], "the mixer's output width 136 / tensor 1 = 136"),
+        (["precision.fp8=delayed", "model.v_head_dim=17"], "the mixer's output width 136 / tensor 1 = 136"),
         (
-            ["precision.fp8=delayed", "model.value_width=17", "model.output_gate=false"],
+            ["precision.fp8=delayed", "model.v_head_dim=17", "model.output_gate=false"],
             "the mixer's input projection 520 / tensor 1 = 520 is not a multiple of 16",
         ),
         (

@@ -140,8 +140,8 @@ parallel.initialize(ParallelConfig(), seed=1)
 assert cpu.is_installed()
 from oryx_megatron.model import SequenceInfo, build_model
 from oryx_megatron.modes import parse_plan
-model = ModelConfig(name="t", mixer="gdn", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_heads=2, key_width=8,
-                    value_width=8, vocab_size=32)
+model = ModelConfig(name="t", mixer="gdn", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_heads=2, qk_head_dim=8,
+                    v_head_dim=8, vocab_size=32)
 (chunk,) = build_model(model, ParallelConfig(recompute="full"), PrecisionConfig(dtype="bf16"), seed=3)
 tokens = torch.arange(24).view(1, 24)
 info = SequenceInfo.build(parse_plan("ratio:0.5", 24, chunk=4), device=torch.device("cpu"))

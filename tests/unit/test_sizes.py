@@ -44,7 +44,7 @@ def test_sizes_of_a_run(overrides: list[str], names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["num_layers", "hidden_size", "ffn_hidden_size", "key_width", "value_width", "vocab_size"]
+    "field", ["num_layers", "hidden_size", "ffn_hidden_size", "qk_head_dim", "v_head_dim", "vocab_size"]
 )
 def test_sizes_of_a_model(field: str) -> None:
     parallel.initialize(ParallelConfig(), seed=1)
