@@ -95,7 +95,7 @@ def gpt_engine(run: RunConfig) -> MegatronEngine:
 
 def finish(model: torch.nn.Module) -> torch.nn.Module:
     """What megatron-core's initialisation would do, and the weight gradients where Oryx puts them too."""
-    from oryx_megatron.model.te import accumulate_into_main_gradients
+    from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,23 +14,18 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
+from oryx_megatron.compat import transformer_engine as te
+
 log = logging.getLogger(__name__)
 
 SUFFIX = "._extra_state"
-PARTS = {
-    "scale_fwd": ("scaling_fwd", "scale"),
-    "amax_history_fwd": ("scaling_fwd", "amax_history"),
-    "scale_bwd": ("scaling_bwd", "scale"),
-    "amax_history_bwd": ("scaling_bwd", "amax_history"),
-}
-"""Name in a checkpoint → where TransformerEngine keeps it: `module.fp8_meta[…].…`."""
 
 
 def unpickle(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Replace the pickles in a model's sharded state by plain tensors on the host."""
     for name, entry in state.items():
         if name.endswith(SUFFIX) and isinstance(entry, ShardedObject):
-            tensors = _scales(model.get_submodule(name.removesuffix(SUFFIX)))
+            tensors = te.scales(model.get_submodule(name.removesuffix(SUFFIX)))
             if tensors:
                 entry.data = {part: tensor.detach().cpu() for part, tensor in tensors.items()}
 
@@ -45,7 +40,7 @@ def restore(model: torch.nn.Module, weights: dict[str, Any], folder: Path) -> No
         if not name.endswith(SUFFIX):
             continue
         if isinstance(value, dict):
-            _fill(model.get_submodule(name.removesuffix(SUFFIX)), value, model.config)
+            te.fill_scales(model.get_submodule(name.removesuffix(SUFFIX)), value, model.config)
         elif isinstance(value, Tensor) and value.numel():
             pickled += 1
         else:
@@ -53,21 +48,3 @@ def restore(model: torch.nn.Module, weights: dict[str, Any], folder: Path) -> No
         weights[name] = torch.empty(0, dtype=torch.uint8)
     if pickled:
         log.warning("%s: FP8 scales in an older format are not read; they start anew", folder)
-
-
-def _scales(module: Any) -> dict[str, Tensor]:
-    """The tensors of a module with delayed scaling that has run; of others none."""
-    meta = getattr(module, "fp8_meta", {})
-    found = {part: getattr(meta.get(where), what, None) for part, (where, what) in PARTS.items()}
-    return found if all(tensor is not None for tensor in found.values()) else {}  # type: ignore[return-value]
-
-
-def _fill(module: Any, tensors: dict[str, Tensor], config: Any) -> None:
-    if getattr(config, "fp8", None) is None or not hasattr(module, "init_fp8_meta_tensors"):
-        return
-    from megatron.core.fp8_utils import get_fp8_recipe
-
-    module.init_fp8_meta_tensors(get_fp8_recipe(config))
-    own = _scales(module)  # none when the run now scales otherwise
-    for part, tensor in own.items():
-        tensor.copy_(tensors[part])

@@ -22,6 +22,7 @@ from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDevice
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from oryx_megatron import compat
 from oryx_megatron.errors import CheckpointError
 
 FORM = "fully_reshardable"
@@ -63,7 +64,7 @@ def own_shards(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
 
     Those are: not distributed, several in one, with state that is not fp32, in host memory.
     """
-    singles = getattr(optimizer, "chained_optimizers", [optimizer])
+    singles = compat.megatron.singles(optimizer)
     single = singles[0]
     plain = (
         len(singles) == 1

@@ -15,10 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from oryx_megatron import compat
 from oryx_megatron.checkpoint import safe, scales, shards
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 # Flattened optimizer ranges in a form that any other layout can read.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM}
-
-MASTERS = "fp32_from_fp16_params"
-"""megatron-core's name for the masters of an optimizer that is not sharded."""
 
 
 def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
@@ -44,39 +41,11 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
         if (single := shards.own_shards(optimizer)) is not None:
             state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
         else:
-            with _numbering_all_parameters(optimizer):
+            with compat.megatron.numbering_all_parameters(optimizer):
                 own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-            if MASTERS in own:  # lists by group; an empty one would not come back
-                own[MASTERS] = {i: dict(enumerate(group)) for i, group in enumerate(own[MASTERS]) if group}
-            state["optimizer"] = _without_classes(own)
+            compat.megatron.keep_groups(own)
+            state["optimizer"] = compat.megatron.without_classes(own)
     return state
-
-
-@contextlib.contextmanager
-def _numbering_all_parameters(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let megatron-core (0.16.1) find the state of each parameter in an optimizer that is not sharded.
-
-    It looks parameters up by their number among those in bf16, where torch counts those that stay in fp32 too. Each
-    group has parameters of one kind only (train/optimizer.py).
-    """
-    kept = {}
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(single, Float16OptimizerWithFloat16Params):
-            kept[single] = single.float16_groups
-            groups = zip(single.float16_groups, single.fp32_from_fp32_groups, strict=True)
-            single.float16_groups = [halves or whole for halves, whole in groups]
-    try:
-        yield
-    finally:
-        for single, groups in kept.items():
-            single.float16_groups = groups
-
-
-def _without_classes(state: Any) -> Any:
-    """`state` less its entries that are classes: cpu_offload's groups name some, and `safe` would not read them."""
-    if isinstance(state, dict):
-        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
-    return [_without_classes(value) for value in state] if isinstance(state, list) else state
 
 
 def load_sharded_state(
@@ -98,7 +67,7 @@ def load_sharded_state(
         log.warning("%s has no optimizer state: the optimizer starts anew", folder)
         kept = None
     if kept is not None:
-        allocate_torch_state(kept)
+        compat.megatron.allocate_torch_state(kept)
     state = sharded_state(chunks, kept, loading=True)
     absent = _take_absent_scales(state, written)
     try:
@@ -185,21 +154,6 @@ def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, l
     return absent
 
 
-def allocate_torch_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW, the one used without TransformerEngine, its state before the first step.
-
-    megatron-core reads the step from it when it describes what to load, and fails on an optimizer that never stepped.
-    """
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = single.optimizer
-        if type(inner) is not torch.optim.AdamW or inner.state:
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                zeros = (torch.zeros_like(parameter) for _ in range(2))
-                inner.state[parameter] = {"step": torch.tensor(0.0), **dict(zip(("exp_avg", "exp_avg_sq"), zeros))}
-
-
 @contextlib.contextmanager
 def own_settings(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
     """Learning rates, betas and the like of the groups stay as they are, where a checkpoint brings those of before."""
@@ -215,7 +169,7 @@ def own_settings(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    singles = getattr(optimizer, "chained_optimizers", [optimizer])
+    singles = compat.megatron.singles(optimizer)
     with own_settings(*(single.optimizer for single in singles if single.optimizer is not None)):
         _load_optimizer_state(optimizer, state)
 
@@ -223,16 +177,12 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     single = shards.own_shards(optimizer)
     if single is None:
-        if MASTERS in state:
-            count = len(state["optimizer"]["param_groups"])
-            state[MASTERS] = [list(state[MASTERS].get(i, {}).values()) for i in range(count)]
+        compat.megatron.lists_of_groups(state)
         optimizer.load_state_dict(state)
         return
     # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
     single.load_state_dict({name: value for name, value in state.items() if name != "param_state"})
-    if type(single.optimizer) is torch.optim.AdamW:  # all parameters were given one tensor, which each would increase
-        for values in single.optimizer.state.values():
-            values["step"] = values["step"].clone()
+    compat.megatron.own_steps(single.optimizer)
     shards.fill(single, state)
 
 

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from oryx_megatron.arch import parameter_counts
+from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
@@ -66,8 +67,6 @@ def build_model(
         )
         initialize_weights(chunk, model, seed)
         if config.te_linears:
-            from oryx_megatron.model.te import accumulate_into_main_gradients
-
             accumulate_into_main_gradients(chunk)
         chunks.append(chunk)
     return chunks

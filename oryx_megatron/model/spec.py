@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,16 +12,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from oryx_megatron import compat
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.fused import FusedMLP, FusedOryxMixer, LocalLinear
 from oryx_megatron.model.mixer import OryxMixer, OryxMixerSubmodules
 from oryx_megatron.model.norm import RMSNorm
 from oryx_megatron.ops import fused
 
-# TransformerLayer gives an MLP of another class than its own no width (`params` below does), and warns for every layer.
-logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-    lambda record: "Unknown MLP type" not in record.getMessage()
-)
+compat.megatron.quiet_layers()
 
 NORM_NAMES = {
     "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",

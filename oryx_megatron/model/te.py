@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import TELinear
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
-from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
+from oryx_megatron.compat.transformer_engine import own_rows
 from oryx_megatron.model.config import OryxTransformerConfig
 
 
@@ -35,8 +35,7 @@ class TELocalLinear(TELinear):
             skip_bias_add=False,
             skip_weight_param_allocation=False,
         )
-        # "duplicated" marks the weight as the same on all tensor-parallel ranks, but each holds its own rows.
-        self.weight.sequence_parallel = False
+        own_rows(self)
         self.shards = tp_group
 
     def sharded_state_dict(
@@ -62,14 +61,3 @@ def fp8_attention(heads: int, groups: int, widths: tuple[int, int], tp_group: to
         tp_size=1,  # heads and groups are this rank's already
         tp_group=tp_group,
     )
-
-
-def accumulate_into_main_gradients(chunk: torch.nn.Module) -> None:
-    """Let every TransformerEngine linear add its weight gradient to the fp32 buffer inside its matrix product.
-
-    megatron-core's `gradient_accumulation_fusion` asks the same of its own linears (the output layer), which need an
-    apex extension for it; hence module by module. Call before the chunk is wrapped for data parallelism.
-    """
-    for module in chunk.modules():
-        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True

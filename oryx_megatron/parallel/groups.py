@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-from torch.distributed import distributed_c10d
 
-from oryx_megatron import platform, ranks
+from oryx_megatron import compat, platform, ranks
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.errors import ConfigError
 
@@ -54,7 +53,7 @@ def _join(launch: ranks.Launch, timeout: timedelta) -> None:
     if not place:
         raise _local(f"RANK={launch.rank} needs MASTER_ADDR and MASTER_PORT, where rank 0 listens; start by torchrun")
     try:
-        store = _store_of_this_start(timeout)
+        store = compat.torch.store_of_start(start_name(), timeout)
         rank, size = (-1, -1) if store is None else (launch.rank, launch.size)
         torch.distributed.init_process_group(
             platform.backend(), store=store, rank=rank, world_size=size, timeout=timeout
@@ -78,22 +77,10 @@ def _local(text: str) -> ConfigError:
     return error
 
 
-def _store_of_this_start(timeout: timedelta) -> torch.distributed.Store | None:
-    """torchrun's store under a name of this start's own: in the bare one, ranks would find the addresses of the dead.
-
-    Its agent keeps one store over all restarts (PyTorch issue 135712; still so in 2.13). None without such an agent.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
-    return torch.distributed.PrefixStore(f"start {start_name()}", store)
-
-
 def start_name() -> str:
     """Differs between the starts of all ranks by one agent, and is the same on all of them.
 
-    torchrun's count of restarts can differ between the agents of several nodes; oryx_megatron.agent mends that.
+    torchrun's count of restarts can differ between the agents of several nodes; oryx_megatron.agent fixes that.
     """
     return os.environ.get("ORYX_START") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
@@ -114,18 +101,10 @@ def hold(holder: Holder) -> None:
 
 
 def release() -> None:
-    """Give up megatron-core's groups and stay in the default one, for instance before another layout.
-
-    megatron-core only forgets them; each gloo group would keep its threads until the process ends.
-    """
-    from megatron.core import parallel_state
-
+    """Give up megatron-core's groups and stay in the default one, for instance before another layout."""
     for holder in list(_holders):
         holder.forget()
-    parallel_state.destroy_model_parallel()
-    default = distributed_c10d._get_default_group()
-    for group in [group for group in distributed_c10d._world.pg_map if group is not default]:
-        torch.distributed.destroy_process_group(group)
+    compat.megatron.destroy_groups()
 
 
 def destroy() -> None:

@@ -1,7 +1,7 @@
 """CPU or GPU: the one place that knows what megatron-core assumes of CUDA.
 
 `install()` must run before a megatron-core model, optimizer or schedule is built; `parallel.initialize` calls it.
-Importing this package costs no torch; it puts off what megatron-core loads in vain (imports.py).
+Importing this package costs no torch; it puts off what megatron-core loads in vain (compat/hook.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from oryx_megatron import ranks
-from oryx_megatron.platform import imports
+from oryx_megatron import compat, ranks
+from oryx_megatron.compat import late
 from oryx_megatron.platform.gpu import (
     KERNEL_CACHES,
     capability,
@@ -27,13 +27,10 @@ from oryx_megatron.platform.gpu import (
     version,
     wrong_triton_for_fla,
 )
-from oryx_megatron.platform.imports import late
 from oryx_megatron.platform.source import git_commit
 
 if TYPE_CHECKING:
     import torch
-
-imports.install()
 
 __all__ = [
     "KERNEL_CACHES",
@@ -72,9 +69,7 @@ def install() -> None:
     if has_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     else:
-        from oryx_megatron.platform import cpu
-
-        cpu.install()
+        compat.torch.install_cpu()
 
 
 def device() -> torch.device:

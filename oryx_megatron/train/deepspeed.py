@@ -7,13 +7,10 @@ other engine's (tests/distributed/test_deepspeed.py).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
-import logging
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,12 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import Manifest, read_manifest, safe, store
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import file_digest
-from oryx_megatron.checkpoint.state import allocate_torch_state, own_settings
+from oryx_megatron.checkpoint.state import own_settings
+from oryx_megatron.compat import deepspeed as patch
 from oryx_megatron.config import to_dict, validate
 from oryx_megatron.config.schema import CheckpointConfig, DeepSpeedConfig, RunConfig
 from oryx_megatron.config.validate import Layout
@@ -63,7 +61,9 @@ class DeepSpeedEngine:
     """train.engine.Engine by DeepSpeed."""
 
     def __init__(self, run: RunConfig, layout: Layout) -> None:
-        deepspeed = import_deepspeed()
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError("engine: deepspeed is not installed; `pip install deepspeed==0.19.8`, or use megatron")
+        deepspeed = patch.import_deepspeed()
         self.run, self.layout = run, layout
         (model,) = build_model(run.model, run.parallel, run.precision, seed=run.seed)
         warm(run, [model])
@@ -76,7 +76,7 @@ class DeepSpeedEngine:
             eps=run.optimizer.epsilon,
         )
         size = sum(parameter.numel() for parameter in model.parameters())
-        with _always_zero():
+        with patch.always_zero():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -87,9 +87,9 @@ class DeepSpeedEngine:
         self._forward = _Forward(self.engine)
         self.chunks = [self.engine.module]
         self.schedule = build_schedule(run, self.engine.basic_optimizer)
-        _reduce_in_order(self.engine)
+        patch.reduce_in_order(self.engine)
         self._discard = False
-        self._install_discard()
+        patch.discard_when(self.engine, lambda: self._discard)
 
     def gradients(self, batches: list[Microbatch]) -> Totals:
         """See Engine."""
@@ -146,28 +146,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Let go of the model and of all process groups, so that others can follow in this process."""
-        from deepspeed.comm import comm
-        from deepspeed.utils import groups
-
         self.engine.destroy()
-        comm.cdb = None
-        groups._release_process_group_references()
+        patch.forget_groups()
         self.chunks = []
         del self.engine, self._forward, self.schedule
-
-    def _install_discard(self) -> None:
-        """Let `update` drop gradients by the way in which DeepSpeed drops those that overflowed.
-
-        Every ZeRO optimizer calls this between its own check and what follows from it.
-        """
-        optimizer = self.engine.optimizer
-        update_scale = optimizer._update_scale
-
-        def update_scale_or_discard(overflow: bool = False) -> None:
-            optimizer.overflow = bool(overflow) or self._discard
-            update_scale(optimizer.overflow)
-
-        optimizer._update_scale = update_scale_or_discard
 
 
 class DeepSpeedCheckpoints(Checkpoints):
@@ -180,9 +162,7 @@ class DeepSpeedCheckpoints(Checkpoints):
         super().__init__(root, run.checkpoint)
         self.run, self.engine = run, engine
         self._failure: Exception | None = None
-        # What fails on one rank alone must not keep it from the barriers of a save, in which the others wait.
-        engine.checkpoint_engine.save = self._kept(engine.checkpoint_engine.save)
-        engine._copy_recovery_script = self._kept(engine._copy_recovery_script)
+        patch.keep_failures(engine, self._kept)
 
     def _kept(self, write: Callable[..., None]) -> Callable[..., None]:
         """`write`, which leaves what went wrong in `_failure` instead of raising it."""
@@ -236,16 +216,10 @@ class DeepSpeedCheckpoints(Checkpoints):
 
 
 def restore(engine: Any, folder: Path) -> None:
-    """Fill DeepSpeed's engine, new and of the same layout, from a checkpoint; CheckpointError when there is none.
-
-    DeepSpeed would unpickle whatever its files hold.
-    """
-    engine.checkpoint_engine.load = load_file
-    clip_grad = getattr(engine.optimizer, "clip_grad", None)  # ZeRO 1 and 2 take it from the file
-    with own_settings(engine.basic_optimizer):
+    """Fill DeepSpeed's engine, new and of the same layout, from a checkpoint; CheckpointError when there is none."""
+    patch.only_read_by(engine, load_file)
+    with own_settings(engine.basic_optimizer), patch.keep_clip_grad(engine):
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if clip_grad is not None:
-        engine.optimizer.clip_grad = clip_grad
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; use another checkpoint")
 
@@ -312,10 +286,10 @@ def _copy(engine: Any, target: MegatronEngine) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     steps = [float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
     updates = torch.tensor(max(steps, default=0.0))
-    allocate_torch_state(target.optimizer)
+    compat.megatron.allocate_torch_state(target.optimizer)
     optimizers = {
         parameter: single
-        for single in getattr(target.optimizer, "chained_optimizers", [target.optimizer])
+        for single in compat.megatron.singles(target.optimizer)
         for parameter in single.model_param_group_index_map
     }
     (model,) = (unwrap_model(chunk) for chunk in target.chunks)
@@ -339,56 +313,6 @@ class _Forward:
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
         return self.engine(*args, **keywords)
-
-
-def import_deepspeed() -> Any:
-    """The deepspeed package, set up for this machine.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("engine: deepspeed is not installed; `pip install deepspeed==0.19.8`, or use megatron")
-    if not platform.has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also without torchrun
-    with _quiet_linker():
-        import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _always_zero() -> Iterator[None]:
-    """ZeRO's own optimizer in stage 1 of bf16 too, where DeepSpeed (0.19) takes another, which cannot `discard`."""
-    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
-    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
-
-    choose = Engine._do_optimizer_sanity_check
-    Engine._do_optimizer_sanity_check = lambda *arguments: (
-        ZERO_OPTIMIZATION if (chosen := choose(*arguments)) == BFLOAT16 else chosen
-    )
-    try:
-        yield
-    finally:
-        Engine._do_optimizer_sanity_check = choose
-
-
-@contextlib.contextmanager
-def _quiet_linker() -> Iterator[None]:
-    """No standard error of this process and its children: importing deepspeed tries what the linker can find."""
-    kept = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 def deepspeed_config(run: RunConfig, layout: Layout, *, bucket: int = BUCKET) -> dict[str, Any]:
@@ -427,9 +351,7 @@ def _prepare(model: Any, run: RunConfig) -> None:
         # Under sequence parallelism each tensor-parallel rank saw a part of the tokens.
         if getattr(parameter, "sequence_parallel", False) and group.size() > 1:
             parameter.register_hook(lambda gradient: _summed(gradient, group))
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's; there is no fp32 buffer to add to
-            module.fuse_wgrad_accumulation = False
+    compat.transformer_engine.plain_weight_gradients(model)
     if run.deepspeed.zero_stage == 3:
         from deepspeed.runtime.zero import register_external_parameter
         from deepspeed.utils import set_z3_leaf_modules
@@ -438,32 +360,6 @@ def _prepare(model: Any, run: RunConfig) -> None:
         set_z3_leaf_modules(model, [OryxMixer])
         if run.model.tie_embeddings:
             register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
-
-
-def _reduce_in_order(engine: Any) -> None:
-    """Let ZeRO 1 and 2 reduce gradients in one order on all ranks, whatever the order in which they are made.
-
-    They fill their buckets as gradients come, but data-parallel ranks run different plans, under which a mixer's
-    parameters get theirs in different orders; then a bucket's elements would be of different parameters. ZeRO 3 reduces
-    a mixer at a time, its parameters in order.
-    """
-    reduce = getattr(engine.optimizer, "process_gradients", None)
-    if reduce is None:
-        return
-    order = [id(parameter) for parameter in engine.module.parameters()][::-1]
-    waiting: dict[int, tuple[Tensor, int]] = {}
-    position = 0
-
-    def reduce_in_order(parameter: Tensor, group: int) -> None:
-        nonlocal position
-        waiting[id(parameter)] = parameter, group
-        while position < len(order) and order[position] in waiting:
-            reduce(*waiting.pop(order[position]))
-            position += 1
-        if position == len(order):
-            position = 0
-
-    engine.optimizer.process_gradients = reduce_in_order
 
 
 def _summed(gradient: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +12,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
-    ParamKey,
     _get_param_groups,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config, unwrap_model
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train import overlap
@@ -96,19 +93,14 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         use_precision_aware_optimizer=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
     )
-    # The parameters that stay fp32 in a bf16 model get a group of their own: in one with bf16 parameters, megatron-core
-    # (0.16.1, DistributedOptimizer) saves and loads the state of each as another's. `is_decoupled_lr` only tells the
-    # groups of a checkpoint apart.
     overrides = get_standard_config_overrides(config)
-    overrides[ParamKey(name=("*.a_log", "*.dt_bias", "*.self_attention.d"))] = {"wd_mult": 0.0, "is_decoupled_lr": True}
+    compat.megatron.fp32_apart(overrides, ("*.a_log", "*.dt_bias", "*.self_attention.d"))
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
     if settings.cpu_offload:
-        _count_fp32_as_copied()
+        compat.megatron.count_fp32_as_copied()
         _use_own_cores()
-    # Without gradients megatron-core's views of fp32 parameters are leaves: torch's optimizers, to which cpu_offload
-    # hands them anew, take no others.
-    with torch.no_grad():
+    with compat.megatron.without_gradients():
         return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
 
 
@@ -116,25 +108,6 @@ def _use_own_cores() -> None:
     """A thread for each core of this rank's part of the node: AdamW runs there, and torchrun allows a single one."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks))
-
-
-def _count_fp32_as_copied() -> None:
-    """Let megatron-core's offloading optimizer (0.16.1) load what it saved.
-
-    After loading it looks up the fp32 copy of every parameter, and finds none of those that are fp32 themselves: their
-    copies in host memory count as such from here on.
-    """
-    plain = HybridDeviceOptimizer._get_sub_optimizer_param_groups
-    if hasattr(plain, "__wrapped__"):
-        return
-
-    @functools.wraps(plain)
-    def groups(self: HybridDeviceOptimizer, fraction: float) -> Any:
-        *others, copies, originals, fp32 = plain(self, fraction)
-        fp32.update({parameter: copy for parameter, copy in copies.items() if parameter.dtype == torch.float32})
-        return *others, copies, originals, fp32
-
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:

@@ -7,11 +7,11 @@ ranks: without care one rank's bucket would meet another one's other bucket.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
+from oryx_megatron.compat.megatron import InOrder
 from oryx_megatron.model.mixer import OryxMixer
 
 
@@ -20,7 +20,7 @@ def keep_order(chunk: DistributedDataParallel) -> None:
     if chunk.ddp_config.overlap_param_gather and chunk.ddp_config.use_distributed_optimizer:
         _gather_whole_mixers(chunk)
     if chunk.ddp_config.overlap_grad_reduce:
-        chunk.reduction_order = _InOrder(chunk)
+        chunk.reduction_order = InOrder(chunk)
 
 
 def give_up_reduction(chunk: DistributedDataParallel) -> None:
@@ -39,29 +39,3 @@ def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
     for module in chunk.modules():
         if isinstance(module, OryxMixer):
             module.register_forward_pre_hook(wait)
-
-
-class _InOrder:
-    """Starts the reduction of a complete bucket when all that a backward pass completes before it have started."""
-
-    def __init__(self, chunk: DistributedDataParallel) -> None:
-        place = {parameter: i for i, parameter in enumerate(chunk.module.parameters())}
-        for own in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):  # megatron-core waits in this order
-            own.sort(key=lambda group: -min(place[parameter] for parameter in group.params))
-        groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
-        self._starts = [group.start_grad_sync for group in groups]
-        self.reset()
-        for number, group in enumerate(groups):
-            group.start_grad_sync = partial(self._complete, number)
-
-    def reset(self) -> None:
-        """A backward pass was given up: the next one begins with the first bucket."""
-        self._turn = 0
-        self._waiting: dict[int, dict[str, Any]] = {}
-        """Arguments of the calls that wait for their turn, by place of their bucket."""
-
-    def _complete(self, number: int, **keywords: Any) -> None:
-        self._waiting[number] = keywords
-        while self._turn in self._waiting:
-            self._starts[self._turn](**self._waiting.pop(self._turn))
-            self._turn = (self._turn + 1) % len(self._starts)

@@ -17,7 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.config.schema import RunConfig
 
 CALL = 1024
@@ -132,4 +132,4 @@ class FusedUpdate:
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    return compat.megatron.singles(optimizer)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from oryx_megatron import parallel
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.checkpoint.manifest import file_digest
-from oryx_megatron.checkpoint.state import allocate_torch_state
+from oryx_megatron.compat.megatron import allocate_torch_state
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError

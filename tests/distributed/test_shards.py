@@ -14,8 +14,9 @@ from megatron.core.utils import unwrap_model
 
 from oryx_megatron import parallel
 from oryx_megatron.checkpoint import safe, shards
-from oryx_megatron.checkpoint.state import allocate_torch_state, load_sharded_state, sharded_state
+from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, renew_reports
+from oryx_megatron.compat.megatron import allocate_torch_state
 from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Session, Worlds, session, tiny_run

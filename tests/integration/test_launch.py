@@ -312,15 +312,16 @@ def test_rendezvous_listens_as_configured(monkeypatch, caplog, address, configur
 
 RANK = """
 import os, sys, datetime, pathlib, torch
-from oryx_megatron.parallel.groups import _store_of_this_start
+from oryx_megatron import compat
+from oryx_megatron.parallel.groups import start_name
 died = pathlib.Path(sys.argv[1])
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 if os.environ["GROUP"] == "1" and not died.exists():
     died.touch()
     os.kill(os.getpid(), 9)
 patience = datetime.timedelta(seconds=60)
-torch.distributed.init_process_group("gloo", store=_store_of_this_start(patience), rank=rank, world_size=size,
-                                     timeout=patience)
+torch.distributed.init_process_group("gloo", store=compat.torch.store_of_start(start_name(), patience), rank=rank,
+                                     world_size=size, timeout=patience)
 value = torch.ones(1)
 torch.distributed.all_reduce(value)
 print("sum", int(value), "restarts", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)

@@ -11,6 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from oryx_megatron.checkpoint import scales
+from oryx_megatron.compat.transformer_engine import PARTS
 
 
 class Linear(torch.nn.Module):
@@ -28,7 +29,7 @@ class Linear(torch.nn.Module):
             self.fp8_meta.setdefault(where, state)
 
     def values(self) -> list[torch.Tensor]:
-        return [getattr(self.fp8_meta[where], what) for where, what in scales.PARTS.values()]
+        return [getattr(self.fp8_meta[where], what) for where, what in PARTS.values()]
 
 
 def model(ran: bool, fp8: str | None = "hybrid") -> torch.nn.Module:
@@ -57,7 +58,7 @@ def recipe(monkeypatch):
 def test_they_come_back_as_they_were():
     before, after = model(ran=True), model(ran=False)
     weights = saved(before)
-    assert set(weights["layer.proj._extra_state"]) == set(scales.PARTS)
+    assert set(weights["layer.proj._extra_state"]) == set(PARTS)
     scales.restore(after, weights, Path("checkpoint"))
     assert weights["layer.proj._extra_state"].numel() == 0
     for own, other in zip(after["layer"]["proj"].values(), before["layer"]["proj"].values(), strict=True):

@@ -21,6 +21,7 @@ ORDER = (
     "arch",
     "planner",
     "modes",
+    "compat",
     "platform",
     "SHARED",
     "ops",

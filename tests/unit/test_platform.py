@@ -15,7 +15,7 @@ import warnings
 warnings.simplefilter("ignore")
 import torch
 from oryx_megatron import platform
-from oryx_megatron.platform import cpu
+from oryx_megatron.compat import torch as cpu
 """
 
 
@@ -29,14 +29,14 @@ def run(code: str) -> str:
 def test_redirects() -> None:
     """Each thing megatron-core asks of CUDA, redirected once however often the layer is installed."""
     run("""
-assert not cpu.is_installed()
+assert not cpu.cpu_installed()
 platform.install()
-assert cpu.is_installed()
-names = [*((torch, name) for name in (*cpu._FACTORIES, "compile")), (torch.Tensor, "to"), (torch.Tensor, "type"),
+assert cpu.cpu_installed()
+names = [*((torch, name) for name in (*cpu.FACTORIES, "compile")), (torch.Tensor, "to"), (torch.Tensor, "type"),
          (torch.cuda, "current_device"), (torch.cuda, "Stream"), (torch.cuda, "default_generators")]
 before = [getattr(owner, name) for owner, name in names]
 platform.install()
-cpu.install()
+cpu.install_cpu()
 assert all(getattr(owner, name) is old for (owner, name), old in zip(names, before))
 
 assert platform.device() == torch.device("cpu") and platform.backend() == "gloo"
@@ -110,19 +110,19 @@ def test_never_beside_a_gpu() -> None:
     run("""
 import os
 chosen = []
-untouched = {name: getattr(torch, name) for name in cpu._FACTORIES}
+untouched = {name: getattr(torch, name) for name in cpu.FACTORIES}
 torch.cuda.is_available = lambda: True
 torch.cuda.set_device, torch.cuda.device_count = chosen.append, lambda: 4
 os.environ |= {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "6", "LOCAL_WORLD_SIZE": "8"}
 platform.install()
-assert chosen == [2] and not cpu.is_installed()
+assert chosen == [2] and not cpu.cpu_installed()
 assert platform.backend() == "cpu:gloo,cuda:nccl"
 def refuses():
     try:
-        cpu.install()
+        cpu.install_cpu()
     except RuntimeError as error:
         return "GPU" in str(error)
-assert refuses() and not cpu.is_installed()
+assert refuses() and not cpu.cpu_installed()
 assert all(getattr(torch, name) is function for name, function in untouched.items())
 assert torch.zeros(1).type() == "torch.FloatTensor"
 torch.cuda.is_available = lambda: False
@@ -137,7 +137,7 @@ import torch.distributed
 from oryx_megatron import parallel
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 parallel.initialize(ParallelConfig(), seed=1)
-assert cpu.is_installed()
+assert cpu.cpu_installed()
 from oryx_megatron.model import SequenceInfo, build_model
 from oryx_megatron.modes import parse_plan
 model = ModelConfig(name="t", mixer="gdn", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_heads=2, qk_head_dim=8,

@@ -20,7 +20,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from oryx_megatron import monitor
+from oryx_megatron import compat, monitor
 from oryx_megatron.checkpoint import safe
 from oryx_megatron.checkpoint.inspect import summarize
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, write_manifest
@@ -138,7 +138,7 @@ def test_deepspeed_files(tmp_path: Path, marker: Path) -> None:
     """What DeepSpeed keeps is read; anything else is not, nor what hides in a layer's extra state."""
     from oryx_megatron.train import deepspeed
 
-    deepspeed.import_deepspeed()
+    compat.deepspeed.import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

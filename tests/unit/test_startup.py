@@ -85,7 +85,7 @@ import torch, torch.distributed.tensor._collective_utils as user
 from torch.distributed.tensor import _decompositions
 from megatron.core.fusions import fused_bias_swiglu
 from megatron.core import nccl_allocator
-from oryx_megatron.platform import imports
+from oryx_megatron.compat import megatron
 
 stand_in = user.guard_or_false
 assert stand_in(torch.ones(1).shape[0] == 1) is True and stand_in(False) is False
@@ -102,7 +102,7 @@ def compiler(function):
     compiled.append(function.__name__)
     return function
 torch.cuda.is_available, torch.compile, original = lambda: True, compiler, torch.compile
-fused = imports.compiled_on_first_use(fused_bias_swiglu.swiglu.__wrapped__)
+fused = megatron.compiled_on_first_use(fused_bias_swiglu.swiglu.__wrapped__)
 assert compiled == []
 for _ in range(2):
     assert torch.allclose(fused(x), expected)
@@ -124,7 +124,7 @@ assert float(weight.detach()[0]) < 1
 
 
 def test_putting_off_is_still_needed() -> None:
-    """When one of these is no longer loaded in vain, its part of platform/imports.py should go."""
+    """When one of these is no longer loaded in vain, its patch in compat/ should go."""
     code = """
 import sys, torch, torch.distributed.tensor
 assert "sympy" in sys.modules

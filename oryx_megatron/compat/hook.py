@@ -1,0 +1,102 @@
+"""Acts around the import of another package's modules, however they come to be imported.
+
+`import megatron.core` costs three times the CPU of `import torch`, in every process of every rank. Each cause is
+handled where its module is imported, by a hook. The packages whose modules import megatron-core import
+`oryx_megatron.platform` in their `__init__`, so the hook is there first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+Around = Callable[[ModuleType], contextlib.AbstractContextManager[None]]
+"""Entered with a new module before it is executed, left after."""
+
+
+class StandIn(ModuleType):
+    """Stands for a module while another imports names of it; what it cannot stand for it takes from the original."""
+
+    def __init__(self, name: str, offered: Callable[[str], Any]) -> None:
+        super().__init__(name)
+        self._offered = offered
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._offered(name)
+
+
+def late(name: str) -> ModuleType:
+    """Module `name`, imported when something of it is used: for commands whose --help should not wait for torch."""
+    return StandIn(name, lambda attribute: getattr(importlib.import_module(name), attribute))
+
+
+@contextlib.contextmanager
+def instead(name: str, module: ModuleType | None) -> Iterator[None]:
+    """Let imports of `name` find `module` meanwhile, or fail with None; nothing where it is loaded already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = module  # type: ignore[assignment]  # None: Python finds no such module
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+
+
+def made_on_first_use(function: Callable[..., Any], make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `make` gives at the first call; inside of another compiled function the plain one, part of its graph."""
+    made: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not made:
+            made.append(make())
+        return made[0](*args, **kwargs)
+
+    return call
+
+
+class _Finder:
+    """Finds the modules of `around` as Python does, and executes them inside of what is said there."""
+
+    around: Mapping[str, Around] = {}
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        around = cls.around.get(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if around else None
+        if around is None or spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            with around(module):
+                run(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install(around: Mapping[str, Around]) -> None:
+    """Put the hook in place; harmless when called again. What is loaded already is handled where that still helps."""
+    if _Finder not in sys.meta_path:
+        _Finder.around = around
+        sys.meta_path.insert(0, _Finder)
+        if (loaded := sys.modules.get("torch.optim")) and "torch.optim" in around:
+            with around["torch.optim"](loaded):
+                pass

@@ -1,0 +1,303 @@
+"""torch (2.11 to 2.13): on a CPU under megatron-core, and what importing it loads in vain.
+
+| patch | why |
+|---|---|
+| `install_cpu` | megatron-core allocates with `device="cuda"` and `torch.cuda.current_device()`, compares `Tensor.type()` with `"torch.cuda.FloatTensor"`, and keeps its random states in CUDA generators: all that goes to the CPU, process-wide and once |
+| `torch.cuda.is_available` is False there | with PYTORCH_NVML_BASED_CUDA_CHECK, which DeepSpeed sets, a CUDA build of torch takes the single device that `install_cpu` counts for a GPU |
+| `AROUND`: torch.distributed.tensor loads sympy for five names of symbolic_shapes | put off to a tensor of unknown shape |
+| `AROUND`: torch.optim loads dynamo (and inductor) to say what it must not trace | nothing traces where dynamo is not loaded |
+| `late_builder`: torch's C++ builder loads setuptools | put off to a build |
+| `store_of_start` | torchrun's agent keeps one store over all restarts (PyTorch issue 135712) |
+
+Nothing of `install_cpu` is touched when a GPU is present, so no GPU run can depend on it.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from oryx_megatron.compat.hook import Around, StandIn, instead
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from torch.distributed import Store
+
+SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+BUILDER = "torch.utils.cpp_extension"
+FACTORIES = (
+    *("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "eye"),
+    *("empty_like", "zeros_like", "ones_like", "full_like"),
+)
+_installed = False
+_stand_ins: dict[str, Any] = {}
+
+# ----------------------------------------------------------------------------------------------------------- on a CPU
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: the CPU runs everything in order, so waiting is already done."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+
+def cpu_installed() -> bool:
+    """True once `install_cpu` has redirected CUDA calls in this process."""
+    return _installed
+
+
+def install_cpu() -> None:
+    """Redirect what is asked of CUDA to the CPU; harmless when called again.
+
+    Raises:
+        RuntimeError: a GPU is present, where megatron-core must not be redirected.
+    """
+    import torch
+
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU platform must not be installed on a machine with a GPU")
+    if _installed:
+        return
+    _redirect_devices()
+    _redirect_random_states()
+    _redirect_tensors()
+    _installed = True
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function each time: torch's compiler refuses one object under several names."""
+    return lambda *args, **kwargs: None
+
+
+def _redirect_devices() -> None:
+    import torch
+
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    cuda.current_device = lambda: cpu
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+        setattr(cuda, name, _nothing())
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _nothing())
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
+    cuda.device_count = lambda: 1
+    cuda.is_available = lambda: False
+
+
+def _redirect_random_states() -> None:
+    import torch
+
+    cuda: Any = torch.cuda
+
+    def get_rng_state(device: object = "cuda") -> Any:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: Any, device: object = "cuda") -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    for module in (cuda, cuda.random):
+        module.get_rng_state, module.set_rng_state, module.manual_seed = get_rng_state, set_rng_state, manual_seed
+    cuda.default_generators = _EveryIndex(torch.default_generator)
+    cuda._lazy_call = lambda function, **kwargs: function()
+    # megatron-core binds these two by name at import, which may have happened already.
+    if bound := sys.modules.get("megatron.core.tensor_parallel.random"):
+        bound._lazy_init, bound._lazy_call = cuda._lazy_init, cuda._lazy_call  # type: ignore[attr-defined]
+
+
+class _EveryIndex:
+    """A sequence whose every element, for any index or device, is the CPU generator."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+
+    def __getitem__(self, index: object) -> Any:
+        return self.generator
+
+
+def _redirect_tensors() -> None:
+    import torch
+
+    cpu = torch.device("cpu")
+    tensor: Any = torch.Tensor
+    original_type = tensor.type
+
+    def type_name(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.")
+        return original_type(self, dtype, *args, **kwargs)
+
+    def is_cuda(value: object) -> bool:
+        if isinstance(value, str):
+            return value == "cuda" or value.startswith("cuda:")
+        return isinstance(value, torch.device) and value.type == "cuda"
+
+    def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            if is_cuda(kwargs.get("device")):
+                kwargs["device"] = cpu
+            if len(args) > 1 and is_cuda(args[1]):
+                args = (args[0], cpu, *args[2:])
+            return function(*args, **kwargs)
+
+        return redirected
+
+    tensor.type = type_name
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    tensor.to = on_cpu(tensor.to)
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+
+def _symbolic(name: str) -> Any:
+    """A function of symbolic_shapes that loads it when called; its exception as one that nothing raises until then."""
+    if name not in _stand_ins:
+        if name.islower():
+
+            def function(*args: Any, **kwargs: Any) -> Any:
+                return getattr(importlib.import_module(SYMBOLIC_SHAPES), name)(*args, **kwargs)
+
+            _stand_ins[name] = function
+        elif name == "GuardOnDataDependentSymNode":
+            _stand_ins[name] = type(name, (Exception,), {})
+        else:
+            sys.modules.pop(SYMBOLIC_SHAPES, None)
+            return getattr(importlib.import_module(SYMBOLIC_SHAPES), name)
+    return _stand_ins[name]
+
+
+@contextlib.contextmanager
+def _without_sympy(module: ModuleType) -> Iterator[None]:
+    with instead(SYMBOLIC_SHAPES, StandIn(SYMBOLIC_SHAPES, _symbolic)):
+        yield
+
+
+@contextlib.contextmanager
+def _with_the_originals(module: ModuleType) -> Iterator[None]:
+    """Once symbolic_shapes is loaded, whoever has a stand-in gets the original."""
+    yield
+    ours = {id(stand_in): name for name, stand_in in _stand_ins.items()}
+    for user in [user for name, user in sys.modules.items() if name.startswith("torch.distributed.")]:
+        for key, value in list(vars(user).items()):
+            if id(value) in ours:
+                setattr(user, key, getattr(module, ours[id(value)]))
+
+
+def _builder(name: str) -> Any:
+    """Of torch's C++ builder: its function as one that loads it, and what it says of CUDA where that is known."""
+    import torch
+
+    if name == "load_inline":
+        return lambda *args, **kwargs: getattr(importlib.import_module(BUILDER), name)(*args, **kwargs)
+    if name == "CUDA_HOME" and torch.version.cuda is None:
+        return None
+    sys.modules.pop(BUILDER, None)
+    return getattr(importlib.import_module(BUILDER), name)
+
+
+@contextlib.contextmanager
+def late_builder(module: ModuleType) -> Iterator[None]:
+    """Around modules that import torch's C++ builder and may never build."""
+    import torch.utils
+
+    stand_in = StandIn(BUILDER, _builder)
+    if BUILDER not in sys.modules:  # nccl_allocator reaches it through torch.utils, when it builds
+        torch.utils.cpp_extension = stand_in  # type: ignore[attr-defined]
+    with instead(BUILDER, stand_in):
+        yield
+
+
+@contextlib.contextmanager
+def _with_untraced_optimizers(module: ModuleType) -> Iterator[None]:
+    """torch.optim loads dynamo only to tell it what not to trace: not before there is a dynamo."""
+    yield
+    for name in ("zero_grad", "add_param_group", "state_dict", "load_state_dict"):
+        _untraced(getattr(module.Optimizer, name))
+    for optimizer in (module.Adam, module.AdamW, module.SGD):
+        step = vars(optimizer).get("step")  # AdamW inherits Adam's
+        if hasattr(step, "__wrapped__") and not hasattr(step, "hooked"):
+            optimizer.step = _unbroken(step)
+
+
+def _untraced(method: Callable[..., Any]) -> None:
+    """Fill the place where torch's `_disable_dynamo` keeps what it calls instead of the method."""
+    function: Any = getattr(method, "__wrapped__", None)
+    if function is None or hasattr(function, "__dynamo_disable"):
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if getattr(function, "__dynamo_disable", None) is call:
+            delattr(function, "__dynamo_disable")  # torch makes its own from now on
+        return method(*args, **kwargs)
+
+    setattr(function, "__dynamo_disable", call)
+
+
+def _unbroken(step: Any) -> Callable[..., Any]:
+    """An optimizer's step without torch's breaks of dynamo's graph, as long as there is no dynamo to make a graph."""
+
+    @functools.wraps(step.__wrapped__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return step(self, *args, **kwargs)
+        import torch
+
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step.__wrapped__(self, *args, **kwargs)
+
+    return call
+
+
+AROUND: dict[str, Around] = {
+    "torch.distributed.tensor": _without_sympy,
+    SYMBOLIC_SHAPES: _with_the_originals,
+    "torch.optim": _with_untraced_optimizers,
+}
+
+# ----------------------------------------------------------------------------------------------------------- torchrun
+
+
+def store_of_start(start: str, timeout: timedelta) -> Store | None:
+    """torchrun's store under the name of this start: in the bare one, ranks would find the addresses of the dead.
+
+    Its agent keeps one store over all restarts (PyTorch issue 135712; still so in 2.13). None without such an agent.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import PrefixStore, TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    return PrefixStore(f"start {start}", store)

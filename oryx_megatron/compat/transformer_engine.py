@@ -1,0 +1,65 @@
+"""TransformerEngine (2.11 to 2.20): scales in checkpoints, and gradients of its linears.
+
+| patch | why |
+|---|---|
+| `scales`, `fill_scales` | its extra state is a pickle of its own classes, which 2.20 refuses to load: checkpoints hold the tensors |
+| `own_rows` | a "duplicated" linear marks its weight as the same on all tensor-parallel ranks |
+| `accumulate_into_main_gradients` | megatron-core's `gradient_accumulation_fusion` needs an apex extension for its own linears |
+| `plain_weight_gradients` | without megatron-core's wrapper there is no fp32 buffer to add to |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from typing import Any
+
+PARTS = {
+    "scale_fwd": ("scaling_fwd", "scale"),
+    "amax_history_fwd": ("scaling_fwd", "amax_history"),
+    "scale_bwd": ("scaling_bwd", "scale"),
+    "amax_history_bwd": ("scaling_bwd", "amax_history"),
+}
+"""Name in a checkpoint → where TransformerEngine keeps it: `module.fp8_meta[…].…`."""
+
+
+def scales(module: Any) -> dict[str, Any]:
+    """The tensors of a module with delayed FP8 scaling that has run; of others none."""
+    meta = getattr(module, "fp8_meta", {})
+    found = {part: getattr(meta.get(where), what, None) for part, (where, what) in PARTS.items()}
+    return found if all(tensor is not None for tensor in found.values()) else {}
+
+
+def fill_scales(module: Any, tensors: dict[str, Any], config: Any) -> None:
+    """Give a module the tensors of `scales`; one in another format has no use for them."""
+    if getattr(config, "fp8", None) is None or not hasattr(module, "init_fp8_meta_tensors"):
+        return
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    module.init_fp8_meta_tensors(get_fp8_recipe(config))
+    own = scales(module)  # none when the run now scales otherwise
+    for part, tensor in own.items():
+        tensor.copy_(tensors[part])
+
+
+def own_rows(linear: Any) -> None:
+    """The weight of a linear with parallel_mode "duplicated" is this rank's: each holds its own rows."""
+    linear.weight.sequence_parallel = False
+
+
+def accumulate_into_main_gradients(chunk: Any) -> None:
+    """Let every TransformerEngine linear add its weight gradient to the fp32 buffer inside its matrix product.
+
+    megatron-core's `gradient_accumulation_fusion` asks the same of its own linears (the output layer), which need an
+    apex extension for it; hence module by module. Call before the chunk is wrapped for data parallelism.
+    """
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    for module in chunk.modules():
+        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def plain_weight_gradients(model: Any) -> None:
+    """Let every linear return its weight gradient: without megatron-core's wrapper there is no fp32 buffer."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = False
