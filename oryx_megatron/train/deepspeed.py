@@ -57,6 +57,11 @@ class ModelParallelUnit:
         return torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group())
 
 
+def build(run: RunConfig, layout: Layout) -> DeepSpeedEngine:
+    """See train.engine.build_engine."""
+    return DeepSpeedEngine(run, layout)
+
+
 class DeepSpeedEngine:
     """train.engine.Engine by DeepSpeed."""
 

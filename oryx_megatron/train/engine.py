@@ -1,8 +1,11 @@
-"""What moves parameters in a training run: megatron-core, or DeepSpeed (deepspeed.py) behind the same methods."""
+"""What moves parameters in a training run: megatron-core, or another module of train/ behind the same methods."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +19,7 @@ from oryx_megatron import platform
 from oryx_megatron.checkpoint import CheckpointManager
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
 from oryx_megatron.model import build_model
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.train.graphs import MicrobatchGraphs
@@ -63,6 +67,13 @@ class Engine(Protocol):
 
     def checkpoints(self, root: Path) -> Checkpoints:
         """The checkpoints of this engine under `root`."""
+
+
+def build_engine(run: RunConfig, layout: Layout) -> Engine:
+    """The engine that the config names; one but megatron-core's is the module of that name, with `build`."""
+    if run.engine == "megatron":
+        return MegatronEngine(run)
+    return importlib.import_module(f"oryx_megatron.train.{run.engine}").build(run, layout)
 
 
 class MegatronEngine:
@@ -144,20 +155,64 @@ class MegatronEngine:
         return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
 
 
-def take_step(engine: Engine, batches: list[Microbatch]) -> tuple[float, float]:
-    """One optimizer step as Trainer.step takes it, for tests and benchmarks: mean loss and gradient norm.
+@dataclass(frozen=True)
+class Taken:
+    """What came of one optimizer step."""
 
-    An update that is not finite is dropped; every rank decides for itself, from equal numbers.
+    totals: Totals
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate of this step."""
+    bad: bool
+    """Whether its update was left out."""
+    exchanged: list[float]
+    """What `exchange` gave, after its first number."""
+    begun: Any
+    reduced: Any
+    updated: Any
+    """Moments of the device (platform.mark): before the first microbatch, with reduced gradients, after the update."""
+
+
+def run_step(
+    engine: Engine,
+    batches: list[Microbatch],
+    *,
+    limit: float | None = None,
+    exchange: Callable[[Tensor], Tensor] = lambda bad: bad,
+    on_bad: Callable[[Totals, float], None] = lambda totals, norm: None,
+) -> Taken:
+    """One optimizer step; its update is left out when it is bad.
+
+    Args:
+        engine: Model and optimizer.
+        batches: The microbatches of this rank.
+        limit: Loss above which the step is bad (Guard.limit).
+        exchange: From whether this rank sees a bad step, [] on the device, to [n]: how many ranks see one, and more
+            that ranks tell each other. Alone, every rank decides for itself, from equal numbers.
+        on_bad: Called with totals and gradient norm of a bad step, while its gradients are there.
     """
+    begun = platform.mark()
     totals = engine.gradients(batches)
+    lr = engine.learning_rate()
+    reduced = platform.mark()
     norm = engine.gradient_norm()
-    bad, measured = totals.read(bad_step(totals, norm), norm)
-    if bad:
+    found = exchange(bad_step(totals, norm, limit))
+    bad, *exchanged, grad_norm = totals.read(found, norm)  # the one moment at which the host waits for the device
+    if bad > 0:
+        on_bad(totals, grad_norm)
         engine.discard()
     else:
-        engine.update(measured)
+        engine.update(grad_norm)
+    updated = platform.mark()
     engine.advance()
-    return totals.mean_loss, measured
+    return Taken(totals, grad_norm, lr, bad > 0, exchanged, begun, reduced, updated)
+
+
+def take_step(engine: Engine, batches: list[Microbatch]) -> tuple[float, float]:
+    """`run_step` without a Trainer, for tests and benchmarks: mean loss and gradient norm."""
+    taken = run_step(engine, batches)
+    return taken.totals.mean_loss, taken.grad_norm
 
 
 def why_launched(run: RunConfig) -> str | None:

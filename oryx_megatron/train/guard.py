@@ -1,19 +1,16 @@
-"""Steps whose numbers are wrong: what counts as one, when to go back, and the batch kept for replay.
+"""Steps whose numbers are wrong: what counts as one, and when to roll back.
 
 A step is bad when its loss or gradient norm is not finite, or (faults.spike) when its loss is a spike. Its update is
-left out on all ranks alike. After faults.bad_steps of them in a row the run goes back to the last checkpoint before
-them and continues with the data after them: `skipped` samples were left out so far. That number, and the losses that
-the running median goes over, are in every checkpoint's manifest, so that a resumed run takes the same decisions.
+left out on all ranks alike. After faults.bad_steps of them in a row the run rolls back to the last checkpoint before
+them and continues with the data after them: `skipped` samples were skipped so far. That number, and the losses of the
+running median, are in every checkpoint's manifest, so that a resumed run takes the same decisions.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,6 @@ from oryx_megatron.config.schema import FaultsConfig
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.train.step import Totals
 
-FOLDER = "faults"
 SCALE = 1.4826
 """From median absolute deviation to standard deviation, for normally distributed values."""
 
@@ -34,11 +30,11 @@ class Guard:
         self.faults = faults
         self.losses: deque[float] = deque(maxlen=faults.spike_window)
         self.skipped = 0
-        """Samples left out by rollbacks."""
+        """Samples skipped by rollbacks."""
         self.row = 0
         """Bad steps since the last good one."""
         self.rollbacks = 0
-        """Times the run went back since the last good step."""
+        """Rollbacks since the last good step."""
         self.rolled_back_to: int | None = None
 
     def reason(self, loss: float, norm: float) -> str | None:
@@ -66,16 +62,21 @@ class Guard:
         self.rolled_back_to = None
 
     def bad(self) -> bool:
-        """A step was left out; True when it is time to go back."""
+        """A step was left out; True when it is time for a rollback."""
         self.row += 1
         return 0 < self.faults.bad_steps <= self.row
+
+    def rolled_back(self, to: int, skipped: int) -> None:
+        """The run is at step `to` again, and skips `skipped` samples in all."""
+        self.rollbacks += 1
+        self.rolled_back_to, self.skipped = to, skipped
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"skipped_samples": self.skipped, "losses": list(self.losses)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; one written before there was a guard holds nothing."""
+        """Resume from a checkpoint; one written before there was a guard holds nothing."""
         self.skipped = int(state.get("skipped_samples", 0))
         self.losses.clear()
         self.losses.extend(state.get("losses", ()))
@@ -89,7 +90,7 @@ def bad_step(totals: Totals, norm: torch.Tensor, limit: float | None = None) -> 
 
 
 class Prolonged(Blend):
-    """A blend that begins anew at its end: what passes over `skipped` samples needs as many more."""
+    """A blend that begins anew at its end: who skips `skipped` samples needs as many more."""
 
     def __init__(self, blend: Blend, skipped: int) -> None:
         super().__init__(blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity)
@@ -97,26 +98,3 @@ class Prolonged(Blend):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return super().__getitem__(index % self._length)
-
-
-def record_path(folder: Path, iteration: int) -> Path:
-    """RUN/faults/batch-ITERATION.json."""
-    return folder / FOLDER / f"batch-{iteration:07d}.json"
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Keep the facts of a bad step; numbers that are not finite become text, as JSON has none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(record), indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value

@@ -1,12 +1,12 @@
 """What happened to a run over all its starts: RUN/events.jsonl, and the summary made from it. Needs no torch.
 
 Events, one JSON object a line with `event`, `time` (unix) and `iteration`:
-    start       the processes began (ranks, host, commit); iteration: where they went on
-    lost        the one before ended without a word; time: when it last wrote anything
+    start       the processes began (ranks, host, commit); iteration: where they resumed
+    lost        the one before was killed; time: when it last wrote anything
     checkpoint  seconds that training stood still for it
     evaluation  seconds
-    skip        a bad step was left out (reason)
-    return      rollback to an older checkpoint (to, samples: skipped so far)
+    skip        a bad step was skipped (reason)
+    rollback    back to an older checkpoint (to, samples: skipped so far); `return` in older files
     slow        a rank lags behind its peers (rank, host, times)
     stop        asked to stop, everything saved (reason)
     end         all steps done
@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from oryx_megatron.data.files import write_json
 from oryx_megatron.display import shown
 from oryx_megatron.train import metrics
 from oryx_megatron.train.records import is_amount, is_text, is_whole, parse_record, read_records
@@ -122,18 +123,13 @@ def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any
         "goodput": useful / running if running else None,
         "restarts": max(starts - 1, 0),
         "skipped_steps": sum(event["event"] == "skip" for event in events),
-        "returns": sum(event["event"] == "return" for event in events),
+        "rollbacks": sum(event["event"] in ("rollback", "return") for event in events),
     }
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """RUN/summary.json."""
-    temporary = folder / f".{SUMMARY}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / SUMMARY)
+    write_json(folder / SUMMARY, summary)
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
@@ -146,7 +142,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['iterations']} steps, {short(summary['tokens'])} tokens{speed}"
         + ("" if mfu is None else f", MFU {mfu:.1%}"),
         f"{duration(seconds['running'])} running, goodput {goodput or 0:.1%}, restarts {summary['restarts']}, "
-        f"skipped steps {summary['skipped_steps']}, returns {summary['returns']}",
+        f"skipped steps {summary['skipped_steps']}, rollbacks {summary['rollbacks']}",
     ]
     for part in ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "other"):
         name = part.replace("_", "-")

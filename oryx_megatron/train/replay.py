@@ -73,7 +73,7 @@ _LARGEST = 1 << 28
 def _is_record(record: dict[str, Any]) -> bool:
     """Whether all that `replay` and `report` use is there and of its type; KeyError or TypeError when not."""
 
-    def figure(value: Any) -> bool:  # as train/guard.py writes them: what is not finite is text
+    def figure(value: Any) -> bool:  # as train/bad_steps.py writes them: what is not finite is text
         return is_number(value) or value in ("nan", "inf", "-inf")
 
     return (
@@ -105,7 +105,7 @@ def replay(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
     """
     goal = record["iteration"] - 1
     if trainer.guard.skipped != record["skipped_samples"]:
-        trainer.guard.skipped = record["skipped_samples"]  # the run had gone back since that checkpoint
+        trainer.guard.skipped = record["skipped_samples"]  # the run had rolled back since that checkpoint
         trainer.stream.close()
         trainer.stream = trainer.open_stream()
     try:
@@ -119,8 +119,13 @@ def replay(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         done = trainer.step()
     finally:
         trainer.stream.close()
-    reason = trainer.bad_step["reason"] if done.skipped and trainer.bad_step else None
-    return {"loss": done.loss, "grad_norm": done.grad_norm, "reason": reason, "details": trainer.bad_step}
+    details = trainer.bad_steps.last
+    return {
+        "loss": done.loss,
+        "grad_norm": done.grad_norm,
+        "reason": details["reason"] if done.skipped else None,
+        "details": details,
+    }
 
 
 def report(record: dict[str, Any], again: dict[str, Any]) -> list[str]:

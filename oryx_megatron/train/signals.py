@@ -22,7 +22,6 @@ the agent alone. Under nohup torchrun still takes SIGHUP; oryx_megatron.agent do
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -36,6 +35,7 @@ from typing import Any, Self
 import psutil
 
 from oryx_megatron.config.schema import FaultsConfig
+from oryx_megatron.data.files import write_json
 from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 
 log = logging.getLogger(__name__)
@@ -124,12 +124,7 @@ def decide(votes: Sequence[float]) -> str | None:
 def write_marker(folder: Path, stop: Stop) -> None:
     """Leave RUN/requeue."""
     content = {"code": REQUEUE_EXIT_CODE, "reason": stop.reason, "iteration": stop.iteration, "time": time.time()}
-    temporary = folder / f".{MARKER}.tmp"
-    with temporary.open("w") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MARKER)
+    write_json(folder / MARKER, content)
 
 
 def remove_marker(folder: Path) -> None:

@@ -28,8 +28,9 @@ from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train import lock, signals
+from oryx_megatron.train.bad_steps import record_path
 from oryx_megatron.train.callbacks import Callback, StepRecord
-from oryx_megatron.train.guard import Guard, record_path
+from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.history import read_events
 from oryx_megatron.train.optimizer import learning_rate
 from oryx_megatron.train.replay import read_record, replay, report
@@ -101,7 +102,7 @@ def test_one_bad_gradient(trainer: Callable[..., Trainer], tmp_path: Path) -> No
         compared.append(True)
 
     compared: list[bool] = []
-    opened.callbacks = [*opened.callbacks, At(2, remember), At(3, compare)]
+    opened.callbacks.extend([At(2, remember), At(3, compare)])
     assert opened.fit() is None
     assert compared
     assert steps(tmp_path, "skipped") == [False, False, True, False]
@@ -122,25 +123,25 @@ def test_one_bad_gradient(trainer: Callable[..., Trainer], tmp_path: Path) -> No
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
 
 
-def test_going_back(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rollback(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A weight is lost after step 3, and so is in its checkpoint: that one is tried first, then the one before."""
     settings = ("train.iterations=9", "faults.bad_steps=2", "checkpoint.keep=0")
     opened = trainer(*settings)
-    opened.callbacks = [At(3, lambda: poison_weight(opened)), *opened.callbacks]
+    opened.callbacks.insert(0, At(3, lambda: poison_weight(opened)))
     assert opened.fit() is None
     assert "step 5: loss is not finite, 2 steps in a row: rollback to the checkpoint of step 3" in caplog.text
     assert "rollback to the checkpoint of step 2" in caplog.text
-    # Steps 4 and 5 read samples 6–9, again 10–13 after the first return; step 3 now begins behind them.
+    # Steps 4 and 5 read samples 6–9, again 10–13 after the first rollback; step 3 now begins behind them.
     assert steps(tmp_path, "iteration") == list(range(1, 10))
     assert not any(steps(tmp_path, "skipped"))
     assert steps(tmp_path, "consumed_samples") == [2, 4, *range(16, 30, 2)]
-    events = [event for event in read_events(tmp_path) if event["event"] == "return"]
+    events = [event for event in read_events(tmp_path) if event["event"] == "rollback"]
     assert [(event["iteration"], event["to"], event["samples"]) for event in events] == [(5, 3, 4), (5, 2, 10)]
     for folder in list_checkpoints(tmp_path / "checkpoints")[2:]:
         manifest = read_manifest(folder)
         assert manifest.consumed_samples == 2 * manifest.iteration + 10
         assert manifest.guard["skipped_samples"] == 10
-    # A resumed run passes over the same samples.
+    # A resumed run skips the same samples.
     losses = steps(tmp_path, "loss")
     for folder in list_checkpoints(tmp_path / "checkpoints")[6:]:
         shutil.rmtree(folder)
@@ -156,8 +157,8 @@ def test_giving_up(trainer: Callable[..., Trainer]) -> None:
     """Numbers that stay bad, with and without a checkpoint for a rollback, end the run in one line."""
     opened = trainer("train.iterations=9", "faults.bad_steps=2", "faults.max_rollbacks=1", "checkpoint.interval=3")
     parameter = next(iter(opened.engine.chunks[0].parameters()))
-    opened.callbacks = [At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("nan")))]
-    with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* after 1 rollbacks "):
+    opened.callbacks[:] = [At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("nan")))]
+    with pytest.raises(TrainingError, match=r"^step 5: gradient is not finite, 2 steps .* again after 1 rollbacks "):
         opened.fit()
     first = trainer("train.iterations=9", "faults.bad_steps=2", f"output_dir={opened.folder}/other")
     poison_weight(first)
@@ -212,7 +213,7 @@ def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal
     stop = signals.StopRequest().install()
     try:
         opened = trainer(*settings, stop=stop)
-        opened.callbacks = [*opened.callbacks, At(2, lambda: os.kill(os.getpid(), number))]
+        opened.callbacks.extend([At(2, lambda: os.kill(os.getpid(), number))])
         stopped = opened.fit()
     finally:
         stop.restore()
@@ -294,7 +295,7 @@ def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path
     stop = signals.StopRequest().install()
     try:
         opened = trainer(*settings, stop=stop)
-        opened.callbacks = [*opened.callbacks, At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))]
+        opened.callbacks.extend([At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
         assert opened.fit() == signals.Stop("SIGTERM", 3)
     finally:
         stop.restore()
@@ -312,7 +313,7 @@ def test_nohup(trainer: Callable[..., Trainer]) -> None:
     stop = signals.StopRequest().install()
     try:
         opened = trainer("train.iterations=2", stop=stop)
-        opened.callbacks = [*opened.callbacks, At(1, lambda: os.kill(os.getpid(), signal.SIGHUP))]
+        opened.callbacks.extend([At(1, lambda: os.kill(os.getpid(), signal.SIGHUP))])
         assert opened.fit() is None
     finally:
         stop.restore()
@@ -414,23 +415,23 @@ def test_disk_fills_up(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
-        opened._complete_save(opened.checkpoints.wait)  # the save of step 1, in the background
+        opened.saver.wait()  # the save of step 1, in the background
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
     def lift() -> None:
-        opened._complete_save(opened.checkpoints.wait)  # a save in the background must have met the limit by now
+        opened.saver.wait()  # a save in the background must have met the limit by now
         assert [path.name for path in opened.checkpoints.root.iterdir()] == ["iteration_0000001"]  # it keeps no room
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        opened.callbacks = [*opened.callbacks, At(2, fill), At(3, lift)]
+        opened.callbacks.extend([At(2, fill), At(3, lift)])
         opened.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
     assert re.search(cause, caplog.text)
-    assert "the run goes on, the last good checkpoint stays" in caplog.text
+    assert "training continues, the last good checkpoint stays" in caplog.text
     assert [store.iteration_of(folder) for folder in list_checkpoints(tmp_path / "checkpoints")] == [1, 3, 4]
     assert steps(tmp_path, "iteration") == [1, 2, 3, 4]  # lines that found no room are written later
     assert trainer("train.iterations=4").iteration == 4

@@ -26,10 +26,10 @@ from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.testing.fuzz import Target
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.callbacks import MetricsFile
+from oryx_megatron.train.callbacks.weights_and_biases import run_id
 from oryx_megatron.train.history import Events, read_events, summary_lines
 from oryx_megatron.train.history import summarize as summarize_run
 from oryx_megatron.train.replay import read_record, report
-from oryx_megatron.train.weights_and_biases import run_id
 
 
 def make_checkpoint(project: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What reporters make of a run that goes on behind a checkpoint."""
+"""What reporters make of a run that resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _record(iteration: int) -> StepRecord:
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
-    """Processes that died before the first checkpoint and behind a later one; one that goes back after bad steps."""
+    """Processes that died before the first checkpoint and behind a later one; one that rolls back after bad steps."""
     for done, steps, back in ((0, (1, 2, 3, 4, 5), None), (0, (1, 2, 3, 4), None), (2, (3, 4, 5), 3), (3, (), None)):
         reporter = TensorBoard(tmp_path)
         reporter.on_start(tiny_run(), done)
         for iteration in steps:
             reporter.on_step(_record(iteration))
         if back is not None:
-            reporter.on_return(steps[-1], back, 0)
+            reporter.on_rollback(steps[-1], back, 0)
             reporter.on_step(_record(back + 1))
         reporter.on_end()
     events = EventAccumulator(str(tmp_path)).Reload()

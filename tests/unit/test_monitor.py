@@ -227,7 +227,7 @@ def test_summary(tmp_path: Path) -> None:
     assert summary["goodput"] == 18.0 / 40.0
     assert summary["mfu"] == 10e12 / 20.0 / 2e12
     assert (summary["tokens"], summary["iterations"], summary["restarts"]) == (10_000, 10, 1)
-    assert (summary["skipped_steps"], summary["returns"]) == (1, 0)
+    assert (summary["skipped_steps"], summary["rollbacks"]) == (1, 0)
     text = summary_lines(summary)
     assert max(map(len, text)) <= 80
     assert text[0] == "10 steps, 10.0k tokens, 500 tokens/s while stepping, MFU 25.0%"

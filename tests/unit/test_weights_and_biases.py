@@ -15,8 +15,8 @@ import pytest
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.callbacks import StepRecord
+from oryx_megatron.train.callbacks.weights_and_biases import KEPT, WeightsAndBiases, run_id
 from oryx_megatron.train.evaluate import Evaluation
-from oryx_megatron.train.weights_and_biases import KEPT, WeightsAndBiases, run_id
 
 
 class Wandb(ModuleType):
@@ -160,7 +160,7 @@ def test_the_run_goes_on_without_it(
     reporter.on_evaluation(3, [Evaluation("valid", "attention", 1.0, 1.0, 1)])
     (told,) = caplog.records
     why = (str(error).splitlines() or [type(error).__name__])[0]
-    assert told.getMessage().startswith(f"Weights & Biases: {why}; the run goes on without it")
+    assert told.getMessage().startswith(f"Weights & Biases: {why}; training continues without it")
 
 
 def test_a_package_that_does_not_import(
@@ -170,4 +170,4 @@ def test_a_package_that_does_not_import(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     train(tmp_path / "run", 1)
-    assert "No module named 'a_package_that_is_missing'; the run goes on without it" in caplog.text
+    assert "No module named 'a_package_that_is_missing'; training continues without it" in caplog.text

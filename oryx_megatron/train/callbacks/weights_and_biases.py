@@ -17,7 +17,7 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import write_json
 from oryx_megatron.display import shown
 from oryx_megatron.reading import parse_json, read_text
-from oryx_megatron.train.callbacks import Callback, StepRecord
+from oryx_megatron.train.callbacks.base import Callback, StepRecord
 from oryx_megatron.train.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ LONGEST_NAME = 128
 class WeightsAndBiases(Callback):
     """The numbers of metrics.jsonl in a run of W&B, continued after a restart; a step is sent once.
 
-    Whatever goes wrong there is told in one line, and the run goes on without it.
+    Whatever goes wrong there is told in one line, and training continues without it.
     """
 
     def __init__(self, project: str, run: RunConfig, config: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class WeightsAndBiases(Callback):
         except Exception as error:  # noqa: BLE001 - another's program, which must not end this run
             self._run = None
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("Weights & Biases: %s; the run goes on without it (logging.wandb_project=null: off)", why)
+            log.warning("Weights & Biases: %s; training continues without it (logging.wandb_project=null: off)", why)
 
 
 def run_id(folder: Path, clock: Callable[[], float] = time.time) -> str:

@@ -1,0 +1,33 @@
+"""What a run says of itself at start: all that is needed to reproduce it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import textwrap
+
+from oryx_megatron import arch, platform
+from oryx_megatron.checkpoint.manifest import package_versions
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.ops import backends
+
+
+def reproduction(run: RunConfig, layout: Layout) -> list[str]:
+    """Everything one needs to do this run again, in lines for a terminal of 80 columns."""
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    facts = {
+        "run": f"{run.output_dir}, config in {run.output_dir}/config.yaml, seed {run.seed}",
+        "command": " ".join(sys.argv),
+        "code": f"commit {platform.git_commit() or 'unknown'}",
+        "versions": versions,
+        "model": f"{run.model.name}, {arch.parameter_counts(run.model).total:,} parameters, {run.precision.dtype}",
+        "layout": f"{layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × context {layout.cp} × data "
+        f"{layout.dp}, {layout.microbatches} microbatches per step",
+        "host": f"{socket.gethostname()}, {platform.describe()}",
+        "kernels": backends.describe(),
+    }
+    lines = []
+    for name, text in facts.items():
+        lines += textwrap.wrap(f"{name}: {text}", 74, subsequent_indent="  ", break_on_hyphens=False)
+    return lines

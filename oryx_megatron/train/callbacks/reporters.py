@@ -1,0 +1,50 @@
+"""The callbacks of a run, as its config asks for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+from oryx_megatron import platform
+from oryx_megatron.config import to_dict
+from oryx_megatron.config.schema import LoggingConfig, RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.train.callbacks.base import Callback, Callbacks
+from oryx_megatron.train.callbacks.display import Display
+from oryx_megatron.train.callbacks.events import History
+from oryx_megatron.train.callbacks.metrics_file import MetricsFile
+from oryx_megatron.train.callbacks.tensorboard import TensorBoard
+from oryx_megatron.train.callbacks.weights_and_biases import WeightsAndBiases
+from oryx_megatron.train.clock import Clock
+
+
+def check_installed(logging: LoggingConfig) -> None:
+    """Raise ConfigError for a reporter whose package is missing."""
+    for field, wanted, package, off in (
+        ("tensorboard", logging.tensorboard, "tensorboard", "false"),
+        ("wandb_project", logging.wandb_project, "wandb", "null"),
+    ):
+        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"logging.{field}: {package} is not installed; `pip install {package}`, or set it to {off}"
+            )
+
+
+def reporters(run: RunConfig, layout: Layout, clock: Clock) -> Callbacks:
+    """What reports a run, on rank 0."""
+    folder, peak = Path(run.output_dir), platform.peak_flops()
+    facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": platform.git_commit()}
+    found: list[Callback] = [
+        # first: it looks at when the others last wrote, before they do
+        History(folder, clock, peak_flops=peak and peak * layout.world_size, facts=facts),
+        MetricsFile(folder / "metrics.jsonl"),
+        Display(run.logging.interval, run.train.iterations),
+    ]
+    if run.logging.tensorboard:
+        found.append(TensorBoard(folder / "tensorboard"))
+    if run.logging.wandb_project:
+        found.append(WeightsAndBiases(run.logging.wandb_project, run, to_dict(run)))
+    return Callbacks(found)

@@ -1,0 +1,36 @@
+"""The trainer stays readable: sizes of files and classes, and how far an engine reaches."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "oryx_megatron"
+TRAIN = PACKAGE / "train"
+
+
+def test_sizes() -> None:
+    """A file of the trainer has at most 600 lines, a class at most 300, and the loop fits a screen."""
+    found = {}
+    for path in sorted(TRAIN.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found[str(path.relative_to(TRAIN))] = (len(text.splitlines()), 600)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found[f"class {node.name}"] = (_lines(node), 300)
+            if isinstance(node, ast.FunctionDef) and path.name == "trainer.py" and node.name == "_loop":
+                found["the loop"] = (_lines(node), 40)
+    assert {"trainer.py", "class Trainer", "class Callback", "the loop"} <= set(found)
+    assert not {name: sizes for name, sizes in found.items() if sizes[0] > sizes[1]}
+
+
+def _lines(node: ast.ClassDef | ast.FunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_one_callback_a_file() -> None:
+    for path in sorted((TRAIN / "callbacks").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        bases = [
+            [getattr(base, "id", "") for base in node.bases] for node in tree.body if isinstance(node, ast.ClassDef)
+        ]
+        assert sum("Callback" in names for names in bases) <= 1, path.name
