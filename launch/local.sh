@@ -4,7 +4,7 @@
 # --ranks     processes (default: one per GPU; without GPUs one)
 # --restarts  how often torchrun starts all ranks anew after one died (default: 3)
 # PYTHON      interpreter (environment; default: .venv/bin/python here, else python3)
-# Ends with 75 when it was stopped by Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal with a checkpoint: start it again to go on.
+# Ends with 75 when it was stopped by Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal with a checkpoint: start it again to resume.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -54,7 +54,7 @@ run_agent "$PYTHON" -m oryx_megatron.agent --nproc-per-node "$ranks" --local-add
     --max-restarts "$restarts" -m oryx_megatron.train "$@" || status=$?
 # Left by a run that stopped with all saved and steps to go (oryx_megatron/train/signals.py).
 if [[ -e $run_folder/requeue ]]; then
-    echo "stopped with a checkpoint: the same command goes on" >&2 || true # there may be no terminal any more
+    echo "stopped with a checkpoint: run the same command again to resume" >&2 || true # there may be no terminal any more
     exit 75
 fi
 exit "$status"

@@ -45,7 +45,7 @@ requeue() {
         return 1
     fi
     if ((${SLURM_RESTART_COUNT:-0} >= ORYX_REQUEUES)); then
-        echo "job $SLURM_JOB_ID was requeued $ORYX_REQUEUES times (max_requeues): submit it again to go on" >&2
+        echo "job $SLURM_JOB_ID was requeued $ORYX_REQUEUES times (max_requeues): submit it again to resume" >&2
         return 1
     fi
     echo "requeue job $SLURM_JOB_ID" >&2

@@ -10,7 +10,7 @@ Examples:
         --convert=--verify
 
 Scripts and logs go to OUTPUT_DIR/slurm. The job puts itself back into the queue
-when it is preempted or nears its time limit, and goes on from the checkpoint.
+when it is preempted or nears its time limit, and resumes from the checkpoint.
 """
 
 from __future__ import annotations

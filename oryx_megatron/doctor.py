@@ -1,7 +1,7 @@
-"""`python -m oryx_megatron.doctor`: what this machine has for training, what is wrong with it, and how to mend it.
+"""`python -m oryx_megatron.doctor`: what this machine has for training, what is wrong with it, and how to fix it.
 
 Exit code 0 when a run can start here, 1 when something is wrong. A missing optional package is not wrong: the line says
-what it would buy.
+what it provides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Finding:
     found: str
     """Version, or what is there."""
     advice: str = ""
-    """What it buys when absent; what is wrong and how to mend it when wrong."""
+    """What it provides when absent; what is wrong and how to fix it when wrong."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _package(package: Package) -> Finding:
     name = package.distribution
     if not platform.installed(package.module):
         state: State = "wrong" if package.required else "absent"
-        advice = f"pip install {name}: {package.buys}" if package.required else f"would buy {package.buys}"
+        advice = f"pip install {name}: {package.buys}" if package.required else f"optional: provides {package.buys}"
         return Finding(state, name, "not installed", advice)
     try:
         version = importlib.metadata.version(name)

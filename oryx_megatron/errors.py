@@ -1,4 +1,4 @@
-"""The errors a user can cause or mend. Each is shown as one line and ends the process with exit code 2."""
+"""The errors a user can cause or fix. Each is shown as one line and ends the process with exit code 2."""
 
 REQUEUE_EXIT_CODE = 75
 """Exit code (EX_TEMPFAIL) of a run stopped by a signal or by its time limit, with everything saved: start it again."""
@@ -34,8 +34,8 @@ class ConversionError(OryxError):
 
 
 class TrainingError(OryxError):
-    """A run cannot go on with what it computes."""
+    """A run cannot continue with what it computes."""
 
 
 WEIGHTS_ALONE = "start a new run from the weights alone (init_from, another output_dir)"
-"""Advice where a run cannot go on with what it was."""
+"""Advice where a run cannot resume as what it was."""

@@ -455,7 +455,7 @@ def _silent(ranks: Iterable[int], world: int) -> list[Finding]:
         node = names[rank * len(names) // world] if names else "unknown node"
         found.setdefault(node, []).append(rank)
     return [
-        Finding((node,), "present", f"no word from rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}")
+        Finding((node,), "present", f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} did not report")
         for node, r in found.items()
     ]
 

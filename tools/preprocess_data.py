@@ -10,7 +10,7 @@ Examples (T is the folder of a tokenizer, as tokenizers/stdlib-8k):
 
 Input is `stdlib` (the sources of the running Python's standard library), files,
 folders or fsspec URLs: .jsonl, .parquet, or text; .gz, .zst, .bz2, .xz too.
-A run that was stopped or killed goes on when started again.
+A run that was stopped or killed resumes when started again.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the dataset without ending")
     parser.add_argument("--processes", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    parser.add_argument("--restart", action="store_true", help="forget an unfinished run instead of going on with it")
+    parser.add_argument("--restart", action="store_true", help="forget an unfinished run instead of resuming it")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="do the I-th of N parts only")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")

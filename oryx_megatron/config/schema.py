@@ -170,7 +170,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Sequences per forward pass on a rank."""
     exit_after: int | None = None
-    """Stop (with a checkpoint) after this iteration although the schedule goes on to `iterations`."""
+    """Stop (with a checkpoint) after this iteration although the schedule runs to `iterations`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +284,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Also keep every checkpoint whose iteration is a multiple of this; 0: none."""
     asynchronous: bool = False
-    """Write in the background while training goes on."""
+    """Write in the background while training continues."""
     timeout: float = 1800.0
     """Seconds a save may take before it counts as failed."""
 
@@ -332,7 +332,7 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard events next to the metrics."""
     wandb_project: str | None = None
-    """Weights & Biases project; null: off. Without a key or a network the run says so and goes on without it."""
+    """Weights & Biases project; null: off. Without a key or a network the run says so and continues without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -580,7 +580,7 @@ def check_share(bad: Mapping[str, int], documents: int, unread: int, size: int, 
 
     Arguments: `bad` counts by reason, `documents` are those that are good.
     """
-    advice = "nothing was written. Raise --max-bad and run again to go on"
+    advice = "nothing was written. Raise --max-bad and run again to resume"
     if unread > allowed * size:
         raise DataError(
             f"files with {unread / size:.2%} of the input cannot be read to their end, more than "

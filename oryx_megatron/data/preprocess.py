@@ -186,7 +186,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}; run again to go on") from error
+        raise DataError(f"cannot write {folder}: {error.strerror or error}; run again to resume") from error
 
 
 def _finished(folder: Path, key: dict[str, Any]) -> bool:
@@ -250,7 +250,7 @@ def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> di
     if _ends_itself(tokenizer):
         options["ends_itself"] = True  # an earlier version added another end
     if job.on_error == "skip":
-        del options["on_error"]  # whoever stopped at bad input may go on and leave it out
+        del options["on_error"]  # whoever stopped at bad input may continue and leave it out
     return {
         "options": json.loads(json.dumps(options)),
         "versions": versions,
@@ -501,8 +501,8 @@ class _Pool:
         except BrokenProcessPool as error:
             first = self.units[number][0].path
             raise DataError(
-                f"a process died at or after {first}, perhaps for want of memory; run the same command again to go on, "
-                "with fewer --processes"
+                f"a process died at or after {first}, perhaps for want of memory; run the same command "
+                "again to resume, with fewer --processes"
             ) from error
         del self.futures[number]
         return True

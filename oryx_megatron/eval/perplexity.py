@@ -57,7 +57,7 @@ def evaluate_checkpoint(
         world_size: Number of ranks.
 
     Raises:
-        CheckpointError, DataError, ConfigError: what the user can mend, on every rank alike.
+        CheckpointError, DataError, ConfigError: what the user can fix, on every rank alike.
     """
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)

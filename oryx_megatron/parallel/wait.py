@@ -32,7 +32,7 @@ def first_rank_alone(
     All ranks must call it. Without torch.distributed this process does the work.
 
     Args:
-        work: Raises OryxError for what the user can mend.
+        work: Raises OryxError for what the user can fix.
         what: For the error of a rank 0 that died, as in `builds sample indices`.
         error: Class of what the other ranks raise.
         beat: Seconds between signs of life.

@@ -16,7 +16,7 @@ JUMP = 0.01
 
 
 def tell(manifest: Manifest, run: RunConfig, root: Path) -> None:
-    """Log how a run goes on from a checkpoint of `root`."""
+    """Log how a run resumes from a checkpoint of `root`."""
     done, train = manifest.iteration, run.train
     log.info("resumed from iteration %d of %s", done, root)
     if done >= train.iterations:

@@ -301,7 +301,7 @@ def _save_on_full_disk(config: Path) -> None:
 
 
 def test_a_disk_that_is_full_for_one_rank(tmp_path: Path) -> None:
-    """The save fails for all ranks, and the run goes on to the next one."""
+    """The save fails for all ranks, and the run continues to the next one."""
     config = tiny_project(tmp_path)
     run_distributed(_save_on_full_disk, 2, config)
     (whole,) = list_checkpoints(tmp_path / "out" / "checkpoints")

@@ -102,7 +102,7 @@ def test_names_the_bad_nodes(tmp_path) -> None:
 def test_names_the_missing_node(tmp_path) -> None:
     first, _, last = run_distributed(with_a_missing_rank, 3, str(tmp_path))
     assert first == last
-    assert texts(first, "present") == ["n1: no word from rank 1"]
+    assert texts(first, "present") == ["n1: rank 1 did not report"]
     assert "bandwidth was not measured" in texts(first, "all-reduce")[0]
 
 

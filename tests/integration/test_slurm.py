@@ -316,7 +316,7 @@ def test_cancel_is_final(slurm, project) -> None:
 
 @pytest.mark.slow
 def test_node_dies(slurm, project, expected) -> None:
-    """A node and all on it gone: Slurm requeues, the run goes on from its last checkpoint when the node is back."""
+    """A node and all on it gone: Slurm requeues, the run continues from its last checkpoint when the node is back."""
     number = project.submit("checkpoint.interval=5", max_restarts=0)["pretrain"]
     project.wait_for_steps(12)
     slurm.kill_node("n2")

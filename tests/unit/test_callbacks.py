@@ -33,7 +33,7 @@ def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_for_tensorboard(tmp_path: Path) -> None:
-    """A file lies in its place: the trainer reports that and the run goes on."""
+    """A file lies in its place: the trainer reports that and the run continues."""
     (tmp_path / "tensorboard").touch()
     reporter = TensorBoard(tmp_path / "tensorboard")
     with pytest.raises(OSError, match="tensorboard"):

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong and how to mend it; what is merely absent is not wrong."""
+"""The doctor names what is wrong and how to fix it; what is merely absent is not wrong."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_package_that_does_not_import(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_absent_packages():
     optional = doctor._package(Package("nosuchthing", "nosuchthing", "speed"))
-    assert (optional.state, optional.advice) == ("absent", "would buy speed")
+    assert (optional.state, optional.advice) == ("absent", "optional: provides speed")
     required = doctor._package(Package("nosuchthing", "nosuchthing", "everything", required=True))
     assert required.state == "wrong"
     assert "pip install nosuchthing" in required.advice
