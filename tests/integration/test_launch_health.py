@@ -11,7 +11,8 @@ import pytest
 
 from oryx_megatron import health
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.health import Options, Report, ring
+from oryx_megatron.health import Options, Report, judge
+from oryx_megatron.health.rank import ring
 from oryx_megatron.testing import run_distributed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def with_faults(folder: str) -> Report:
     """n1: wrong clock, another file system, another config. n2: another package, other code, slow network."""
     rank = os.environ["RANK"]
     if rank == "1":
-        health.PATIENCE = 1.0
+        health.rank.PATIENCE = 1.0
         return on_node(
             config=RUN, overrides=("seed=5",), output=f"{folder}/other", clock=lambda: time.time() + 30.0, slow=0.3
         )
@@ -179,7 +180,7 @@ def test_blame() -> None:
 
     def blamed(**speeds: float | str) -> list[tuple[str, ...]]:
         pairs = {name.replace("_", "–"): value for name, value in speeds.items()}
-        return [f.nodes for f in health._judge_pairs(pairs, Options(slow=0.6))]
+        return [f.nodes for f in judge.judge_pairs(pairs, Options(slow=0.6))]
 
     assert blamed(a_b=10.0, b_c=9.0, c_d=8.0, d_a=10.0) == []
     assert blamed(a_b=10.0, b_c=2.0, c_d=1.0, d_a=10.0) == [("c",)]
@@ -187,5 +188,5 @@ def test_blame() -> None:
     assert blamed(a_b=10.0, b_c=2.0, c_d=9.0, d_a=10.0) == [("b", "c")]
     assert blamed(a_b=10.0, b_c=1.0, c_a=1.0) == [("c",)]
     assert blamed(a_b="failed") == [("a", "b")]
-    slow = health._judge_pairs({"a–b": 3.0}, Options(min_gbps=5.0))
+    slow = judge.judge_pairs({"a–b": 3.0}, Options(min_gbps=5.0))
     assert str(slow[0]).startswith("a, b: all-reduce between the two: 3 GB/s (should be at least 5)")

@@ -32,6 +32,7 @@ ORDER = (
     "hf",
     "train",
     "eval",
+    "health",
     "testing",
     "MAINS",
 )
