@@ -1,4 +1,5 @@
 # make quickstart   train a tiny Oryx model on this machine, from nothing to a sample of its text
+# make install      the environment .venv, which `source .venv/bin/activate` enters
 # make test         lint, type check, tests (within 25 minutes on 2 cores)
 # make soak         the slow tests too
 # make wheel        the package for elsewhere, in dist/
@@ -12,10 +13,13 @@ READY := $(VENV)/.ready
 # First and last version of transformers that an export runs with; the environment's own lies between.
 ENDS := 5.14 5.24
 
-.PHONY: quickstart test soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
+.PHONY: quickstart install test soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
+
+install: $(READY)
+	@echo 'enter the environment: source $(BIN)/activate'
 
 # Files as they are collected, the long ones first, so that no worker ends alone.
 test: lint types $(ENDS:%=transformers-%)

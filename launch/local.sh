@@ -42,7 +42,7 @@ if [[ -z $ranks ]]; then
     ((ranks)) || ranks=1
 fi
 # A wrong config or layout costs seconds and one line here.
-"$PYTHON" -m oryx_megatron.train "$@" --dry-run --world-size "$ranks"
+"$PYTHON" -m oryx_megatron.train "$@" --dry-run --config-only --world-size "$ranks"
 run_folder=$("$PYTHON" -c 'import sys
 from oryx_megatron.config import load_run
 sys.stdout.write(load_run(sys.argv[1], sys.argv[2:]).output_dir)' "$@")

@@ -27,6 +27,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+    import checkout  # noqa: F401
+
 from cluster import Profile, Side, load_profile, one_line
 
 from oryx_megatron.cli import HelpFormatter, main_guard

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from oryx_megatron import __version__
+from oryx_megatron import __version__, environment
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.errors import ConfigError
 
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     where, rest = COMMANDS[name][0], words[len(name.split()) :]
     if where.startswith("launch/"):
         _launch(where, rest)
+    if name != "doctor":  # it says more about what is missing
+        environment.check()
     sys.argv = [f"oryx {name}", *rest]  # what usage, logs and manifests call this process
     return importlib.import_module(where).main(rest) or 0
 

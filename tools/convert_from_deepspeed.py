@@ -10,6 +10,9 @@ processes as there were ranks; under torchrun, with those that it starts.
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import os
 import subprocess

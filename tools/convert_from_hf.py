@@ -13,6 +13,9 @@ Of a Llama, the attention path is copied and the recurrent path initialised (our
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import sys
 import warnings

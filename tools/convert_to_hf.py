@@ -10,6 +10,9 @@ beyond the libraries' own stays far below the size of the model (--verify loads 
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import sys
 import warnings

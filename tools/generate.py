@@ -9,6 +9,9 @@ RUN is a run folder (its newest checkpoint) or a checkpoint. Under torchrun the 
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import sys
 import warnings

@@ -11,6 +11,9 @@ Examples:
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import importlib.util
 import sys

@@ -15,6 +15,9 @@ what is kept. Take the first few layouts as those to measure, not as promises.
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import dataclasses
 import json

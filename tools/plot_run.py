@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import html
 import importlib.util

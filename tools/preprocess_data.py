@@ -15,6 +15,9 @@ A run that was stopped or killed resumes when started again.
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import json
 import os

@@ -6,6 +6,9 @@ Run by `make quickstart`. Every step is a command you can run yourself; each is 
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import json
 import os
@@ -97,7 +100,7 @@ What to try next
   python tools/generate.py {run} --prompt "class " --plan ratio:0.1
   python -m oryx_megatron.arch 1.4b-gdn
   python -m oryx_megatron.train configs/run/pretrain-130m-gdn.yaml \\
-      --dry-run --world-size 64
+      --dry-run --config-only --world-size 64
 (with {VENV}/bin first in PATH: source {VENV}/bin/activate)"""
     )
 

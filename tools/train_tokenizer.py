@@ -12,6 +12,9 @@ Every tenth document (--held-out) is kept from training, for the report.
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    import checkout  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path

@@ -221,6 +221,43 @@ def _build(
 
     The first rank of a node compares the content of its files too: they may be a copy of their own.
     """
+    blends = {}
+    for name, stages, share, split, opened in _opened(run, tokenizer, samples, origin, told):
+        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened, once and name != "train")
+        if told is not None:
+            blends[name].identity = told[name]
+    return blends
+
+
+def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, origin: Origin = AT_ZERO) -> dict[str, tuple[Part, ...]]:
+    """What a run would read of each dataset, by blend: opened and checked as `build_datasets` does; writes nothing.
+
+    `samples` of a part are its share by weight: the exact order is drawn when the run starts.
+    Raises DataError for a missing, damaged, empty or foreign dataset.
+    """
+    found = {}
+    for name, stages, share, split, opened in _opened(run, tokenizer, sample_counts(run, origin), origin, None):
+        wanted: dict[str, float] = {}
+        for stage in stages:
+            whole = sum(entry.weight for entry in stage.blend)
+            for entry in stage.blend:
+                part = (stage.stop - stage.start) * (entry.weight / whole if len(stage.blend) > 1 else 1.0)
+                wanted[entry.path] = wanted.get(entry.path, 0.0) + part
+        _, tokens = _parts(list(wanted), opened, share, split)
+        found[name] = tuple(
+            Part(path, round(count), count * run.data.sequence_length / tokens[path]) for path, count in wanted.items()
+        )
+    return found
+
+
+def _opened(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    samples: dict[str, int],
+    origin: Origin,
+    told: dict[str, dict[str, Any]] | None,
+) -> Iterator[tuple[str, tuple[_Stage, ...], tuple[float, float, float], Split, dict[str, Dataset]]]:
+    """Name, stages, split and open datasets of each blend, once all checks of them have passed."""
     first = told is None
     content = first or os.environ.get("LOCAL_RANK", "0") == "0"
     known = {file["path"]: data for identity in (told or {}).values() for data, file in identity["files"].items()}
@@ -234,7 +271,6 @@ def _build(
         names = ", ".join([*SPLITS, *run.data.validation])
         raise DataError(f"no dataset is called {sorted(unknown)[0]!r}; known: {names}")
     opened: dict[str, Dataset] = {}
-    blends = {}
     for name, count in samples.items():
         if name == "train":
             stages = _stages(run, count, origin)
@@ -261,12 +297,10 @@ def _build(
                 if first and run.data.documents == "isolated":
                     _check_boundaries(opened[entry.path], tokenizer)
         if first:
+            _check_weights(stages)
             _check_names(name, stages, opened)
             _check_ends(name, [opened[entry.path] for stage in stages for entry in stage.blend], tokenizer)
-        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened, once and name != "train")
-        if told is not None:
-            blends[name].identity = told[name]
-    return blends
+        yield name, stages, share, split, opened
 
 
 def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
@@ -323,6 +357,14 @@ def _check_ends(name: str, datasets: Sequence[Dataset], tokenizer: Tokenizer) ->
         )
 
 
+def _check_weights(stages: tuple[_Stage, ...]) -> None:
+    """Refuse weights by which nothing is drawn from one of several datasets."""
+    entries = [entry for stage in stages for entry in stage.blend]
+    for entry in entries:
+        if len({entry.path for entry in entries}) > 1 and not entry.weight > 0:
+            raise DataError(f"weight of dataset {entry.path} is {entry.weight}; it must be above 0")
+
+
 def _check_names(name: str, stages: tuple[_Stage, ...], opened: dict[str, Dataset]) -> None:
     """Refuse a blend that names one dataset twice: by a link, another path, or a copy. It would be repeated."""
     paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
@@ -363,19 +405,9 @@ def _blend(
             for s in stages
         ],
     }
-    bounds = {path: _bounds(share, split, len(opened[path].index.lengths)) for path in paths}
-    tokens = {path: int(opened[path].index.lengths[slice(*bounds[path])].sum(dtype=np.int64)) for path in paths}
-    for path in paths:
-        if tokens[path] == 0:
-            raise DataError(
-                f"dataset {path}: its {split.name} part is empty ({bounds[path][1] - bounds[path][0]} of "
-                f"{opened[path].documents} documents); use more documents or change data.split"
-            )
+    bounds, tokens = _parts(paths, opened, share, split)
     order = None
     if len(paths) > 1:
-        for entry in (entry for stage in stages for entry in stage.blend):
-            if not entry.weight > 0:
-                raise DataError(f"weight of dataset {entry.path} is {entry.weight}; it must be above 0")
         folder = _cached(
             (cache or opened[paths[0]].prefix.parent / ".cache") / "blends",
             {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
@@ -429,6 +461,21 @@ def _blend(
         batch = run.train.global_batch_size
         size = min(size, -(-counted // batch) * batch)
     return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
+
+
+def _parts(
+    paths: list[str], opened: dict[str, Dataset], share: tuple[float, float, float], split: Split
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """First and last + 1 sequence of a split in each dataset, and its tokens; DataError when one has none."""
+    bounds = {path: _bounds(share, split, len(opened[path].index.lengths)) for path in paths}
+    tokens = {path: int(opened[path].index.lengths[slice(*bounds[path])].sum(dtype=np.int64)) for path in paths}
+    for path in paths:
+        if tokens[path] == 0:
+            raise DataError(
+                f"dataset {path}: its {split.name} part is empty ({bounds[path][1] - bounds[path][0]} of "
+                f"{opened[path].documents} documents); use more documents or change data.split"
+            )
+    return bounds, tokens
 
 
 def _read_once(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
 from oryx_megatron.display import log_lines, shown
 from oryx_megatron.train.signals import StopRequest, exit_code
 
@@ -26,13 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="oryx_megatron.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="run config (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
-    parser.add_argument("--dry-run", action="store_true", help="check the config for --world-size ranks and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config for --world-size ranks, open what the run would, stop"
+    )
+    parser.add_argument("--config-only", action="store_true", help="with --dry-run: open no file but the config")
     parser.add_argument(
         "--world-size", type=int, help="ranks to check for (default: torchrun's, else 1); only with --dry-run"
     )
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before and after options
-    if arguments.world_size is not None and not arguments.dry_run:
-        parser.error("--world-size needs --dry-run")
+    for option in ("world_size", "config_only"):
+        if getattr(arguments, option) not in (None, False) and not arguments.dry_run:
+            parser.error(f"--{option.replace('_', '-')} needs --dry-run")
     world_size = arguments.world_size if arguments.world_size is not None else ranks.world_size()
     run = load_run(arguments.config, arguments.overrides)
     layout = validate(run, world_size)
@@ -41,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
             f"context {layout.cp} × data {layout.dp}, {layout.microbatches} microbatches per step\n"
         )
-        if run.init_from is not None:
-            _preview(run)
+        if arguments.config_only:
+            sys.stdout.write("checked: the config alone (--config-only)\n")
+        else:
+            _look(run, layout)
         return 0
     _quiet()
     stop = StopRequest()
@@ -69,13 +77,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if stopped is None else exit_code()
 
 
-def _preview(run: RunConfig) -> None:
-    """Say what the run would start from, and in what it differs."""
+def _look(run: RunConfig, layout: Layout) -> None:
+    """Open what the run would open, and say what was checked and what was not."""
     _quiet()
-    from oryx_megatron.train import init_from
+    from oryx_megatron import platform
 
+    platform.install()
+    from oryx_megatron.train import init_from, preflight
+
+    sys.stdout.write("checked on this machine:\n")
+    for checked in preflight.look(run, layout):
+        text = shown(f"{checked.what:<10} {checked.found}")
+        lines = textwrap.wrap(text, 78, subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False)
+        sys.stdout.write("".join(f"  {line}\n" for line in lines))
     for line in init_from.preview(run, Path(run.output_dir) / "checkpoints"):
         sys.stdout.write(f"{shown(line)}\n")
+    sys.stdout.write("not checked: memory of the GPUs (oryx plan), other nodes (oryx health), bytes of checkpoints\n")
 
 
 def _quiet() -> None:

@@ -142,11 +142,24 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
         "iteration": manifest.iteration,
         "manifest_sha256": file_digest(folder / NAME)["sha256"],
     }
+    return Start(_origin(settings, manifest), record | taken, settings, (folder, manifest))
+
+
+def _origin(settings: InitFromConfig, manifest: Manifest) -> Origin:
+    """Where a run that takes from a checkpoint begins to count."""
     kept = int(manifest.guard.get("skipped_samples", 0))
-    origin = Origin(
+    return Origin(
         manifest.iteration if settings.schedule else 0, manifest.consumed_samples - kept if settings.data else 0
     )
-    return Start(origin, record | taken, settings, (folder, manifest))
+
+
+def expected_origin(run: RunConfig, root: Path) -> Origin:
+    """For --dry-run: the origin that `find` would give, from manifests alone."""
+    if (own := _own(root, None)) is not None:
+        return Origin(*own["origin"])
+    if run.init_from is None or is_hugging_face(Path(run.init_from.path)):
+        return AT_ZERO
+    return _origin(run.init_from, read_manifest(store.find_checkpoint(run.init_from.path)))
 
 
 def preview(run: RunConfig, root: Path) -> list[str]:

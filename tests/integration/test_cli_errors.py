@@ -106,12 +106,23 @@ def test_config_files(project: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run(project: Path, tmp_path: Path) -> None:
-    """Says the layout, starts nothing, writes nothing; torch is not even imported."""
-    command = ("-X", "importtime", "-m", "oryx_megatron.train", project, "--dry-run", "--world-size", 8)
+    """With --config-only: says the layout, starts nothing, writes nothing; torch is not even imported."""
+    command = (
+        "-X",
+        "importtime",
+        "-m",
+        "oryx_megatron.train",
+        project,
+        "--dry-run",
+        "--config-only",
+        "--world-size",
+        8,
+    )
     done = process(*command, "parallel.tensor=2", "parallel.pipeline=2", f"output_dir={tmp_path}/out")
     assert done.returncode == 0
     assert done.stdout == (
         f"{project} is valid for 8 ranks: tensor 2 × pipeline 2 × context 1 × data 2, 1 microbatches per step\n"
+        "checked: the config alone (--config-only)\n"
     )
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines()}
     assert "yaml" in imported

@@ -128,5 +128,6 @@ def test_dry_run_for_other_ranks(environment: Callable[[str], None], capsys: pyt
     from oryx_megatron.train import __main__ as training
 
     environment("WORLD_SIZE=3 LOCAL_RANK=2")
-    assert training.main([str(ROOT / "configs/run/quickstart.yaml"), "--dry-run", "--world-size", "2"]) == 0
+    command = [str(ROOT / "configs/run/quickstart.yaml"), "--dry-run", "--config-only", "--world-size", "2"]
+    assert training.main(command) == 0
     assert "is valid for 2 ranks" in capsys.readouterr().out
