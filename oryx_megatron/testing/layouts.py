@@ -104,7 +104,7 @@ class Session:
         parallel.initialize(run.parallel, seed=run.seed)
         from megatron.core import parallel_state
 
-        from oryx_megatron.data.loader import SampleStream
+        from oryx_megatron.train.batches import open_stream
         from oryx_megatron.train.engine import MegatronEngine
 
         self.run, self.layout = run, validate(run, torch.distributed.get_world_size())
@@ -113,16 +113,14 @@ class Session:
         self.chunks, self.optimizer = self.engine.chunks, self.engine.optimizer
         self.iteration = iteration
         self.engine.rewind(iteration)
-        self.stream = SampleStream(
+        self.stream = open_stream(
+            run,
+            self.layout,
             SyntheticText(run),  # type: ignore[arg-type]
-            micro_batch_size=run.train.micro_batch_size,
-            microbatches=self.layout.microbatches,
             data_rank=self.data_rank,
-            data_size=self.layout.dp,
-            consumed=iteration * run.train.global_batch_size,
-            isolated=run.data.documents == "isolated",
             eod=EOD,
             vocab_size=run.model.vocab_size,
+            consumed=iteration * run.train.global_batch_size,
         )
 
     def step(self) -> tuple[float, float]:

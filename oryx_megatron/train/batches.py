@@ -9,10 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oryx_megatron.config.schema import ModesConfig
-from oryx_megatron.data.loader import Batch
+from oryx_megatron.config.schema import ModesConfig, RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.data.loader import Batch, Blend, SampleStream
 from oryx_megatron.modes import ModePlan, draw_plan
 from oryx_megatron.train.step import Microbatch
+
+
+def open_stream(
+    run: RunConfig,
+    layout: Layout,
+    dataset: Blend,
+    *,
+    data_rank: int,
+    eod: int,
+    vocab_size: int,
+    consumed: int = 0,
+    num_workers: int = 0,
+) -> SampleStream:
+    """The samples of a data-parallel rank from `consumed` on, in the batches of a run; see SampleStream."""
+    return SampleStream(
+        dataset,
+        micro_batch_size=run.train.micro_batch_size,
+        microbatches=layout.microbatches,
+        data_rank=data_rank,
+        data_size=layout.dp,
+        consumed=consumed,
+        isolated=run.data.documents == "isolated",
+        eod=eod,
+        vocab_size=vocab_size,
+        num_workers=num_workers,
+    )
 
 
 def training_batches(

@@ -12,10 +12,10 @@ import torch
 
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Blend, SampleStream
+from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
 from oryx_megatron.modes import parse_plan
-from oryx_megatron.train.batches import evaluation_batches
+from oryx_megatron.train.batches import evaluation_batches, open_stream
 from oryx_megatron.train.step import Totals, forward_backward
 
 
@@ -93,15 +93,8 @@ def _run(
     progress: Callable[[], None],
 ) -> Totals:
     plan = parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
-    stream = SampleStream(
-        dataset,
-        micro_batch_size=run.train.micro_batch_size,
-        microbatches=layout.microbatches,
-        data_rank=data_rank,
-        data_size=layout.dp,
-        isolated=run.data.documents == "isolated",
-        eod=tokenizer.eod_id,
-        vocab_size=tokenizer.vocab_size,
+    stream = open_stream(
+        run, layout, dataset, data_rank=data_rank, eod=tokenizer.eod_id, vocab_size=tokenizer.vocab_size
     )
     sums = []
     try:

@@ -14,10 +14,8 @@ from megatron.core import parallel_state
 
 from oryx_megatron import arch, parallel, platform
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.config import to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.files import replacing
 from oryx_megatron.data.loader import Batch, SampleStream, build_datasets
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError, DataError
@@ -25,7 +23,7 @@ from oryx_megatron.ops import backends
 from oryx_megatron.train import banner, init_from, lock, manifests, resume, signals
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
-from oryx_megatron.train.batches import training_batches
+from oryx_megatron.train.batches import open_stream, training_batches
 from oryx_megatron.train.callbacks import Callbacks, StepRecord, check_installed, reporters
 from oryx_megatron.train.clock import Clock, Updates
 from oryx_megatron.train.engine import build_engine, run_step
@@ -108,8 +106,6 @@ class Trainer:
             self._start()
         self.stream = self.open_stream()
         if self.main:
-            with replacing(self.folder / "config.yaml") as temporary:
-                temporary.write_text(to_yaml(run))
             self.callbacks.extend(reporters(run, layout, self.clock))
 
     def fit(self) -> signals.Stop | None:
@@ -269,16 +265,14 @@ class Trainer:
     def open_stream(self) -> SampleStream:
         """The samples from where this iteration begins."""
         blend, skipped = self.datasets["train"], self.guard.skipped
-        return SampleStream(
+        return open_stream(
+            self.run,
+            self.layout,
             Prolonged(blend, skipped) if skipped else blend,
-            micro_batch_size=self.run.train.micro_batch_size,
-            microbatches=self.layout.microbatches,
             data_rank=self.data_rank,
-            data_size=self.layout.dp,
-            consumed=self._samples(self.iteration) + skipped,
-            isolated=self.run.data.documents == "isolated",
             eod=self.tokenizer.eod_id,
             vocab_size=self.tokenizer.vocab_size,
+            consumed=self._samples(self.iteration) + skipped,
             num_workers=self.run.data.num_workers,
         )
 

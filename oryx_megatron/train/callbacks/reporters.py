@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from oryx_megatron import platform
-from oryx_megatron.config import to_dict
+from oryx_megatron.config import to_dict, to_yaml
 from oryx_megatron.config.schema import LoggingConfig, RunConfig
 from oryx_megatron.config.validate import Layout
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train.callbacks.base import Callback, Callbacks
 from oryx_megatron.train.callbacks.display import Display
@@ -34,8 +35,10 @@ def check_installed(logging: LoggingConfig) -> None:
 
 
 def reporters(run: RunConfig, layout: Layout, clock: Clock) -> Callbacks:
-    """What reports a run, on rank 0."""
+    """What reports a run, on rank 0; RUN/config.yaml is written first."""
     folder, peak = Path(run.output_dir), platform.peak_flops()
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(to_yaml(run))
     facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": platform.git_commit()}
     found: list[Callback] = [
         # first: it looks at when the others last wrote, before they do
