@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     expand_arguments(arguments, "checkpoint", "output")
     warnings.simplefilter("ignore")
     from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, read_manifest
-    from oryx_megatron.checkpoint.store import by_deepspeed
+    from oryx_megatron.checkpoint.store import by_another_engine
 
     folder = find_checkpoint(arguments.checkpoint)
-    if not by_deepspeed(folder):
+    if not by_another_engine(folder):
         raise ConversionError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
     manifest = read_manifest(folder)
     wanted = manifest.layout["tp"] * manifest.layout["dp"]

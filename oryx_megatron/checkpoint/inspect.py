@@ -90,7 +90,7 @@ def summarize(folder: str | Path) -> Summary:
     """Read manifest and metadata of a checkpoint.
 
     Raises:
-        CheckpointError: no checkpoint, damaged, or in DeepSpeed's format.
+        CheckpointError: no checkpoint, damaged, or written by another engine.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

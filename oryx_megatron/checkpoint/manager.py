@@ -373,7 +373,7 @@ class CheckpointManager(Checkpoints):
         return None
 
     def _probe(self, folder: Path) -> None:
-        if not store.by_deepspeed(folder):
+        if not store.by_another_engine(folder):
             safe.read_metadata(folder)
 
     def _fill(self, folder: Path, manifest: Manifest) -> None:

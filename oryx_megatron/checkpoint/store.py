@@ -74,14 +74,14 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no complete checkpoint (no {PREFIX}*/{NAME})")
 
 
-def by_deepspeed(folder: Path) -> bool:
+def by_another_engine(folder: Path) -> bool:
     """Whether a checkpoint holds DeepSpeed's files, which nothing but DeepSpeed reads."""
     return any(folder.glob("*_model_states.pt"))
 
 
 def check_format(folder: Path) -> None:
     """Raise CheckpointError for a checkpoint in DeepSpeed's format."""
-    if by_deepspeed(folder):
+    if by_another_engine(folder):
         raise CheckpointError(f"{folder} was written by DeepSpeed; convert it (tools/convert_from_deepspeed.py)")
 
 

@@ -6,7 +6,7 @@ The classes are frozen: what was validated is what runs, and what the checkpoint
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 PATH, NAME = "path", "name"
 RENAMED = {
@@ -370,6 +370,11 @@ class InitFromConfig:
     """Continue at the source's position in the same training data; false: from its beginning."""
 
 
+Engine = Literal["megatron", "deepspeed"]
+ENGINES = get_args(Engine)
+"""Every one but megatron has a section of its name, and a module of train/."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One pretraining run."""
@@ -406,7 +411,7 @@ class RunConfig:
     """What the run reports."""
     kernels: KernelsConfig = KernelsConfig()
     """Backends of the mixer parts."""
-    engine: Literal["megatron", "deepspeed"] = "megatron"
+    engine: Engine = "megatron"
     """Training engine; deepspeed splits ranks into tensor and data parallelism only."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """DeepSpeed's share of the layout."""

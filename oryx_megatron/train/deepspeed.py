@@ -254,7 +254,7 @@ def convert(folder: Path, output: Path) -> Path:
         CheckpointError: not written by DeepSpeed, or damaged.
     """
     manifest = read_manifest(folder)
-    if not store.by_deepspeed(folder):
+    if not store.by_another_engine(folder):
         raise CheckpointError(f"{folder} was not written by DeepSpeed: there is nothing to convert")
     if damaged := store.damaged_files(folder, manifest):
         raise CheckpointError(f"{folder} is damaged ({', '.join(damaged[:3])}); use another checkpoint")

@@ -22,7 +22,7 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config import to_dict
-from oryx_megatron.config.schema import InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import AT_ZERO, Blend, Origin, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
@@ -43,7 +43,7 @@ SHAPES = (
 """Fields of a model that decide which parameters it has, and their shapes."""
 NOT_LISTED = (
     *("output_dir", "init_from", "license", "parallel", "checkpoint", "evaluation", "faults", "logging", "kernels"),
-    *("engine", "deepspeed", "train.exit_after"),
+    *("engine", *(name for name in ENGINES if name != "megatron"), "train.exit_after"),
 )
 """Parts of a run that change nothing of what it learns."""
 LISTED = 60

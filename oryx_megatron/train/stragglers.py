@@ -27,7 +27,7 @@ class Stragglers:
     """Measures this rank's part of each step and compares it with its peers'.
 
     Args:
-        chunks: Model chunks whose gradients megatron-core finalizes; others (DeepSpeed's) are not measured.
+        chunks: Model chunks whose gradients megatron-core finalizes; those of another engine are not measured.
         threshold: faults.slow_rank; 0 measures nothing.
     """
 

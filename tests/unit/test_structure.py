@@ -34,3 +34,26 @@ def test_one_callback_a_file() -> None:
             [getattr(base, "id", "") for base in node.bases] for node in tree.body if isinstance(node, ast.ClassDef)
         ]
         assert sum("Callback" in names for names in bases) <= 1, path.name
+
+
+MAY_NAME_DEEPSPEED = {
+    "train/deepspeed.py": "the engine",
+    "config/schema.py": "its fields",
+    "config/validate.py": "their rules",
+    "checkpoint/store.py": "tells its checkpoints from ours",
+    "checkpoint/manifest.py": "the packages whose versions are recorded",
+    "doctor.py": "the packages that are looked for",
+    "__main__.py": "the command that converts its checkpoints",
+    "parallel/context.py": "cites DeepSpeed-Ulysses",
+}
+
+
+def test_deepspeed_is_a_plugin() -> None:
+    """Patches apart, what runs under `engine: megatron` does not know of it; the trainer finds an engine by its name."""
+    naming = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.parent.name != "compat" and "deepspeed" in path.read_text(encoding="utf-8").lower()
+    }
+    assert naming <= set(MAY_NAME_DEEPSPEED)
+    assert "train/deepspeed.py" in naming
