@@ -49,7 +49,7 @@ MAY_NAME_DEEPSPEED = {
 
 
 def test_deepspeed_is_a_plugin() -> None:
-    """Patches apart, what runs under `engine: megatron` does not know of it; the trainer finds an engine by its name."""
+    """Patches apart, what runs under `engine: megatron` does not know of it; engines are found by name."""
     naming = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
