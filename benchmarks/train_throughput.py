@@ -161,8 +161,9 @@ class Runner:
 
 def oryx(mixer: str, sequence: int, batch: int, precision: PrecisionConfig, kernels: KernelsConfig) -> Runner:
     model = load_model(f"1.4b-{mixer}")
-    backends.select(kernels, backends.Workload(model, precision.dtype))
-    print("kernels:", backends.describe(), flush=True)
+    work = backends.Workload(model, precision.dtype)
+    backends.select(kernels, work)
+    print("kernels:", backends.describe(work), flush=True)
     run = run_config(model, sequence, batch, precision)
     return Runner(replace(run, kernels=kernels))
 

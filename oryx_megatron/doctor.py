@@ -173,10 +173,11 @@ def _kernels() -> Iterator[Finding]:
 
     dtype = "bf16" if platform.has_gpu() else "fp32"
     for mixer in ("gdn", "mamba2"):
-        backends.select(KernelsConfig(), backends.Workload(load_model(f"1.4b-{mixer}"), dtype))
-        slow = platform.has_gpu() and "reference" in (backends.selected("attend"), backends.selected("mixer_steps"))
+        work = backends.Workload(load_model(f"1.4b-{mixer}"), dtype)
+        backends.select(KernelsConfig(), work)
+        slow = platform.has_gpu() and "reference" in (backends.selected("attend"), backends.mixer_steps())
         advice = "plain torch takes part: install what is absent above" if slow else ""
-        yield Finding("ok", f"kernels, {mixer}", backends.describe(), advice)
+        yield Finding("ok", f"kernels, {mixer}", backends.describe(work), advice)
 
 
 MARKS = {"ok": "ok", "absent": "-", "wrong": "WRONG"}

@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     share = share_of(run)
     parallel.initialize(share.parallel, seed=run.seed)
     try:
-        backends.select(run.kernels, backends.Workload(share.model, run.precision.dtype))
-        sys.stdout.write(f"kernels: {backends.describe()}\n")
+        work = backends.Workload(share.model, run.precision.dtype)
+        backends.select(run.kernels, work)
+        sys.stdout.write(f"kernels: {backends.describe(work)}\n")
         chunks = build_model(share.model, share.parallel, run.precision, seed=run.seed)
         sys.stdout.write(f"compiled and loaded in {compile_kernels(share, chunks):.0f} s\n")
     finally:

@@ -208,7 +208,7 @@ class Training:
         """
         experiment, run = self.experiment, self.run
         outcome = Outcome(experiment.name, run.model.name, run.seed, parameters=self.parameters, run=to_dict(run))
-        outcome.kernels = backends.describe()
+        outcome.kernels = backends.describe(backends.Workload(run.model, run.precision.dtype))
         outcome.device = torch.cuda.get_device_name() if platform.has_gpu() else "CPU"
         interval, tokens = experiment.scoring.interval, run.train.global_batch_size * experiment.task.length
         begun = reported = time.time()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConversionError
-from oryx_megatron.model.mixer import conv_parts, decay_proj_parts, in_proj_parts
+from oryx_megatron.model.parts import conv_parts, decay_proj_parts, in_proj_parts
 
 
 @dataclass(frozen=True)

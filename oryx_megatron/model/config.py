@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.ops import fused
+from oryx_megatron.ops import backends
 
 
 @dataclass
@@ -38,7 +38,7 @@ def transformer_config(
     dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
     gpu = platform.has_gpu() and not overrides.get("use_cpu_initialization", False)
     te_missing = platform.transformer_engine_missing() if gpu else "there is no GPU"
-    sorts = gpu and fused.in_use()
+    sorts = gpu and backends.mixer_steps() == "fused"
     interleaves = gpu and parallel.virtual_pipeline > 1
     fields: dict[str, Any] = {
         "oryx": model,

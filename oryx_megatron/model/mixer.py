@@ -1,28 +1,23 @@
 """OryxMixer: one block that processes each token by attention or by a linear recurrence (arXiv 2605.28769).
 
-Shapes: s sequence, b batch, d hidden size, H query heads, G key/value heads, N key width, P value width — H and G
-counted on this rank, that is divided by the tensor-parallel and inside the mixer by the context-parallel size too.
-
-    x [s, b, d] ─┬─ in_proj ───► key [G N] │ value [G P] │ query_attention [H N] │ query_recurrent [H N]
-                 │               │ output_gate [H P]
-                 └─ decay_proj ► mamba2: dt [H]; gdn: a [H] │ b [H]
-    key, value ── causal convolution, activation ──► k [s, b, G, N], v [s, b, G, P]        shared by both modes
-    attention-mode tokens:  o = softmax(rotary(norm(q_a)) · rotary(norm(k)) / √N) v
-    recurrent-mode tokens:  o = Sᵀ q_r with S advanced at every token, whatever its mode
-    y = out_proj(RMSNorm_P(o) ⊙ SiLU(output_gate))                                          shared by both modes
+It holds the parameters and calls the steps of a microbatch in their order; `model/steps.py` has the steps, beside the
+equations and the shapes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.gated_delta_net import _split_tensor_factory
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -30,69 +25,21 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from oryx_megatron import ops, platform
-from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron import platform
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.norm import HeadNorm
-from oryx_megatron.model.sequence import LayerState, SequenceInfo
-from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
-
-# order: rows of in_proj.weight on every tensor-parallel rank, each part with its own share of the heads.
-# key and value come first, so that the convolution reads one contiguous run of channels.
-
-
-def in_proj_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
-    """Name → rows of each part of `in_proj.weight`, in order, on one of `shards` equal shards of the heads."""
-    heads, groups = model.num_heads // shards, model.kv_heads // shards
-    parts = {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
-    if model.shared_query and model.modes == "both":
-        parts["query"] = heads * model.qk_head_dim
-    else:
-        if model.has_attention:
-            parts["query_attention"] = heads * model.qk_head_dim
-        if model.has_recurrence:
-            parts["query_recurrent"] = heads * model.qk_head_dim
-    if model.output_gate:
-        parts["output_gate"] = heads * model.v_head_dim
-    return parts
-
-
-def decay_proj_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
-    """Name → rows of each part of `decay_proj.weight`; empty for a model without recurrence."""
-    if not model.has_recurrence:
-        return {}
-    heads = model.num_heads // shards
-    return {"dt": heads} if model.mixer == "mamba2" else {"a": heads, "b": heads}
-
-
-def conv_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
-    """Name → channels of each part of `conv.weight`; empty for a model without convolution."""
-    if not model.conv_width:
-        return {}
-    groups = model.kv_heads // shards
-    return {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
-
-
-@dataclass
-class OryxMixerSubmodules:
-    """The linear layers of the mixer."""
-
-    in_proj: ModuleSpec | type
-    """Column-parallel, megatron-core's or TransformerEngine's."""
-    decay_proj: ModuleSpec | type
-    """Column-parallel and never in FP8: its width is no multiple of 16 and gates need the precision."""
-    out_proj: ModuleSpec | type
-    """Row-parallel."""
-    query_proj: ModuleSpec | type | None = None
-    """For the fused mixer, whose queries are projections of their own: its inputs are on every rank already."""
-
-
-class ConvWeight(torch.nn.Module):
-    """Taps of the depthwise convolution over key and value channels, [channels, width]."""
-
-    def __init__(self, config: OryxTransformerConfig, channels: int, width: int, device: torch.device | None) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(channels, width, dtype=config.params_dtype, device=device))
+from oryx_megatron.model.parts import (
+    ConvWeight,
+    OryxMixerSubmodules,
+    WithZeroGradients,
+    conv_parts,
+    decay_proj_parts,
+    in_proj_parts,
+    mark_tensor_parallel,
+)
+from oryx_megatron.model.sequence import SequenceInfo
+from oryx_megatron.model.steps import FusedSteps, Parts, ReferenceSteps, Steps
+from oryx_megatron.ops import fused
 
 
 class OryxMixer(MegatronModule):
@@ -123,7 +70,7 @@ class OryxMixer(MegatronModule):
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()
-        self.parts = in_proj_parts(model, tp)
+        self.separate_queries = submodules.query_proj is not None
         self.in_proj_rows = self._in_proj_rows(tp)
         self.decay_parts = decay_proj_parts(model, tp)
         self.conv_parts = conv_parts(model, tp)
@@ -158,7 +105,7 @@ class OryxMixer(MegatronModule):
         device = None if config.use_cpu_initialization else platform.device()
         if model.conv_width:
             self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width, device)
-            _mark_tensor_parallel(self.conv.weight)
+            mark_tensor_parallel(self.conv.weight)
         self.out_norm = HeadNorm(config, model.v_head_dim)
         if model.has_attention and model.qk_norm:
             self.query_norm = HeadNorm(config, model.qk_head_dim)
@@ -176,15 +123,48 @@ class OryxMixer(MegatronModule):
             for name in names:
                 value = torch.empty(model.num_heads // tp, dtype=torch.float32, device=device)
                 setattr(self, name, torch.nn.Parameter(value))
-                _mark_tensor_parallel(getattr(self, name))
+                mark_tensor_parallel(getattr(self, name))
+        if self.separate_queries:
+            self._add_query_projections(submodules)
+        self.head_steps = fused.HeadSteps(
+            silu=self.activation == "silu",
+            norm=model.qk_norm,
+            rope_theta=None if model.rotary == "none" else model.rope_theta,
+            l2=model.mixer == "gdn",
+            epsilon=config.layernorm_epsilon,
+        )
+        self.fp8_attention: list[Any] = []  # a list: its FP8 statistics are no part of the model's state
+        if self.separate_queries and config.fp8_dot_product_attention:
+            from oryx_megatron.model.te import fp8_attention
+
+            widths = (model.qk_head_dim, model.v_head_dim)
+            self.fp8_attention.append(fp8_attention(self.heads, self.groups, widths, self.tp_group))
 
     def _in_proj_rows(self, shards: int) -> dict[str, int]:
         """Name → rows of each part of `in_proj.weight` on one of `shards` equal shards of the heads."""
-        return in_proj_parts(self.model, shards)
+        rows = in_proj_parts(self.model, shards)
+        separate = ("query_attention", "query_recurrent") if self.separate_queries else ()
+        return {name: count for name, count in rows.items() if name not in separate}
+
+    def _add_query_projections(self, submodules: OryxMixerSubmodules) -> None:
+        for name, rows in in_proj_parts(self.model).items():
+            if name.startswith("query_"):
+                linear = build_module(
+                    submodules.query_proj,
+                    self.model.hidden_size,
+                    rows,
+                    config=self.config,
+                    init_method=self.config.init_method,
+                    tp_group=self.tp_group,
+                )
+                self.add_module(name, linear)
+        if hasattr(self.in_proj, "return_layernorm_output"):  # TransformerEngine's, with the norm inside
+            self.in_proj.return_layernorm_output = True
 
     def query_projections(self) -> dict[str, torch.nn.Module]:
         """Queries that are no rows of `in_proj`, by the name of their part."""
-        return {}
+        names = ("query_attention", "query_recurrent")
+        return {name: module for name, module in self.named_children() if name in names}
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -201,7 +181,8 @@ class OryxMixer(MegatronModule):
         Args:
             hidden_states: [s, b, d], normed; [s/tp, b, d] under sequence parallelism; s/cp under context parallelism.
             attention_mask: Ignored: causality and documents come with `packed_seq_params`.
-            packed_seq_params: Plan, documents, positions and, when decoding, the states, which are updated.
+            packed_seq_params: Plan, documents, positions and, when decoding, the states, which are updated. With
+                `layout` the tokens are expected in its order.
 
         Returns:
             [s, b, d] (sharded as the input), and no bias.
@@ -209,192 +190,80 @@ class OryxMixer(MegatronModule):
         info = packed_seq_params
         if not isinstance(info, SequenceInfo) or info.plan is None:
             raise TypeError("OryxMixer needs packed_seq_params=SequenceInfo(plan=…)")
-        recurs = info.states is not None or info.plan.attention_tokens < info.plan.length
-        projected, decay = self._project(hidden_states, recurs)
+        attention, length = info.plan.attention_tokens, info.plan.length
+        if (attention > 0 and not self.model.has_attention) or (attention < length and not self.model.has_recurrence):
+            raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {info.plan}")
+        steps: Steps = ReferenceSteps(self, info) if info.layout is None else FusedSteps(self, info.layout)
+        parts = steps.project(hidden_states)
         if self.config.recompute_mixer and self.training:
-            mixed = checkpoint(
-                lambda p, *d: self._mix(p, d[0] if d else None, info),
-                False,
-                projected,
-                *(() if decay is None else (decay,)),
-            )
+            mixed = self._recomputed(steps, parts)
         else:
-            mixed = self._mix(projected, decay, info)
-        output, _ = self.out_proj(mixed)
-        return output, None
+            mixed = self.mix(steps, parts)
+        if torch.is_grad_enabled() and (unused_parameters := steps.unused()):
+            mixed = WithZeroGradients.apply(mixed, *unused_parameters)
+        return self.out_proj(mixed)[0], None
 
-    def _project(self, hidden_states: Tensor, recurs: bool) -> tuple[Tensor, Tensor | None]:
-        """All parts of in_proj [s/cp, b, parts], and the logits of the gates [s/cp, b, H or 2 H] if the plan recurs."""
-        projected, _ = self.in_proj(hidden_states)
-        return projected, self.decay_proj(hidden_states)[0] if self.model.has_recurrence and recurs else None
-
-    def _mix(self, projected: Tensor, decay: Tensor | None, info: SequenceInfo) -> Tensor:
-        """[s/cp, b, parts] of in_proj and [s/cp, b, H or 2H] of decay_proj → [s/cp, b, H P], ready for out_proj."""
-        parts = dict(zip(self.parts, projected.split(list(self.parts.values()), dim=-1)))
-        gate = parts.pop("output_gate", None)
-        if decay is not None:
-            parts |= zip(self.decay_parts, decay.split(list(self.decay_parts.values()), dim=-1))
+    def mix(self, steps: Steps, parts: Parts) -> Tensor:
+        """What the projections gave → [s/c, b, H P], ready for out_proj."""
         if self.cp_group.size() > 1:
-            parts, projected = self._exchange(parts, info)
-        state = None if info.states is None else info.states.setdefault(self.layer_number, LayerState())
-        k, v = self._keys_values(projected, state, info)
-        o = self._outputs(parts, k, v, state, info)
-        # [b, s, H, P] → [s/cp, b, all H of this tensor-parallel rank, P]; the gate never left its tokens.
-        o = heads_to_sequence(o.transpose(0, 1), self.cp_group)
-        if gate is not None:
-            gate = gate.unflatten(-1, (-1, self.model.v_head_dim))
-        y = ops.gated_rms_norm(o, gate, self.out_norm.summed_weight(), self.out_norm.eps)
-        return y.flatten(2)
+            parts = steps.exchange(parts)
+        return steps.output(*self.mix_heads(steps, parts))
 
-    def _exchange(self, parts: dict[str, Tensor], info: SequenceInfo) -> tuple[dict[str, Tensor], Tensor]:
-        """Sequence shards of all heads → whole sequences of this context-parallel rank's heads, by one all-to-all.
+    def mix_heads(self, steps: Steps, parts: Parts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Outputs of both modes for whole sequences of this rank's heads, None for one that nothing reads; the gate."""
+        read = steps.keys_values(parts.keys_values)
+        o_attention = steps.attend(parts.query_attention, read)
+        o_recurrent = steps.recur(parts.query_recurrent, parts.logits, read)
+        return o_attention, o_recurrent, read.gate if parts.gate is None else parts.gate
 
-        Parts that no token of the plan reads stay out of it. Returns queries and gates [s, b, width/cp], and keys and
-        values side by side.
-        """
-        assert info.plan is not None
-        idle = "query_attention" if info.plan.attention_tokens == 0 else ""
-        if info.plan.attention_tokens == info.plan.length and info.states is None:
-            idle = "query_recurrent"
-        used = {name: part for name, part in parts.items() if name not in ("key", "value", idle)}
-        widths = [parts["key"].shape[-1], parts["value"].shape[-1]]
-        (projected, *others), _ = sequence_to_heads(
-            [torch.cat([parts["key"], parts["value"]], dim=-1), *used.values()],
-            [widths, *([part.shape[-1]] for part in used.values())],
-            self.cp_group,
-        )
-        return dict(zip(used, others)), projected
+    def _recomputed(self, steps: Steps, parts: Parts) -> Tensor:
+        """`mix`, computed again in the backward pass."""
+        names = [name for name, part in parts._asdict().items() if part is not None]
 
-    def _keys_values(self, projected: Tensor, state: LayerState | None, info: SequenceInfo) -> tuple[Tensor, Tensor]:
-        """k [b, s, G, N] and v [b, s, G, P], shared by both modes; advances the convolution window."""
-        key_rows, value_rows = self.groups * self.model.qk_head_dim, self.groups * self.model.v_head_dim
-        kv = projected[..., : key_rows + value_rows].transpose(0, 1)  # [b, s, channels]
-        if self.model.conv_width:
-            kv, window = ops.causal_conv(
-                kv,
-                self._conv_weight(),
-                activation=self.activation,
-                initial=None if state is None else state.window,
-                documents=info.documents,
-                final=state is not None,
-            )
-            if state is not None:
-                state.window = window
-        k, v = kv.split((key_rows, value_rows), dim=-1)
-        return k.unflatten(-1, (self.groups, -1)), v.unflatten(-1, (self.groups, -1))
+        def mix(*given: Tensor) -> Tensor:
+            return self.mix(steps, Parts(**dict(zip(names, given))))
 
-    def _outputs(
-        self,
-        parts: dict[str, Tensor],
-        k: Tensor,
-        v: Tensor,
-        state: LayerState | None,
-        info: SequenceInfo,
-    ) -> Tensor:
-        """o [b, s, H, P] of every token in its own mode; advances KV cache and recurrent state at every token.
+        return checkpoint(mix, False, *(getattr(parts, name) for name in names))
 
-        Without states to keep (training), a mode that no token uses is not computed; its parameters then get zero
-        gradients, because overlapped gradient reduction waits for every parameter in every step.
-        """
-        plan = info.plan
-        assert plan is not None
-        attends, recurs = plan.attention_tokens > 0, plan.attention_tokens < plan.length
-        o_attention = o_recurrent = None
-        unused: list[Tensor] = []
-        if self.model.has_attention:
-            if attends or state is not None:
-                o_attention = self._attend(parts, k, v, state, info)
+    def input(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """in_proj's parts [s, b, rows], and what the other projections read: with separate queries the normed input of
+        all tokens [s, b, d]."""
+        projected, _ = self.in_proj(hidden_states)
+        if not self.separate_queries:
+            return projected, hidden_states
+        normed = hidden_states
+        if isinstance(projected, tuple):
+            projected, normed = projected
+        if self.tp_group.size() > 1:
+            if self.config.sequence_parallel:
+                normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
             else:
-                unused += [norm.weight for norm in self._query_key_norms()]
-        if self.model.has_recurrence:
-            if recurs or state is not None:
-                o_recurrent = self._recur(parts, k, v, state, info)
-            else:
-                unused += [self.decay_proj.weight, *self._decay_parameters()]
-        if attends and recurs:
-            if o_attention is None or o_recurrent is None or info.attention_rows is None:
-                raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {plan}")
-            o = torch.where(info.attention_rows[None, :, None, None], o_attention, o_recurrent)
-        else:
-            chosen = o_attention if attends else o_recurrent
-            if chosen is None:
-                raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {plan}")
-            o = chosen
-        return WithZeroGradients.apply(o, *unused) if unused and torch.is_grad_enabled() else o
+                normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
+        return projected, normed
 
-    def _attend(
-        self, parts: dict[str, Tensor], k: Tensor, v: Tensor, state: LayerState | None, info: SequenceInfo
-    ) -> Tensor | None:
-        plan = info.plan
-        assert plan is not None
-        assert info.positions is not None
-        if self.model.qk_norm:
-            k = self.key_norm(k)
-        if self.model.rotary != "none":
-            k = ops.rotary(k, info.positions, self.model.rope_theta)
-        if state is not None:
-            k, v = state.append(k, v)
-        if plan.attention_tokens == 0:
-            return None
-        q = self._query(parts, "query_attention")
-        if self.model.qk_norm:
-            q = self.query_norm(q)
-        if self.model.rotary != "none":
-            q = ops.rotary(q, info.positions, self.model.rope_theta)
-        return ops.mode_attention(q, k, v, plan, documents=info.documents)
-
-    def _recur(
-        self,
-        parts: dict[str, Tensor],
-        k: Tensor,
-        v: Tensor,
-        state: LayerState | None,
-        info: SequenceInfo,
-    ) -> Tensor:
-        assert info.positions is not None
-        model = self.model
-        q = self._query(parts, "query_recurrent")
-        if model.rotary == "both":
-            q = ops.rotary(q, info.positions, model.rope_theta)
-            k = ops.rotary(k, info.positions, model.rope_theta)
-        logits = [parts[name].transpose(0, 1) for name in self.decay_parts]
-        common: dict[str, Any] = {
-            "dt_bias": self._own(self.dt_bias),
-            "a_log": self._own(self.a_log),
-            "initial": None if state is None else state.recurrent,
-            "documents": info.documents,
-            "final": state is not None,
-            "chunk": model.recurrence_chunk,
-        }
-        if model.mixer == "mamba2":
-            o, final = ops.ssd(q, k, v, logits[0], d=self._own(self.d), **common)
-        else:
-            o, final = ops.gated_delta_rule(q, k, v, logits[0], logits[1], **common)
-        if state is not None:
-            state.recurrent = final
-        return o
-
-    def _query(self, parts: dict[str, Tensor], name: str) -> Tensor:
-        """[b, s, H, N] of a mode's own query, or of the one that both share."""
-        return parts["query" if "query" in parts else name].transpose(0, 1).unflatten(-1, (self.heads, -1))
-
-    def _own(self, per_head: Tensor) -> Tensor:
+    def own(self, per_head: Tensor) -> Tensor:
         """What belongs to the heads that this context-parallel rank holds inside the mixer."""
         size = self.cp_group.size()
         return per_head if size == 1 else per_head.chunk(size)[self.cp_group.rank()]
 
-    def _conv_weight(self) -> Tensor:
+    def own_conv_weight(self) -> Tensor:
         """Taps of the channels that this context-parallel rank holds inside the mixer."""
         if self.cp_group.size() == 1:
             return self.conv.weight
         parts = self.conv.weight.split(list(self.conv_parts.values()))
         return torch.cat([part.chunk(self.cp_group.size())[self.cp_group.rank()] for part in parts])
 
-    def _query_key_norms(self) -> list[HeadNorm]:
-        return [self.query_norm, self.key_norm] if self.model.qk_norm else []
+    def attention_parameters(self) -> list[Tensor]:
+        """Those that only attention mode reads, besides the query's."""
+        normed = self.model.has_attention and self.model.qk_norm
+        return [self.query_norm.weight, self.key_norm.weight] if normed else []
 
-    def _decay_parameters(self) -> list[Tensor]:
-        return [self.a_log, self.dt_bias, *([self.d] if self.model.mixer == "mamba2" else [])]
+    def recurrent_parameters(self) -> list[Tensor]:
+        """Those that only recurrent mode reads, besides the query's."""
+        if not self.model.has_recurrence:
+            return []
+        own = [self.a_log, self.dt_bias, *([self.d] if self.model.mixer == "mamba2" else [])]
+        return [self.decay_proj.weight, *own]
 
     # --------------------------------------------------------------------------------------------- checkpoints
 
@@ -425,6 +294,8 @@ class OryxMixer(MegatronModule):
             if parts:
                 key = f"{prefix}{name}.weight"
                 result[key] = _split_tensor_factory(result[key], list(parts.values()), list(parts), 0)
+        for name in self.query_projections():  # the names of rows of in_proj: both kinds load into each other
+            result[f"{prefix}{name}.weight"].key = f"{prefix}in_proj.weight.{name}"
         return result
 
     # --------------------------------------------------------------------------------------- megatron-core's hooks
@@ -433,21 +304,3 @@ class OryxMixer(MegatronModule):
         """Delayed weight gradients, when megatron-core asks for them."""
         for linear in (self.in_proj, self.out_proj):
             linear.backward_dw()
-
-
-class WithZeroGradients(torch.autograd.Function):
-    """Identity on the first tensor that gives the others zero gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return (grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others))
-
-
-def _mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
-    for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
-        setattr(parameter, name, value)

@@ -14,9 +14,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from oryx_megatron import compat
 from oryx_megatron.model.config import OryxTransformerConfig
-from oryx_megatron.model.fused import FusedMLP, FusedOryxMixer, LocalLinear
-from oryx_megatron.model.mixer import OryxMixer, OryxMixerSubmodules
+from oryx_megatron.model.mixer import OryxMixer
+from oryx_megatron.model.mlp import FusedMLP
 from oryx_megatron.model.norm import RMSNorm
+from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules
 from oryx_megatron.ops import fused
 
 compat.megatron.quiet_layers()
@@ -72,15 +73,14 @@ def _layer_spec(
     fc2: type,
     **layer: Any,
 ) -> ModuleSpec:
-    separate_queries = "query_proj" in mixer
-    decay_proj = LocalLinear if separate_queries else ColumnParallelLinear
+    decay_proj = LocalLinear if "query_proj" in mixer else ColumnParallelLinear
     activation = fused.SwiGLU if config.use_te_activation_func else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=input_layernorm,
             self_attention=ModuleSpec(
-                module=FusedOryxMixer if separate_queries else OryxMixer,
+                module=OryxMixer,
                 submodules=OryxMixerSubmodules(decay_proj=decay_proj, **mixer),
             ),
             self_attn_bda=get_bias_dropout_add,

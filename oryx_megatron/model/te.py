@@ -1,4 +1,4 @@
-"""TransformerEngine's linears as the fused mixer needs them. Import only where TransformerEngine is installed."""
+"""TransformerEngine's linears as mixers with separate queries need them. Import only where it is installed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.model.fused import FusedOryxMixer
+from oryx_megatron.model.mixer import OryxMixer
+from oryx_megatron.model.steps import FusedSteps, Parts
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import TokenLayout, fused
 
@@ -31,7 +32,7 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
         Seconds it took.
     """
     begun = time.perf_counter()
-    mixers = (m for chunk in chunks for m in chunk.modules() if isinstance(m, FusedOryxMixer))
+    mixers = (m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer)
     mixer = next(mixers, None)
     if mixer is not None:
         model, length, batch = run.model, run.data.sequence_length, run.train.micro_batch_size
@@ -65,33 +66,32 @@ def compile_in_turn(run: RunConfig, chunks: list[Any]) -> float:
     return time.perf_counter() - begun
 
 
-def _step(mixer: FusedOryxMixer, layout: TokenLayout, batch: int) -> None:
+def _step(mixer: OryxMixer, layout: TokenLayout, batch: int) -> None:
     """What a mixer does between its projections, without the exchange of context parallelism."""
-    model, size = mixer.model, mixer.cp_group.size()
+    model, size, steps = mixer.model, mixer.cp_group.size(), FusedSteps(mixer, layout)
     queries, outputs = mixer.heads * model.qk_head_dim, mixer.heads * size * model.v_head_dim
-    kept = mixer.parts.get("output_gate", 0) if size == 1 else 0  # under context parallelism it stays with its rows
-    inputs: list[Tensor | None] = [
+    kept = mixer.in_proj_rows.get("output_gate", 0) if size == 1 else 0  # else it stays with its rows
+    logits = sum(mixer.decay_parts.values()) // size
+    parts = Parts(
         _random(layout.length, batch, mixer.groups * (model.qk_head_dim + model.v_head_dim) + kept, like=mixer),
         _random(layout.attention, batch, queries, like=mixer) if layout.attention else None,
         _random(layout.recurrent, batch, queries, like=mixer) if layout.recurrent else None,
-        None,
-    ]
-    if layout.recurrent:
-        inputs[3] = _random(layout.length, batch, sum(mixer.decay_parts.values()) // size, like=mixer)
-    o_attention, o_recurrent, gate = mixer.mix_heads(*inputs, layout)  # type: ignore[arg-type, call-arg]
-    given = [x for x in inputs if x is not None]
+        _random(layout.length, batch, logits, like=mixer) if layout.recurrent else None,
+    )
+    o_attention, o_recurrent, gate = mixer.mix_heads(steps, parts)
+    given = [x for x in parts if x is not None]
     if size == 1:
-        _backward(mixer.norm_rows(o_attention, o_recurrent, gate, layout), given)
+        _backward(steps.norm_rows(o_attention, o_recurrent, gate, layout), given)
         return
     _backward(fused.in_rows(o_attention, o_recurrent, layout), given)
     shard = layout.shard(size)
     rows = _random(shard.length, batch, outputs, like=mixer)
     gate = _random(shard.length, batch, outputs, like=mixer) if model.output_gate else None
     o = rows.unflatten(-1, (-1, model.v_head_dim)).transpose(0, 1)
-    _backward(mixer.norm_rows(o, None, gate, shard), [x for x in (rows, gate) if x is not None])
+    _backward(steps.norm_rows(o, None, gate, shard), [x for x in (rows, gate) if x is not None])
 
 
-def _random(*shape: int, like: FusedOryxMixer) -> Tensor:
+def _random(*shape: int, like: OryxMixer) -> Tensor:
     dtype = like.config.params_dtype  # not that of its first parameter: decays stay in fp32
     return torch.randn(*shape, dtype=dtype, device=platform.device(), requires_grad=True)
 

@@ -99,17 +99,19 @@ def _flash4(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     )[0]
 
 
-def _flash4_missing() -> str | None:
+def _flash4_missing(work: backends.Workload | None = None) -> str | None:
     if reason := platform.missing_package("flash_attn.cute", gpu=True):
         return "flash-attn-4 is not installed" if "installed" in reason else reason
     if platform.capability()[0] not in (9, 10):
         return "flash-attn-4's block-sparse backward needs a Hopper or Blackwell GPU"
-    need = backends.workload()
-    if need is None:
+    if work is None:
         return None
-    if need.dtype == "fp32":
+    return _flash4_declines(work.dtype, (work.model.qk_head_dim, work.model.v_head_dim))
+
+
+def _flash4_declines(dtype: str, widths: tuple[int, int]) -> str | None:
+    if dtype == "fp32":
         return "flash-attn-4 computes in bf16; set precision.dtype: bf16"
-    widths = (need.model.qk_head_dim, need.model.v_head_dim)
     if any(width % 8 or width > 128 for width in widths):
         return f"flash-attn-4 takes heads of up to 128, in eights, not {widths[0]} and {widths[1]}"
     return None
@@ -159,7 +161,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     return o.transpose(1, 2).index_select(1, tokens)
 
 
-def _flex_missing() -> str | None:
+def _flex_missing(work: backends.Workload | None = None) -> str | None:
     return platform.missing_package("triton", gpu=True)
 
 
@@ -186,7 +188,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     return _in_rows(q, k, v, layout, mode_attention.__wrapped__)  # type: ignore[attr-defined]
 
 
-def _no_gpu() -> str | None:
+def _no_gpu(work: backends.Workload | None = None) -> str | None:
     return None if platform.has_gpu() else "there is no GPU"
 
 
@@ -205,13 +207,22 @@ def _te_attention(heads: int, groups: int, qk_head_dim: int, v_head_dim: int) ->
 def _te(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     """Whole sequences by TransformerEngine, in FP8 where its recipe says so; mixed plans by the best of the others."""
     if layout.recurrent or layout.isolated:
-        mixed = next(rows for rows, missing in _MIXED if missing() is None)
-        return mixed(q, k, v, layout)
+        return _mixed(q.dtype, (q.shape[3], v.shape[3]))(q, k, v, layout)
     module = _te_attention(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     return module(q, k, v).unflatten(-1, (q.shape[2], v.shape[3]))
 
 
-_MIXED = ((_flash4, _flash4_missing), (_flex, _flex_missing), (_sdpa, _no_gpu))
+def _mixed(dtype: torch.dtype, widths: tuple[int, int]) -> Any:
+    """The best backend of a mixed plan beside TransformerEngine's."""
+    name = "fp32" if dtype is torch.float32 else "bf16"
+    if (_flash4_missing() or _flash4_declines(name, widths)) is None:
+        return _flash4
+    return _flex if _flex_missing() is None else _sdpa
+
+
+def _te_missing(work: backends.Workload | None = None) -> str | None:
+    return platform.transformer_engine_missing()
+
 
 # --------------------------------------------------------------------------------------- the same for tokens in order
 
@@ -251,7 +262,7 @@ for _name, _rows, _missing, _rank in (
     ("flash4", _flash4, _flash4_missing, 30),
     ("flex", _flex, _flex_missing, 20),
     ("sdpa", _sdpa, _no_gpu, 10),
-    ("te", _te, platform.transformer_engine_missing, 5),
+    ("te", _te, _te_missing, 5),
 ):
     backends.register("attention", "attend", _name, _rows, missing=_missing, rank=_rank)
     backends.register("attention", "mode_attention", _name, _by_token(_rows), missing=_missing, rank=_rank)

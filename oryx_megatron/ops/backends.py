@@ -1,8 +1,10 @@
 """Which implementation runs behind each function of ops/: chosen once, at start-up, from KernelsConfig.
 
 A public function is decorated with `dispatched(part)`; its own body is the reference backend. Another backend adds
-itself with `register`, in a module that ops/__init__.py imports, and says by `missing` why it cannot serve on this
-machine. `select` applies the configuration; until it is called everything runs on the reference.
+itself with `register`, in a module that ops/__init__.py imports, and says by `missing` why it cannot serve a workload
+on this machine. `select` applies the configuration; until it is called everything runs on the reference.
+
+The steps of a mixer are chosen as a whole (`register_steps`): fused ones need kernels for each of them.
 """
 
 from __future__ import annotations
@@ -18,19 +20,7 @@ from oryx_megatron.errors import ConfigError
 
 A = ParamSpec("A")
 R = TypeVar("R")
-PARTS = tuple(field.name for field in fields(KernelsConfig) if field.name not in ("graphs", "cache_dir"))
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of one function."""
-
-    name: str
-    call: Callable
-    missing: Callable[[], str | None]
-    """Why this machine cannot use it, or None; asked once per selection, may import."""
-    rank: int
-    """`auto` takes the highest rank that is present; the reference has 0."""
+PARTS = tuple(field.name for field in fields(KernelsConfig) if field.name not in ("mixer", "graphs", "cache_dir"))
 
 
 @dataclass(frozen=True)
@@ -47,13 +37,30 @@ class Workload:
         return "ssd" if self.model.mixer == "mamba2" else "gated_delta_rule"
 
 
+Missing = Callable[[Workload | None], str | None]
+"""Why this machine cannot use a backend, or why it does not serve the workload (None: any); else None. May import."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one function."""
+
+    name: str
+    call: Callable
+    missing: Missing
+    rank: int
+    """`auto` takes the highest rank that is present; the reference has 0."""
+
+
 FUSED_RECURRENCE = {"gated_delta_rule": "fla", "ssd": "triton"}
 """Backends that the fused mixer can hand ready gates to."""
-_workload: Workload | None = None
 _backends: dict[str, dict[str, dict[str, Backend]]] = {part: {} for part in PARTS}
 """part -> function -> backend name -> backend"""
 _selected: dict[str, Backend] = {}
 """function -> the backend its calls go to"""
+_steps: dict[str, Missing] = {"reference": lambda work: None}
+"""Sets of steps of a mixer, the best one last."""
+_selected_steps = "reference"
 
 
 def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
@@ -61,7 +68,7 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
 
     def decorate(reference: Callable[A, R]) -> Callable[A, R]:
         name = reference.__name__
-        register(part, name, "reference", reference, missing=lambda: None, rank=0)
+        register(part, name, "reference", reference, missing=lambda work: None, rank=0)
 
         @functools.wraps(reference)  # also gives `__wrapped__`, the reference itself
         def call(*args: A.args, **kwargs: A.kwargs) -> R:
@@ -72,9 +79,7 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
     return decorate
 
 
-def register(
-    part: str, function: str, backend: str, call: Callable, *, missing: Callable[[], str | None], rank: int
-) -> None:
+def register(part: str, function: str, backend: str, call: Callable, *, missing: Missing, rank: int) -> None:
     """Add an implementation of `function` (same signature and contract as its reference) under the name `backend`."""
     known = _backends[part].setdefault(function, {})
     if backend in known:
@@ -84,9 +89,9 @@ def register(
         _selected[function] = known[backend]
 
 
-def workload() -> Workload | None:
-    """What `select` was last told to serve; None when nothing is known, for instance in tests of single kernels."""
-    return _workload
+def register_steps(name: str, *, missing: Missing) -> None:
+    """Add a set of steps that mixers can be composed with; better than those before it."""
+    _steps[name] = missing
 
 
 def selected(function: str) -> str:
@@ -94,14 +99,18 @@ def selected(function: str) -> str:
     return _selected[function].name
 
 
+def mixer_steps() -> str:
+    """Name of the set of steps that mixers are built with."""
+    return _selected_steps
+
+
 def select(kernels: KernelsConfig, work: Workload | None = None) -> None:
-    """Choose the backends of all functions, such that they serve `work`.
+    """Choose the backends of all functions, and the mixer's steps, such that they serve `work` (None: any).
 
     A backend asked for by name must be present and serve at least one function of its part (for recurrences, the
     model's own); the part's other functions then stay on the reference. Raises ConfigError.
     """
-    global _workload
-    _workload = work
+    global _selected_steps
     if work is not None and kernels.recurrence not in ("auto", *_backends["recurrence"][work.recurrence]):
         known = ", ".join(sorted(_backends["recurrence"][work.recurrence]))
         raise ConfigError(
@@ -110,51 +119,76 @@ def select(kernels: KernelsConfig, work: Workload | None = None) -> None:
         )
     chosen: dict[str, Backend] = {}
     for part in PARTS:
-        chosen |= _choose(part, getattr(kernels, part))
-    if work is not None and work.model.has_recurrence and chosen["mixer_steps"].name == "fused":
+        chosen |= _choose(part, getattr(kernels, part), work)
+    steps = _choose_steps(kernels.mixer, work)
+    if work is not None and work.model.has_recurrence and steps == "fused":
         wanted, found = FUSED_RECURRENCE[work.recurrence], chosen[work.recurrence].name
         if wanted != found and kernels.mixer == "fused":
             raise ConfigError(f"kernels.mixer: fused needs kernels.recurrence {wanted}, not {found}")
         if wanted != found:
-            chosen["mixer_steps"] = _backends["mixer"]["mixer_steps"]["reference"]
+            steps = "reference"
     _selected.update(chosen)
+    _selected_steps = steps
 
 
-def _choose(part: str, asked: str) -> dict[str, Backend]:
+def _choose(part: str, asked: str, work: Workload | None = None) -> dict[str, Backend]:
     functions = _backends[part]
     if asked == "auto":
         best = {}
         for function, known in functions.items():
             ranked = sorted(known.values(), key=lambda backend: -backend.rank)
-            best[function] = next(backend for backend in ranked if backend.missing() is None)
+            best[function] = next(backend for backend in ranked if backend.missing(work) is None)
         return best
     if not any(asked in known for known in functions.values()):
-        present = sorted({name for known in functions.values() for name in known})
-        raise ConfigError(
-            f"kernels.{part}: there is no backend {asked} here; choose auto or one of {', '.join(present)}"
-        )
+        raise _unknown(part, asked, {name for known in functions.values() for name in known})
     chosen = {function: known.get(asked, known["reference"]) for function, known in functions.items()}
     for backend in chosen.values():
-        if reason := backend.missing():
-            raise ConfigError(f"kernels.{part}: {asked} cannot be used here ({reason}); install it or set auto")
+        if reason := backend.missing(work):
+            raise _unusable(part, asked, reason)
     return chosen
 
 
-def describe() -> str:
-    """The selection in one line, e.g. `attention=flash4, recurrence=fla, …`; of both mixers while no model is known."""
+def _choose_steps(asked: str, work: Workload | None) -> str:
+    if asked == "auto":
+        return next(name for name, missing in reversed(_steps.items()) if missing(work) is None)
+    if asked not in _steps:
+        raise _unknown("mixer", asked, set(_steps))
+    if reason := _steps[asked](work):
+        raise _unusable("mixer", asked, reason)
+    return asked
+
+
+def _unknown(part: str, asked: str, known: set[str]) -> ConfigError:
+    return ConfigError(
+        f"kernels.{part}: there is no backend {asked} here; choose auto or one of {', '.join(sorted(known))}"
+    )
+
+
+def _unusable(part: str, asked: str, reason: str) -> ConfigError:
+    return ConfigError(f"kernels.{part}: {asked} cannot be used here ({reason}); install it or set auto")
+
+
+def describe(work: Workload | None = None) -> str:
+    """The selection in one line, e.g. `attention=flash4, recurrence=fla, …`; of both recurrences without `work`."""
     names = {part: sorted({_selected[function].name for function in _backends[part]}) for part in PARTS}
-    if _workload is not None:
-        names["recurrence"] = [selected(_workload.recurrence)] if _workload.model.has_recurrence else []
+    if work is not None:
+        names["recurrence"] = [selected(work.recurrence)] if work.model.has_recurrence else []
+    names["mixer"] = [_selected_steps]
     return ", ".join(f"{part}={'+'.join(backends)}" for part, backends in names.items() if backends)
 
 
 @contextmanager
 def use(**parts: str) -> Iterator[None]:
     """Select backends of some parts inside a `with` (tests, benchmarks), e.g. `use(attention="reference")`."""
-    before = dict(_selected)
+    global _selected_steps
+    before, steps = dict(_selected), _selected_steps
     try:
         for part, asked in parts.items():
-            _selected.update(_choose(part, asked))
+            if part == "mixer":
+                _selected_steps = _choose_steps(asked, None)
+            else:
+                _selected.update(_choose(part, asked))
         yield
     finally:
         _selected.update(before)
+        _selected_steps = steps

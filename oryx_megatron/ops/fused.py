@@ -30,14 +30,13 @@ RESET = 80.0
 _TILE = {"BLOCK": 16, "num_warps": 4}
 
 
-def missing() -> str | None:
-    """Why these kernels cannot be used here, or serve the run's model, or None."""
+def missing(work: backends.Workload | None = None) -> str | None:
+    """Why these kernels cannot be used here, or do not serve the model, or None."""
     if reason := platform.missing_package("triton", gpu=True):
         return reason
-    need = backends.workload()
-    if need is None:
+    if work is None:
         return None
-    model = need.model
+    model = work.model
     for name, width in (("qk_head_dim", model.qk_head_dim), ("v_head_dim", model.v_head_dim)):
         if width not in (16, 32, 64, 128, 256):
             return f"model.{name} {width} is not a power of two from 16 to 256"
@@ -48,17 +47,7 @@ def missing() -> str | None:
     return None
 
 
-def in_use() -> bool:
-    """Whether the run's mixers are fused."""
-    return backends.selected("mixer_steps") == "fused"
-
-
-def _named() -> None:
-    """Stands for the steps in the registry: they are chosen as a whole, by the model."""
-
-
-backends.register("mixer", "mixer_steps", "reference", _named, missing=lambda: None, rank=0)
-backends.register("mixer", "mixer_steps", "fused", _named, missing=missing, rank=10)
+backends.register_steps("fused", missing=missing)
 
 
 @cache

@@ -281,27 +281,25 @@ def _ssd_by_mamba(
     return (out[0], out[1].transpose(-1, -2).float()) if final else (out, None)
 
 
-def _fla_missing() -> str | None:
+def _fla_missing(work: backends.Workload | None) -> str | None:
     if reason := platform.missing_package("fla", gpu=True):
         return reason
-    need = backends.workload()
-    if need is not None and need.dtype == "fp32":
+    if work is not None and work.dtype == "fp32":
         return "it computes in bf16; set precision.dtype: bf16 or kernels.recurrence: reference"
-    return platform.wrong_triton_for_fla(need is not None and need.model.qk_head_dim == need.model.v_head_dim == 128)
+    return platform.wrong_triton_for_fla(work is not None and work.model.qk_head_dim == work.model.v_head_dim == 128)
 
 
-def _triton_missing() -> str | None:
+def _triton_missing(work: backends.Workload | None) -> str | None:
     if reason := platform.missing_package("triton", gpu=True):
         return reason
-    need = backends.workload()
-    if need is not None:
-        for name, width in (("qk_head_dim", need.model.qk_head_dim), ("v_head_dim", need.model.v_head_dim)):
+    if work is not None:
+        for name, width in (("qk_head_dim", work.model.qk_head_dim), ("v_head_dim", work.model.v_head_dim)):
             if width not in (16, 32, 64, 128):
                 return f"model.{name} {width} is not 16, 32, 64 or 128"
     return None
 
 
-def _mamba_missing() -> str | None:
+def _mamba_missing(work: backends.Workload | None) -> str | None:
     return platform.missing_package("mamba_ssm", gpu=True)
 
 

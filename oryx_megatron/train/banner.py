@@ -25,7 +25,7 @@ def reproduction(run: RunConfig, layout: Layout) -> list[str]:
         "layout": f"{layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × context {layout.cp} × data "
         f"{layout.dp}, {layout.microbatches} microbatches per step",
         "host": f"{socket.gethostname()}, {platform.describe()}",
-        "kernels": backends.describe(),
+        "kernels": backends.describe(backends.Workload(run.model, run.precision.dtype)),
     }
     lines = []
     for name, text in facts.items():

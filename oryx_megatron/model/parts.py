@@ -1,0 +1,159 @@
+"""Parts of the mixer's weights, and the linear layers and autograd functions that it is made of besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.model.config import OryxTransformerConfig
+
+# order: rows of in_proj.weight on every tensor-parallel rank, each part with its own share of the heads.
+# key and value come first, so that the convolution reads one contiguous run of channels.
+
+
+def in_proj_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
+    """Name → rows of each part of `in_proj.weight`, in order, on one of `shards` equal shards of the heads."""
+    heads, groups = model.num_heads // shards, model.kv_heads // shards
+    parts = {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
+    if model.shared_query and model.modes == "both":
+        parts["query"] = heads * model.qk_head_dim
+    else:
+        if model.has_attention:
+            parts["query_attention"] = heads * model.qk_head_dim
+        if model.has_recurrence:
+            parts["query_recurrent"] = heads * model.qk_head_dim
+    if model.output_gate:
+        parts["output_gate"] = heads * model.v_head_dim
+    return parts
+
+
+def decay_proj_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
+    """Name → rows of each part of `decay_proj.weight`; empty for a model without recurrence."""
+    if not model.has_recurrence:
+        return {}
+    heads = model.num_heads // shards
+    return {"dt": heads} if model.mixer == "mamba2" else {"a": heads, "b": heads}
+
+
+def conv_parts(model: ModelConfig, shards: int = 1) -> dict[str, int]:
+    """Name → channels of each part of `conv.weight`; empty for a model without convolution."""
+    if not model.conv_width:
+        return {}
+    groups = model.kv_heads // shards
+    return {"key": groups * model.qk_head_dim, "value": groups * model.v_head_dim}
+
+
+@dataclass
+class OryxMixerSubmodules:
+    """The linear layers of the mixer."""
+
+    in_proj: ModuleSpec | type
+    """Column-parallel, megatron-core's or TransformerEngine's."""
+    decay_proj: ModuleSpec | type
+    """Column-parallel and never in FP8: its width is no multiple of 16 and gates need the precision."""
+    out_proj: ModuleSpec | type
+    """Row-parallel."""
+    query_proj: ModuleSpec | type | None = None
+    """For queries that are projections of their own, so that each is computed for some rows only; its inputs are on
+    every rank already. None: queries are rows of in_proj."""
+
+
+class ConvWeight(torch.nn.Module):
+    """Taps of the depthwise convolution over key and value channels, [channels, width]."""
+
+    def __init__(self, config: OryxTransformerConfig, channels: int, width: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(channels, width, dtype=config.params_dtype, device=device))
+
+
+class LocalLinear(torch.nn.Module):
+    """Column shard of a linear layer whose input is whole on every tensor-parallel rank; never in FP8."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: OryxTransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        device = None if config.use_cpu_initialization else platform.device()
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size // tp_group.size(), input_size, dtype=config.params_dtype, device=device)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[…, input_size] → […, output_size / tp], and no bias."""
+        return F.linear(x, self.weight), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The weight with its place in the whole one."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        state = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+class WithZeroGradients(torch.autograd.Function):
+    """Identity on the first tensor that gives the others zero gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [(other.shape, other.dtype, other.device) for other in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.others))
+
+
+class Rows(torch.autograd.Function):
+    """x, its first rows, and its last rows; the gradients of the three meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.first, ctx.last, ctx.shape = first, last, x.shape
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x[:first], x[last:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        whole, head, tail = grads
+        first, last, length = ctx.first, ctx.last, ctx.shape[0]
+        pieces = [(0, first, head), (last, length, tail)]
+        given = [(start, stop, grad) for start, stop, grad in pieces if grad is not None and stop > start]
+        if whole is None and len(given) == 1 and given[0][:2] == (0, length):
+            return given[0][2], None, None
+        like = next((grad for grad in grads if grad is not None), None)
+        if like is None:
+            return None, None, None
+        overlap = len(given) == 2 and given[0][1] > given[1][0]
+        covered = (len(given) == 2 and not overlap) or any(piece[:2] == (0, length) for piece in given)
+        if whole is None or overlap or not covered:
+            total = like.new_zeros(ctx.shape) if whole is None else whole.clone()
+            for start, stop, grad in given:
+                total[start:stop] += grad
+        else:
+            total = torch.empty_like(whole)
+            for start, stop, grad in given:
+                torch.add(whole[start:stop], grad, out=total[start:stop])
+        return total, None, None
+
+
+def mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
+    """As megatron-core marks the shards of a tensor, cut along its first axis."""
+    for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
+        setattr(parameter, name, value)
