@@ -99,17 +99,19 @@ def _flash4(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     )[0]
 
 
-def _flash4_missing(work: backends.Workload | None = None) -> str | None:
+def _flash4_missing() -> str | None:
     if reason := platform.missing_package("flash_attn.cute", gpu=True):
         return "flash-attn-4 is not installed" if "installed" in reason else reason
     if platform.capability()[0] not in (9, 10):
         return "flash-attn-4's block-sparse backward needs a Hopper or Blackwell GPU"
-    if work is None:
-        return None
-    return _flash4_declines(work.dtype, (work.model.qk_head_dim, work.model.v_head_dim))
+    return None
 
 
-def _flash4_declines(dtype: str, widths: tuple[int, int]) -> str | None:
+def _flash4_declines(work: backends.Workload | None) -> str | None:
+    return None if work is None else _flash4_refuses(work.dtype, (work.model.qk_head_dim, work.model.v_head_dim))
+
+
+def _flash4_refuses(dtype: str, widths: tuple[int, int]) -> str | None:
     if dtype == "fp32":
         return "flash-attn-4 computes in bf16; set precision.dtype: bf16"
     if any(width % 8 or width > 128 for width in widths):
@@ -161,7 +163,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     return o.transpose(1, 2).index_select(1, tokens)
 
 
-def _flex_missing(work: backends.Workload | None = None) -> str | None:
+def _flex_missing() -> str | None:
     return platform.missing_package("triton", gpu=True)
 
 
@@ -188,7 +190,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     return _in_rows(q, k, v, layout, mode_attention.__wrapped__)  # type: ignore[attr-defined]
 
 
-def _no_gpu(work: backends.Workload | None = None) -> str | None:
+def _no_gpu() -> str | None:
     return None if platform.has_gpu() else "there is no GPU"
 
 
@@ -215,13 +217,9 @@ def _te(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
 def _mixed(dtype: torch.dtype, widths: tuple[int, int]) -> Any:
     """The best backend of a mixed plan beside TransformerEngine's."""
     name = "fp32" if dtype is torch.float32 else "bf16"
-    if (_flash4_missing() or _flash4_declines(name, widths)) is None:
+    if (_flash4_missing() or _flash4_refuses(name, widths)) is None:
         return _flash4
     return _flex if _flex_missing() is None else _sdpa
-
-
-def _te_missing(work: backends.Workload | None = None) -> str | None:
-    return platform.transformer_engine_missing()
 
 
 # --------------------------------------------------------------------------------------- the same for tokens in order
@@ -258,11 +256,11 @@ def _layout(plan: ModePlan, device: torch.device, documents: Tensor | None) -> T
     return _last_layout[1]
 
 
-for _name, _rows, _missing, _rank in (
-    ("flash4", _flash4, _flash4_missing, 30),
-    ("flex", _flex, _flex_missing, 20),
-    ("sdpa", _sdpa, _no_gpu, 10),
-    ("te", _te, _te_missing, 5),
+for _name, _rows, _missing, _declines, _rank in (
+    ("flash4", _flash4, _flash4_missing, _flash4_declines, 30),
+    ("flex", _flex, _flex_missing, backends.serves_all, 20),
+    ("sdpa", _sdpa, _no_gpu, backends.serves_all, 10),
+    ("te", _te, platform.transformer_engine_missing, backends.serves_all, 5),
 ):
-    backends.register("attention", "attend", _name, _rows, missing=_missing, rank=_rank)
-    backends.register("attention", "mode_attention", _name, _by_token(_rows), missing=_missing, rank=_rank)
+    for _function, _call in (("attend", _rows), ("mode_attention", _by_token(_rows))):
+        backends.register("attention", _function, _name, _call, missing=_missing, declines=_declines, rank=_rank)

@@ -1,8 +1,9 @@
 """Which implementation runs behind each function of ops/: chosen once, at start-up, from KernelsConfig.
 
 A public function is decorated with `dispatched(part)`; its own body is the reference backend. Another backend adds
-itself with `register`, in a module that ops/__init__.py imports, and says by `missing` why it cannot serve a workload
-on this machine. `select` applies the configuration; until it is called everything runs on the reference.
+itself with `register`, in a module that ops/__init__.py imports, and says by `missing` why this machine cannot use it,
+by `declines` why it does not serve a workload. `select` applies the configuration; until it is called everything runs
+on the reference.
 
 The steps of a mixer are chosen as a whole (`register_steps`): fused ones need kernels for each of them.
 """
@@ -37,8 +38,10 @@ class Workload:
         return "ssd" if self.model.mixer == "mamba2" else "gated_delta_rule"
 
 
-Missing = Callable[[Workload | None], str | None]
-"""Why this machine cannot use a backend, or why it does not serve the workload (None: any); else None. May import."""
+Missing = Callable[[], str | None]
+"""Why this machine cannot use something, or None; asked once per selection, may import."""
+Declines = Callable[[Workload | None], str | None]
+"""Why it does not serve a workload (None: nothing is known), or None."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,17 @@ class Backend:
     name: str
     call: Callable
     missing: Missing
+    declines: Declines
     rank: int
     """`auto` takes the highest rank that is present; the reference has 0."""
+
+    def unfit(self, work: Workload | None) -> str | None:
+        """Why it cannot be used here for `work`, or None."""
+        return self.missing() or self.declines(work)
+
+
+def serves_all(work: Workload | None) -> None:
+    """Declines nothing."""
 
 
 FUSED_RECURRENCE = {"gated_delta_rule": "fla", "ssd": "triton"}
@@ -58,7 +70,7 @@ _backends: dict[str, dict[str, dict[str, Backend]]] = {part: {} for part in PART
 """part -> function -> backend name -> backend"""
 _selected: dict[str, Backend] = {}
 """function -> the backend its calls go to"""
-_steps: dict[str, Missing] = {"reference": lambda work: None}
+_steps: dict[str, Callable[[Workload | None], str | None]] = {"reference": serves_all}
 """Sets of steps of a mixer, the best one last."""
 _selected_steps = "reference"
 
@@ -68,7 +80,7 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
 
     def decorate(reference: Callable[A, R]) -> Callable[A, R]:
         name = reference.__name__
-        register(part, name, "reference", reference, missing=lambda work: None, rank=0)
+        register(part, name, "reference", reference, missing=lambda: None, rank=0)
 
         @functools.wraps(reference)  # also gives `__wrapped__`, the reference itself
         def call(*args: A.args, **kwargs: A.kwargs) -> R:
@@ -79,19 +91,28 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
     return decorate
 
 
-def register(part: str, function: str, backend: str, call: Callable, *, missing: Missing, rank: int) -> None:
+def register(
+    part: str,
+    function: str,
+    backend: str,
+    call: Callable,
+    *,
+    missing: Missing,
+    rank: int,
+    declines: Declines = serves_all,
+) -> None:
     """Add an implementation of `function` (same signature and contract as its reference) under the name `backend`."""
     known = _backends[part].setdefault(function, {})
     if backend in known:
         raise ValueError(f"backend {backend} of {function} is registered twice")
-    known[backend] = Backend(backend, call, missing, rank)
+    known[backend] = Backend(backend, call, missing, declines, rank)
     if backend == "reference":
         _selected[function] = known[backend]
 
 
-def register_steps(name: str, *, missing: Missing) -> None:
+def register_steps(name: str, *, missing: Missing, declines: Declines) -> None:
     """Add a set of steps that mixers can be composed with; better than those before it."""
-    _steps[name] = missing
+    _steps[name] = lambda work: missing() or declines(work)
 
 
 def selected(function: str) -> str:
@@ -137,20 +158,20 @@ def _choose(part: str, asked: str, work: Workload | None = None) -> dict[str, Ba
         best = {}
         for function, known in functions.items():
             ranked = sorted(known.values(), key=lambda backend: -backend.rank)
-            best[function] = next(backend for backend in ranked if backend.missing(work) is None)
+            best[function] = next(backend for backend in ranked if backend.unfit(work) is None)
         return best
     if not any(asked in known for known in functions.values()):
         raise _unknown(part, asked, {name for known in functions.values() for name in known})
     chosen = {function: known.get(asked, known["reference"]) for function, known in functions.items()}
     for backend in chosen.values():
-        if reason := backend.missing(work):
+        if reason := backend.unfit(work):
             raise _unusable(part, asked, reason)
     return chosen
 
 
 def _choose_steps(asked: str, work: Workload | None) -> str:
     if asked == "auto":
-        return next(name for name, missing in reversed(_steps.items()) if missing(work) is None)
+        return next(name for name, unfit in reversed(_steps.items()) if unfit(work) is None)
     if asked not in _steps:
         raise _unknown("mixer", asked, set(_steps))
     if reason := _steps[asked](work):

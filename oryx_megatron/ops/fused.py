@@ -30,10 +30,13 @@ RESET = 80.0
 _TILE = {"BLOCK": 16, "num_warps": 4}
 
 
-def missing(work: backends.Workload | None = None) -> str | None:
-    """Why these kernels cannot be used here, or do not serve the model, or None."""
-    if reason := platform.missing_package("triton", gpu=True):
-        return reason
+def missing() -> str | None:
+    """Why these kernels cannot be used here, or None."""
+    return platform.missing_package("triton", gpu=True)
+
+
+def declines(work: backends.Workload | None) -> str | None:
+    """Why they do not serve the model, or None."""
     if work is None:
         return None
     model = work.model
@@ -47,7 +50,7 @@ def missing(work: backends.Workload | None = None) -> str | None:
     return None
 
 
-backends.register_steps("fused", missing=missing)
+backends.register_steps("fused", missing=missing, declines=declines)
 
 
 @cache

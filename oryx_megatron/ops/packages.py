@@ -64,7 +64,7 @@ backends.register(
     "causal_conv",
     "causal_conv1d",
     _causal_conv1d,
-    missing=lambda work: platform.missing_package("causal_conv1d", gpu=True),
+    missing=lambda: platform.missing_package("causal_conv1d", gpu=True),
     rank=10,
 )
 backends.register(
@@ -72,6 +72,6 @@ backends.register(
     "gated_rms_norm",
     "fla",
     _gated_norm,
-    missing=lambda work: platform.missing_package("fla", gpu=True),
+    missing=lambda: platform.missing_package("fla", gpu=True),
     rank=10,
 )

@@ -281,17 +281,21 @@ def _ssd_by_mamba(
     return (out[0], out[1].transpose(-1, -2).float()) if final else (out, None)
 
 
-def _fla_missing(work: backends.Workload | None) -> str | None:
-    if reason := platform.missing_package("fla", gpu=True):
-        return reason
+def _fla_missing() -> str | None:
+    return platform.missing_package("fla", gpu=True)
+
+
+def _fla_declines(work: backends.Workload | None) -> str | None:
     if work is not None and work.dtype == "fp32":
         return "it computes in bf16; set precision.dtype: bf16 or kernels.recurrence: reference"
     return platform.wrong_triton_for_fla(work is not None and work.model.qk_head_dim == work.model.v_head_dim == 128)
 
 
-def _triton_missing(work: backends.Workload | None) -> str | None:
-    if reason := platform.missing_package("triton", gpu=True):
-        return reason
+def _triton_missing() -> str | None:
+    return platform.missing_package("triton", gpu=True)
+
+
+def _triton_declines(work: backends.Workload | None) -> str | None:
     if work is not None:
         for name, width in (("qk_head_dim", work.model.qk_head_dim), ("v_head_dim", work.model.v_head_dim)):
             if width not in (16, 32, 64, 128):
@@ -299,10 +303,14 @@ def _triton_missing(work: backends.Workload | None) -> str | None:
     return None
 
 
-def _mamba_missing(work: backends.Workload | None) -> str | None:
+def _mamba_missing() -> str | None:
     return platform.missing_package("mamba_ssm", gpu=True)
 
 
-backends.register("recurrence", "gated_delta_rule", "fla", _delta_by_fla, missing=_fla_missing, rank=20)
-backends.register("recurrence", "ssd", "triton", _ssd_by_triton, missing=_triton_missing, rank=20)
+backends.register(
+    "recurrence", "gated_delta_rule", "fla", _delta_by_fla, missing=_fla_missing, declines=_fla_declines, rank=20
+)
+backends.register(
+    "recurrence", "ssd", "triton", _ssd_by_triton, missing=_triton_missing, declines=_triton_declines, rank=20
+)
 backends.register("recurrence", "ssd", "mamba_ssm", _ssd_by_mamba, missing=_mamba_missing, rank=10)

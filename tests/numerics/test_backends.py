@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import KernelsConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends, rms_norm
@@ -19,6 +20,7 @@ def registry(monkeypatch):
     """A copy of the registry with the references alone, so that what a test registers is gone after it."""
     monkeypatch.setattr(backends, "_backends", copy.deepcopy(backends._backends))
     monkeypatch.setattr(backends, "_selected", dict(backends._selected))
+    monkeypatch.setattr(backends, "_selected_steps", "reference")
     for functions in backends._backends.values():
         for function, known in functions.items():
             functions[function] = {"reference": known["reference"]}
@@ -94,3 +96,33 @@ def test_registering_twice_is_an_error():
     add("fused")
     with pytest.raises(ValueError, match="fused of rms_norm"):
         add("fused")
+
+
+def test_what_a_backend_declines_depends_on_the_workload():
+    small, large = (backends.Workload(load_model(name), "fp32") for name in ("tiny-gdn", "130m-gdn"))
+    backends.register(
+        "norm", "rms_norm", "narrow", lambda x, weight, eps: x + 5, missing=lambda: None, rank=5,
+        declines=lambda work: "it is wide" if work is not None and work.model.hidden_size > 512 else None,
+    )  # fmt: skip
+    backends.select(KernelsConfig(), small)
+    assert run() == 5.0
+    backends.select(KernelsConfig(), large)
+    assert run() == 0.0
+    with pytest.raises(ConfigError, match=r"^kernels.norm: narrow cannot be used here \(it is wide\)"):
+        backends.select(KernelsConfig(norm="narrow"), large)
+
+
+def test_steps_of_a_mixer(monkeypatch):
+    monkeypatch.setattr(backends, "_steps", {"reference": lambda work: None})
+    backends.register_steps("fused", missing=lambda: None, declines=lambda work: None)
+    backends.register_steps("better", missing=lambda: "no such device", declines=lambda work: None)
+    work = backends.Workload(load_model("tiny-gdn"), "bf16")
+    backends.select(KernelsConfig(mixer="fused"))
+    assert backends.mixer_steps() == "fused"
+    with pytest.raises(ConfigError, match=r"^kernels.mixer: better cannot be used here \(no such device\)"):
+        backends.select(KernelsConfig(mixer="better"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^kernels.mixer: fused needs kernels.recurrence fla, not reference$"):
+        backends.select(KernelsConfig(mixer="fused"), work)
+    backends.select(KernelsConfig(), work)  # auto: its recurrence cannot take ready gates
+    assert backends.mixer_steps() == "reference"
+    assert backends.describe(work).endswith("mixer=reference")
