@@ -10,6 +10,7 @@ import textwrap
 import typing
 from typing import Any
 
+from oryx_megatron.config.bounds import ranges
 from oryx_megatron.config.loading import field_types, to_dict, type_name, without_null
 from oryx_megatron.config.schema import RunConfig
 
@@ -77,12 +78,13 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _section(title: str, cls: type) -> list[str]:
     lines = [f"## {title}", "", (inspect.getdoc(cls) or "").strip(), ""]
-    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
-    kinds, docs = field_types(cls), field_docs(cls)
+    lines += ["| field | type | range | default | meaning |", "|---|---|---|---|---|"]
+    kinds, docs, bounds = field_types(cls), field_docs(cls), ranges(cls)
     for field in dataclasses.fields(cls):
         kind = kinds[field.name]
         words = "section below" if dataclasses.is_dataclass(kind) else type_name(kind)
-        cells = (f"`{field.name}`", words, _default(field), docs[field.name])
+        within = bounds[field.name].words() if field.name in bounds else ""
+        cells = (f"`{field.name}`", words, within, _default(field), docs[field.name])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]
 

@@ -1,4 +1,6 @@
-"""Every field a run can set: name, type, default, unit and meaning. Values are checked in validate.py.
+"""Every field a run can set: name, type, bounds, default, unit and meaning.
+
+Bounds of single numbers are part of their types (bounds.py); rules across fields are in validate.py.
 
 The classes are frozen: what was validated is what runs, and what the checkpoint's manifest records.
 """
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
+
+from oryx_megatron.config.bounds import Range
 
 PATH, NAME = "path", "name"
 RENAMED = {
@@ -18,6 +22,14 @@ LocalPath = Annotated[str, PATH]
 """File or folder of this machine; `~` and `$NAME` are expanded when a config is read (config/loading.py)."""
 PathOrName = Annotated[str, PATH, NAME]
 """The same, or a name or URL that another program understands."""
+Count = Annotated[int, Range(ge=1)]
+Size = Annotated[int, Range(ge=1, le=1 << 16)]
+"""Sizes have limits that a slip of the keyboard passes and no model comes near."""
+Index = Annotated[int, Range(ge=0)]
+Positive = Annotated[float, Range(gt=0)]
+NotNegative = Annotated[float, Range(ge=0)]
+Probability = Annotated[float, Range(ge=0, le=1, what="a probability")]
+Beta = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +42,23 @@ class ModelConfig:
     """Recurrence of the recurrent mode: Gated DeltaNet (arXiv 2412.06464) or Mamba-2 (arXiv 2405.21060)."""
     modes: Literal["both", "attention", "recurrent"] = "both"
     """Modes the model has. `both` is Oryx; one mode alone builds a baseline without the other's parameters."""
-    num_layers: int
+    num_layers: Annotated[int, Range(ge=1, le=1 << 14)]
     """Number of blocks (mixer + SwiGLU)."""
-    hidden_size: int
+    hidden_size: Annotated[int, Range(ge=1, le=1 << 24)]
     """Width d of the residual stream."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Annotated[int, Range(ge=1, le=1 << 26)]
     """Hidden width of the SwiGLU (the width of each of its two input halves)."""
-    num_heads: int
+    num_heads: Size
     """Number of query heads H; also the number of recurrent states per layer."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Size | None = None
     """Number of key/value heads G; divides num_heads. null: as many as num_heads."""
-    qk_head_dim: int = 128
+    qk_head_dim: Size = 128
     """Width N of a key or query head."""
-    v_head_dim: int = 128
+    v_head_dim: Size = 128
     """Width P of a value head."""
-    vocab_size: int = 32768
+    vocab_size: Annotated[int, Range(ge=1, le=1 << 31)] = 32768
     """Rows of the embedding. At least the tokenizer's size; divisible by the tensor-parallel size."""
-    conv_width: int = 4
+    conv_width: Annotated[int, Range(ge=0, le=1 << 16)] = 4
     """Taps of the causal depthwise convolutions over keys and values; 0: no convolution."""
     output_gate: bool = True
     """Gate the normalised mixer output by SiLU(W_g x) (paper eq. 2)."""
@@ -54,21 +66,21 @@ class ModelConfig:
     """RMSNorm per head on the attention query and on the key that attention reads."""
     rotary: Literal["attention", "both", "none"] = "attention"
     """Which mode's queries and keys get rotary position embedding."""
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     shared_query: bool = False
     """One query projection for both modes (the paper: +0.17 perplexity) instead of one each."""
     tie_embeddings: bool = True
     """Use the embedding matrix as output projection."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     """Epsilon of every RMSNorm."""
-    init_std: float = 0.02
+    init_std: Positive = 0.02
     """Standard deviation of weight initialisation; output projections use init_std / sqrt(2 num_layers)."""
     decay_init: tuple[float, float] = (1.0, 16.0)
     """Range of A = exp(A_log), drawn uniformly."""
     dt_init: tuple[float, float] = (1e-3, 0.1)
     """Range of softplus(dt_bias), drawn log-uniformly."""
-    recurrence_chunk: int = 64
+    recurrence_chunk: Count = 64
     """Tokens per chunk of the chunked recurrence kernels (a matter of speed only)."""
 
     @property
@@ -93,7 +105,7 @@ class BlendEntry:
 
     path: LocalPath
     """Prefix of the .bin/.idx pair."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Relative share of samples."""
 
 
@@ -101,7 +113,7 @@ class BlendEntry:
 class DataStage:
     """A blend that takes over at a step."""
 
-    start: int
+    start: Index
     """First iteration of the stage."""
     blend: tuple[BlendEntry, ...]
     """Datasets and weights from then on."""
@@ -111,7 +123,7 @@ class DataStage:
 class DataConfig:
     """What to train on."""
 
-    sequence_length: int
+    sequence_length: Annotated[int, Range(ge=1, le=1 << 27)]
     """Tokens per sample."""
     tokenizer: LocalPath
     """Folder with tokenizer files and manifest.json (see tokenizers/)."""
@@ -127,7 +139,7 @@ class DataConfig:
     """`isolated`: neither attention nor recurrence nor convolution crosses the end of a document."""
     cache_dir: LocalPath | None = None
     """Where sample indices are cached; null: next to the datasets."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(ge=0, le=1024)] = 0
     """Loader processes per rank; 0 reads in the training process with one thread of prefetch."""
 
 
@@ -135,11 +147,11 @@ class DataConfig:
 class MixStage:
     """Mixing probabilities from an iteration on."""
 
-    start: int
+    start: Index
     """First iteration of the stage."""
-    p_attention: float
+    p_attention: Probability
     """Probability that a whole microbatch is in attention mode."""
-    p_recurrent: float
+    p_recurrent: Probability
     """Probability that a whole microbatch is in recurrent mode."""
 
 
@@ -147,11 +159,11 @@ class MixStage:
 class ModesConfig:
     """How training draws the mode plan of a microbatch (paper: mixed training; details ours)."""
 
-    chunk: int = 256
+    chunk: Count = 256
     """Tokens per run of one mode; divides the sequence length."""
-    p_attention: float = 0.25
+    p_attention: Probability = 0.25
     """Probability that a whole microbatch is in attention mode."""
-    p_recurrent: float = 0.25
+    p_recurrent: Probability = 0.25
     """Probability that a whole microbatch is in recurrent mode; else a ratio ~ U(0, 1) is drawn per microbatch."""
     schedule: tuple[MixStage, ...] = ()
     """Probabilities that replace the two above from given iterations on."""
@@ -163,13 +175,13 @@ class ModesConfig:
 class TrainConfig:
     """Length and batch of the run."""
 
-    iterations: int
+    iterations: Count
     """Optimizer steps in all."""
-    global_batch_size: int
+    global_batch_size: Count
     """Sequences per step over all ranks; divisible by micro_batch_size × data-parallel size."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Sequences per forward pass on a rank."""
-    exit_after: int | None = None
+    exit_after: Count | None = None
     """Stop (with a checkpoint) after this iteration although the schedule runs to `iterations`."""
 
 
@@ -179,19 +191,19 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """Update rule; muon orthogonalises the updates of weight matrices and leaves the rest to AdamW."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Peak learning rate."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
-    beta1: float = 0.9
+    beta1: Beta = 0.9
     """Decay of the running mean of gradients."""
-    beta2: float = 0.95
+    beta2: Beta = 0.95
     """Decay of the running mean of squared gradients."""
-    epsilon: float = 1e-8
+    epsilon: Positive = 1e-8
     """Added to the root of the running mean of squares."""
-    muon_momentum: float = 0.95
+    muon_momentum: Beta = 0.95
     """Momentum of the matrices under muon (Nesterov)."""
-    clip_grad: float = 1.0
+    clip_grad: NotNegative = 1.0
     """Global gradient norm above which gradients are scaled down; 0: off."""
     cpu_offload: bool = False
     """Keep optimizer state in host memory (megatron-core's hybrid device optimizer; GPU only)."""
@@ -203,11 +215,11 @@ class ScheduleConfig:
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape after warm-up: cosine to `min_lr`; warm-up, stable, decay; or constant."""
-    warmup: int = 0
+    warmup: Index = 0
     """Iterations of linear warm-up from 0."""
-    min_lr: float = 0.0
+    min_lr: NotNegative = 0.0
     """Learning rate at the end."""
-    decay: int | None = None
+    decay: Index | None = None
     """Iterations of the final decay (wsd only); null: a tenth of the run, at least 2; 0: none."""
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay (wsd only)."""
@@ -221,19 +233,19 @@ class ScheduleConfig:
 class ParallelConfig:
     """Layout. The data-parallel size is what remains of the world size."""
 
-    tensor: int = 1
+    tensor: Count = 1
     """Tensor-parallel size."""
-    pipeline: int = 1
+    pipeline: Count = 1
     """Pipeline-parallel size."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: Count = 1
     """Model chunks per pipeline rank (interleaved schedule when above 1)."""
-    context: int = 1
+    context: Count = 1
     """Context-parallel size."""
     sequence: bool = True
     """Sequence parallelism inside the tensor-parallel group (no effect when tensor is 1)."""
-    first_stage_layers: int | None = None
+    first_stage_layers: Count | None = None
     """Layers on the first pipeline stage; null: even."""
-    last_stage_layers: int | None = None
+    last_stage_layers: Count | None = None
     """Layers on the last pipeline stage; null: even."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
@@ -241,7 +253,7 @@ class ParallelConfig:
     """Overlap gradient reduction and parameter gathering with computation (ZeRO's overlap_comm in DeepSpeed)."""
     recompute: Literal["none", "mixer", "full"] = "none"
     """Activations recomputed in the backward pass: none, those inside the mixer, or whole blocks."""
-    distributed_timeout: float = 600.0
+    distributed_timeout: Positive = 600.0
     """Seconds after which a stuck collective ends the run."""
 
 
@@ -249,7 +261,7 @@ class ParallelConfig:
 class DeepSpeedConfig:
     """What DeepSpeed shards and where it keeps it; only with `engine: deepspeed`."""
 
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Range(ge=1, le=3)] = 1
     """Sharded over data-parallel ranks: 1: optimizer state, 2: gradients too, 3: parameters too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Kept in host memory: nothing, optimizer state, or parameters as well (zero_stage 3 only)."""
@@ -267,9 +279,9 @@ class PrecisionConfig:
     """Keep the linear weights in FP8 between steps."""
     fp8_attention: bool = False
     """FP8 dot-product attention for whole-sequence attention plans; on Hopper with `fp8: delayed` alone."""
-    bf16_first_layers: int = 0
+    bf16_first_layers: Index = 0
     """First layers kept out of FP8."""
-    bf16_last_layers: int = 0
+    bf16_last_layers: Index = 0
     """Last layers kept out of FP8."""
 
 
@@ -277,15 +289,15 @@ class PrecisionConfig:
 class CheckpointConfig:
     """Saving."""
 
-    interval: int = 1000
+    interval: Index = 1000
     """Iterations between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: Index = 2
     """Newest checkpoints kept; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: Index = 0
     """Also keep every checkpoint whose iteration is a multiple of this; 0: none."""
     asynchronous: bool = False
     """Write in the background while training continues."""
-    timeout: float = 1800.0
+    timeout: Positive = 1800.0
     """Seconds a save may take before it counts as failed."""
 
 
@@ -293,9 +305,9 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Evaluation during training."""
 
-    interval: int = 0
+    interval: Index = 0
     """Iterations between evaluations; 0: only at the end."""
-    batches: int = 8
+    batches: Count = 8
     """Global batches per validation set and plan; fewer where a set holds less: each sample is read once."""
     plans: tuple[str, ...] = ("attention", "recurrent", "ratio:0.25")
     """Mode plans to evaluate under."""
@@ -305,21 +317,21 @@ class EvaluationConfig:
 class FaultsConfig:
     """What a run does when it is told to stop, when numbers go wrong, and when a rank hangs or lags."""
 
-    time_limit: float | None = None
+    time_limit: Positive | None = None
     """Seconds after which the run saves and stops, to be started again; ORYX_TIME_LIMIT_AT (unix time) works too."""
-    time_margin: float = 300.0
+    time_margin: NotNegative = 300.0
     """Seconds before the time limit at which the run stops: at least what a step, an evaluation and a save take."""
-    bad_steps: int = 8
+    bad_steps: Index = 8
     """Skipped steps in a row after which the run goes back to the last good checkpoint and skips its data; 0: never."""
-    max_rollbacks: int = 3
+    max_rollbacks: Index = 3
     """Rollbacks without one good step in between before the run gives up."""
-    spike: float | None = None
+    spike: Positive | None = None
     """Skip a step whose loss is this many scaled median absolute deviations above the running median; null: off."""
-    spike_window: int = 64
+    spike_window: Annotated[int, Range(ge=8)] = 64
     """Good steps over which the running median goes; no spike is seen before half of them are done."""
-    hang_timeout: float | None = None
+    hang_timeout: Positive | None = None
     """Seconds without progress after which a rank writes down its stacks and ends, to be restarted; null: off."""
-    slow_rank: float = 1.5
+    slow_rank: NotNegative = 1.5
     """Name a rank that takes this many times its peers' time for its part of a step; 0: off."""
 
 
@@ -327,7 +339,7 @@ class FaultsConfig:
 class LoggingConfig:
     """What a run reports."""
 
-    interval: int = 10
+    interval: Count = 10
     """Iterations between lines on the terminal; metrics.jsonl has every iteration."""
     tensorboard: bool = True
     """Write TensorBoard events next to the metrics."""
@@ -387,7 +399,7 @@ class RunConfig:
     """Length and batch of the run."""
     output_dir: LocalPath
     """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
-    seed: int = 1234
+    seed: Annotated[int, Range(ge=0, lt=2**32)] = 1234
     """Seeds initialisation, sample order and mode plans."""
     init_from: InitFromConfig | None = None
     """Checkpoint or model whose weights this run starts from; null: new weights."""

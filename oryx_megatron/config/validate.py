@@ -1,6 +1,7 @@
-"""Checks across the fields of a run, and the layout of its ranks. Every error is one ConfigError line.
+"""Rules across the fields of a run, and the layout of its ranks. Every error is one ConfigError line.
 
-Called before any process group or model exists, so a wrong config costs seconds.
+Single numbers are checked by the bounds in their types (bounds.py). Called before any process group or model exists, so
+that a wrong config costs seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from oryx_megatron.config.bounds import check_ranges
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
@@ -55,64 +57,18 @@ class Layout:
         return self.tp * self.pp * self.cp * self.dp
 
 
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name.replace('__', '.')}: {value} should be above 0")
-
-
-def _not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"{name.replace('__', '.')}: {value} should not be negative")
-
-
 def _divisible(name: str, value: int, by: str, divisor: int) -> None:
     if value % divisor:
         near = " or ".join(str(v) for v in (value // divisor * divisor, -(-value // divisor) * divisor) if v)
         raise ConfigError(f"{name} {value} is not divisible by {by}{f' = {divisor}' if '×' in by else ''}; use {near}")
 
 
-LIMITS = {
-    "num_layers": 1 << 14,
-    "hidden_size": 1 << 24,
-    "ffn_hidden_size": 1 << 26,
-    "num_heads": 1 << 16,
-    "num_kv_heads": 1 << 16,
-    "qk_head_dim": 1 << 16,
-    "v_head_dim": 1 << 16,
-    "vocab_size": 1 << 31,
-    "conv_width": 1 << 16,
-}
-"""Sizes that a slip of the keyboard passes and no model comes near: beyond them nothing is even counted."""
-LONGEST = 2**27
-"""Tokens of a sequence."""
-MOST_WORKERS = 1024
-"""Of loader processes on each rank."""
-
-
 def check_model(model: ModelConfig) -> None:
     """Checks inside one model config; ConfigError names the field."""
-    _positive(
-        model__num_layers=model.num_layers,
-        model__hidden_size=model.hidden_size,
-        model__ffn_hidden_size=model.ffn_hidden_size,
-        model__num_heads=model.num_heads,
-        model__num_kv_heads=model.kv_heads,
-        model__key_width=model.qk_head_dim,
-        model__value_width=model.v_head_dim,
-        model__vocab_size=model.vocab_size,
-        model__rotary_base=model.rope_theta,
-        model__norm_epsilon=model.norm_epsilon,
-        model__init_std=model.init_std,
-        model__recurrence_chunk=model.recurrence_chunk,
-    )
-    for name, limit in LIMITS.items():
-        if (value := getattr(model, name) or 0) > limit:
-            raise ConfigError(f"model.{name}: {value} is more than {limit}, the most that is supported")
+    check_ranges(model, "model")
     if model.num_heads % model.kv_heads:
         raise ConfigError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
-    if model.conv_width < 0 or model.conv_width == 1:
+    if model.conv_width == 1:
         raise ConfigError(f"model.conv_width: {model.conv_width} should be 0 (no convolution) or at least 2")
     if model.rotary != "none" and model.qk_head_dim % 2:
         raise ConfigError(f"model.qk_head_dim {model.qk_head_dim} should be even for rotary embedding")
@@ -143,14 +99,10 @@ def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, le
 
 def _check_modes(run: RunConfig) -> None:
     model, modes, length = run.model, run.modes, run.data.sequence_length
-    _positive(modes__chunk=modes.chunk)
     _divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
     stages = [("modes", modes.p_attention, modes.p_recurrent)]
     stages += [(f"modes.schedule[{i}]", s.p_attention, s.p_recurrent) for i, s in enumerate(modes.schedule)]
     for name, p_attention, p_recurrent in stages:
-        for field, p in (("p_attention", p_attention), ("p_recurrent", p_recurrent)):
-            if not 0 <= p <= 1:
-                raise ConfigError(f"{name}.{field}: {p} should be a probability from 0 to 1")
         if p_attention + p_recurrent > 1 + 1e-9:
             raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent} is more than 1")
         only = {"both": None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.modes]
@@ -172,7 +124,7 @@ def _check_modes(run: RunConfig) -> None:
 
 def _check_stages(name: str, starts: list[int], iterations: int) -> None:
     for i, start in enumerate(starts):
-        if not 0 <= start < iterations:
+        if start >= iterations:
             raise ConfigError(f"{name}[{i}].start: {start} is not within the run's {iterations} iterations")
         if i and start <= starts[i - 1]:
             raise ConfigError(f"{name}[{i}].start: {start} should be after the stage before it at {starts[i - 1]}")
@@ -184,8 +136,6 @@ def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
     for i, entry in enumerate(blend):
         if not entry.path:
             raise ConfigError(f"{name}[{i}].path: is empty")
-        if not (entry.weight > 0 and math.isfinite(entry.weight)):
-            raise ConfigError(f"{name}[{i}].weight: {entry.weight} should be above 0")
         if any(Path(other.path) == Path(entry.path) for other in blend[:i]):
             raise ConfigError(
                 f"{name}[{i}].path: {entry.path} is there already; name it once, with the sum of the weights"
@@ -193,12 +143,6 @@ def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
 
 
 def _check_data(data: DataConfig, iterations: int) -> None:
-    _positive(data__sequence_length=data.sequence_length)
-    if data.sequence_length > LONGEST:  # plans are checked chunk by chunk
-        raise ConfigError(f"data.sequence_length: {data.sequence_length} should be at most {LONGEST}")
-    _not_negative(data__num_workers=data.num_workers)
-    if data.num_workers > MOST_WORKERS:
-        raise ConfigError(f"data.num_workers: {data.num_workers} should be at most {MOST_WORKERS}, on each rank")
     if not data.tokenizer:
         raise ConfigError("data.tokenizer: is empty")
     starts = [stage.start for stage in data.stages]
@@ -219,26 +163,21 @@ def _check_data(data: DataConfig, iterations: int) -> None:
 
 def _check_training(run: RunConfig) -> None:
     train, schedule, optimizer = run.train, run.schedule, run.optimizer
-    _positive(
-        train__iterations=train.iterations,
-        train__global_batch_size=train.global_batch_size,
-        train__micro_batch_size=train.micro_batch_size,
-    )
-    if train.exit_after is not None and not 0 < train.exit_after <= train.iterations:
+    if train.exit_after is not None and train.exit_after > train.iterations:
         raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
     _check_optimizer(optimizer, run.parallel)
-    if not 0 <= schedule.warmup < train.iterations:
+    if schedule.warmup >= train.iterations:
         raise ConfigError(
             f"schedule.warmup: {schedule.warmup} should be from 0 to {train.iterations - 1}, below train.iterations"
         )
-    if not 0 <= schedule.min_lr <= optimizer.lr:
+    if schedule.min_lr > optimizer.lr:
         raise ConfigError(f"schedule.min_lr: {schedule.min_lr} should be from 0 to optimizer.lr {optimizer.lr}")
     if schedule.min_lr and schedule.name == "constant":
         raise ConfigError("schedule.min_lr: has no effect with schedule.name constant; remove it, or use cosine or wsd")
     if schedule.decay is not None and schedule.name != "wsd":
         raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
     decay = schedule.decay_in(train.iterations)
-    if schedule.name == "wsd" and not 0 <= decay <= train.iterations - schedule.warmup:
+    if schedule.name == "wsd" and decay > train.iterations - schedule.warmup:
         raise ConfigError(
             f"schedule.decay: {decay} iterations after {schedule.warmup} of warm-up are not within the run's "
             f"{train.iterations}"
@@ -249,20 +188,6 @@ def _check_training(run: RunConfig) -> None:
         )
     if schedule.name == "wsd" and schedule.decay_shape == "exponential" and schedule.min_lr == 0:
         raise ConfigError("schedule.min_lr: an exponential decay needs a minimum above 0")
-    if run.seed >= 2**32:
-        raise ConfigError(f"seed: {run.seed} should be below 2³²")
-    _not_negative(
-        seed=run.seed,
-        checkpoint__interval=run.checkpoint.interval,
-        checkpoint__keep=run.checkpoint.keep,
-        checkpoint__keep_every=run.checkpoint.keep_every,
-        evaluation__interval=run.evaluation.interval,
-    )
-    _positive(
-        checkpoint__timeout=run.checkpoint.timeout,
-        evaluation__batches=run.evaluation.batches,
-        logging__interval=run.logging.interval,
-    )
     if not run.output_dir:
         raise ConfigError("output_dir: is empty")
     project = run.logging.wandb_project
@@ -274,17 +199,6 @@ def _check_training(run: RunConfig) -> None:
 
 
 def _check_faults(faults: FaultsConfig) -> None:
-    _not_negative(
-        faults__time_margin=faults.time_margin,
-        faults__bad_steps=faults.bad_steps,
-        faults__max_rollbacks=faults.max_rollbacks,
-        faults__slow_rank=faults.slow_rank,
-    )
-    for name in ("time_limit", "spike", "hang_timeout"):
-        if (value := getattr(faults, name)) is not None:
-            _positive(**{f"faults__{name}": value})
-    if faults.spike_window < 8:
-        raise ConfigError(f"faults.spike_window: {faults.spike_window} steps give no median; use at least 8")
     if faults.time_limit is not None and faults.time_limit <= faults.time_margin:
         raise ConfigError(
             f"faults.time_limit: {faults.time_limit:g} s are no more than faults.time_margin {faults.time_margin:g} s, "
@@ -295,12 +209,6 @@ def _check_faults(faults: FaultsConfig) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
-    _positive(optimizer__lr=optimizer.lr, optimizer__epsilon=optimizer.epsilon)
-    _not_negative(optimizer__weight_decay=optimizer.weight_decay, optimizer__clip_grad=optimizer.clip_grad)
-    betas = (("beta1", optimizer.beta1), ("beta2", optimizer.beta2), ("muon_momentum", optimizer.muon_momentum))
-    for name, beta in betas:
-        if not 0 <= beta < 1:
-            raise ConfigError(f"optimizer.{name}: {beta} should be at least 0 and below 1")
     if optimizer.name == "muon" and parallel.distributed_optimizer:
         raise ConfigError(
             "optimizer.name: muon orthogonalises whole matrices, which a sharded optimizer state does not hold; set "
@@ -427,10 +335,6 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
 
 def _check_precision(run: RunConfig) -> None:
     precision, model, tp = run.precision, run.model, run.parallel.tensor
-    _not_negative(
-        precision__bf16_first_layers=precision.bf16_first_layers,
-        precision__bf16_last_layers=precision.bf16_last_layers,
-    )
     if precision.fp8 == "none":
         for name in ("fp8_params", "fp8_attention", "bf16_first_layers", "bf16_last_layers"):
             if getattr(precision, name):
@@ -484,8 +388,6 @@ def _check_engine(run: RunConfig) -> None:
             if getattr(settings, name) != getattr(DeepSpeedConfig(), name):
                 raise ConfigError(f"deepspeed.{name}: has no effect with engine megatron; set engine: deepspeed")
         return
-    if settings.zero_stage not in (1, 2, 3):
-        raise ConfigError(f"deepspeed.zero_stage: {settings.zero_stage} should be 1, 2 or 3")
     if settings.offload == "parameters" and settings.zero_stage != 3:
         raise ConfigError("deepspeed.offload: parameters need deepspeed.zero_stage 3; use optimizer")
     for name, wrong, instead in (
@@ -539,15 +441,8 @@ def validate(run: RunConfig, world_size: int) -> Layout:
 
     A layout that does not work is told with its factors and the nearest ones that do.
     """
-    parallel = run.parallel
+    check_ranges(run)
     check_model(run.model)
-    _positive(
-        parallel__tensor=parallel.tensor,
-        parallel__pipeline=parallel.pipeline,
-        parallel__context=parallel.context,
-        parallel__virtual_pipeline=parallel.virtual_pipeline,
-        parallel__distributed_timeout=parallel.distributed_timeout,
-    )
     _check_engine(run)
     _check_data(run.data, run.train.iterations)
     _check_training(run)

@@ -1,6 +1,7 @@
 """Config loading, overrides, the cross-field checks and their messages, the shipped files, the reference."""
 
 import dataclasses
+import inspect
 import json
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from oryx_megatron.config import (
     to_yaml,
     validate,
 )
+from oryx_megatron.config.bounds import Range, check_ranges, ranges
 from oryx_megatron.config.reference import field_docs, inner_class, reference
 from oryx_megatron.config.schema import BlendEntry
 from oryx_megatron.errors import ConfigError
@@ -295,6 +297,74 @@ def test_faulty_files(tmp_path, run_file):
     assert "circle" in fault(run_file, "model=circle.yaml")
     with pytest.raises(ConfigError, match="no preset `tiny`; did you mean"):
         load_model("tiny")
+
+
+# Bounds of single numbers
+
+
+def config_classes(cls: type = RunConfig) -> list[type]:
+    inner = [inner_class(kind) for kind in loading.field_types(cls).values()]
+    return [cls, *(found for kind in inner if kind is not None for found in config_classes(kind))]
+
+
+NUMBERS = [
+    (cls, name, loading.without_null(kind))
+    for cls in dict.fromkeys(config_classes())
+    for name, kind in loading.field_types(cls).items()
+    if loading.without_null(kind) in (int, float)
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "kind"), NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_number_has_bounds_and_is_held_to_them(cls, name, kind):
+    bounds = ranges(cls)[name]
+    low = bounds.ge if bounds.ge is not None else bounds.gt
+    high = bounds.le if bounds.le is not None else bounds.lt
+    outside = [low - 1] + ([] if bounds.gt is None else [low]) + ([] if high is None else [high + 1])
+    outside += [] if bounds.lt is None else [high]
+    inside = [low if bounds.gt is None else low + 1e-9] + ([] if bounds.le is None else [high])
+    values = [kind(x) for x in outside] + ([float("nan"), float("inf"), -float("inf")] if kind is float else [])
+    required = {field.name: None for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    for value in values:
+        with pytest.raises(ConfigError) as error:
+            check_ranges(cls(**(required | {name: value})), "here")
+        message = str(error.value)
+        assert message.startswith(f"here.{name}: {value} should ")
+        assert "\n" not in message
+    for value in inside:
+        check_ranges(cls(**(required | {name: kind(value)})), "here")
+
+
+def test_bounds_are_in_the_reference():
+    table = reference()
+    for cls, name, _ in NUMBERS:
+        rows = table[table.index(f"\n{inspect.getdoc(cls)}\n") :].splitlines()
+        assert f" | {ranges(cls)[name].words()} | " in next(row for row in rows if row.startswith(f"| `{name}` |"))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words", "wrong"),
+    [
+        (Range(ge=1), "at least 1", {0: "should be above 0", -3: "should be above 0"}),
+        (Range(ge=0), "at least 0", {-1: "should not be negative"}),
+        (Range(gt=0), "above 0", {0.0: "should be above 0", float("inf"): "should be above 0 and finite"}),
+        (Range(ge=8), "at least 8", {7: "should be at least 8"}),
+        (Range(ge=1, le=3), "1, 2 or 3", {4: "should be 1, 2 or 3", 0: "should be 1, 2 or 3"}),
+        (Range(ge=0, le=1024), "from 0 to 1024", {-1: "should not be negative", 1025: "should be at most 1024"}),
+        (Range(ge=0, lt=1), "at least 0 and below 1", {1.0: "should be at least 0 and below 1"}),
+        (Range(ge=0, le=1, what="a share"), "from 0 to 1", {1.5: "should be a share from 0 to 1"}),
+        (Range(ge=0, lt=2**32), "at least 0 and below 2³²", {2**32: "should be below 2³²"}),
+    ],
+)
+def test_words_of_bounds(bounds, words, wrong):
+    assert bounds.words() == words
+    assert {value: bounds.why_not(value) for value in wrong} == wrong
+
+
+def test_bounds_reach_lists_and_mappings(run_file):
+    path = ["data.validation={web: [{path: a, weight: .nan}]}"]
+    assert fault(run_file, *path) == "data.validation.web[0].weight: nan should be above 0 and finite"
+    assert "data.stages[0].start: -1 should not be negative" in fault(run_file, "data.stages=[{start: -1, blend: [a]}]")
 
 
 # Cross-field checks
