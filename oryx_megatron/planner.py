@@ -1,6 +1,6 @@
 """Which layouts fit a model on a number of GPUs, what memory and communication each takes, and how fast it should be.
 
-Arithmetic only, from the model's shapes and the kernels that a GPU runs (model/steps.py with TransformerEngine's
+Arithmetic only, from the model's shapes and the kernels that a GPU runs (model/mixer.py with TransformerEngine's
 linears). Constants of speed are those measured on an H200 with plain models and single kernels; what came of them for
 whole Oryx models stands in docs/parallelism.md.
 

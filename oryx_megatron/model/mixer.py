@@ -1,172 +1,88 @@
 """OryxMixer: one block that processes each token by attention or by a linear recurrence (arXiv 2605.28769).
 
-It holds the parameters and calls the steps of a microbatch in their order; `model/steps.py` has the steps, beside the
-equations and the shapes.
+Shapes: s sequence, b batch, d hidden size, H query heads, G key/value heads, N key width, P value width, n tokens in
+attention mode — H and G counted on this rank, that is divided by the tensor-parallel and inside the mixer by the
+context-parallel size c too.
+
+    x [s, b, d] ─┬─ in_proj ───► key [G N] │ value [G P] │ query_attention [H N] │ query_recurrent [H N]
+                 │               │ output_gate [H P]
+                 └─ decay_proj ► mamba2: dt [H]; gdn: a [H] │ b [H]
+    key, value ── causal convolution, activation ──► k [s, b, G, N], v [s, b, G, P]        shared by both modes
+    attention-mode tokens:  o = softmax(rotary(norm(q_a)) · rotary(norm(k)) / √N) v
+    recurrent-mode tokens:  o = Sᵀ q_r with S advanced at every token, whatever its mode
+    y = out_proj(RMSNorm_P(o) ⊙ SiLU(output_gate))                                          shared by both modes
+
+`OryxMixer` composes the parameters (weights.py) with one of two sets of the same steps, each read top to bottom:
+`ReferenceSteps` over tokens in the order of the sequence, in operations of ops/, also when decoding; `FusedSteps` over
+tokens sorted by mode, in GPU kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import _split_tensor_factory
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.tensor_parallel.random import checkpoint
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch import Tensor
 
-from oryx_megatron import platform
-from oryx_megatron.model.config import OryxTransformerConfig
-from oryx_megatron.model.norm import HeadNorm
-from oryx_megatron.model.parts import (
-    ConvWeight,
-    OryxMixerSubmodules,
-    WithZeroGradients,
-    conv_parts,
-    decay_proj_parts,
-    in_proj_parts,
-    mark_tensor_parallel,
-)
-from oryx_megatron.model.sequence import SequenceInfo
-from oryx_megatron.model.steps import FusedSteps, Parts, ReferenceSteps, Steps
-from oryx_megatron.ops import fused
+from oryx_megatron import ops
+from oryx_megatron.model.parts import Rows, WithZeroGradients
+from oryx_megatron.model.sequence import LayerState, SequenceInfo
+from oryx_megatron.model.weights import MixerWeights
+from oryx_megatron.ops import TokenLayout, fused
+from oryx_megatron.ops.fused import KeysValues
+from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
+
+FP8_ROWS = 16
+"""TransformerEngine's FP8 products take rows in multiples of this."""
 
 
-class OryxMixer(MegatronModule):
-    """Drop-in for megatron-core's SelfAttention inside a TransformerLayer.
+class Parts(NamedTuple):
+    """A microbatch's projections; None for what no token needs."""
 
-    Args:
-        config: megatron-core's config with the Oryx architecture in `config.oryx`.
-        submodules: The linear layers.
-        layer_number: 1-based number over the whole model.
-        pg_collection: Tensor- and context-parallel groups.
-        cp_comm_type: Ignored; megatron-core passes it under context parallelism.
-    """
+    keys_values: Tensor
+    """[s/c, b, G N + G P]: keys and values side by side. Fused: [.., G N + G P + H P], with the output gate."""
+    query_attention: Tensor | None = None
+    """[s/c, b, H N]; fused: [≥ n, b, H N] of the first rows."""
+    query_recurrent: Tensor | None = None
+    """[s/c, b, H N]; fused: [≥ s − n, b, H N] of the last rows."""
+    logits: Tensor | None = None
+    """[s/c, b, H or 2 H] of decay_proj."""
+    gate: Tensor | None = None
+    """[s/c, b, H P] where it does not lie beside the keys and values. It never leaves its tokens."""
 
-    config: OryxTransformerConfig
 
-    def __init__(
-        self,
-        config: OryxTransformerConfig,
-        submodules: OryxMixerSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        cp_comm_type: str | None = None,
-    ) -> None:
-        super().__init__(config)
-        if config.oryx is None:
-            raise ValueError("OryxMixer needs config.oryx, the architecture")
-        self.model = model = config.oryx
-        self.layer_number = layer_number
-        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        tp, cp = self.tp_group.size(), self.cp_group.size()
-        self.separate_queries = submodules.query_proj is not None
-        self.in_proj_rows = self._in_proj_rows(tp)
-        self.decay_parts = decay_proj_parts(model, tp)
-        self.conv_parts = conv_parts(model, tp)
-        # Inside the mixer, after the context-parallel exchange:
-        self.heads, self.groups = model.num_heads // (tp * cp), model.kv_heads // (tp * cp)
-        self.activation: Literal["silu"] | None = "silu" if model.mixer == "gdn" and model.conv_width else None
+class Steps(Protocol):
+    """What a mixer does with one microbatch, in this order."""
 
-        linear: dict[str, Any] = {
-            "config": config,
-            "init_method": config.init_method,
-            "bias": False,
-            "skip_bias_add": False,
-            "is_expert": False,
-            "tp_group": self.tp_group,
-        }
-        self.in_proj = build_module(
-            submodules.in_proj,
-            model.hidden_size,
-            sum(self._in_proj_rows(1).values()),
-            gather_output=False,
-            tp_comm_buffer_name="qkv",
-            **linear,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            model.num_heads * model.v_head_dim,
-            model.hidden_size,
-            input_is_parallel=True,
-            tp_comm_buffer_name="proj",
-            **(linear | {"skip_bias_add": True, "init_method": config.output_layer_init_method}),
-        )
-        device = None if config.use_cpu_initialization else platform.device()
-        if model.conv_width:
-            self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width, device)
-            mark_tensor_parallel(self.conv.weight)
-        self.out_norm = HeadNorm(config, model.v_head_dim)
-        if model.has_attention and model.qk_norm:
-            self.query_norm = HeadNorm(config, model.qk_head_dim)
-            self.key_norm = HeadNorm(config, model.qk_head_dim)
-        if model.has_recurrence:
-            self.decay_proj = build_module(
-                submodules.decay_proj,
-                model.hidden_size,
-                sum(decay_proj_parts(model).values()),
-                gather_output=False,
-                **linear,
-            )
-            # fp32 also in a bf16 model: exp(A_log) and softplus(dt_bias) decide how long the state remembers.
-            names = ("a_log", "dt_bias", "d") if model.mixer == "mamba2" else ("a_log", "dt_bias")
-            for name in names:
-                value = torch.empty(model.num_heads // tp, dtype=torch.float32, device=device)
-                setattr(self, name, torch.nn.Parameter(value))
-                mark_tensor_parallel(getattr(self, name))
-        if self.separate_queries:
-            self._add_query_projections(submodules)
-        self.head_steps = fused.HeadSteps(
-            silu=self.activation == "silu",
-            norm=model.qk_norm,
-            rope_theta=None if model.rotary == "none" else model.rope_theta,
-            l2=model.mixer == "gdn",
-            epsilon=config.layernorm_epsilon,
-        )
-        self.fp8_attention: list[Any] = []  # a list: its FP8 statistics are no part of the model's state
-        if self.separate_queries and config.fp8_dot_product_attention:
-            from oryx_megatron.model.te import fp8_attention
+    def project(self, hidden_states: Tensor) -> Parts:
+        """[s, b, d] → parts of in_proj, decay_proj and the queries."""
 
-            widths = (model.qk_head_dim, model.v_head_dim)
-            self.fp8_attention.append(fp8_attention(self.heads, self.groups, widths, self.tp_group))
+    def exchange(self, parts: Parts) -> Parts:
+        """Sequence shards of all heads → whole sequences of this context-parallel rank's heads, by one all-to-all."""
 
-    def _in_proj_rows(self, shards: int) -> dict[str, int]:
-        """Name → rows of each part of `in_proj.weight` on one of `shards` equal shards of the heads."""
-        rows = in_proj_parts(self.model, shards)
-        separate = ("query_attention", "query_recurrent") if self.separate_queries else ()
-        return {name: count for name, count in rows.items() if name not in separate}
+    def keys_values(self, projected: Tensor) -> KeysValues:
+        """k = conv_k(W_k x) and v = conv_v(W_v x), shared by both modes, in what form each mode reads them."""
 
-    def _add_query_projections(self, submodules: OryxMixerSubmodules) -> None:
-        for name, rows in in_proj_parts(self.model).items():
-            if name.startswith("query_"):
-                linear = build_module(
-                    submodules.query_proj,
-                    self.model.hidden_size,
-                    rows,
-                    config=self.config,
-                    init_method=self.config.init_method,
-                    tp_group=self.tp_group,
-                )
-                self.add_module(name, linear)
-        if hasattr(self.in_proj, "return_layernorm_output"):  # TransformerEngine's, with the norm inside
-            self.in_proj.return_layernorm_output = True
+    def attend(self, query: Tensor | None, read: KeysValues) -> Tensor | None:
+        """o_t = softmax(q_a,t K_{≤t}ᵀ / √N) V_{≤t} of the tokens in attention mode."""
 
-    def query_projections(self) -> dict[str, torch.nn.Module]:
-        """Queries that are no rows of `in_proj`, by the name of their part."""
-        names = ("query_attention", "query_recurrent")
-        return {name: module for name, module in self.named_children() if name in names}
+    def recur(self, query: Tensor | None, logits: Tensor | None, read: KeysValues) -> Tensor | None:
+        """o_t = S_tᵀ q_r,t of the tokens in recurrent mode, S advanced at every token."""
 
-    # ------------------------------------------------------------------------------------------------ forward
+    def output(self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None) -> Tensor:
+        """RMSNorm_P(o) ⊙ SiLU(g) with o of each token in its own mode (eq. 2): [s/c, b, H P]."""
+
+    def unused(self) -> list[Tensor]:
+        """Parameters without a part in this plan, or in this rank's rows.
+
+        They get zero gradients, since overlapped gradient reduction waits for all in every step.
+        """
+
+
+class OryxMixer(MixerWeights):
+    """Drop-in for megatron-core's SelfAttention inside a TransformerLayer; arguments as MixerWeights'."""
 
     def forward(
         self,
@@ -225,82 +141,288 @@ class OryxMixer(MegatronModule):
 
         return checkpoint(mix, False, *(getattr(parts, name) for name in names))
 
-    def input(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """in_proj's parts [s, b, rows], and what the other projections read: with separate queries the normed input of
-        all tokens [s, b, d]."""
-        projected, _ = self.in_proj(hidden_states)
-        if not self.separate_queries:
-            return projected, hidden_states
-        normed = hidden_states
-        if isinstance(projected, tuple):
-            projected, normed = projected
-        if self.tp_group.size() > 1:
-            if self.config.sequence_parallel:
-                normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
-            else:
-                normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        return projected, normed
 
-    def own(self, per_head: Tensor) -> Tensor:
-        """What belongs to the heads that this context-parallel rank holds inside the mixer."""
-        size = self.cp_group.size()
-        return per_head if size == 1 else per_head.chunk(size)[self.cp_group.rank()]
+class ReferenceSteps:
+    """Steps over tokens in the order of the sequence; with states (decoding) both modes advance at every token.
 
-    def own_conv_weight(self) -> Tensor:
-        """Taps of the channels that this context-parallel rank holds inside the mixer."""
-        if self.cp_group.size() == 1:
-            return self.conv.weight
-        parts = self.conv.weight.split(list(self.conv_parts.values()))
-        return torch.cat([part.chunk(self.cp_group.size())[self.cp_group.rank()] for part in parts])
+    Without states to keep (training), a mode that no token uses is not computed.
+    """
 
-    def attention_parameters(self) -> list[Tensor]:
-        """Those that only attention mode reads, besides the query's."""
-        normed = self.model.has_attention and self.model.qk_norm
-        return [self.query_norm.weight, self.key_norm.weight] if normed else []
+    def __init__(self, mixer: MixerWeights, info: SequenceInfo) -> None:
+        assert info.plan is not None
+        self.mixer, self.model, self.info, self.plan = mixer, mixer.model, info, info.plan
+        self.state = None if info.states is None else info.states.setdefault(mixer.layer_number, LayerState())
+        attention, kept = self.plan.attention_tokens, self.state is not None
+        self.attends = self.model.has_attention and (attention > 0 or kept)
+        self.recurs = self.model.has_recurrence and (attention < self.plan.length or kept)
 
-    def recurrent_parameters(self) -> list[Tensor]:
-        """Those that only recurrent mode reads, besides the query's."""
-        if not self.model.has_recurrence:
-            return []
-        own = [self.a_log, self.dt_bias, *([self.d] if self.model.mixer == "mamba2" else [])]
-        return [self.decay_proj.weight, *own]
+    def project(self, hidden_states: Tensor) -> Parts:
+        """See Steps."""
+        mixer, attends = self.mixer, self.plan.attention_tokens > 0
+        projected, normed = mixer.input(hidden_states)
+        rows = dict(mixer.in_proj_rows)
+        keys_values, *others = projected.split([rows.pop("key") + rows.pop("value"), *rows.values()], dim=-1)
+        named = dict(zip(rows, others))
+        for name, linear in mixer.query_projections().items():
+            if attends if name == "query_attention" else self.recurs:
+                named[name] = linear(normed)[0]
+        return Parts(
+            keys_values,
+            named.get("query", named.get("query_attention")) if attends else None,
+            named.get("query", named.get("query_recurrent")) if self.recurs else None,
+            mixer.decay_proj(normed)[0] if self.recurs else None,
+            named.get("output_gate"),
+        )
 
-    # --------------------------------------------------------------------------------------------- checkpoints
+    def exchange(self, parts: Parts) -> Parts:
+        """See Steps; parts that no token of the plan reads stay out of it."""
+        mixer = self.mixer
+        queries = [query for query in (parts.query_attention, parts.query_recurrent) if query is not None]
+        if "query" in mixer.in_proj_rows:  # shared: one is both
+            queries = queries[:1]
+        inputs = [parts.keys_values, *queries]
+        widths = [[mixer.in_proj_rows["key"], mixer.in_proj_rows["value"]], *([x.shape[-1]] for x in queries)]
+        if parts.logits is not None:
+            inputs.append(parts.logits)
+            widths.append(list(mixer.decay_parts.values()))
+        (keys_values, *others), _ = sequence_to_heads(inputs, widths, mixer.cp_group)
+        return Parts(
+            keys_values,
+            logits=None if parts.logits is None else others.pop(),
+            query_attention=None if parts.query_attention is None else others[0],
+            query_recurrent=None if parts.query_recurrent is None else others[-1],
+            gate=parts.gate,
+        )
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Tensors by name with their place in the whole model; fused weights as their named parts.
+    def keys_values(self, projected: Tensor) -> KeysValues:
+        """See Steps: k [b, s, G, N], v [b, s, G, P]; advances the convolution window."""
+        mixer, model, state, info = self.mixer, self.model, self.state, self.info
+        kv = projected.transpose(0, 1)  # [b, s, channels]
+        if model.conv_width:
+            kv, window = ops.causal_conv(
+                kv,
+                mixer.own_conv_weight(),
+                activation=mixer.activation,
+                initial=None if state is None else state.window,
+                documents=info.documents,
+                final=state is not None,
+            )
+            if state is not None:
+                state.window = window
+        k, v = kv.split((mixer.groups * model.qk_head_dim, mixer.groups * model.v_head_dim), dim=-1)
+        k, v = k.unflatten(-1, (mixer.groups, -1)), v.unflatten(-1, (mixer.groups, -1))
+        read_by_attention = self._as_attention_reads(k, "key_norm") if self.attends else None
+        read_by_recurrence = self._as_recurrence_reads(k) if self.recurs else None
+        return KeysValues(read_by_attention, read_by_recurrence, v, v, None)
 
-        The parts (`in_proj.weight.key`, …) make a checkpoint independent of the tensor-parallel size.
+    def _as_attention_reads(self, x: Tensor, norm: str) -> Tensor:
+        """Keys or queries [b, s, heads, N], normed and rotated."""
+        if self.model.qk_norm:
+            x = getattr(self.mixer, norm)(x)
+        return x if self.model.rotary == "none" else self._rotated(x)
+
+    def _as_recurrence_reads(self, x: Tensor) -> Tensor:
+        return self._rotated(x) if self.model.rotary == "both" else x
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        assert self.info.positions is not None
+        return ops.rotary(x, self.info.positions, self.model.rope_theta)
+
+    def attend(self, query: Tensor | None, read: KeysValues) -> Tensor | None:
+        """See Steps: [b, s, H, P], zero for recurrent tokens; appends to the KV cache."""
+        keys, values = read.attention_keys, read.attention_values
+        if keys is None or values is None:
+            return None
+        if self.state is not None:
+            keys, values = self.state.append(keys, values)
+        if query is None:
+            return None
+        q = self._as_attention_reads(self._by_head(query), "query_norm")
+        return ops.mode_attention(q, keys, values, self.plan, documents=self.info.documents)
+
+    def recur(self, query: Tensor | None, logits: Tensor | None, read: KeysValues) -> Tensor | None:
+        """See Steps: [b, s, H, P]; mamba2: S_t = a_t S_{t−1} + Δ_t k_t v_tᵀ, gdn: S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1}
+        + β_t k_t v_tᵀ."""
+        k, v = read.recurrent_keys, read.recurrent_values
+        if query is None or logits is None or k is None or v is None:
+            return None
+        mixer, state = self.mixer, self.state
+        q = self._as_recurrence_reads(self._by_head(query))
+        gates = [x.transpose(0, 1) for x in logits.split(mixer.heads, dim=-1)]
+        common: dict[str, Any] = {
+            "dt_bias": mixer.own(mixer.dt_bias),
+            "a_log": mixer.own(mixer.a_log),
+            "initial": None if state is None else state.recurrent,
+            "documents": self.info.documents,
+            "final": state is not None,
+            "chunk": self.model.recurrence_chunk,
+        }
+        if self.model.mixer == "mamba2":
+            o, final = ops.ssd(q, k, v, gates[0], d=mixer.own(mixer.d), **common)
+        else:
+            o, final = ops.gated_delta_rule(q, k, v, gates[0], gates[1], **common)
+        if state is not None:
+            state.recurrent = final
+        return o
+
+    def _by_head(self, query: Tensor) -> Tensor:
+        """[s, b, H N] → [b, s, H, N]"""
+        return query.transpose(0, 1).unflatten(-1, (self.mixer.heads, -1))
+
+    def output(self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None) -> Tensor:
+        """See Steps."""
+        o = o_attention if self.plan.attention_tokens else o_recurrent
+        if 0 < self.plan.attention_tokens < self.plan.length:
+            assert o_attention is not None
+            assert o_recurrent is not None
+            assert self.info.attention_rows is not None
+            o = torch.where(self.info.attention_rows[None, :, None, None], o_attention, o_recurrent)
+        assert o is not None
+        # [b, s, H, P] → [s/c, b, all H of this tensor-parallel rank, P]
+        o = heads_to_sequence(o.transpose(0, 1), self.mixer.cp_group)
+        if gate is not None:
+            gate = gate.unflatten(-1, (-1, self.model.v_head_dim))
+        norm = self.mixer.out_norm
+        return ops.gated_rms_norm(o, gate, norm.summed_weight(), norm.eps).flatten(2)
+
+    def unused(self) -> list[Tensor]:
+        """See Steps."""
+        mixer = self.mixer
+        used = {"query_attention": self.plan.attention_tokens > 0, "query_recurrent": self.recurs}
+        unused = [linear.weight for name, linear in mixer.query_projections().items() if not used[name]]
+        unused += [] if self.attends else mixer.attention_parameters()
+        return unused + ([] if self.recurs else mixer.recurrent_parameters())  # type: ignore[return-value]
+
+
+class FusedSteps:
+    """Steps over tokens sorted by mode (ops/layout.py), in fewer passes over memory and without what nobody reads.
+
+    Attention tokens come first, through the whole model. So
+
+        x [s, b, d] ── norm, in_proj ──► key │ value │ output_gate        all rows
+                    ├─ query_attention ──► q_a                            the first n rows alone
+                    ├─ query_recurrent ──► q_r                            the last s − n rows alone
+                    └─ decay_proj ──► logits of the gates                 all rows, when some token recurs
+
+    and every step in between is a kernel of ops/fused.py. Context parallelism splits the rows: a rank holds s/c
+    consecutive ones, projects one query for each, and the exchange brings all rows of its heads together in the order
+    of the layout. No host code here branches on more than `TokenLayout.shape_of`: CUDA graphs capture it.
+    """
+
+    def __init__(self, mixer: MixerWeights, layout: TokenLayout) -> None:
+        self.mixer, self.model, self.layout = mixer, mixer.model, layout
+        size, rank = mixer.cp_group.size(), mixer.cp_group.rank()
+        self.rows = layout.length // size
+        """Of this rank."""
+        self.own = min(max(layout.attention - rank * self.rows, 0), self.rows)
+        """How many of this rank's rows, the first ones, are in attention mode."""
+
+    def project(self, hidden_states: Tensor) -> Parts:
+        """See Steps."""
+        mixer = self.mixer
+        projected, normed = mixer.input(hidden_states)
+        first, last = self._query_rows(*normed.shape[:2])
+        whole, head, tail = Rows.apply(normed, first, last)
+        return Parts(
+            projected,
+            query_attention=mixer.query_attention(head)[0] if self.own > 0 else None,
+            query_recurrent=mixer.query_recurrent(tail)[0] if self.own < self.rows else None,
+            logits=mixer.decay_proj(whole)[0] if self.layout.recurrent > 0 else None,
+        )
+
+    def _query_rows(self, length: int, batch: int) -> tuple[int, int]:
+        """How many of the first rows need an attention query, and from which on a recurrent one is needed.
+
+        In FP8 both counts are rounded outwards to what its products take.
         """
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        result = make_sharded_tensors_for_checkpoint(own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups)
-        for name, module in self.named_children():
-            if isinstance(module, ConvWeight):
-                sharded = make_sharded_tensors_for_checkpoint(
-                    module.state_dict(keep_vars=True), f"{prefix}{name}.", {"weight": 0}, sharded_offsets, **groups
-                )
-            else:
-                sharded = sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            result.update(sharded)
-        fused = (("in_proj", self.in_proj_rows), ("decay_proj", self.decay_parts), ("conv", self.conv_parts))
-        for name, parts in fused:
-            if parts:
-                key = f"{prefix}{name}.weight"
-                result[key] = _split_tensor_factory(result[key], list(parts.values()), list(parts), 0)
-        for name in self.query_projections():  # the names of rows of in_proj: both kinds load into each other
-            result[f"{prefix}{name}.weight"].key = f"{prefix}in_proj.weight.{name}"
-        return result
+        if not self.mixer.config.fp8:
+            return self.own, self.own
+        multiple = FP8_ROWS // math.gcd(FP8_ROWS, batch)
+        return min(-(-self.own // multiple) * multiple, length), self.own // multiple * multiple
 
-    # --------------------------------------------------------------------------------------- megatron-core's hooks
+    def exchange(self, parts: Parts) -> Parts:
+        """See Steps."""
+        mixer, layout = self.mixer, self.layout
+        rows = [] if parts.query_attention is None else [parts.query_attention[: self.own]]
+        rows += [] if parts.query_recurrent is None else [parts.query_recurrent[self.own - self.rows :]]
+        inputs = [parts.keys_values, rows[0] if len(rows) == 1 else torch.cat(rows)]
+        widths = [[mixer.in_proj_rows["key"], mixer.in_proj_rows["value"]], [inputs[1].shape[-1]]]
+        if parts.logits is not None:
+            inputs.append(parts.logits)
+            widths.append(list(mixer.decay_parts.values()))
+        (keys_values, query, *others), (gate, *_) = sequence_to_heads(inputs, widths, mixer.cp_group)
+        if layout.attention and layout.recurrent:
+            query_attention, query_recurrent = query.split((layout.attention, layout.recurrent))
+        else:
+            query_attention, query_recurrent = (query, None) if layout.attention else (None, query)
+        return Parts(
+            keys_values,
+            query_attention,
+            query_recurrent,
+            others[0] if others else None,
+            gate if self.model.output_gate else None,
+        )
 
-    def backward_dw(self) -> None:
-        """Delayed weight gradients, when megatron-core asks for them."""
-        for linear in (self.in_proj, self.out_proj):
-            linear.backward_dw()
+    def keys_values(self, projected: Tensor) -> KeysValues:
+        """See Steps."""
+        mixer, model = self.mixer, self.model
+        return fused.keys_values(
+            projected,
+            mixer.groups,
+            (model.qk_head_dim, model.v_head_dim),
+            mixer.own_conv_weight() if model.conv_width else None,
+            mixer.key_norm.summed_weight() if model.has_attention and model.qk_norm else None,
+            self.layout,
+            mixer.head_steps,
+            gated=model.output_gate and mixer.cp_group.size() == 1,  # else it stayed with its rows
+        )
+
+    def attend(self, query: Tensor | None, read: KeysValues) -> Tensor | None:
+        """See Steps: [b, n, H, P] of the attention rows."""
+        if query is None:
+            return None
+        mixer, model, layout = self.mixer, self.model, self.layout
+        norm = mixer.query_norm.summed_weight() if model.qk_norm else None
+        q = fused.attention_query(query, model.qk_head_dim, norm, layout, mixer.head_steps)
+        keys, values = read.attention_keys, read.attention_values
+        if mixer.fp8_attention and not layout.recurrent and not layout.isolated:
+            return mixer.fp8_attention[0](q, keys, values).unflatten(-1, (-1, model.v_head_dim))
+        return ops.attend(q, keys, values, layout)  # type: ignore[arg-type]
+
+    def recur(self, query: Tensor | None, logits: Tensor | None, read: KeysValues) -> Tensor | None:
+        """See Steps: [b, s, H, P] by token."""
+        if query is None or logits is None:
+            return None
+        mixer, model, layout = self.mixer, self.model, self.layout
+        q = fused.recurrent_query(query, model.qk_head_dim, layout, mixer.head_steps)
+        decay, rate = fused.gates(logits, mixer.own(mixer.a_log), mixer.own(mixer.dt_bias), layout, model.mixer)
+        keys, values = read.recurrent_keys, read.recurrent_values
+        if model.mixer == "mamba2":
+            return ops.ssd_scan(q, keys, values, decay, rate, mixer.own(mixer.d))[0]  # type: ignore[arg-type]
+        return ops.delta_scan(q, keys, values, decay, rate)[0]  # type: ignore[arg-type]
+
+    def output(self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None) -> Tensor:
+        """See Steps: in rows."""
+        group = self.mixer.cp_group
+        if group.size() == 1:
+            return self.norm_rows(o_attention, o_recurrent, gate, self.layout)
+        o = heads_to_sequence(fused.in_rows(o_attention, o_recurrent, self.layout), group)
+        return self.norm_rows(o.transpose(0, 1), None, gate, self.layout.shard(group.size()))
+
+    def norm_rows(
+        self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None, layout: TokenLayout
+    ) -> Tensor:
+        """Outputs of the rows' own modes and their gate → [s, b, H P] in rows."""
+        norm = self.mixer.out_norm
+        return fused.gated_norm(o_attention, o_recurrent, gate, norm.summed_weight(), layout, norm.eps)
+
+    def unused(self) -> list[Tensor]:
+        """See Steps."""
+        mixer, unused = self.mixer, list[Tensor]()
+        if self.model.has_attention:
+            unused += [] if self.own else [mixer.query_attention.weight]
+            unused += [] if self.layout.attention else mixer.attention_parameters()
+        if self.model.has_recurrence:
+            unused += [] if self.own < self.rows else [mixer.query_recurrent.weight]
+            unused += [] if self.layout.recurrent else mixer.recurrent_parameters()
+        return unused

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.model.mixer import OryxMixer
-from oryx_megatron.model.steps import FusedSteps, Parts
+from oryx_megatron.model.mixer import FusedSteps, OryxMixer, Parts
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import TokenLayout, fused
 
