@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oryx_megatron.cli import main_guard
-from oryx_megatron.config.loading import config_text
+from oryx_megatron.config.batch_sizes import SampleCount
+from oryx_megatron.config.loading import config_text, from_dict
+from oryx_megatron.config.schema import TrainConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
@@ -76,6 +78,8 @@ class Followed:
     damaged: dict[str, int] = field(default_factory=dict)
     """Lines left out, by file."""
     iterations: int | None = None
+    count: SampleCount | None = None
+    """Samples by iteration, as config.yaml has them."""
     changed: float | None = None
     """Unix time of the latest line."""
     _place: tuple[int, int] = (0, 0)
@@ -102,7 +106,18 @@ class Followed:
                 self._take(metrics.parse_line(text))
         self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
         self._look_at_events()
-        self.iterations = self.iterations or _iterations(self.folder)
+        if self.iterations is None:
+            self.iterations, self.count = _length(self.folder)
+
+    def left(self) -> float | None:
+        """Seconds that the steps to come take, at the speed of the latest ones; None while the length is unknown."""
+        if self.iterations is None or not self.steps:
+            return None
+        seconds, last = sum(step["seconds"] for step in self.steps), self.steps[-1]["iteration"]
+        read = 0 if self.count is None else sum(self.count.batch_at(max(s["iteration"] - 1, 0)) for s in self.steps)
+        if self.count is None or read < 1:
+            return (self.iterations - last) * seconds / len(self.steps)
+        return (self.count.samples_at(self.iterations) - self.count.samples_at(last)) * seconds / read
 
     def state(self, now: float) -> str:
         """What the run is doing, in a word or two."""
@@ -161,8 +176,8 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
         loss = sum(finite) / len(finite) if finite else math.nan
         counter = f"{last['iteration']}/{run.iterations or '?'}"
         left = ""
-        if run.iterations is not None and run.state(now) == "running":
-            left = duration((run.iterations - last["iteration"]) * seconds / len(steps))
+        if run.state(now) == "running" and (remaining := run.left()) is not None:
+            left = duration(remaining)
         speed = short(sum(step["tokens"] for step in steps) / seconds) if seconds else ""
         lines.append(
             f"{name:<{width}} {counter:>13} {loss:7.4f} {last['grad_norm']:6.2f} {last['lr']:7.1e} {speed:>6} "
@@ -197,13 +212,18 @@ def _fact(value: object) -> str:
     return "…" if isinstance(value, (list, dict)) else str(value)
 
 
-def _iterations(folder: Path) -> int | None:
+def _length(folder: Path) -> tuple[int | None, SampleCount | None]:
+    """Iterations of a run, and its samples by iteration, as far as its config.yaml says."""
     try:
         config = parse_yaml(config_text(folder / "config.yaml"), str(folder / "config.yaml"))
         value = config["train"]["iterations"]
     except (ConfigError, KeyError, TypeError):
-        return None
-    return value if is_whole(value) else None
+        return None, None
+    try:
+        count = SampleCount.of(from_dict(TrainConfig, config["train"]))
+    except ConfigError:
+        count = None
+    return (value, count) if is_whole(value) else (None, None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from oryx_megatron.arch import flops_per_token, parameter_counts
 from oryx_megatron.config.schema import (
+    BatchStage,
     BlendEntry,
     DataConfig,
     EvaluationConfig,
@@ -91,6 +92,8 @@ class Work:
     """Sequences per step over all GPUs."""
     attention_share: float = 0.5
     """Of the tokens, on average."""
+    ramp: tuple[int, ...] = ()
+    """Other batch sizes that a layout must take as well (train.batch_schedule)."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,12 @@ def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_ba
     run = RunConfig(
         model=model,
         data=DataConfig(sequence_length=work.sequence, tokenizer="any", blend=(BlendEntry(path="any"),)),
-        train=TrainConfig(iterations=1, global_batch_size=work.batch, micro_batch_size=micro_batch),
+        train=TrainConfig(
+            iterations=len(work.ramp) + 1,
+            global_batch_size=work.batch,
+            micro_batch_size=micro_batch,
+            batch_schedule=tuple(BatchStage(start=i, global_batch_size=n) for i, n in enumerate(work.ramp, 1)),
+        ),
         output_dir="any",
         modes=ModesConfig(
             chunk=math.gcd(work.sequence, 256),
@@ -414,9 +422,10 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = F
     if fitting:
         return sorted(fitting, key=lambda found: (found.step_seconds, -found.micro_batch))
     if nearest is None:
+        batch = " or ".join(map(str, [work.batch, *work.ramp]))
         raise ConfigError(
             f"no layout of {cluster.gpus} GPUs divides {model.num_heads} heads ({model.kv_heads} of keys), "
-            f"{model.num_layers} layers, {work.sequence} tokens and a batch of {work.batch}; change the batch first"
+            f"{model.num_layers} layers, {work.sequence} tokens and a batch of {batch}; change the batch first"
         )
     hint = ""
     if not cpu_offload:

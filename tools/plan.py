@@ -40,6 +40,7 @@ from oryx_megatron.planner import (
     Cluster,
     Estimate,
     Work,
+    estimate,
     plan,
     schedule,
 )
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="preset or YAML file")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--sequence", type=int, required=True, help="tokens per sample")
-    parser.add_argument("--batch", type=int, required=True, help="samples per step over all GPUs")
+    parser.add_argument(
+        "--batch", type=int, required=True, nargs="+", metavar="N",
+        help="samples per step over all GPUs; of a ramp all its sizes: layouts take all, and are compared at the last",
+    )  # fmt: skip
     parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
     parser.add_argument("--card", choices=sorted(MEMORY_GIB), default="h200", help="memory and its speed")
     parser.add_argument("--memory", type=float, help="GiB per GPU (default: the card's)")
@@ -78,8 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     expand_arguments(a, "--picture")
     for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
-        if (value := getattr(a, name)) is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(a, name)} should be above 0")
+        value = getattr(a, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not number > 0:
+                raise ConfigError(f"--{name.replace('_', '-')}: {number} should be above 0")
     if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
         raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
     if a.picture:
@@ -87,12 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(a.model)
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
-    work = Work(a.sequence, a.batch, _share(model, a.attention_share))
+    work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])))
     found = plan(model, cluster, work, a.cpu_offload)
     if a.json:
         sys.stdout.write(json.dumps([_plain(e) for e in found[: a.top]], indent=1) + "\n")
     else:
-        sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top)))
+        ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload)
+        sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, ramp)))
     if a.picture:
         draw(found[0], a.picture)
         sys.stderr.write(f"wrote {shown(a.picture)}\n")
@@ -142,7 +149,20 @@ def _settings(e: Estimate) -> list[str]:
     ]
 
 
-def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int) -> str:
+def ramp_lines(model: ModelConfig, cluster: Cluster, work: Work, best: Estimate, cpu_offload: bool) -> list[str]:
+    """A layout's step at every size of a ramp: the pipeline idles more with fewer microbatches."""
+    lines = ["", "batch    m  step s  tokens/s  bubble"]
+    for size in (*work.ramp, work.batch):
+        layout = dataclasses.replace(best.layout, microbatches=size // (best.micro_batch * best.layout.dp))
+        e = estimate(
+            model, cluster, dataclasses.replace(work, batch=size), layout, best.micro_batch, best.recompute, cpu_offload
+        )
+        rate = f"{e.tokens_per_second:,.0f}"
+        lines.append(f"{size:>5}{layout.microbatches:>5}{e.step_seconds:>8.3g}{rate:>10}{e.bubble:>8.1%}")
+    return lines
+
+
+def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estimate], top: int, ramp: list[str]) -> str:
     lines = [
         f"{model.name} on {_count(cluster.gpus, 'GPU')} of {cluster.memory_gib:g} GiB: {_count(len(found), 'layout')} "
         f"fit, {1 - USABLE:.0%} left to the allocator",
@@ -156,7 +176,7 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
             f"{e.step_seconds:>8.3g}{e.tokens_per_second:>12,.0f}{e.bubble:>7.1%}"
         )
     best = found[0]
-    lines += ["", f"best: {best.name()}", "", "memory of the fullest GPU, GiB"]
+    lines += ["", f"best: {best.name()}", *ramp, "", "memory of the fullest GPU, GiB"]
     lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.memory.items() if size]
     lines += [f"  {'sum':<30}{best.gib:>9.2f}"]
     if best.host:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from oryx_megatron.config import from_dict
+from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, NewerCheckpointError
 from oryx_megatron.reading import parse_json, read_text
@@ -56,7 +57,13 @@ class Manifest:
     init_from: dict[str, Any] | None = None
     """What the run started from: path, iteration and sha256 of its manifest, and what was taken along."""
     origin: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
-    """Iteration and samples from which `consumed_samples` is counted (data/loader.py: Origin)."""
+    """Iteration and samples from which `consumed_samples` is counted (config/batch_sizes.py)."""
+    batch_sizes: list[list[int]] = dataclasses.field(default_factory=list)
+    """[iteration, samples per step from there on] of the whole run; empty: as the config says (earlier versions)."""
+
+    def count(self) -> SampleCount:
+        """Samples by iteration, as the run that wrote it had them; CheckpointError when its config cannot be read."""
+        return SampleCount.read(self.batch_sizes or planned(self.run().train), *self.origin)
 
     def run(self) -> RunConfig:
         """The run config it was written by.
@@ -146,6 +153,9 @@ def _check(manifest: Manifest) -> None:
             raise ValueError("evaluations has a wrong entry")
     if len(manifest.origin) != 2:
         raise ValueError("origin is not an iteration and a number of samples")
+    starts = [piece[0] for piece in manifest.batch_sizes if len(piece) == 2 and piece[1] > 0]
+    if len(starts) < len(manifest.batch_sizes) or starts != sorted(set(starts)) or starts[:1] not in ([], [0]):
+        raise ValueError("batch_sizes are not iterations, ascending from 0, each with a number of samples")
     if manifest.format != FORMAT or manifest.iteration < 0 or manifest.consumed_samples < 0:
         raise ValueError("format, iteration or consumed_samples is out of range")
 

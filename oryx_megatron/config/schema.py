@@ -172,6 +172,16 @@ class ModesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchStage:
+    """A batch size from an iteration on."""
+
+    start: Index
+    """First iteration of the stage."""
+    global_batch_size: Count
+    """Sequences per step from then on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and batch of the run."""
 
@@ -179,6 +189,8 @@ class TrainConfig:
     """Optimizer steps in all."""
     global_batch_size: Count
     """Sequences per step over all ranks; divisible by micro_batch_size × data-parallel size."""
+    batch_schedule: tuple[BatchStage, ...] = ()
+    """Batch sizes that replace `global_batch_size` in training from given iterations on (ramp-up)."""
     micro_batch_size: Count = 1
     """Sequences per forward pass on a rank."""
     exit_after: Count | None = None

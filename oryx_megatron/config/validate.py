@@ -10,9 +10,11 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
@@ -25,6 +27,7 @@ from oryx_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    TrainConfig,
 )
 from oryx_megatron.errors import ConfigError
 
@@ -47,7 +50,7 @@ class Layout:
     dp: int
     """Data-parallel size."""
     microbatches: int
-    """Microbatches per step on every data-parallel rank."""
+    """Microbatches per step of train.global_batch_size on every data-parallel rank."""
     stage_layers: tuple[int, ...]
     """Layers on every pipeline rank, over all its model chunks."""
 
@@ -55,6 +58,20 @@ class Layout:
     def world_size(self) -> int:
         """Ranks in all."""
         return self.tp * self.pp * self.cp * self.dp
+
+    def microbatches_from(self, iteration: int, count: SampleCount, train: TrainConfig) -> Callable[[int], int]:
+        """Microbatches on every data-parallel rank by number of steps after `iteration`.
+
+        Raises:
+            ConfigError: a batch size to come, of a run that once had another config, is not divisible.
+        """
+        rows = train.micro_batch_size * self.dp
+        ends = [*(start for start, _ in count.sizes[1:]), train.iterations]
+        for (start, size), end in zip(count.sizes, ends, strict=True):
+            if end > iteration and start < train.iterations:
+                name = f"the batch size of steps {max(start, iteration) + 1} to {end}"
+                microbatches_of(name, size, train.micro_batch_size, self.dp, self.pp, self.vpp)
+        return lambda step: count.batch_at(iteration + step) // rows
 
 
 def _divisible(name: str, value: int, by: str, divisor: int) -> None:
@@ -163,6 +180,7 @@ def _check_data(data: DataConfig, iterations: int) -> None:
 
 def _check_training(run: RunConfig) -> None:
     train, schedule, optimizer = run.train, run.schedule, run.optimizer
+    _check_stages("train.batch_schedule", [stage.start for stage in train.batch_schedule], train.iterations)
     if train.exit_after is not None and train.exit_after > train.iterations:
         raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
     _check_optimizer(optimizer, run.parallel)
@@ -419,13 +437,25 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     _check_sequence(run.data.sequence_length, parallel)
     stages = stage_layers(run.model.num_layers, parallel)
     dp = world_size // (tp * pp * cp)
-    micro, total = run.train.micro_batch_size, run.train.global_batch_size
-    _divisible("train.global_batch_size", total, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
-    microbatches = total // (micro * dp)
+    train = run.train
+    for i, stage in enumerate(train.batch_schedule):
+        name = f"train.batch_schedule[{i}].global_batch_size"
+        microbatches_of(name, stage.global_batch_size, train.micro_batch_size, dp, pp, vpp)
+    microbatches = microbatches_of(
+        "train.global_batch_size", train.global_batch_size, train.micro_batch_size, dp, pp, vpp
+    )
+    return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
+
+
+def microbatches_of(name: str, batch: int, micro: int, dp: int, pp: int, vpp: int) -> int:
+    """Microbatches per step and data-parallel rank; ConfigError, which calls the batch `name`, when not even."""
+    _divisible(name, batch, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
+    microbatches = batch // (micro * dp)
     if vpp > 1:
         # megatron-core's interleaved schedule deals microbatches out in groups of the pipeline's size.
-        _divisible("microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
-    return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
+        of = "" if name == "train.global_batch_size" else f"{name} {batch}: "
+        _divisible(f"{of}microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
+    return microbatches
 
 
 def check_license(license: str | None) -> None:

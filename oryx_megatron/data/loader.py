@@ -1,36 +1,25 @@
-"""Samples for training and evaluation: megatron-core's GPTDataset under blends, stages, a checked cache and a stream.
+"""Samples for training and evaluation: megatron-core's GPTDataset under blends, stages and a checked cache.
 
 megatron-core cuts each dataset into samples of `sequence_length` tokens and shuffles them (GPTDataset), and its C++
 helper interleaves datasets by weight. Ours is what lies around it:
 - every dataset is verified before; one rank builds the sample indices and a failure there is every rank's failure;
-- caches are keyed by the contents of the data, and appear only whole;
+- caches are keyed by the contents of the data, and appear only whole (cache.py);
 - stages: a blend that takes over at an iteration continues each dataset at the sample where the last one left it;
-- the order of samples over the run does not depend on the layout: rank r of dp reads, for microbatch m of a global
-  batch, samples consumed + (m·dp + r)·micro_batch_size + i. So `consumed` alone is the loader's state.
-Shapes: b micro batch, s sequence.
+- each rank reads its microbatches in an order that does not depend on the layout (stream.py).
+Shapes: s sequence.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
-import queue
 import resource
-import shutil
 import socket
-import threading
-import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,34 +27,20 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from torch.utils.data import DataLoader
 
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import BlendEntry, RunConfig
-from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
+from oryx_megatron.data.cache import cached
 from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
 from oryx_megatron.data.tokenizer import Tokenizer, difference
-from oryx_megatron.data.workers import in_one_line
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
 from oryx_megatron.parallel.wait import first_rank_alone
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-CACHE_MANIFEST = "complete.json"
 FILES = 12
 """Files that a dataset keeps open: its tokens, its index and three arrays of samples, for training and validation."""
-VISIBLE = 60.0
-"""Seconds that other ranks wait to see what rank 0 has written."""
-
-
-class Batch(TypedDict):
-    """One microbatch. `documents`: per row the cumulative document starts, int32 [0, …, s]; None when joined."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    positions: torch.Tensor
-    documents: list[torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -116,31 +91,16 @@ class Blend(torch.utils.data.Dataset):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a run begins to count samples: one that starts from another's checkpoint may not begin at 0."""
-
-    iteration: int = 0
-    samples: int = 0
-
-    def samples_at(self, iteration: int, batch: int) -> int:
-        """Samples read when `iteration` steps are done, `batch` a step."""
-        return self.samples + (iteration - self.iteration) * batch
-
-
-AT_ZERO = Origin()
-
-
-@dataclass(frozen=True)
 class _Stage:
     start: int  # sample
     stop: int
     blend: tuple[BlendEntry, ...]
 
 
-def sample_counts(run: RunConfig, origin: Origin = AT_ZERO) -> dict[str, int]:
+def sample_counts(run: RunConfig, count: SampleCount | None = None) -> dict[str, int]:
     """Samples a run needs: `train`, `valid` when the split has a validation part, and each further validation set."""
     evaluation = run.evaluation.batches * run.train.global_batch_size
-    counts = {"train": origin.samples_at(run.train.iterations, run.train.global_batch_size)}
+    counts = {"train": (count or SampleCount.of(run.train)).samples_at(run.train.iterations)}
     if run.data.split[1] > 0:
         counts["valid"] = evaluation
     return counts | dict.fromkeys(run.data.validation, evaluation)
@@ -152,26 +112,27 @@ def build_datasets(
     samples: dict[str, int] | None = None,
     *,
     once: bool | None = None,
-    origin: Origin = AT_ZERO,
+    count: SampleCount | None = None,
 ) -> dict[str, Blend]:
     """Blends by name: `train`, `valid`, `test` and the names of data.validation.
 
     Arguments: `samples` to build per name (default `sample_counts(run)`); names left out are not built. `once`: what is
     not for training has no more samples than its data hold, each read once, and the last batch is filled up with
     samples without loss; default: with the default `samples` only, else there are as many samples as asked for.
-    `origin`: where the run's count of training samples begins.
+    `count`: training samples by iteration; default: as the config has it.
     Under torch.distributed all ranks must call it: rank 0 verifies and builds, the others then map the finished cache.
     Raises DataError, on every rank, for a missing, damaged, empty or foreign dataset.
     """
     once = samples is None if once is None else once
-    samples = sample_counts(run, origin) if samples is None else samples
+    count = count or SampleCount.of(run.train)
+    samples = sample_counts(run, count) if samples is None else samples
     named = [run.data.blend, *(stage.blend for stage in run.data.stages), *run.data.validation.values()]
     _allow_files(sum(map(len, named)))
     blends: dict[str, Blend] = {}
 
     def build() -> dict[str, Any]:
         try:
-            blends.update(_build(run, tokenizer, samples, once, origin))
+            blends.update(_build(run, tokenizer, samples, once, count))
         except (DataError, OSError) as error:
             raise _as_data_error(error) from error
         return {name: blend.identity for name, blend in blends.items()}
@@ -179,7 +140,7 @@ def build_datasets(
     identities = first_rank_alone(build, "builds sample indices", DataError)
     if not blends:
         try:
-            blends.update(_build(run, tokenizer, samples, once, origin, identities))
+            blends.update(_build(run, tokenizer, samples, once, count, identities))
         except (DataError, OSError) as error:
             mine = _as_data_error(error)
             mine.rank_local = True  # rank 0 saw no fault
@@ -214,7 +175,7 @@ def _build(
     tokenizer: Tokenizer,
     samples: dict[str, int],
     once: bool,
-    origin: Origin,
+    count: SampleCount,
     told: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Blend]:
     """Blends by name. `told`: the identities that rank 0 found; None on rank 0, which alone may build and checks more.
@@ -222,21 +183,21 @@ def _build(
     The first rank of a node compares the content of its files too: they may be a copy of their own.
     """
     blends = {}
-    for name, stages, share, split, opened in _opened(run, tokenizer, samples, origin, told):
+    for name, stages, share, split, opened in _opened(run, tokenizer, samples, count, told):
         blends[name] = _blend(run, tokenizer, name, stages, share, split, opened, once and name != "train")
         if told is not None:
             blends[name].identity = told[name]
     return blends
 
 
-def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, origin: Origin = AT_ZERO) -> dict[str, tuple[Part, ...]]:
+def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -> dict[str, tuple[Part, ...]]:
     """What a run would read of each dataset, by blend: opened and checked as `build_datasets` does; writes nothing.
 
     `samples` of a part are its share by weight: the exact order is drawn when the run starts.
     Raises DataError for a missing, damaged, empty or foreign dataset.
     """
     found = {}
-    for name, stages, share, split, opened in _opened(run, tokenizer, sample_counts(run, origin), origin, None):
+    for name, stages, share, split, opened in _opened(run, tokenizer, sample_counts(run, count), count, None):
         wanted: dict[str, float] = {}
         for stage in stages:
             whole = sum(entry.weight for entry in stage.blend)
@@ -245,7 +206,7 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, origin: Origin = AT_Z
                 wanted[entry.path] = wanted.get(entry.path, 0.0) + part
         _, tokens = _parts(list(wanted), opened, share, split)
         found[name] = tuple(
-            Part(path, round(count), count * run.data.sequence_length / tokens[path]) for path, count in wanted.items()
+            Part(path, round(part), part * run.data.sequence_length / tokens[path]) for path, part in wanted.items()
         )
     return found
 
@@ -254,7 +215,7 @@ def _opened(
     run: RunConfig,
     tokenizer: Tokenizer,
     samples: dict[str, int],
-    origin: Origin,
+    count: SampleCount,
     told: dict[str, dict[str, Any]] | None,
 ) -> Iterator[tuple[str, tuple[_Stage, ...], tuple[float, float, float], Split, dict[str, Dataset]]]:
     """Name, stages, split and open datasets of each blend, once all checks of them have passed."""
@@ -271,12 +232,12 @@ def _opened(
         names = ", ".join([*SPLITS, *run.data.validation])
         raise DataError(f"no dataset is called {sorted(unknown)[0]!r}; known: {names}")
     opened: dict[str, Dataset] = {}
-    for name, count in samples.items():
+    for name, size in samples.items():
         if name == "train":
-            stages = _stages(run, count, origin)
+            stages = _stages(run, size, count)
         else:
             entries = run.data.validation.get(name) or _first_blend(run)
-            stages = (_Stage(0, count, entries),)
+            stages = (_Stage(0, size, entries),)
         share = (0.0, 1.0, 0.0) if name in run.data.validation else run.data.split
         split = Split.valid if name in run.data.validation else Split[name]
         for entry in (entry for stage in stages for entry in stage.blend):
@@ -310,16 +271,16 @@ def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
     return blend
 
 
-def _stages(run: RunConfig, count: int, origin: Origin) -> tuple[_Stage, ...]:
+def _stages(run: RunConfig, size: int, count: SampleCount) -> tuple[_Stage, ...]:
     """The training blend over samples. A stage's `start` is an iteration."""
     starts = {0: _first_blend(run)} | {stage.start: stage.blend for stage in run.data.stages}
     blends: dict[int, tuple[BlendEntry, ...]] = {}
     for start in sorted(starts):  # of stages that began before the first sample, the last one counts
-        begin = max(origin.samples_at(start, run.train.global_batch_size), 0) if start else 0
-        if begin < count or not start:
+        begin = max(count.samples_at(start), 0) if start else 0
+        if begin < size or not start:
             blends[begin] = starts[start]
     begins = list(blends)
-    return tuple(_Stage(begin, end, blends[begin]) for begin, end in zip(begins, [*begins[1:], count], strict=True))
+    return tuple(_Stage(begin, end, blends[begin]) for begin, end in zip(begins, [*begins[1:], size], strict=True))
 
 
 def _check_boundaries(dataset: Dataset, tokenizer: Tokenizer) -> None:
@@ -408,7 +369,7 @@ def _blend(
     bounds, tokens = _parts(paths, opened, share, split)
     order = None
     if len(paths) > 1:
-        folder = _cached(
+        folder = cached(
             (cache or opened[paths[0]].prefix.parent / ".cache") / "blends",
             {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
             lambda target: _write_order(target, stages, paths),
@@ -452,7 +413,7 @@ def _blend(
             config.path_to_cache = str(target)
             return GPTDataset(IndexedDataset(path), path, np.arange(*bounds, dtype=np.int32), count, split, config)
 
-        datasets.append(build(_cached((cache or dataset.prefix.parent / ".cache") / "samples", key, build)))
+        datasets.append(build(cached((cache or dataset.prefix.parent / ".cache") / "samples", key, build)))
         parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
     identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
     for part in parts:
@@ -524,110 +485,6 @@ def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> 
     np.save(target / "sample.npy", sample_of)
 
 
-def _cached(root: Path, key: dict[str, Any], build: Any) -> Path:
-    """Folder of `root` with the files that `build(folder)` makes for this key; made if missing or not whole.
-
-    Folders appear whole (renamed) and are checked against the digests recorded in them. Only rank 0 may build, and of
-    several jobs one at a time where the file system has locks; without, they make the same and the first one stays.
-    """
-    key = key | {"megatron-core": importlib.metadata.version("megatron-core")}
-    folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        deadline = time.monotonic() + VISIBLE
-        while not _whole(folder, content=False):  # shared file systems remember for a while that it was not there
-            if time.monotonic() > deadline:
-                raise DataError(
-                    f"{folder}, made by rank 0, is not visible here: data.cache_dir must be on shared storage"
-                )
-            time.sleep(0.5)
-        return folder
-    if _whole(folder):
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with _one_writer(root):
-        temporary = temporary_name(folder)
-        try:
-            if not _whole(folder):  # another job may have been faster
-                temporary.mkdir()
-                build(temporary)
-                files = {
-                    path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-                    for path in sorted(temporary.iterdir())
-                }
-                write_json(temporary / CACHE_MANIFEST, {"key": key, "files": files})
-                _put(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name; a damaged one there goes, a whole one of another job stays."""
-    for _ in range(8):
-        if os.path.lexists(folder):
-            if _whole(folder):
-                return
-            logger.warning("rebuilding the damaged sample index in %s", folder)
-            aside = temporary_name(folder)
-            with contextlib.suppress(FileNotFoundError):  # another job moved it
-                folder.rename(aside)
-            if aside.is_dir() and not aside.is_symlink():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                aside.unlink(missing_ok=True)
-        try:
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            continue
-        sync(folder.parent)
-        return
-    raise DataError(f"{folder} is in the way of a sample index and cannot be replaced; move it away")
-
-
-@contextlib.contextmanager
-def _one_writer(root: Path) -> Iterator[None]:
-    """Hold a folder of caches for this process, as far as its file system has locks. Also clears what kills left."""
-    with open(root / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another job builds sample indices in %s: waiting for it", root)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
-        for path in root.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 86400:
-                    shutil.rmtree(path, ignore_errors=True)
-        yield
-
-
-def _whole(folder: Path, *, content: bool = True) -> bool:
-    """Whether a cache holds what its manifest says; `content`: compared by digest, else by size."""
-    if not (folder / CACHE_MANIFEST).is_file():
-        return False
-    try:
-        files = read_json(folder / CACHE_MANIFEST)["files"]
-        if not files or not all((folder / name).stat().st_size == file["size"] for name, file in files.items()):
-            return False
-        if content and not all(sha256_of(folder / name) == file["sha256"] for name, file in files.items()):
-            return False
-    except (DataError, OSError, KeyError, AttributeError, TypeError, ValueError):
-        return False
-    # megatron-core opens arrays with allow_pickle: only what is an array of numbers may come before it.
-    return all(map(_is_array, folder.glob("*.npy")))
-
-
-def _is_array(path: Path) -> bool:
-    try:
-        np.lib.format.open_memmap(path, mode="r")
-    except Exception:  # noqa: BLE001 - a header is parsed as Python, and a damaged one raises what that does
-        return False
-    return True
-
-
 def check_resume(state: dict[str, Any], blend: Blend) -> None:
     """Compare a checkpoint's data state with the blend about to be read.
 
@@ -686,167 +543,3 @@ def _renamed(then: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         for stage in then["stages"]
     ]
     return then | {"stages": stages, "epochs": {names.get(data, data): n for data, n in then["epochs"].items()}}
-
-
-class SampleStream:
-    """The microbatches of one rank, read ahead in a thread (and in `num_workers` processes when asked).
-
-    `consumed` counts samples of whole global batches handed out over all ranks; `wait_seconds` is the time that
-    `next_batches` has spent waiting for data.
-    """
-
-    def __init__(
-        self,
-        dataset: Blend,
-        *,
-        micro_batch_size: int,
-        microbatches: int,
-        data_rank: int = 0,
-        data_size: int = 1,
-        consumed: int = 0,
-        isolated: bool = False,
-        eod: int,
-        vocab_size: int,
-        num_workers: int = 0,
-        prefetch: int = 2,
-    ) -> None:
-        """`microbatches` per step and rank; `prefetch` steps are read ahead; `vocab_size` bounds every token."""
-        self.dataset = dataset
-        self.microbatches = microbatches
-        self.global_batch_size = micro_batch_size * microbatches * data_size
-        self.consumed = consumed
-        self.wait_seconds = 0.0
-        order = _Order(len(dataset), consumed, micro_batch_size, microbatches, data_rank, data_size)
-        collate = _Collate(isolated, eod, vocab_size, dataset.name)
-        self._queue: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=max(prefetch, 1))
-        self._stop = threading.Event()
-        if num_workers:
-            loader: Any = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate)
-        else:
-            loader = (collate([dataset[i] for i in indices]) for indices in order)
-        forked = threading.Event()
-        self._thread = threading.Thread(
-            target=_read_ahead,
-            args=(loader, microbatches, self._queue, self._stop, forked),
-            daemon=True,
-            name="samples",
-        )
-        self._thread.start()
-        # Processes are forked here and at no other time. One that is forked while the caller starts a subprocess keeps
-        # the write end of the pipe on whose end the caller then waits: for ever.
-        forked.wait()
-        # The thread holds no reference to the stream: dropping the stream ends it.
-        self._finalizer = weakref.finalize(self, self._stop.set)
-
-    def next_batches(self) -> list[Batch]:
-        """The microbatches of the next step.
-
-        Raises DataError when the data is used up or holds a token outside the vocabulary.
-        """
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - start
-        if isinstance(item, list):
-            self.consumed += self.global_batch_size
-            return item
-        self._queue.put(item)  # the thread has ended; the next call gets the same answer
-        if item is None:
-            raise DataError(
-                f"{self.dataset.name} data is used up: {len(self.dataset)} samples, {self.consumed} consumed, "
-                f"{self.global_batch_size} wanted"
-            )
-        raise item
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on from here; see `check_resume`."""
-        return {"consumed": self.consumed, "identity": self.dataset.identity}
-
-    def close(self) -> None:
-        """End the thread and the loader processes."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-
-def _read_ahead(
-    loader: Any,
-    microbatches: int,
-    results: queue.Queue[list[Batch] | BaseException | None],
-    stop: threading.Event,
-    forked: threading.Event,
-) -> None:
-    def hand_over(item: list[Batch] | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                results.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    batches: Any = None
-    try:
-        try:
-            batches = iter(loader)  # starts its processes
-        finally:
-            forked.set()
-        step: list[Batch] = []
-        for batch in batches:
-            step.append(batch)
-            if len(step) == microbatches:
-                hand_over(step)
-                step = []
-            if stop.is_set():
-                return
-        hand_over(None)
-    except Exception as error:  # noqa: BLE001 - raised again by next_batches in the reader's thread
-        hand_over(in_one_line(error, getattr(batches, "_workers", [])))
-
-
-class _Order:
-    """Indices of this rank's microbatches, whole global batches only."""
-
-    def __init__(self, size: int, consumed: int, mbs: int, microbatches: int, rank: int, ranks: int) -> None:
-        self.size, self.consumed, self.mbs = size, consumed, mbs
-        self.microbatches, self.rank, self.ranks = microbatches, rank, ranks
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.mbs * self.microbatches * self.ranks
-        for start in range(self.consumed, self.size - step + 1, step):
-            for m in range(self.microbatches):
-                first = start + (m * self.ranks + self.rank) * self.mbs
-                yield list(range(first, first + self.mbs))
-
-
-class _Collate:
-    """Samples to a microbatch; a class so that loader processes can be sent it."""
-
-    def __init__(self, isolated: bool, eod: int, vocab_size: int, name: str) -> None:
-        self.isolated, self.eod, self.vocab_size, self.name = isolated, eod, vocab_size, name
-
-    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> Batch:
-        tokens = torch.stack([sample["tokens"] for sample in samples])
-        labels = torch.stack([sample["labels"] for sample in samples])
-        loss_mask = torch.stack([sample["loss_mask"] for sample in samples])
-        highest = int(torch.maximum(tokens.max(), labels.max()))
-        if highest >= self.vocab_size:
-            raise DataError(f"{self.name} data holds token {highest}, outside the vocabulary of {self.vocab_size}")
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        if not self.isolated:
-            return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions, documents=None)
-        # The first token of a document cannot be told from the end of the one before: no loss there.
-        loss_mask = loss_mask * (tokens != self.eod)
-        documents = [document_starts(row, self.eod) for row in tokens]
-        begins = torch.stack([torch.repeat_interleave(starts[:-1], starts.diff()) for starts in documents])
-        return Batch(
-            tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions - begins, documents=documents
-        )
-
-
-def document_starts(tokens: torch.Tensor, eod: int) -> torch.Tensor:
-    """Cumulative document starts [0, …, s], int32, of one row [s]: a document begins after each `eod`."""
-    ends = torch.nonzero(tokens == eod).flatten() + 1
-    edges = torch.cat([torch.zeros(1, dtype=ends.dtype), ends, torch.full((1,), len(tokens), dtype=ends.dtype)])
-    return torch.unique_consecutive(edges).to(torch.int32)

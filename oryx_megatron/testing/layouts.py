@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oryx_megatron import parallel
 from oryx_megatron.config import to_dict
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
@@ -82,7 +83,7 @@ class SyntheticText(torch.utils.data.Dataset):
         self.run = run
 
     def __len__(self) -> int:
-        return self.run.train.iterations * self.run.train.global_batch_size
+        return SampleCount.of(self.run.train).samples_at(self.run.train.iterations)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         length, vocab = self.run.data.sequence_length, self.run.model.vocab_size
@@ -108,6 +109,7 @@ class Session:
         from oryx_megatron.train.engine import MegatronEngine
 
         self.run, self.layout = run, validate(run, torch.distributed.get_world_size())
+        self.count = SampleCount.of(run.train)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.engine = (build or MegatronEngine)(run)
         self.chunks, self.optimizer = self.engine.chunks, self.engine.optimizer
@@ -120,7 +122,8 @@ class Session:
             data_rank=self.data_rank,
             eod=EOD,
             vocab_size=run.model.vocab_size,
-            consumed=iteration * run.train.global_batch_size,
+            consumed=self.count.samples_at(iteration),
+            microbatches=self.layout.microbatches_from(iteration, self.count, run.train),
         )
 
     def step(self) -> tuple[float, float]:
@@ -154,7 +157,7 @@ class Session:
 
         return Manifest(
             iteration=self.iteration,
-            consumed_samples=self.iteration * self.run.train.global_batch_size,
+            consumed_samples=self.count.samples_at(self.iteration),
             config=to_dict(self.run),
             layout={name: getattr(self.layout, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
             rng={"seed": self.run.seed},

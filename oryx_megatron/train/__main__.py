@@ -16,6 +16,7 @@ from pathlib import Path
 from oryx_megatron import ranks
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, validate
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.display import log_lines, shown
@@ -47,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
             f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
             f"context {layout.cp} × data {layout.dp}, {layout.microbatches} microbatches per step\n"
         )
+        if run.train.batch_schedule:
+            count = SampleCount.of(run.train)
+            samples = count.samples_at(run.train.iterations)
+            sys.stdout.write(
+                f"batch sizes: {count}; {samples} samples, {samples * run.data.sequence_length:,} tokens in all\n"
+            )
         if arguments.config_only:
             sys.stdout.write("checked: the config alone (--config-only)\n")
         else:

@@ -108,7 +108,7 @@ class BadSteps:
             "seed": self.run.seed,
             "consumed_samples": consumed,
             "skipped_samples": self.guard.skipped,
-            "samples": self.run.train.global_batch_size,
+            "samples": len(batches) * self.layout.dp * micro,
             "ranks": ranks,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from oryx_megatron.config.schema import ModesConfig, RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Batch, Blend, SampleStream
+from oryx_megatron.data.loader import Blend
+from oryx_megatron.data.stream import Batch, SampleStream
 from oryx_megatron.modes import ModePlan, draw_plan
 from oryx_megatron.train.step import Microbatch
 
@@ -25,13 +26,17 @@ def open_stream(
     eod: int,
     vocab_size: int,
     consumed: int = 0,
+    microbatches: Callable[[int], int] | None = None,
     num_workers: int = 0,
 ) -> SampleStream:
-    """The samples of a data-parallel rank from `consumed` on, in the batches of a run; see SampleStream."""
+    """The samples of a data-parallel rank from `consumed` on; see SampleStream.
+
+    `microbatches` by number of the step from there; default: those of train.global_batch_size.
+    """
     return SampleStream(
         dataset,
         micro_batch_size=run.train.micro_batch_size,
-        microbatches=layout.microbatches,
+        microbatches=microbatches or layout.microbatches,
         data_rank=data_rank,
         data_size=layout.dp,
         consumed=consumed,

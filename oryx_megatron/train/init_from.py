@@ -22,9 +22,10 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config import to_dict
+from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
-from oryx_megatron.data.loader import AT_ZERO, Blend, Origin, check_resume
+from oryx_megatron.data.loader import Blend, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, NewerCheckpointError
 from oryx_megatron.parallel.wait import first_rank_alone
@@ -54,7 +55,8 @@ LISTED = 60
 class Start:
     """Where a run starts, the same on all ranks."""
 
-    origin: Origin = AT_ZERO
+    count: SampleCount
+    """Samples of every step, past and to come."""
     record: dict[str, Any] | None = None
     """For the manifests of this run's checkpoints."""
     settings: InitFromConfig | None = None
@@ -90,11 +92,11 @@ class Start:
             made = manifest.data.get("tokenizer") if self.checkpoint is not None else None
             if made and (why := difference(made, tokenizer.describe())) is not None:
                 log.warning("init_from: the source was trained with %s: its embeddings mean other tokens", why)
-            if settings.schedule and (text := resume.jump(manifest.run(), run, self.origin.iteration)):
+            if settings.schedule and (text := resume.jump(manifest.run(), run, self.count.iteration)):
                 log.warning("%s", text)
             checkpoints.start_from(folder, optimizer=settings.optimizer)
             torch.distributed.barrier()  # until no rank reads any more
-        return self.origin.iteration
+        return self.count.iteration
 
     @contextlib.contextmanager
     def _source(self, run: RunConfig) -> Iterator[tuple[Path, Manifest]]:
@@ -125,16 +127,16 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     """
     opened: list[Weights] = []
     found = first_rank_alone(lambda: _look(run, root, before, opened), "looks for checkpoints", CheckpointError)
-    if "origin" in found:
+    if "count" in found:
         if run.init_from is not None:
             log.info("init_from: has no effect: this run has checkpoints of its own")
-        return Start(Origin(*found["origin"]), found["record"])
-    settings = run.init_from
+        return Start(SampleCount.read(*found["count"]), found["record"])
+    new, settings = SampleCount.of(run.train), run.init_from
     if settings is None:
-        return Start()
+        return Start(new)
     taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
     if "folders" not in found:
-        return Start(AT_ZERO, found["record"] | taken, settings, weights=opened[0] if opened else None)
+        return Start(new, found["record"] | taken, settings, weights=opened[0] if opened else None)
     folder, manifest = _newest_whole([Path(path) for path in found["folders"]])
     check(run, folder, manifest)
     record = {
@@ -142,31 +144,37 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
         "iteration": manifest.iteration,
         "manifest_sha256": file_digest(folder / NAME)["sha256"],
     }
-    return Start(_origin(settings, manifest), record | taken, settings, (folder, manifest))
+    return Start(_count(run, settings, manifest), record | taken, settings, (folder, manifest))
 
 
-def _origin(settings: InitFromConfig, manifest: Manifest) -> Origin:
-    """Where a run that takes from a checkpoint begins to count."""
+def _count(run: RunConfig, settings: InitFromConfig, manifest: Manifest) -> SampleCount:
+    """Samples by iteration of a run that takes from a checkpoint."""
     kept = int(manifest.guard.get("skipped_samples", 0))
-    return Origin(
-        manifest.iteration if settings.schedule else 0, manifest.consumed_samples - kept if settings.data else 0
+    count = SampleCount.of(
+        run.train,
+        manifest.iteration if settings.schedule else 0,
+        manifest.consumed_samples - kept if settings.data else 0,
     )
+    if settings.schedule and settings.data:  # what the source read before lies where it read it
+        sizes = manifest.count().continued(manifest.iteration, planned(run.train)).sizes
+        count = dataclasses.replace(count, sizes=sizes)
+    return count
 
 
-def expected_origin(run: RunConfig, root: Path) -> Origin:
-    """For --dry-run: the origin that `find` would give, from manifests alone."""
-    if (own := _own(root, None)) is not None:
-        return Origin(*own["origin"])
+def expected_count(run: RunConfig, root: Path) -> SampleCount:
+    """For --dry-run: the samples by iteration that `find` would give, from manifests alone."""
+    if (own := _own(run, root, None)) is not None:
+        return SampleCount.read(*own["count"])
     if run.init_from is None or is_hugging_face(Path(run.init_from.path)):
-        return AT_ZERO
-    return _origin(run.init_from, read_manifest(store.find_checkpoint(run.init_from.path)))
+        return SampleCount.of(run.train)
+    return _count(run, run.init_from, read_manifest(store.find_checkpoint(run.init_from.path)))
 
 
 def preview(run: RunConfig, root: Path) -> list[str]:
     """For --dry-run: what `find` would find, in lines, and its errors; without ranks, and files are not compared."""
     if run.init_from is None:
         return []
-    if _own(root, None) is not None:
+    if _own(run, root, None) is not None:
         return [f"init_from: has no effect: this run has checkpoints of its own in {root}"]
     path = Path(run.init_from.path)
     if is_hugging_face(path):
@@ -245,19 +253,24 @@ def describe(run: RunConfig, folder: Path, manifest: Manifest) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- internals
 
 
-def _own(root: Path, before: int | None) -> dict[str, Any] | None:
-    """What the newest own checkpoint that can be read says of the run's start; None when there is no checkpoint."""
-    folders = [path for path in store.list_folders(root) if before is None or store.iteration_of(path) < before]
+def _own(run: RunConfig, root: Path, before: int | None) -> dict[str, Any] | None:
+    """What the newest own checkpoint that can be read says of the run's start; None when there is no checkpoint.
+
+    Those from `before` on are not loaded, but know with which batch sizes the steps before them were done.
+    """
+    folders = store.list_folders(root)
+    if not any(before is None or store.iteration_of(path) < before for path in folders):
+        return None
     for folder in reversed(folders):
         with contextlib.suppress(CheckpointError):  # told when it is loaded
             manifest = read_manifest(folder)
-            return {"origin": manifest.origin, "record": manifest.init_from}
-    return {"origin": [0, 0], "record": None} if folders else None
+            return {"count": dataclasses.astuple(resume.sample_count(manifest, run)), "record": manifest.init_from}
+    return {"count": dataclasses.astuple(SampleCount.of(run.train)), "record": None}
 
 
 def _look(run: RunConfig, root: Path, before: int | None, opened: list[Weights]) -> dict[str, Any]:
     """On rank 0: the own start, or the checkpoints to start from, newest first, or a Hugging Face folder, `opened`."""
-    if (own := _own(root, before)) is not None:
+    if (own := _own(run, root, before)) is not None:
         return own
     settings = run.init_from
     if settings is None:

@@ -10,6 +10,7 @@ from oryx_megatron import platform
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config import to_dict
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend, check_resume
@@ -60,18 +61,19 @@ def make(
         files=files,
         guard=guard,
         init_from=start.record,
-        origin=list(dataclasses.astuple(start.origin)),
+        origin=[start.count.iteration, start.count.samples],
+        batch_sizes=[list(piece) for piece in start.count.sizes],
     )
 
 
-def check(manifest: Manifest, run: RunConfig, root: Path, *, samples: int, blend: Blend) -> None:
+def check(manifest: Manifest, run: RunConfig, root: Path, *, count: SampleCount, blend: Blend) -> None:
     """Refuse to resume from the checkpoint of another model, or of other data or batches so far.
 
     Args:
         manifest: Of the checkpoint.
         run: The config now.
         root: Folder of the checkpoints, for messages.
-        samples: Samples that as many steps read under `run`.
+        count: Samples of this run by iteration.
         blend: The training data now.
 
     Raises:
@@ -88,10 +90,10 @@ def check(manifest: Manifest, run: RunConfig, root: Path, *, samples: int, blend
             f"{_own_config(manifest, root)}choose another output_dir"
         )
     skipped = int(manifest.guard.get("skipped_samples", 0))
-    if manifest.consumed_samples != samples + skipped:
+    if manifest.consumed_samples != count.samples_at(manifest.iteration) + skipped:
         raise CheckpointError(
-            f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which "
-            f"train.global_batch_size {run.train.global_batch_size} does not give; set it back"
+            f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which the run's "
+            f"batch sizes ({count}) do not give; choose another output_dir"
         )
     if (trained_on := manifest.trained_on) is None:  # a conversion: of weights alone, read from no data
         return

@@ -46,7 +46,7 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     yield Checked("tokenizer", f"{run.data.tokenizer}: {tokenizer.kind}, {rows}")
     root = Path(run.output_dir) / "checkpoints"
     own = store.list_folders(root)
-    for name, parts in look_at_datasets(run, tokenizer, init_from.expected_origin(run, root)).items():
+    for name, parts in look_at_datasets(run, tokenizer, init_from.expected_count(run, root)).items():
         for part in parts:
             wanted = f"{'' if name == 'train' else 'up to '}{part.samples:,} samples"
             yield Checked(

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.train.optimizer import learning_rate
 
@@ -19,6 +20,12 @@ def tell(manifest: Manifest, run: RunConfig, root: Path) -> None:
     """Log how a run resumes from a checkpoint of `root`."""
     done, train = manifest.iteration, run.train
     log.info("resumed from iteration %d of %s", done, root)
+    then, now = manifest.count(), sample_count(manifest, run)
+    if (before := then.batch_at(done)) != (after := now.batch_at(done)) and done < train.iterations:
+        log.info(
+            "train.global_batch_size %d → %d from step %d on: samples continue at %d; learning rate and schedules stay "
+            "per step", before, after, done + 1, now.samples_at(done),
+        )  # fmt: skip
     if done >= train.iterations:
         log.info("already at train.iterations=%d; increase it to continue", train.iterations)
     elif train.exit_after is not None and done >= train.exit_after:
@@ -27,6 +34,18 @@ def tell(manifest: Manifest, run: RunConfig, root: Path) -> None:
         )
     elif manifest.data["train"] is not None and (text := jump(manifest.run(), run, done)):
         log.warning("%s", text)
+
+
+def sample_count(manifest: Manifest, run: RunConfig) -> SampleCount:
+    """Samples by iteration of a run that resumes from a checkpoint, which its config may have changed from there on.
+
+    Raises:
+        CheckpointError: the checkpoint's config cannot be read.
+    """
+    count = manifest.count()
+    if planned(manifest.run().train) == planned(run.train):
+        return count
+    return count.continued(manifest.iteration, planned(run.train))
 
 
 def jump(then: RunConfig, now: RunConfig, done: int) -> str:

@@ -5,6 +5,7 @@ Each bound is far below what training takes, so that nothing is refused that cou
 
 from __future__ import annotations
 
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.platform import memory
@@ -16,12 +17,13 @@ SAMPLE = 10
 def check_sizes(run: RunConfig, layout: Layout) -> None:
     """Raise ConfigError when samples or a microbatch cannot be held by this machine."""
     train, sequence = run.train, run.data.sequence_length
-    steps = f"train.iterations {train.iterations} of train.global_batch_size {train.global_batch_size}"
+    largest = max(train.global_batch_size, *(stage.global_batch_size for stage in train.batch_schedule), 0)
+    steps = f"train.iterations {train.iterations} of train.global_batch_size {largest}"
     rows = f"train.micro_batch_size {train.micro_batch_size} of data.sequence_length {sequence}"
     host = memory.host_bytes()
     memory.check(
         f"{steps}: the numbers of their samples",
-        SAMPLE * train.iterations * train.global_batch_size,
+        SAMPLE * SampleCount.of(train).samples_at(train.iterations),
         host,
         "lower one of them",
     )

@@ -16,7 +16,8 @@ from oryx_megatron import arch, parallel, platform
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Batch, SampleStream, build_datasets
+from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.stream import Batch, SampleStream
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.ops import backends
@@ -84,7 +85,7 @@ class Trainer:
                 log.info(line)
         self.tokenizer = load_tokenizer(run.data.tokenizer)
         self.start = init_from.find(run, self.folder / "checkpoints", before)
-        self.datasets = build_datasets(run, self.tokenizer, origin=self.start.origin)
+        self.datasets = build_datasets(run, self.tokenizer, count=self.start.count)
         if self.main and len(self.datasets) == 1:
             log.warning("data.split %s and data.validation leave nothing to evaluate", list(run.data.split))
         self.engine = build_engine(run, layout)
@@ -200,7 +201,7 @@ class Trainer:
         if not taken.bad:
             self.guard.good(taken.totals.mean_loss)
         self.iteration += 1
-        tokens = run.train.global_batch_size * run.data.sequence_length
+        tokens = (self.stream.consumed - consumed) * run.data.sequence_length
         flops = 3 * sum(arch.flops_per_token(run.model, run.data.sequence_length, share).values())
         seconds = self.clock.step(
             data=self.stream.wait_seconds - waited,
@@ -273,6 +274,7 @@ class Trainer:
             eod=self.tokenizer.eod_id,
             vocab_size=self.tokenizer.vocab_size,
             consumed=self._samples(self.iteration) + skipped,
+            microbatches=self.layout.microbatches_from(self.iteration, self.start.count, self.run.train),
             num_workers=self.run.data.num_workers,
         )
 
@@ -287,7 +289,7 @@ class Trainer:
 
     def _samples(self, iteration: int) -> int:
         """Samples read when that many steps are done, less those skipped."""
-        return self.start.origin.samples_at(iteration, self.run.train.global_batch_size)
+        return self.start.count.samples_at(iteration)
 
     def _load(self, before: int | None = None) -> Manifest | None:
         """Resume from the newest whole checkpoint (before an iteration), if there is one; its manifest."""
@@ -301,8 +303,8 @@ class Trainer:
         return manifest
 
     def _check(self, manifest: Manifest) -> None:
-        samples, blend = self._samples(manifest.iteration), self.datasets["train"]
-        manifests.check(manifest, self.run, self.checkpoints.root, samples=samples, blend=blend)
+        count, blend = self.start.count, self.datasets["train"]
+        manifests.check(manifest, self.run, self.checkpoints.root, count=count, blend=blend)
 
     def _rolled_back(self) -> bool:
         """Keep the batch of a bad step, and after several in a row roll back to before them; True when rolled back."""

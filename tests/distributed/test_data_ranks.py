@@ -13,7 +13,8 @@ import torch
 
 from oryx_megatron.config.schema import BlendEntry, DataConfig, ModelConfig, RunConfig, TrainConfig
 from oryx_megatron.data.indexed import IndexedWriter
-from oryx_megatron.data.loader import SampleStream, build_datasets
+from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.stream import SampleStream
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import DataError
 from oryx_megatron.parallel.wait import first_rank_alone

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from tiny_runs import BF16_STEPS, SPECIAL, STEPS, VARIANTS, Runs
+from tiny_runs import BF16_STEPS, SIZES, SPECIAL, STEPS, VARIANTS, Runs
 
 pytestmark = pytest.mark.timeout(1000)  # whichever test is first makes all runs
 
@@ -21,6 +23,9 @@ def test_losses_do_not_depend_on_the_layout(runs: Runs, variant: str, layout: st
     assert sum(0 < share < 1 for share in runs.steps(one, "attention_share")) > 0  # plans of both modes were drawn
     assert runs.losses(other) == pytest.approx(losses, rel=1e-4)
     assert runs.steps(other, "grad_norm") == pytest.approx(runs.steps(one, "grad_norm"), rel=1e-3)
+    sizes = SIZES if variant == "mamba2" else [4] * STEPS
+    assert list(itertools.accumulate(sizes)) == runs.steps(one, "consumed_samples")
+    assert runs.steps(one, "tokens") == [48 * size for size in sizes]
     for field in ("attention_share", "lr", "consumed_samples", "tokens", "model_flops"):
         assert runs.steps(other, field) == pytest.approx(runs.steps(one, field), rel=1e-6)
     assert runs.evaluations(other) == pytest.approx(runs.evaluations(one), rel=1e-4)

@@ -31,8 +31,13 @@ LAYOUTS = {
 """tp × pp × dp: overrides (what is left of the world is dp)."""
 STEPS, HALF, BF16_STEPS, BF16_HALF = 6, 3, 24, 12
 BF16 = ("precision.dtype=bf16", f"train.iterations={BF16_STEPS}", f"checkpoint.interval={BF16_HALF}")
-FIELDS = {"gdn": (), "mamba2": ("model.mixer=mamba2", "data.documents=isolated")}
-"""The variants differ in more than their mixer, so that the same runs cover joined and isolated documents."""
+RAMP = "train.batch_schedule=[{start: 2, global_batch_size: 8}, {start: 4, global_batch_size: 12}]"
+SIZES = (4, 4, 8, 8, 12, 12)
+"""Batch sizes of the steps of that ramp; a run is stopped in the middle of its second stage."""
+FIELDS = {"gdn": (), "mamba2": ("model.mixer=mamba2", "data.documents=isolated", RAMP)}
+"""The variants differ in more than their mixer: the same runs cover joined and isolated documents, and a ramp."""
+CONSUMED = {"gdn": 4 * HALF, "mamba2": sum(SIZES[:HALF])}
+"""Samples read half-way."""
 SPECIAL = {"gdn": "2x1x1 whole sequence", "mamba2": "1x1x2 whole optimizer"}
 RESUMED = {"gdn": "2x1x1", "mamba2": "1x1x2 whole optimizer"}
 """Layouts stopped half-way and resumed as they were, saved in the background."""

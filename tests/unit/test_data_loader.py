@@ -22,9 +22,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from oryx_megatron.config.schema import BlendEntry, DataConfig, DataStage, ModelConfig, RunConfig, TrainConfig
-from oryx_megatron.data import loader
+from oryx_megatron.data import cache, loader
 from oryx_megatron.data.indexed import IndexedWriter
-from oryx_megatron.data.loader import Blend, SampleStream, build_datasets, check_resume, document_starts
+from oryx_megatron.data.loader import Blend, build_datasets, check_resume
+from oryx_megatron.data.stream import SampleStream, document_starts
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import DataError
 
@@ -386,7 +387,7 @@ def test_jobs_that_start_together_share_one_cache(
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.write_bytes(bytes(file.stat().st_size))
     if not locks:
-        monkeypatch.setattr(loader.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
+        monkeypatch.setattr(cache.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks")))
     context = multiprocessing.get_context("fork")
     ready, answers = context.Barrier(4), context.Queue()
     jobs = [context.Process(target=build_in_a_job, args=(run, ready, answers)) for _ in range(4)]
