@@ -115,7 +115,20 @@ def test_interleaved_stages_name_their_size(capsys: pytest.CaptureFixture[str]) 
 
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     stages = "train.batch_schedule=[{start: 10, global_batch_size: 16}, {start: 20, global_batch_size: 32}]"
-    assert main([QUICKSTART, stages, "train.iterations=50", "schedule.warmup=5", "parallel.tensor=1", "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                QUICKSTART,
+                stages,
+                "train.iterations=50",
+                "schedule.warmup=5",
+                "parallel.tensor=1",
+                "--dry-run",
+                "--config-only",
+            ]
+        )
+        == 0
+    )
     samples = 10 * 8 + 10 * 16 + 30 * 32
     assert capsys.readouterr().out.splitlines()[1] == (
         f"batch sizes: 8, 16 from step 11 on, 32 from step 21 on; {samples} samples, {samples * 256:,} tokens in all"
