@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import shlex
 import shutil
@@ -36,6 +35,7 @@ from cluster import Profile, Side, load_profile, one_line
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -292,9 +292,8 @@ def submit(jobs: list[Job], folder: Path, after: str | None = None) -> list[str]
         folder.mkdir(parents=True, exist_ok=True)
         for job in jobs:
             path = folder / f"{job.name}.sbatch"
-            temporary = folder / f".{job.name}.tmp"
-            temporary.write_text(job.script, encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_text(job.script, encoding="utf-8")
             before = [numbers[name] for name in job.after] or ([after] if after else [])
             dependency = [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []
             done = subprocess.run(

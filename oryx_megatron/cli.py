@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable
 
 from oryx_megatron.display import shown
-from oryx_megatron.errors import OryxError
+from oryx_megatron.errors import OryxError, first_line
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -52,7 +52,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
                 raise
-            why = (str(error).strip().splitlines() or ["no more can be allocated"])[0]
+            why = first_line(error) if str(error).strip() else "no more can be allocated"
             print(f"error{_rank()}: not enough memory: {shown(why)}", file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:

@@ -37,5 +37,10 @@ class TrainingError(OryxError):
     """A run cannot continue with what it computes."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of a library's message; the error's class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 WEIGHTS_ALONE = "start a new run from the weights alone (init_from, another output_dir)"
 """Advice where a run cannot resume as what it was."""

@@ -19,6 +19,7 @@ from oryx_megatron import arch
 from oryx_megatron.config import from_dict, validate
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.config.yaml_text import parse_yaml
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 
 
@@ -249,10 +250,8 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file by atomic rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

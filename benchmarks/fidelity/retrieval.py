@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import experiment as ex
 
 from oryx_megatron.cli import main_guard
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 
 SCORING_SECONDS = 20.0
@@ -234,9 +234,8 @@ def figure(path: Path, columns: int, draw: Any) -> None:
 
     figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
     draw(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=140)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
 
 
 def plot_accuracy(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config import to_dict
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.grid import Cell, run_grid
 from oryx_megatron.eval.retrieval import (
@@ -249,9 +249,8 @@ def train_one(experiment: Experiment, model: str, seed: int, *, deadline: float,
         training = Training(experiment, model, seed)
         outcome = training.fit(deadline=deadline, report=lambda so_far: write_json(path, asdict(so_far)))
         if training.run.model.modes == "both":  # for policy.py
-            weights = path.with_suffix(".pt.tmp")
-            torch.save(training.chunks[0].module.state_dict(), weights)
-            os.replace(weights, path.with_suffix(".pt"))
+            with replacing(path.with_suffix(".pt")) as temporary:
+                torch.save(training.chunks[0].module.state_dict(), temporary)
         write_json(path, asdict(outcome))
     finally:
         parallel.destroy()

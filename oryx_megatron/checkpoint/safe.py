@@ -32,7 +32,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, first_line
 
 _DCP = "torch.distributed.checkpoint"
 METADATA_CLASSES = {
@@ -276,4 +276,4 @@ def _line(error: BaseException) -> str:
     text = str(error).strip()
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it names {found[1]}, which no checkpoint needs"
-    return (text.splitlines() or [type(error).__name__])[0]
+    return first_line(error)

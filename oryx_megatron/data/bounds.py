@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from oryx_megatron.errors import DataError
+from oryx_megatron.errors import DataError, first_line
 
 GROWTH = 1000
 """So many times longer than the text may a normaliser's result be; NFKC's can be 18 times."""
@@ -116,7 +116,7 @@ def one_line(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise DataError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise DataError(f"{what}: {first_line(error)}") from error
 
 
 def bounded(call: Callable[[], T], size: int, what: str) -> T:

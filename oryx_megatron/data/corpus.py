@@ -10,11 +10,9 @@ used are `Bad`, and what is no part of a document (byte order marks, blank lines
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
 import errno
-import gzip
 import heapq
 import importlib
 import io
@@ -33,7 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from oryx_megatron.data.files import is_skipped_line, is_skipped_list
-from oryx_megatron.errors import DataError
+from oryx_megatron.errors import DataError, first_line
 
 STDLIB = "stdlib"
 """Name of the default corpus: the .py files of the running Python's standard library."""
@@ -48,11 +46,9 @@ LINES_ENDINGS = (".jsonl", ".jsonlines", ".ndjson", ".ldjson", ".json")
 MIXED_ENDING = ".jl"
 """JSON lines or Julia: the first line tells."""
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
-COMPRESSIONS = {
-    **{".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"},
-    **{".bz2": "bzip2", ".xz": "xz", ".lzma": "xz"},
-}
-"""Letter case of endings does not count, here and above."""
+_PLAIN_ENDINGS = frozenset((*SOURCE_ENDINGS, *LINES_ENDINGS, MIXED_ENDING, *PARQUET_ENDINGS))
+COMPRESSED_ENDINGS = {".gzip": ".gz", ".zstd": ".zst"}
+"""Endings that fsspec, which knows the compressions, calls otherwise. Letter case does not count, here and above."""
 BOM = "\ufeff"
 SKIPPED = "skipped.jsonl"
 """PREFIX.skipped.jsonl of a dataset, skipped.jsonl of a tokenizer: lists of what was left out."""
@@ -483,7 +479,17 @@ def _wanted(name: str, options: ReadOptions) -> bool:
 
 
 def _compression(path: str) -> str | None:
-    return COMPRESSIONS.get(Path(_name(path)).suffix.lower())
+    """Name of a file's compression; that of archives (.zip) does not count."""
+    ending = Path(_name(path)).suffix.lower()
+    if not ending or ending in _PLAIN_ENDINGS:
+        return None
+    ending = COMPRESSED_ENDINGS.get(ending, ending)
+    if ending == ".zst":
+        return "zstd"  # also where fsspec lacks its package: reading says so
+    from fsspec.utils import infer_compression
+
+    kind = infer_compression(f"file{ending}")
+    return None if kind == "zip" else kind
 
 
 def _stem(path: str) -> str:
@@ -1042,20 +1048,17 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     kind = _compression(path)
     if kind is None:
         return raw
-    if kind == "zstd":
-        try:
-            zstd = importlib.import_module("backports.zstd")
-        except ImportError as error:
-            raise DataError("reading .zst needs the package backports.zstd: pip install backports.zstd") from error
-        return io.BufferedReader(zstd.ZstdFile(raw), 1 << 20)
-    file = {"gzip": gzip.GzipFile, "bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[kind]
-    return io.BufferedReader(file(raw) if kind != "gzip" else gzip.GzipFile(fileobj=raw), 1 << 20)
+    from fsspec.compression import compr
+
+    if kind not in compr:
+        raise DataError("reading .zst needs the package backports.zstd: pip install backports.zstd")
+    return io.BufferedReader(compr[kind](raw), 1 << 20)
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
     """What the file systems and decompressors raise for a file that cannot be read."""
-    zstd = sys.modules.get("backports.zstd")
-    return (OSError, EOFError, zlib.error, lzma.LZMAError, *((zstd.ZstdError,) if zstd else ()))
+    zstd = [sys.modules[name] for name in ("backports.zstd", "compression.zstd", "zstandard") if name in sys.modules]
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, *(module.ZstdError for module in zstd))
 
 
 def _line(error: BaseException) -> str:
@@ -1064,4 +1067,4 @@ def _line(error: BaseException) -> str:
         return "no such file"  # fsspec says no more than the name
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

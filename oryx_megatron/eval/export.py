@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oryx_megatron import platform
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import ConversionError, OryxError
+from oryx_megatron.errors import ConversionError, OryxError, first_line
 from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.convert import check_export, recognised
@@ -44,7 +44,5 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
     except OryxError:
         raise
     except Exception as error:  # of many kinds: what transformers, tokenizers and safetensors raise on damaged files
-        raise ConversionError(
-            f"{folder} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        raise ConversionError(f"{folder} does not load: {first_line(error)}") from error
     return model.to(platform.device()).eval(), codec  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import platform, ranks
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,3 @@ def rank_local(text: str) -> ConfigError:
     error = ConfigError(text)
     error.rank_local = True
     return error
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import platform
 from oryx_megatron.config import load_run, to_yaml
-from oryx_megatron.errors import OryxError
+from oryx_megatron.errors import OryxError, first_line
 from oryx_megatron.health import judge, machine
 from oryx_megatron.health.report import Finding, Options, Report
 
@@ -232,7 +232,7 @@ class Rank:
             found["all"] = self._reduce(None, range(self.world))
         except (RuntimeError, ValueError) as error:
             self._broken = True
-            return {"error": machine.first_line(error)}
+            return {"error": first_line(error)}
         nodes = list(groups)
         wholes = {f"in {node}": groups[node] for node in nodes if len(groups[node]) > 1}
         for batch in [wholes, *({f"{a}–{b}": [*groups[a], *groups[b]] for a, b in turn} for turn in ring(nodes))]:
@@ -243,7 +243,7 @@ class Rank:
                         found[name] = self._reduce(group, members)
                     except RuntimeError as error:
                         self._broken = True
-                        found[name] = machine.first_line(error)
+                        found[name] = first_line(error)
         return found
 
     def _reduce(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> float:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -37,12 +38,18 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from oryx_megatron.checkpoint.safe import SafeReader
-from oryx_megatron.errors import CheckpointError, ConversionError
+from oryx_megatron.errors import CheckpointError, ConversionError, first_line
 from oryx_megatron.reading import parse_json, read_text
 
 Shape = tuple[int, ...]
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+NAMES: dict[torch.dtype, str] = {
+    dtype: name
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for name, known in safetensors.torch._TYPES.items()
+    if known == dtype
+}
+"""What safetensors calls the formats of weights; quantized ones (int8, FP8) need scales that are not read here."""
 LARGEST = 1 << 28
 """Bytes of an index."""
 INDEX = "model.safetensors.index.json"
@@ -89,7 +96,7 @@ class CheckpointReader:
         try:
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.folder}: {name} cannot be read ({_line(error)})") from None
+            raise CheckpointError(f"{self.folder}: {name} cannot be read ({first_line(error)})") from None
         return target if layer is None else target.squeeze(0)
 
 
@@ -189,7 +196,7 @@ class SafetensorsReader:
                 if strange := [file for file in files if file != Path(file).name]:
                     raise ValueError(f"it names {strange[0]}")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(f"{folder / INDEX} is damaged ({_line(error)})") from None
+                raise ConversionError(f"{folder / INDEX} is damaged ({first_line(error)})") from None
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
                 raise ConversionError(f"{folder}: shard {missing[0]} is missing ({len(missing)} in all)")
@@ -202,7 +209,7 @@ class SafetensorsReader:
             self._entries |= self._header(folder / file)
 
     def _header(self, path: Path) -> dict[str, tuple[Path, torch.dtype, Shape, int]]:
-        known = {text: dtype for dtype, text in SAFETENSORS_DTYPES.items()}
+        known: dict[str, torch.dtype] = {text: dtype for dtype, text in NAMES.items()}
         entries = {}
         try:
             with path.open("rb") as file:
@@ -221,7 +228,7 @@ class SafetensorsReader:
                     raise ValueError(f"{name} reaches beyond the file")
                 entries[name] = path, dtype, shape, 8 + length + start
         except (OSError, ValueError, struct.error, TypeError, AttributeError) as error:
-            raise ConversionError(f"{path} is damaged ({_line(error)})") from None
+            raise ConversionError(f"{path} is damaged ({first_line(error)})") from None
         except KeyError as error:
             raise ConversionError(
                 f"{path}: unknown format or missing field {error}; known: {', '.join(known)}"
@@ -287,7 +294,7 @@ def _write_shard(
     end = 0
     for name, (shape, dtype) in tensors.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, as the library writes it
     with path.open("wb") as file:
@@ -299,8 +306,3 @@ def _write_shard(
             file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-
-
-def _line(error: BaseException) -> str:
-    """First line of a library's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import torch
 
 from oryx_megatron import compat, platform, ranks
 from oryx_megatron.config.schema import ParallelConfig
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, first_line
 
 
 def initialize(parallel: ParallelConfig, *, seed: int) -> None:
@@ -59,7 +59,7 @@ def _join(launch: ranks.Launch, timeout: timedelta) -> None:
             platform.backend(), store=store, rank=rank, world_size=size, timeout=timeout
         )
     except (torch.distributed.DistError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = first_line(error)
         raise _local(
             f"rank {launch.rank} of {launch.size}: the others did not report at {place} ({cause[:200]}); start all "
             "ranks by torchrun, or unset RANK and WORLD_SIZE to run with one"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import DistNetworkError, DistStoreError, distributed_c10d
 
-from oryx_megatron.errors import OryxError
+from oryx_megatron.errors import OryxError, first_line
 
 T = TypeVar("T")
 BEAT = 5.0
@@ -59,7 +59,7 @@ def first_rank_alone(
                 raise silent from timeout
             seen = beats
         except DistNetworkError as lost:
-            gone = error(f"rank 0, which {what}, is gone: {str(lost).splitlines()[0]}")
+            gone = error(f"rank 0, which {what}, is gone: {first_line(lost)}")
             gone.rank_local = True
             raise gone from lost
     answer = json.loads(store.get(f"{name}/done"))

@@ -12,7 +12,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, first_line
 from oryx_megatron.platform.store import serve
 
 START = "ORYX_START"
@@ -56,7 +56,7 @@ def _create(parameters: RendezvousParameters) -> Rendezvous:
             store = TCPStore(host, port, is_master=False, timeout=PATIENCE)
         except DistError as error:
             raise ConfigError(
-                f"rendezvous: cannot reach the first node at {host}:{port} ({str(error).splitlines()[0]})"
+                f"rendezvous: cannot reach the first node at {host}:{port} ({first_line(error)})"
             ) from None
     backend = Backend(store, parameters.run_id)
     return Rendezvous.from_backend(

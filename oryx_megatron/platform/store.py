@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def serve(address: str, port: int, timeout: timedelta, **options: Any) -> TCPSto
     try:
         return TCPStore(address, port, is_master=True, multi_tenant=True, timeout=timeout, **options)
     except DistError as error:
-        raise ConfigError(f"{_taken(address, port)} ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{_taken(address, port)} ({first_line(error)})") from None
 
 
 def _taken(address: str, port: int) -> str:

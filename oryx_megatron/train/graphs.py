@@ -28,6 +28,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from oryx_megatron import parallel, platform
+from oryx_megatron.errors import first_line
 from oryx_megatron.train import overlap
 from oryx_megatron.train.step import Microbatch, Program, launch
 
@@ -240,7 +241,7 @@ class MicrobatchGraphs:
 
     def _give_up(self, error: Exception) -> None:
         torch.cuda.synchronize()
-        self.failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.failed = first_line(error)
         self._release()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())  # it still counts for the capture that failed

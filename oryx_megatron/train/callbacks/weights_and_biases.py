@@ -16,6 +16,7 @@ from typing import Any
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import write_json
 from oryx_megatron.display import shown
+from oryx_megatron.errors import first_line
 from oryx_megatron.reading import parse_json, read_text
 from oryx_megatron.train.callbacks.base import Callback, StepRecord
 from oryx_megatron.train.evaluate import Evaluation
@@ -80,8 +81,10 @@ class WeightsAndBiases(Callback):
             yield
         except Exception as error:  # noqa: BLE001 - another's program, which must not end this run
             self._run = None
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("Weights & Biases: %s; training continues without it (logging.wandb_project=null: off)", why)
+            log.warning(
+                "Weights & Biases: %s; training continues without it (logging.wandb_project=null: off)",
+                first_line(error),
+            )
 
 
 def run_id(folder: Path, clock: Callable[[], float] = time.time) -> str:
