@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,8 +84,33 @@ class ParameterCounts:
         return shared / (shared + (sum(own.values()) if mode == "whole" else own[mode]))
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Layers of a model that have the same modes."""
+
+    model: ModelConfig
+    """The architecture with these modes in every layer."""
+    layers: int
+    fixed: bool
+    """Whether they ignore mode plans, beside layers of other modes."""
+
+    def share(self, attention_share: float) -> float:
+        """Of the tokens that attend in these layers when a plan has `attention_share`."""
+        return float(self.model.has_attention) if self.fixed else attention_share
+
+
+def kinds(model: ModelConfig, layers: Sequence[int] | None = None) -> list[Kind]:
+    """Kinds of layers of a model, or of those of its `layers` (numbers from 0), in the order of their first layer."""
+    if not model.pattern:
+        return [Kind(model, model.num_layers if layers is None else len(layers), fixed=False)]
+    modes = model.layer_modes
+    counts = Counter(modes if layers is None else (modes[i] for i in layers))
+    fixed = model.single_mode is None
+    return [Kind(model.with_modes(mode), n, fixed=fixed and mode != "both") for mode, n in counts.items()]
+
+
 def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
-    """Output widths of the mixer's input projections, their users and formulas."""
+    """Output widths of the mixer's input projections, their users and formulas; of layers of one kind."""
     keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
     queries = model.num_heads * model.qk_head_dim
     both = model.modes == "both"
@@ -102,15 +130,13 @@ def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
     return parts
 
 
-def parameter_counts(model: ModelConfig) -> ParameterCounts:
-    """Parameters of `model` by part; equal to what the built model has."""
-    d, f, layers = model.hidden_size, model.ffn_hidden_size, model.num_layers
-    heads, n, p = model.num_heads, model.qk_head_dim, model.v_head_dim
+def _mixer_parts(model: ModelConfig, layers: int) -> list[Part]:
+    """Parameters of the mixers of `layers` layers of one kind."""
+    d, heads, n, p = model.hidden_size, model.num_heads, model.qk_head_dim, model.v_head_dim
     both = model.modes == "both"
     attention: User = "attention" if both else "shared"
     recurrent: User = "recurrent" if both else "shared"
-    parts = [Part("embedding", model.vocab_size * d, "embedding", "V d")]
-    parts += [Part(name, layers * width * d, user, note) for name, (width, user, note) in _projections(model).items()]
+    parts = [Part(name, layers * width * d, user, note) for name, (width, user, note) in _projections(model).items()]
     if model.conv_width:
         parts.append(Part("conv", layers * model.kv_heads * (n + p) * model.conv_width, "shared", "G (N + P) w"))
     if model.has_recurrence:
@@ -123,7 +149,34 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     parts += [
         Part("out_norm", layers * p, "shared", "P"),
         Part("out_proj", layers * heads * p * d, "shared", "H P d"),
-        Part("mlp", layers * 3 * d * f, "shared", "3 d f"),
+    ]
+    return parts
+
+
+def _merged(model: ModelConfig) -> list[Part]:
+    """Parameters of all mixers; parts of some layers say so."""
+    found: dict[tuple[str, User], list[Part]] = {}
+    layers: Counter[tuple[str, User]] = Counter()
+    for kind in kinds(model):
+        for part in _mixer_parts(kind.model, kind.layers):
+            found.setdefault((part.name, part.user), []).append(part)
+            layers[part.name, part.user] += kind.layers
+    users = Counter(name for name, _ in found)
+    parts = []
+    for (name, user), several in found.items():
+        some = layers[name, user] < model.num_layers
+        note = f"{several[0].note}, {layers[name, user]} layers" if some else several[0].note
+        fixed = users[name] > 1 and user == "shared"
+        parts.append(Part(f"{name} (fixed)" if fixed else name, sum(part.count for part in several), user, note))
+    return parts
+
+
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
+    """Parameters of `model` by part; equal to what the built model has."""
+    d, layers = model.hidden_size, model.num_layers
+    parts = [Part("embedding", model.vocab_size * d, "embedding", "V d"), *_merged(model)]
+    parts += [
+        Part("mlp", layers * 3 * d * model.ffn_hidden_size, "shared", "3 d f"),
         Part("layer norms", (2 * layers + 1) * d, "shared", "2 d, and d at the end"),
     ]
     if not model.tie_embeddings:
@@ -142,28 +195,38 @@ def flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -
     """
     if not 0 <= attention_share <= 1:
         raise ValueError(f"attention_share {attention_share} is not within 0 … 1")
-    if (attention_share > 0 and not model.has_attention) or (attention_share < 1 and not model.has_recurrence):
-        raise ValueError(f"model {model.name} has only the mode {model.modes}, not a share of {attention_share}")
-    d, layers, heads, n, p = model.hidden_size, model.num_layers, model.num_heads, model.qk_head_dim, model.v_head_dim
+    single = model.single_mode
+    if single is not None and attention_share != model.has_attention:
+        raise ValueError(f"model {model.name} has only the mode {single}, not a share of {attention_share}")
+    terms: dict[str, float] = {}
+    for kind in kinds(model):
+        for name, flops in _mixer_flops(kind.model, sequence, kind.share(attention_share)).items():
+            terms[name] = terms.get(name, 0.0) + kind.layers * flops
+    terms["mlp"] = model.num_layers * 2.0 * 3 * model.hidden_size * model.ffn_hidden_size
+    terms["output_layer"] = 2.0 * model.vocab_size * model.hidden_size
+    return terms
+
+
+def _mixer_flops(model: ModelConfig, sequence: int, attention_share: float) -> dict[str, float]:
+    """`flops_per_token` of the mixer of one layer."""
+    d, heads, n, p = model.hidden_size, model.num_heads, model.qk_head_dim, model.v_head_dim
     recurs = attention_share < 1
     terms: dict[str, float] = {}
     for name, (width, _, _) in _projections(model).items():
         used = {"in_proj.query_attention": attention_share, "in_proj.query_recurrent": 1 - attention_share}
-        terms[name] = layers * 2.0 * width * d * used.get(name, 1.0)
+        terms[name] = 2.0 * width * d * used.get(name, 1.0)
     if model.conv_width:
-        terms["conv"] = layers * 2.0 * model.kv_heads * (n + p) * model.conv_width
+        terms["conv"] = 2.0 * model.kv_heads * (n + p) * model.conv_width
     if model.has_attention:
-        terms["attention"] = attention_share * layers * heads * 2.0 * (n + p) * (sequence + 1) / 2
+        terms["attention"] = attention_share * heads * 2.0 * (n + p) * (sequence + 1) / 2
     if model.has_recurrence:
         gates = 1 if model.mixer == "mamba2" else 2
-        terms["decay_proj"] = recurs * layers * 2.0 * gates * heads * d
+        terms["decay_proj"] = recurs * 2.0 * gates * heads * d
         # Decay S: N P. Add k vᵀ: 2 N P. Gated DeltaNet first reads Sᵀ k: 2 N P more.
         update = 3.0 if model.mixer == "mamba2" else 5.0
-        terms["recurrence update"] = recurs * layers * heads * update * n * p
-        terms["recurrence read"] = (1 - attention_share) * layers * heads * 2.0 * n * p
-    terms["out_proj"] = layers * 2.0 * heads * p * d
-    terms["mlp"] = layers * 2.0 * 3 * d * model.ffn_hidden_size
-    terms["output_layer"] = 2.0 * model.vocab_size * d
+        terms["recurrence update"] = recurs * heads * update * n * p
+        terms["recurrence read"] = (1 - attention_share) * heads * 2.0 * n * p
+    terms["out_proj"] = 2.0 * heads * p * d
     return terms
 
 
@@ -173,17 +236,15 @@ def training_flops_per_token(model: ModelConfig, sequence: int, attention_share:
 
 
 def kv_bytes_per_token(model: ModelConfig) -> int:
-    """Bytes that one token adds to a sequence's KV cache (bf16), whatever its mode."""
-    if not model.has_attention:
-        return 0
-    return model.num_layers * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * KV_BYTES
+    """Bytes that one token adds to a sequence's KV cache (bf16), whatever its mode, in the layers that attend."""
+    layers = sum(kind.layers for kind in kinds(model) if kind.model.has_attention)
+    return layers * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * KV_BYTES
 
 
 def state_bytes(model: ModelConfig) -> int:
     """Bytes of one sequence's recurrent states (fp32)."""
-    if not model.has_recurrence:
-        return 0
-    return model.num_layers * model.num_heads * model.qk_head_dim * model.v_head_dim * STATE_BYTES
+    layers = sum(kind.layers for kind in kinds(model) if kind.model.has_recurrence)
+    return layers * model.num_heads * model.qk_head_dim * model.v_head_dim * STATE_BYTES
 
 
 def window_bytes(model: ModelConfig) -> int:
@@ -194,7 +255,7 @@ def window_bytes(model: ModelConfig) -> int:
 
 def _shares(model: ModelConfig) -> tuple[float, ...]:
     """Attention shares to show: all, a quarter and none where the model has both modes."""
-    return {"both": (1.0, 0.25, 0.0), "attention": (1.0,), "recurrent": (0.0,)}[model.modes]
+    return (1.0, 0.25, 0.0) if model.takes_plans else (float(model.has_attention),)
 
 
 def report(model: ModelConfig, sequence: int) -> dict[str, object]:
@@ -205,7 +266,7 @@ def report(model: ModelConfig, sequence: int) -> dict[str, object]:
         terms = flops_per_token(model, sequence, share)
         flops[f"{share:g}"] = {"terms": terms, "forward": sum(terms.values()), "training": 3 * sum(terms.values())}
     shares: dict[str, object] = {}
-    if model.modes == "both":
+    if model.takes_plans:
         for name, embedding in (("non_embedding", False), ("with_embedding", True)):
             shares[name] = {
                 mode: counts.share(mode, embedding=embedding) for mode in ("attention", "recurrent", "whole")
@@ -242,16 +303,19 @@ def _bytes(count: float) -> str:
 def table(model: ModelConfig, sequence: int) -> str:
     """All figures of `model` as text, at most 80 columns wide."""
     counts = parameter_counts(model)
-    both = model.modes == "both"
-    kind = f"{model.mixer} + attention" if both else "attention only" if model.has_attention else f"{model.mixer} only"
+    both, single = model.takes_plans, model.single_mode
+    kind = f"{model.mixer} + attention"
+    if single is not None:
+        kind = "attention only" if single == "attention" else f"{model.mixer} only"
     heads = f"{model.num_heads}" + (f"/{model.kv_heads}" if model.kv_heads != model.num_heads else "")
     lines = [
         f"{model.name}: {kind}, {model.num_layers} layers × {model.hidden_size}, {heads} heads, SwiGLU "
         f"{model.ffn_hidden_size}",
+        *([] if not model.pattern else textwrap.wrap(f"layers in turn: {', '.join(model.pattern)}", 78)),
         "",
         f"{'parameters':<26}{'count':>15}  {'used by':<11}per layer",
     ]
-    users = {"embedding": "embedding", "shared": "both modes" if both else model.modes}
+    users = {"embedding": "embedding", "shared": "both modes" if both else single or "all"}
     for part in counts.parts:
         lines.append(f"  {part.name:<24}{part.count:>15,}  {users.get(part.user, part.user):<11}{part.note}".rstrip())
     lines.append(f"  {'non-embedding':<24}{counts.non_embedding:>15,}")
@@ -270,7 +334,7 @@ def table(model: ModelConfig, sequence: int) -> str:
             f"  shared {counts.shared:,}, attention {counts.attention_only:,}, recurrent {counts.recurrent_only:,} only"
         )
     shares = _shares(model)
-    head = {1.0: "all attention", 0.0: "all recurrent"}
+    head = {1.0: "all attention", 0.0: "all recurrent"} if both or single else {1.0: "any plan"}
     lines += [
         "",
         f"{'MFLOPs per token, s=' + str(sequence):<26}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from oryx_megatron.arch import flops_per_token, parameter_counts
+from oryx_megatron.arch import flops_per_token, kinds, parameter_counts
 from oryx_megatron.config.schema import (
     BatchStage,
     BlendEntry,
@@ -144,11 +144,23 @@ class Estimate:
         return f"tp {layout.tp} pp {layout.pp}{virtual} cp {layout.cp} dp {layout.dp}"
 
 
-def activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[str, float]:
+def activation_bytes(model: ModelConfig, layout: Layout, share: float, stage: int | None = None) -> dict[str, float]:
     """Bytes that one token of a rank's sequence shard leaves in one layer for the backward pass, by item (bf16).
 
-    `share` is of attention tokens; a mode that no token is in costs nothing.
+    `share` is of attention tokens; a mode that no token is in costs nothing. Where layers differ: the mean of all, or
+    of those of a pipeline stage.
     """
+    found = kinds(model, None if stage is None else layout.layers(stage))
+    total = sum(kind.layers for kind in found)
+    mean: dict[str, float] = {}
+    for kind in found:
+        for name, size in _activation_bytes(kind.model, layout, kind.share(share)).items():
+            mean[name] = mean.get(name, 0.0) + size * (kind.layers / total)
+    return mean
+
+
+def _activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[str, float]:
+    """The same of one layer that has the model's modes."""
     d, f, tp = model.hidden_size, model.ffn_hidden_size, layout.tp
     heads, keys = model.num_heads, model.kv_heads * model.qk_head_dim
     values, queries, outputs = model.kv_heads * model.v_head_dim, heads * model.qk_head_dim, heads * model.v_head_dim
@@ -183,9 +195,11 @@ KEPT: dict[Recompute, tuple[str, ...]] = {
 """Items that stay when others are recomputed; `full` keeps the block's input alone."""
 
 
-def _layer_bytes(model: ModelConfig, layout: Layout, share: float, recompute: Recompute) -> tuple[float, float]:
-    """Bytes kept per token and layer, and those of the one layer that is recomputed at a time."""
-    items = activation_bytes(model, layout, share)
+def _layer_bytes(
+    model: ModelConfig, layout: Layout, share: float, recompute: Recompute, stage: int
+) -> tuple[float, float]:
+    """Bytes kept per token and layer of a stage, and those of the one layer that is recomputed at a time."""
+    items = activation_bytes(model, layout, share, stage)
     whole = sum(items.values())
     if recompute == "none":
         return whole, 0.0
@@ -198,8 +212,10 @@ def _layer_bytes(model: ModelConfig, layout: Layout, share: float, recompute: Re
 
 def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Parameters of one tensor-parallel rank of a pipeline stage."""
-    counts = parameter_counts(model)
-    blocks = counts.non_embedding * layout.stage_layers[stage] / model.num_layers
+    blocks = sum(
+        parameter_counts(kind.model).non_embedding * kind.layers / model.num_layers
+        for kind in kinds(model, layout.layers(stage))
+    )
     embedding = model.vocab_size * model.hidden_size
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (1 if first and last and model.tie_embeddings else 0)
@@ -226,7 +242,7 @@ def memory_bytes(
     """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded."""
     parameters = parameters_per_gpu(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
-    kept, once = _layer_bytes(model, layout, work.attention_share, recompute)
+    kept, once = _layer_bytes(model, layout, work.attention_share, recompute, stage)
     held = tokens * layout.stage_layers[stage] * in_flight(layout, stage)
     items = {
         "parameters": 2 * parameters,
@@ -236,7 +252,7 @@ def memory_bytes(
     if recompute == "full":
         items["activations: block inputs"] = kept * held
     else:
-        for name, size in activation_bytes(model, layout, work.attention_share).items():
+        for name, size in activation_bytes(model, layout, work.attention_share, stage).items():
             if recompute == "none" or name in KEPT[recompute]:
                 items[f"activations: {name}"] = size * held
     if stage == layout.pp - 1:
@@ -260,6 +276,11 @@ def _exchanges(recompute: Recompute) -> int:
     return 2 if recompute == "none" else 3
 
 
+def _recurrent_layers(model: ModelConfig, attention_share: float) -> int:
+    """Layers whose recurrence runs under plans of this share."""
+    return sum(kind.layers for kind in kinds(model) if kind.model.has_recurrence and kind.share(attention_share) < 1)
+
+
 def traffic_bytes(
     model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute
 ) -> dict[str, float]:
@@ -268,7 +289,8 @@ def traffic_bytes(
     layers, passes = max(layout.stage_layers), layout.microbatches
     stream = 2.0 * model.hidden_size * tokens
     collectives = _collectives(recompute)
-    gates = (1 if model.mixer == "mamba2" else 2) * model.num_heads * (work.attention_share < 1)
+    recurs = _recurrent_layers(model, work.attention_share) / model.num_layers
+    gates = (1 if model.mixer == "mamba2" else 2) * model.num_heads * recurs
     widths = model.kv_heads * (model.qk_head_dim + model.v_head_dim) + gates
     widths += model.num_heads * (model.qk_head_dim + model.v_head_dim)  # one query a token, and the outputs
     exchanges = _exchanges(recompute)
@@ -308,9 +330,9 @@ def estimate(
     part = max(layout.stage_layers) / model.num_layers / layout.tp
     forward = linear / (LINEAR_SHARE * PEAK) + flops.get("attention", 0.0) / (ATTENTION_SHARE * PEAK)
     backward = 2 * forward
-    if share < 1:
+    if recurrent := _recurrent_layers(model, share):
         area = model.qk_head_dim * model.v_head_dim / 128**2
-        scans = RECURRENCE_SECONDS[model.mixer] * model.num_heads * area * model.num_layers
+        scans = RECURRENCE_SECONDS[model.mixer] * model.num_heads * area * recurrent
         forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
     # Norms, activations and copies: what is kept is written and read again about twice.
     moved = 2.5 * sum(activation_bytes(model, dataclasses.replace(layout, tp=1), share).values()) * model.num_layers
@@ -364,7 +386,7 @@ def estimate(
 
 def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_batch: int, gpus: int) -> Layout:
     """The layout that a run of this model would get; ConfigError where a run would be refused."""
-    fixed = {"both": None, "attention": "attention", "recurrent": "recurrent"}[model.modes]
+    fixed = model.single_mode
     p_attention = 0.25 if fixed is None else float(fixed == "attention")
     run = RunConfig(
         model=model,

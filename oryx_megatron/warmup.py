@@ -22,11 +22,12 @@ from oryx_megatron.errors import ConfigError
 
 
 def share_of(run: RunConfig) -> RunConfig:
-    """`run` for a single rank, with one layer of what one tensor-parallel rank of `run` holds."""
+    """`run` for a single rank, with one layer of each kind of what one tensor-parallel rank of `run` holds."""
     model, tensor = run.model, run.parallel.tensor
     share: ModelConfig = dataclasses.replace(
         model,
-        num_layers=1,
+        num_layers=len(model.kinds),
+        pattern=tuple(sorted(model.kinds)) if model.pattern else (),
         num_heads=model.num_heads // tensor,
         num_kv_heads=model.kv_heads // tensor,
         ffn_hidden_size=model.ffn_hidden_size // tensor,

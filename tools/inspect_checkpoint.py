@@ -75,10 +75,11 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
 
     manifest = summary.manifest
     model, layout = manifest.run().model, manifest.layout
+    modes = ", ".join(model.pattern) or model.modes
     lines = [
         str(summary.folder),
         f"  iteration {manifest.iteration:,}, {manifest.consumed_samples:,} samples read",
-        f"  model {model.name}: {model.mixer}, modes {model.modes}, {model.num_layers} layers × {model.hidden_size}",
+        f"  model {model.name}: {model.mixer}, modes {modes}, {model.num_layers} layers × {model.hidden_size}",
         f"  written under {' × '.join(f'{name} {size}' for name, size in layout.items())}; loads under any layout",
         f"  {_size(summary.file_bytes)} in {len(manifest.files) + 1} files",
         f"  commit {manifest.commit or 'unknown'}",

@@ -107,11 +107,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _share(model: ModelConfig, asked: float | None) -> float:
-    own = {"both": None, "attention": 1.0, "recurrent": 0.0}[model.modes]
+    single = model.single_mode
+    own = None if single is None else float(model.has_attention)
     if asked is None:
         return 0.5 if own is None else own
     if not 0 <= asked <= 1 or (own is not None and asked != own):
-        raise ConfigError(f"--attention-share: {asked} is not a share that a model with modes={model.modes} can have")
+        raise ConfigError(f"--attention-share: {asked} is not a share that a model with modes={single} can have")
     return asked
 
 

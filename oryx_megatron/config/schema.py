@@ -7,10 +7,11 @@ The classes are frozen: what was validated is what runs, and what the checkpoint
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
 from oryx_megatron.config.bounds import Range
+from oryx_megatron.config.pattern import Modes, layer_modes, period
 
 PATH, NAME = "path", "name"
 RENAMED = {
@@ -40,8 +41,10 @@ class ModelConfig:
     """Name of the preset, for logs and exports."""
     mixer: Literal["gdn", "mamba2"]
     """Recurrence of the recurrent mode: Gated DeltaNet (arXiv 2412.06464) or Mamba-2 (arXiv 2405.21060)."""
-    modes: Literal["both", "attention", "recurrent"] = "both"
+    modes: Modes = "both"
     """Modes the model has. `both` is Oryx; one mode alone builds a baseline without the other's parameters."""
+    pattern: tuple[str, ...] = ()
+    """Modes layer by layer, repeated to num_layers, e.g. `[recurrent*3, attention]`; `[]`: `modes` in every layer."""
     num_layers: Annotated[int, Range(ge=1, le=1 << 14)]
     """Number of blocks (mixer + SwiGLU)."""
     hidden_size: Annotated[int, Range(ge=1, le=1 << 24)]
@@ -89,14 +92,43 @@ class ModelConfig:
         return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
 
     @property
+    def kinds(self) -> frozenset[Modes]:
+        """Modes of layers that occur."""
+        return frozenset(period(self.pattern) if self.pattern else (self.modes,))
+
+    @property
+    def layer_modes(self) -> tuple[Modes, ...]:
+        """Modes of every layer; ConfigError when the pattern does not make num_layers."""
+        return layer_modes(self.pattern, self.num_layers) if self.pattern else (self.modes,) * self.num_layers
+
+    @property
     def has_attention(self) -> bool:
-        """Whether the model has the attention mode."""
-        return self.modes in ("both", "attention")
+        """Whether any layer has the attention mode."""
+        return self.kinds != {"recurrent"}
 
     @property
     def has_recurrence(self) -> bool:
-        """Whether the model has the recurrent mode."""
-        return self.modes in ("both", "recurrent")
+        """Whether any layer has the recurrent mode."""
+        return self.kinds != {"attention"}
+
+    @property
+    def takes_plans(self) -> bool:
+        """Whether any layer has both modes; the others ignore mode plans."""
+        return "both" in self.kinds
+
+    @property
+    def single_mode(self) -> Modes | None:
+        """The mode that all layers have alone, or None: Oryx models and hybrids."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 and not self.takes_plans else None
+
+    @property
+    def ignores_plans(self) -> bool:
+        """Whether layers differ and none of them reads a mode plan."""
+        return not self.takes_plans and self.single_mode is None
+
+    def with_modes(self, modes: Modes) -> ModelConfig:
+        """This architecture with `modes` in every layer: that of a layer of a hybrid."""
+        return replace(self, modes=modes, pattern=(), shared_query=self.shared_query and modes == "both")
 
 
 @dataclass(frozen=True, kw_only=True)

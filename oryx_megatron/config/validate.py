@@ -73,6 +73,12 @@ class Layout:
                 microbatches_of(name, size, train.micro_batch_size, self.dp, self.pp, self.vpp)
         return lambda step: count.batch_at(iteration + step) // rows
 
+    def layers(self, rank: int) -> list[int]:
+        """Numbers from 0 of the layers of a pipeline rank: megatron-core deals chunk by chunk to all ranks."""
+        chunks = [layers // self.vpp for layers in self.stage_layers]
+        total, before, own = sum(chunks), sum(chunks[:rank]), chunks[rank]
+        return [chunk * total + before + i for chunk in range(self.vpp) for i in range(own)]
+
 
 def _divisible(name: str, value: int, by: str, divisor: int) -> None:
     if value % divisor:
@@ -89,8 +95,16 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.conv_width: {model.conv_width} should be 0 (no convolution) or at least 2")
     if model.rotary != "none" and model.qk_head_dim % 2:
         raise ConfigError(f"model.qk_head_dim {model.qk_head_dim} should be even for rotary embedding")
-    if model.shared_query and model.modes != "both":
-        raise ConfigError(f"model.shared_query: a model with modes={model.modes} has one query; leave it false")
+    if model.pattern and model.modes != "both":
+        raise ConfigError(
+            f"model.modes: {model.modes}, but model.pattern ({', '.join(model.pattern)}) has those of each layer; "
+            "remove one"
+        )
+    if model.pattern:
+        model.layer_modes  # noqa: B018 - raises
+    if model.shared_query and not model.takes_plans:
+        what = "model.pattern" if model.pattern else f"modes={model.modes}"
+        raise ConfigError(f"model.shared_query: a model with {what} has one query; leave it false")
     for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
         if not 0 < low <= high:
             raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
@@ -110,8 +124,8 @@ def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, le
             f"{name}: `{spec}` gives no attention at all: the {length} tokens are only {chunks} chunks of modes.chunk "
             f"{modes.chunk}; use a smaller chunk or at least ratio:{1 / chunks:g}"
         )
-    if attends != {model.has_attention} and model.modes != "both":
-        raise ConfigError(f"{name}: `{spec}` is not all {model.modes}, the one mode of model {model.name}")
+    if model.single_mode is not None and attends != {model.has_attention}:
+        raise ConfigError(f"{name}: `{spec}` is not all {model.single_mode}, the one mode of model {model.name}")
 
 
 def _check_modes(run: RunConfig) -> None:
@@ -122,11 +136,11 @@ def _check_modes(run: RunConfig) -> None:
     for name, p_attention, p_recurrent in stages:
         if p_attention + p_recurrent > 1 + 1e-9:
             raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent} is more than 1")
-        only = {"both": None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.modes]
+        only = {None: None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.single_mode]
         if modes.fixed is None and only is not None and (p_attention, p_recurrent) != only:
             raise ConfigError(
-                f"{name}: model {model.name} has only the mode {model.modes}: set p_attention: {only[0]:g} and "
-                f"p_recurrent: {only[1]:g}, or modes.fixed: {model.modes}"
+                f"{name}: model {model.name} has only the mode {model.single_mode}: set p_attention: {only[0]:g} and "
+                f"p_recurrent: {only[1]:g}, or modes.fixed: {model.single_mode}"
             )
     _check_stages("modes.schedule", [stage.start for stage in modes.schedule], run.train.iterations)
     if modes.fixed is not None:
@@ -351,6 +365,14 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
     )
 
 
+def _input_widths(model: ModelConfig) -> list[int]:
+    """Of the mixer's input projection, by kind of layer."""
+    keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
+    gate = model.num_heads * model.v_head_dim if model.output_gate else 0
+    queries = [1 if model.shared_query and kind == "both" else 1 + (kind == "both") for kind in sorted(model.kinds)]
+    return [keys + values + gate + count * model.num_heads * model.qk_head_dim for count in queries]
+
+
 def _check_precision(run: RunConfig) -> None:
     precision, model, tp = run.precision, run.model, run.parallel.tensor
     if precision.fp8 == "none":
@@ -367,14 +389,10 @@ def _check_precision(run: RunConfig) -> None:
             f"precision.bf16_first_layers {precision.bf16_first_layers} + bf16_last_layers "
             f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in FP8"
         )
-    keys, values, queries = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim, model.num_heads
-    count = 1 if model.shared_query else model.has_attention + model.has_recurrence
-    inner = keys + values + count * queries * model.qk_head_dim
-    inner += model.num_heads * model.v_head_dim if model.output_gate else 0
     widths = {
         "model.hidden_size": model.hidden_size,
         f"model.ffn_hidden_size {model.ffn_hidden_size} / tensor {tp}": model.ffn_hidden_size // tp,
-        f"the mixer's input projection {inner} / tensor {tp}": inner // tp,
+        **{f"the mixer's input projection {inner} / tensor {tp}": inner // tp for inner in _input_widths(model)},
         f"the mixer's output width {model.num_heads * model.v_head_dim} / tensor {tp}": (
             model.num_heads * model.v_head_dim // tp
         ),

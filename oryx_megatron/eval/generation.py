@@ -94,8 +94,9 @@ def generate(
     """
     total = len(prompt) + new_tokens
     modes = parse_plan(plan, total, chunk=model.run.modes.chunk, prompt=len(prompt))
-    if model.run.model.modes != "both" and modes.attention_tokens != total * model.run.model.has_attention:
-        raise ConfigError(f"plan {plan}: model {model.run.model.name} has only the mode {model.run.model.modes}")
+    single = model.run.model.single_mode
+    if single is not None and modes.attention_tokens != total * model.run.model.has_attention:
+        raise ConfigError(f"plan {plan}: model {model.run.model.name} has only the mode {single}")
     device = platform.device()
     generator = torch.Generator(device).manual_seed(seed)
     states: dict[int, LayerState] = {}

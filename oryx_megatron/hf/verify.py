@@ -52,7 +52,7 @@ def random_plans(model: ModelConfig, length: int, count: int, seed: int) -> list
     """The pure plans and `count` random ones, with changes of mode at any token."""
     plans = [ModePlan.uniform(mode, length) for mode, present in
              ((Mode.ATTENTION, model.has_attention), (Mode.RECURRENT, model.has_recurrence)) if present]  # fmt: skip
-    if model.modes != "both":
+    if model.single_mode is not None:
         return plans
     draw = np.random.default_rng(seed)
     return plans + [ModePlan.from_mask(draw.random(length) < draw.random()) for _ in range(count)]
@@ -137,7 +137,7 @@ def verify_generation(
     ours, theirs = names or (source, folder)
     model = read_manifest(source).run().model
     plans = ["prompt:attention,new:recurrent", "prompt:recurrent,new:attention"]
-    texts = _generated(folder, plans if model.modes == "both" else [model.modes], model.vocab_size, prompt, new, seed)
+    texts = _generated(folder, [model.single_mode] if model.single_mode else plans, model.vocab_size, prompt, new, seed)
     gc.collect()
     results = []
     with _trained(source, folder, model, "fp32") as logits_of:

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.ops import backends
+from oryx_megatron.ops import fused
 
 
 @dataclass
@@ -38,7 +38,7 @@ def transformer_config(
     dtype = torch.bfloat16 if precision.dtype == "bf16" else torch.float32
     gpu = platform.has_gpu() and not overrides.get("use_cpu_initialization", False)
     te_missing = platform.transformer_engine_missing() if gpu else "there is no GPU"
-    sorts = gpu and backends.mixer_steps() == "fused"
+    sorts = gpu and fused.in_use()
     interleaves = gpu and parallel.virtual_pipeline > 1
     fields: dict[str, Any] = {
         "oryx": model,
@@ -79,6 +79,8 @@ def transformer_config(
         "persist_layer_norm": gpu,
         "cross_entropy_loss_fusion": te_missing is None,
         "cross_entropy_fusion_impl": "te",
+        # Layers that differ lie apart in checkpoints, not stacked along one axis.
+        "hetereogenous_dist_checkpoint": bool(model.pattern),
         "recompute_mixer": parallel.recompute == "mixer",
         "fused_mixer": sorts,
         "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32

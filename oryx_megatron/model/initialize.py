@@ -50,6 +50,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     for layer in chunk.decoder.layers:
         prefix = f"layers.{layer.layer_number}."
         mixer: OryxMixer = layer.self_attention
+        own = mixer.model  # with the modes of this layer
         fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.in_proj_rows)
         for part, linear in mixer.query_projections().items():  # the same draw as for rows of in_proj
             weight: Tensor = linear.weight  # type: ignore[assignment]
@@ -58,7 +59,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         if model.conv_width:
             bound = 1 / math.sqrt(model.conv_width)
             fill(prefix + "conv", mixer.conv.weight, _uniform(-bound, bound), parts=mixer.conv_parts)
-        if model.has_recurrence:
+        if own.has_recurrence:
             fill(prefix + "decay_proj", mixer.decay_proj.weight, normal, parts=mixer.decay_parts)
             fill(prefix + "a_log", mixer.a_log, lambda *a: _uniform(*model.decay_init)(*a).log())
             fill(prefix + "dt_bias", mixer.dt_bias, _inverse_softplus_log_uniform(*model.dt_init))

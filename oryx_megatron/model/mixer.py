@@ -30,6 +30,7 @@ from oryx_megatron import ops
 from oryx_megatron.model.parts import Rows, WithZeroGradients
 from oryx_megatron.model.sequence import LayerState, SequenceInfo
 from oryx_megatron.model.weights import MixerWeights
+from oryx_megatron.modes import Mode
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.fused import KeysValues
 from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
@@ -106,6 +107,9 @@ class OryxMixer(MixerWeights):
         info = packed_seq_params
         if not isinstance(info, SequenceInfo) or info.plan is None:
             raise TypeError("OryxMixer needs packed_seq_params=SequenceInfo(plan=…)")
+        if self.fixed is not None:
+            info = info.in_mode(self.fixed)
+        assert info.plan is not None
         attention, length = info.plan.attention_tokens, info.plan.length
         if (attention > 0 and not self.model.has_attention) or (attention < length and not self.model.has_recurrence):
             raise ValueError(f"a model with modes={self.model.modes} cannot run the plan {info.plan}")
@@ -383,6 +387,8 @@ class FusedSteps:
             return None
         mixer, model, layout = self.mixer, self.model, self.layout
         norm = mixer.query_norm.summed_weight() if model.qk_norm else None
+        if not layout.recurrent and not layout.ordered:  # all rows attend, sorted for layers that have both modes
+            query, layout = query.index_select(0, layout.rows), layout.in_order
         q = fused.attention_query(query, model.qk_head_dim, norm, layout, mixer.head_steps)
         keys, values = read.attention_keys, read.attention_values
         if mixer.fp8_attention and not layout.recurrent and not layout.isolated:
@@ -403,11 +409,13 @@ class FusedSteps:
 
     def output(self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None) -> Tensor:
         """See Steps: in rows."""
-        group = self.mixer.cp_group
+        group, layout = self.mixer.cp_group, self.layout
+        if o_attention is not None and not layout.recurrent and not layout.ordered:  # by token, as those of recurrence
+            o_attention, o_recurrent, layout = None, o_attention, layout.in_mode(Mode.RECURRENT)
         if group.size() == 1:
-            return self.norm_rows(o_attention, o_recurrent, gate, self.layout)
-        o = heads_to_sequence(fused.in_rows(o_attention, o_recurrent, self.layout), group)
-        return self.norm_rows(o.transpose(0, 1), None, gate, self.layout.shard(group.size()))
+            return self.norm_rows(o_attention, o_recurrent, gate, layout)
+        o = heads_to_sequence(fused.in_rows(o_attention, o_recurrent, layout), group)
+        return self.norm_rows(o.transpose(0, 1), None, gate, layout.shard(group.size()))
 
     def norm_rows(
         self, o_attention: Tensor | None, o_recurrent: Tensor | None, gate: Tensor | None, layout: TokenLayout

@@ -8,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from oryx_megatron.modes import ModePlan
+from oryx_megatron.modes import Mode, ModePlan
 from oryx_megatron.ops import TokenLayout
 
 
@@ -69,6 +69,7 @@ class SequenceInfo(PackedSeqParams):
     """bool [s], True where a token is in attention mode; None when the plan has one mode only."""
     layout: TokenLayout | None = None
     """Order in which the tokens lie, sorted by mode, for fused mixers; None: in the order of the sequence."""
+    _in_mode: dict[Mode, SequenceInfo] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -96,6 +97,19 @@ class SequenceInfo(PackedSeqParams):
         if 0 < plan.attention_tokens < plan.length:
             rows = torch.from_numpy(plan.is_attention()).to(device)
         return cls(plan=plan, documents=documents, positions=positions, states=states, attention_rows=rows)
+
+    def in_mode(self, mode: Mode) -> SequenceInfo:
+        """The same microbatch for a layer that has one mode only, which its tokens are in whatever the plan."""
+        assert self.plan is not None
+        if mode not in self._in_mode:
+            self._in_mode[mode] = SequenceInfo(
+                plan=ModePlan.uniform(mode, self.plan.length),
+                documents=self.documents,
+                positions=self.positions,
+                states=self.states,
+                layout=None if self.layout is None else self.layout.in_mode(mode),
+            )
+        return self._in_mode[mode]
 
     def arrange(self, x: Tensor) -> Tensor:
         """[b, s] in the order of the sequence → in the order in which the tokens lie."""

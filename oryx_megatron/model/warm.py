@@ -23,7 +23,7 @@ PLANS = {"both": ("ratio:0.5", "attention", "recurrent"), "attention": ("attenti
 
 
 def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
-    """Run the first fused mixer and SwiGLU of `chunks`, forward and backward, under each kind of plan.
+    """Run a fused mixer of each kind of layer of `chunks`, and SwiGLU, forward and backward, under each kind of plan.
 
     No parameter gets a gradient and no other rank takes part. Chunks without a fused mixer have nothing to compile.
 
@@ -31,22 +31,23 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
         Seconds it took.
     """
     begun = time.perf_counter()
-    mixers = (m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer)
-    mixer = next(mixers, None)
-    if mixer is not None:
-        model, length, batch = run.model, run.data.sequence_length, run.train.micro_batch_size
-        documents = None
-        if run.data.documents == "isolated":
-            documents = torch.tensor([0, length // 2, length], dtype=torch.int32)
-        for spec in PLANS[model.modes]:
+    fused_mixers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer]
+    kinds = {mixer.model.modes: mixer for mixer in reversed(fused_mixers)}
+    model, length, batch = run.model, run.data.sequence_length, run.train.micro_batch_size
+    documents = None
+    if run.data.documents == "isolated":
+        documents = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    for mixer in kinds.values():
+        for spec in PLANS[mixer.model.modes]:
             plan = parse_plan(spec, length, chunk=run.modes.chunk)
             layouts = [TokenLayout.of(plan, device=platform.device())]
             if documents is not None:
                 layouts.append(TokenLayout.of(plan, device=platform.device(), documents=documents))
             for layout in layouts:
                 _step(mixer, layout, batch)
+    if fused_mixers:
         width = 2 * model.ffn_hidden_size // run.parallel.tensor
-        _backward(fused.SwiGLU()(x := _random(length, batch, width, like=mixer)), [x])
+        _backward(fused.SwiGLU()(x := _random(length, batch, width, like=fused_mixers[0])), [x])
         platform.synchronize()
     return time.perf_counter() - begun
 

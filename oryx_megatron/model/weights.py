@@ -31,6 +31,7 @@ from oryx_megatron.model.parts import (
     in_proj_parts,
     mark_tensor_parallel,
 )
+from oryx_megatron.modes import Mode
 from oryx_megatron.ops import fused
 
 
@@ -58,7 +59,10 @@ class MixerWeights(MegatronModule):
         super().__init__(config)
         if config.oryx is None:
             raise ValueError("a mixer needs config.oryx, the architecture")
-        self.model = model = config.oryx
+        modes = config.oryx.layer_modes[layer_number - 1]
+        self.model = model = config.oryx.with_modes(modes) if config.oryx.pattern else config.oryx
+        self.fixed = None if config.oryx.single_mode or modes == "both" else Mode[modes.upper()]
+        """Mode of all tokens in this layer of a hybrid, whatever the plan."""
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         tp, cp = self.tp_group.size(), self.cp_group.size()

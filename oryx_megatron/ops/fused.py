@@ -45,9 +45,14 @@ def declines(work: backends.Workload | None) -> str | None:
             return f"model.{name} {width} is not a power of two from 16 to 256"
     if model.conv_width not in (0, TAPS):
         return f"model.conv_width is {model.conv_width}, not {TAPS} or 0"
-    if model.rotary == "both" or (model.shared_query and model.modes == "both"):
+    if model.rotary == "both" or model.shared_query:
         return "it knows neither model.rotary: both nor model.shared_query"
     return None
+
+
+def in_use() -> bool:
+    """Whether the run's mixers take these steps."""
+    return backends.mixer_steps() == "fused"
 
 
 backends.register_steps("fused", missing=missing, declines=declines)

@@ -50,6 +50,8 @@ class TokenLayout:
     """[s] first token of each token's document; 0 everywhere when documents are joined."""
     isolated: bool
     """Whether there is more than one document."""
+    ordered: bool
+    """Whether the rows lie in the order of the tokens."""
     _rotary: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _shards: dict[int, TokenLayout] = field(default_factory=dict, repr=False)
 
@@ -62,7 +64,8 @@ class TokenLayout:
         """
         isolated = documents is not None and len(documents) > 2
         tables = platform.to_device(cls.tables_of(plan, documents), device)
-        return cls(plan, *tables.unbind(0), isolated=isolated)  # type: ignore[misc, arg-type]
+        ordered = plan.attention_tokens in (0, plan.length)
+        return cls(plan, *tables.unbind(0), isolated=isolated, ordered=ordered)  # type: ignore[misc, arg-type]
 
     @staticmethod
     def tables_of(plan: ModePlan, documents: Tensor | None = None) -> Tensor:
@@ -88,6 +91,21 @@ class TokenLayout:
         """
         isolated = documents is not None and len(documents) > 2
         return plan.attention_tokens, isolated, not isolated and _in_blocks(plan)
+
+    def in_mode(self, mode: Mode) -> TokenLayout:
+        """The same rows, read as all in one mode: for a layer that ignores the plan. Shares this layout's tables."""
+        return self._with(mode, self.tokens, self.rows, ordered=self.ordered)
+
+    @cached_property
+    def in_order(self) -> TokenLayout:
+        """The tokens of `in_mode` in the order of the sequence, all of them attention rows."""
+        return self._with(Mode.ATTENTION, self.identity, self.identity, ordered=True)
+
+    def _with(self, mode: Mode, tokens: Tensor, rows: Tensor, *, ordered: bool) -> TokenLayout:
+        plan = ModePlan.uniform(mode, self.length)
+        return TokenLayout(
+            plan, tokens, rows, self.starts, self.isolated, ordered, _rotary=self._rotary, _shards=self._shards
+        )
 
     @property
     def length(self) -> int:
@@ -116,7 +134,7 @@ class TokenLayout:
 
     def arrange(self, x: Tensor) -> Tensor:
         """[b, s] in the order of tokens → in the order of rows."""
-        if self.attention in (0, self.length):
+        if self.ordered:
             return x
         return x.index_select(1, self.tokens)
 

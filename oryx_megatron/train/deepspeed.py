@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         reports: list[Tensor] = []
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            output, loss_of = launch(OryxProgram(), iter((batch,)), self._forward)  # type: ignore[arg-type]
+            output, loss_of = launch(OryxProgram(self.run.model), iter((batch,)), self._forward)  # type: ignore[arg-type]
             total, _, report = loss_of(output)
             reports.append(report["totals"])
             self.engine.backward(total * scale, scale_wrt_gas=False)

@@ -86,7 +86,7 @@ class MegatronEngine:
     """
 
     def __init__(self, run: RunConfig, *, model: list[Any] | None = None, program: Program | None = None) -> None:
-        self.run, self.program = run, program or OryxProgram()
+        self.run, self.program = run, program or OryxProgram(run.model)
         launched = why_launched(run)
         if launched is None:
             platform.leave_default_stream()

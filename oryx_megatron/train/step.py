@@ -14,8 +14,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.sequence import SequenceInfo
-from oryx_megatron.modes import ModePlan
+from oryx_megatron.modes import Mode, ModePlan
 from oryx_megatron.ops import TokenLayout
 
 
@@ -72,24 +73,35 @@ class Placed:
 
 
 class OryxProgram:
-    """See Program."""
+    """See Program.
+
+    Args:
+        model: The architecture. A hybrid in which no layer reads the plan runs all microbatches in one order.
+    """
+
+    def __init__(self, model: ModelConfig | None) -> None:
+        self.one_order = model is not None and model.ignores_plans
+
+    def _plan(self, batch: Microbatch) -> ModePlan:
+        return ModePlan.uniform(Mode.ATTENTION, batch.plan.length) if self.one_order else batch.plan
 
     def shape(self, batch: Microbatch) -> Hashable:
         """See Program."""
-        return batch.tokens.shape, TokenLayout.shape_of(batch.plan, batch.documents)
+        return batch.tokens.shape, TokenLayout.shape_of(self._plan(batch), batch.documents)
 
     def parts(self, batch: Microbatch) -> frozenset[str]:
         """See Program: the queries of the modes of this rank's rows, and the recurrence."""
         ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-        rows, attention = batch.plan.length // ranks, batch.plan.attention_tokens
+        plan = self._plan(batch)
+        rows, attention = plan.length // ranks, plan.attention_tokens
         own = min(max(attention - rank * rows, 0), rows)
-        found = {"attention query": own > 0, "recurrent query": own < rows, "recurrence": attention < batch.plan.length}
+        found = {"attention query": own > 0, "recurrent query": own < rows, "recurrence": attention < plan.length}
         return frozenset(part for part, computed in found.items() if computed)
 
     def place(self, batch: Microbatch, chunk: torch.nn.Module) -> Placed:
         """See Program."""
         sort = get_model_config(chunk).fused_mixer
-        info = SequenceInfo.build(batch.plan, device=platform.device(), documents=batch.documents, sort=sort)
+        info = SequenceInfo.build(self._plan(batch), device=platform.device(), documents=batch.documents, sort=sort)
         # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
         text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
         layout, ranks = info.layout, parallel_state.get_context_parallel_world_size()
@@ -102,7 +114,7 @@ class OryxProgram:
         """See Program."""
         layout = placed.info.layout
         assert layout is not None, "only microbatches of fused mixers are of equal shape"
-        sources = (*_texts(batch), *TokenLayout.tables_of(batch.plan, batch.documents))
+        sources = (*_texts(batch), *TokenLayout.tables_of(self._plan(batch), batch.documents))
         targets = (placed.tokens, placed.labels, placed.loss_mask, layout.tokens, layout.rows, layout.starts)
         for target, source in zip(targets, sources):
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
@@ -205,12 +217,13 @@ def forward_backward(
         forward_only: Skip the backward pass.
         forward_step: megatron-core's forward step; None launches an Oryx model's.
     """
+    forward_step = forward_step or partial(launch, OryxProgram(getattr(get_model_config(chunks[0]), "oryx", None)))
     micro_batch_size, length = batches[0].tokens.shape
     # Each model chunk (virtual pipeline stage) draws the same microbatches from an iterator of its own.
     iterators = [iter(batches) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step or partial(launch, OryxProgram()),
+            forward_step_func=forward_step,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),

@@ -25,17 +25,27 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cp4": ("mamba2", 4, {"context": 4}),
     "tp2-cp2": ("gdn", 4, {"tensor": 2, "context": 2}),
     "pp2-cp2": ("mamba2", 4, {"pipeline": 2, "context": 2, "overlap": True}),
+    "hybrid": ("hybrid gdn", 1, {}),
+    "hybrid-pp2-cp2": ("hybrid gdn", 4, {"pipeline": 2, "context": 2}),
+    "mixed": ("mixed mamba2", 1, {}),
+    "mixed-tp2-cp2": ("mixed mamba2", 4, {"tensor": 2, "context": 2}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
 
-def _run(mixer: str, layout: dict[str, Any], documents: str):
-    return tiny_run(mixer, parallel=ParallelConfig(**layout), data__documents=documents)
+PATTERNS = {"hybrid": ("recurrent*3", "attention"), "mixed": ("both", "recurrent", "attention", "both")}
+
+
+def _run(name: str, layout: dict[str, Any], documents: str):
+    kind, mixer = name.split()[0], name.split()[-1]
+    fields = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
+    return tiny_run(mixer, parallel=ParallelConfig(**layout), **fields)
 
 
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
-    for mixer, documents in worlds.share(1, [(m, d) for m in ("gdn", "mamba2") for d in ("isolated", "joined")]):
+    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2")
+    for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)
     fused_steps.install()

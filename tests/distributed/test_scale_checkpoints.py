@@ -29,12 +29,18 @@ MOVES: dict[str, tuple[str, int, Layout, int, Layout]] = {
     "pp2-vpp2-dp2 to tp2": ("mamba2", 4, (1, 2, 2, 1), 2, (2, 1, 1, 1)),
     "pp2-cp2 to pp2-vpp2": ("gdn", 4, (1, 2, 1, 2), 2, (1, 2, 2, 1)),
     "one rank to tp2-pp2": ("mamba2", 1, (1, 1, 1, 1), 4, (2, 2, 1, 1)),
+    "hybrid: tp2-pp2-vpp2 to cp2-dp2": ("gdn hybrid", 4, (2, 2, 2, 1), 4, (1, 1, 1, 2)),
+    "mixed: pp4 to tp2": ("mamba2 mixed", 4, (1, 4, 1, 1), 2, (2, 1, 1, 1)),
     "muon: tp2-pp2 to cp2-dp2": ("gdn muon", 4, (2, 2, 1, 1), 4, (1, 1, 1, 2)),
 }
 
 
+PATTERNS = {"gdn hybrid": ("recurrent*3", "attention"), "mamba2 mixed": ("both", "recurrent", "attention", "both")}
+
+
 def _run(variant: str, layout: Layout = (1, 1, 1, 1)) -> RunConfig:
-    mixer, *muon = variant.split()
+    mixer, *kind = variant.split()
+    muon, pattern = kind == ["muon"], PATTERNS.get(variant, ())
     tensor, pipeline, virtual, context = layout
     parallel = ParallelConfig(
         tensor=tensor,
@@ -44,7 +50,7 @@ def _run(variant: str, layout: Layout = (1, 1, 1, 1)) -> RunConfig:
         distributed_optimizer=not muon,
     )
     optimizer = {"optimizer__name": "muon"} if muon else {}
-    return tiny_run(mixer, parallel=parallel, data__documents="isolated", **optimizer)
+    return tiny_run(mixer, parallel=parallel, data__documents="isolated", model__pattern=pattern, **optimizer)
 
 
 def _move(root: Path) -> dict[str, list[tuple[float, float]]]:
@@ -54,7 +60,7 @@ def _move(root: Path) -> dict[str, list[tuple[float, float]]]:
             with worlds.of(size, f"write {name}"), session(_run(mixer, layout)) as opened:
                 opened.steps(BEFORE)
                 opened.checkpoints(root / name).save(opened.iteration, opened.manifest)
-    for mixer in worlds.share(1, ("gdn", "mamba2", "gdn muon")):
+    for mixer in worlds.share(1, ("gdn", "mamba2", "gdn muon", *PATTERNS)):
         with worlds.of(1, mixer), session(_run(mixer)) as opened:
             results[mixer] = opened.steps(BEFORE + AFTER)
     for size in (1, 2, 4):

@@ -19,6 +19,7 @@ from oryx_megatron.testing.layouts import Worlds, session, tiny_run
 STEPS = 2
 MIXERS = ("gdn", "mamba2")
 RANKS = 4
+HYBRID, MIXED = ("recurrent*3", "attention"), ("both", "recurrent", "attention", "both")
 
 
 def _run(mixer: str, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, *, options: Any = None, **changes: Any):
@@ -48,6 +49,7 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         for mode, p in (("attention", 1.0), ("recurrent", 0.0))
     )  # fmt: skip
     plain = {"model__conv_width": 0, "model__rotary": "both", "model__qk_norm": False, "model__output_gate": False}
+    hybrid, mixed = ({"model__pattern": pattern} for pattern in (HYBRID, MIXED))
     muon = {"optimizer__name": "muon"}
     whole = {"distributed_optimizer": False}
     return {
@@ -76,6 +78,13 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         "recurrent-only-cp2-dp2": (_run("gdn", cp=2, **recurrent), 4),
         "shared-query-tp2-cp2": (_run("mamba2", 2, cp=2, model__shared_query=True), 4),
         "plain-projections-tp2-cp2": (_run("gdn", 2, cp=2, **plain), 4),
+        "hybrid-tp2-pp2": (_run("gdn", 2, 2, **hybrid), 4),
+        "hybrid-cp2-dp2": (_run("mamba2", cp=2, data__documents="isolated", **hybrid), 4),
+        "hybrid-pp2-vpp2-overlap-dp2": (_run("gdn", pp=2, vpp=2, options={"overlap": True}, **hybrid), 4),
+        "hybrid-muon-tp2-dp2": (_run("gdn", 2, options=whole, **muon, **hybrid), 4),
+        "mixed-pp4": (_run("mamba2", pp=4, **mixed), 4),
+        "mixed-tp2-cp2": (_run("gdn", 2, cp=2, data__documents="isolated", **mixed), 4),
+        "mixed-pp2-vpp2-recompute": (_run("gdn", pp=2, vpp=2, options={"recompute": "mixer"}, **mixed), 2),
     }
 
 

@@ -115,8 +115,17 @@ def gradients(
         {"mixer": "mamba2"},
         {"mixer": "mamba2", "num_heads": 4, "num_kv_heads": 2, "qk_norm": False, "rotary": "none"},
         {"num_heads": 4, "num_kv_heads": 2, "conv_width": 0, "output_gate": False},
+        {"mixer": "mamba2", "pattern": ("attention", "recurrent")},
+        {"pattern": ("both", "attention", "recurrent", "both"), "num_layers": 4},
     ],
-    ids=["gdn", "mamba2", "mamba2 grouped, plain keys", "gdn grouped, no convolution, no gate"],
+    ids=[
+        "gdn",
+        "mamba2",
+        "mamba2 grouped, plain keys",
+        "gdn grouped, no convolution, no gate",
+        "hybrid",
+        "mixed",
+    ],
 )
 def test_fused_equals_separate(changes, plan):
     for documents in (None, torch.tensor(DOCUMENTS, dtype=torch.int32)):
@@ -157,8 +166,13 @@ def of_one_rank_in_two(changes: dict, plans: tuple[str, ...]) -> list[list[dict[
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mixer": "mamba2", "num_heads": 4, "num_kv_heads": 2}, {"conv_width": 0, "output_gate": False}],
-    ids=["gdn", "mamba2 grouped", "gdn, no convolution, no gate"],
+    [
+        {},
+        {"mixer": "mamba2", "num_heads": 4, "num_kv_heads": 2},
+        {"conv_width": 0, "output_gate": False},
+        {"pattern": ("both", "attention", "recurrent"), "num_layers": 3},
+    ],
+    ids=["gdn", "mamba2 grouped", "gdn, no convolution, no gate", "mixed"],
 )
 def test_fused_under_context_parallelism(changes):
     """Two ranks, of which one has rows of both modes or none of attention, against the separate steps on one."""

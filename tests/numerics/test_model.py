@@ -38,6 +38,9 @@ CASES: dict[str, dict] = {
     "untied": {"tie_embeddings": False},
     "attention baseline": {"modes": "attention"},
     "recurrent baseline": {"modes": "recurrent"},
+    "hybrid": {"pattern": ("recurrent", "attention")},
+    "mixed": {"pattern": ("both", "attention", "recurrent"), "num_layers": 3},
+    "mixed, shared query, rotary both": {"pattern": ("recurrent", "both"), "shared_query": True, "rotary": "both"},
     "plain Transformer": {"modes": "attention", "conv_width": 0, "output_gate": False},
 }
 cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
@@ -79,8 +82,8 @@ def random_tokens(length: int, seed: int = 1) -> Tensor:
 
 def random_plan(model: ModelConfig, length: int, seed: int = 2) -> ModePlan:
     """Runs of one to a few tokens in either mode, or in the one that the model has."""
-    if model.modes != "both":
-        return ModePlan.uniform(Mode[model.modes.upper()], length)
+    if model.single_mode is not None:
+        return ModePlan.uniform(Mode[model.single_mode.upper()], length)
     return ModePlan.from_mask(torch.rand(length, generator=torch.Generator().manual_seed(seed)).numpy() < 0.5)
 
 
@@ -148,10 +151,14 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dt_bias: Tensor, 
 
 def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
     """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s]."""
+    whole, plan = model, attends
     heads, groups, n, p = model.num_heads, model.kv_heads, model.qk_head_dim, model.v_head_dim
     serving = [head // (heads // groups) for head in range(heads)]
     x = w["embedding.word_embeddings.weight"][tokens]
-    for layer in range(model.num_layers):
+    for layer in range(whole.num_layers):
+        if whole.pattern:  # layers of one mode ignore the plan
+            model = whole.with_modes(whole.layer_modes[layer])
+            attends = plan if model.modes == "both" else torch.full_like(plan, model.modes == "attention")
         at = f"decoder.layers.{layer}."
         h, mix = norm(x, w[at + "input_layernorm.weight"]), at + "self_attention."
         queries = {"both": ["query_attention", "query_recurrent"], "attention": ["query_attention"]}
@@ -208,7 +215,7 @@ def test_plain_models(variant: str, changes: dict) -> None:
     for length in (1, 33):
         tokens = random_tokens(length)
         probe = torch.randn(ROWS, length, VOCABULARY, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-        plans = [ModePlan.uniform(mode, length) for mode in Mode if model.modes in ("both", mode.name.lower())]
+        plans = [ModePlan.uniform(mode, length) for mode in Mode if model.single_mode in (None, mode.name.lower())]
         for plan in [*plans, random_plan(model, length)]:
             chunk.zero_grad()
             logits = forward(chunk, tokens, plan)
@@ -265,8 +272,12 @@ def test_decoding_equals_one_pass(variant: str, changes: dict) -> None:
                 piece = plan.slice(start, start + size)
                 parts.append(forward(chunk, tokens[:, start : start + size], piece, offset=start, states=states))
                 start += size
-            assert sorted(states) == [1, 2]
-            assert not model.has_attention or {state.length for state in states.values()} == {length}
+            assert sorted(states) == list(range(1, model.num_layers + 1))
+            for number, state in states.items():  # each layer keeps what it reads
+                kind = model.layer_modes[number - 1]
+                assert state.length == (0 if kind == "recurrent" else length)
+                assert (state.keys is None) == (kind == "recurrent")
+                assert (state.recurrent is None) == (kind == "attention")
             torch.testing.assert_close(torch.cat(parts, 1), forward(chunk, tokens, plan), atol=1e-4, rtol=1e-4)
 
 

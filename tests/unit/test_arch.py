@@ -96,7 +96,7 @@ def test_shares(name):
 def test_baselines_are_of_equal_size(name):
     size, mixer = name.split("-")
     own = arch.parameter_counts(load_model(name))
-    for baseline in (f"{size}-transformer", f"{name}-only"):
+    for baseline in (f"{size}-transformer", f"{name}-only", f"{name}-hybrid"):
         model = load_model(baseline)
         counts = arch.parameter_counts(model)
         assert abs(counts.non_embedding / own.non_embedding - 1) <= 0.02
@@ -104,6 +104,9 @@ def test_baselines_are_of_equal_size(name):
         assert model.num_layers == load_model(name).num_layers
     assert load_model(f"{name}-only").mixer == mixer
     assert load_model(f"{name}-only").modes == "recurrent"
+    hybrid = load_model(f"{name}-hybrid")
+    assert hybrid.mixer == mixer
+    assert hybrid.layer_modes == ("recurrent", "recurrent", "recurrent", "attention") * (hybrid.num_layers // 4)
 
 
 @pytest.mark.parametrize("size", SIZES)

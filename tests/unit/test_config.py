@@ -23,6 +23,7 @@ from oryx_megatron.config import (
     validate,
 )
 from oryx_megatron.config.bounds import Range, check_ranges, ranges
+from oryx_megatron.config.pattern import layer_modes, pattern_of, period
 from oryx_megatron.config.reference import field_docs, inner_class, reference
 from oryx_megatron.config.schema import BlendEntry
 from oryx_megatron.errors import ConfigError
@@ -89,7 +90,7 @@ def test_shipped_runs(path):
 
 def test_shipped_names():
     assert {path.stem for path in RUNS} >= {"quickstart", "pretrain-130m-gdn", "pretrain-1.4b-gdn"}
-    kinds = ("gdn", "mamba2", "transformer", "gdn-only", "mamba2-only")
+    kinds = ("gdn", "mamba2", "transformer", "gdn-only", "mamba2-only", "gdn-hybrid", "mamba2-hybrid")
     assert set(preset_names()) >= {
         f"{size}-{kind}" for size in ("tiny", "130m", "370m", "780m", "1.4b") for kind in kinds
     }
@@ -100,7 +101,7 @@ def test_presets_run(name):
     """Every preset trains under a run with its modes, on one rank and (heads allow) on two."""
     model = load_model(name)
     assert model.name == name
-    extra = {"both": [], "attention": ATTENTION, "recurrent": RECURRENT}[model.modes]
+    extra = {None: [], "attention": ATTENTION, "recurrent": RECURRENT}[model.single_mode]
     run = load_run(ROOT / "configs" / "run" / "pretrain-130m-gdn.yaml", [f"model={name}", *extra])
     assert run.model == model
     validate(run, 1)
@@ -299,6 +300,42 @@ def test_faulty_files(tmp_path, run_file):
         load_model("tiny")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layers", "modes"),
+    [
+        (("recurrent*3", "attention"), 8, "rrrarrra"),
+        (("both",), 3, "bbb"),
+        (("attention", "both * 2", "recurrent"), 4, "abbr"),
+        (("recurrent*2", "recurrent", "attention"), 4, "rrra"),
+    ],
+)
+def test_patterns(pattern, layers, modes):
+    found = layer_modes(pattern, layers)
+    assert "".join(mode[0] for mode in found) == modes
+    assert layer_modes(pattern_of(found), layers) == found
+    assert sum(len(period((entry,))) for entry in pattern_of(found)) <= len(period(pattern))
+
+
+def test_what_a_pattern_makes_of_a_model(run_file):
+    """Hybrids take any plan, and ignore it; a pattern of one mode is that baseline."""
+    hybrid = load_run(run_file, ["model.pattern=[recurrent*3, attention]"])
+    validate(hybrid, 1)
+    model = hybrid.model
+    assert (model.has_attention, model.has_recurrence, model.takes_plans, model.single_mode) == (
+        True,
+        True,
+        False,
+        None,
+    )
+    assert model.ignores_plans
+    assert not load_model("tiny-gdn").ignores_plans
+    assert not load_model("tiny-gdn-only").ignores_plans
+    assert load_run(run_file, ["model.pattern=[attention]"]).model.single_mode == "attention"
+    mixed = load_run(run_file, ["model.pattern=[both, recurrent]", "model.shared_query=true"]).model
+    assert mixed.takes_plans
+    assert [mixed.with_modes(modes).shared_query for modes in ("both", "recurrent")] == [True, False]
+
+
 # Bounds of single numbers
 
 
@@ -402,6 +439,23 @@ def test_layouts(run_file, world_size, overrides, layout):
             ["model.shared_query=true", "model.modes=attention"],
             "model.shared_query: a model with modes=attention has one",
         ),
+        (["model.pattern=[recurent*3, attention]"], "model.pattern[0]: `recurent*3` should be both, attention or"),
+        (["model.pattern=[both, recurrent*0]"], "model.pattern[1]: `recurrent*0` should be both, attention or"),
+        (["model.pattern=[3*both]"], "model.pattern[0]: `3*both` should be both, attention or recurrent, with `*N`"),
+        (
+            ["model.pattern=[recurrent*2, attention]"],
+            "model.num_layers 8 is not divisible by the 3 layers of model.pattern; use 6 or 9",
+        ),
+        (["model.pattern=[both*16]"], "model.num_layers 8 is not divisible by the 16 layers of model.pattern; use 16"),
+        (
+            ["model.pattern=[recurrent, attention]", "model.modes=attention"],
+            "model.modes: attention, but model.pattern (recurrent, attention) has those of each layer; remove one",
+        ),
+        (
+            ["model.pattern=[recurrent, attention]", "model.shared_query=true"],
+            "model.shared_query: a model with model.pattern has one query",
+        ),
+        (["model.pattern=[recurrent]"], "modes: model small has only the mode recurrent: set p_attention: 0"),
         (["model.dt_init=[0.1, 0.01]"], "model.dt_init: [0.1, 0.01] should be 0 < low ≤ high"),
         (["model.decay_init=[0, 1]"], "model.decay_init: [0.0, 1.0] should be 0 < low ≤ high"),
         (["modes.chunk=100"], "data.sequence_length 256 is not divisible by modes.chunk 100; use 200 or 300"),
