@@ -36,7 +36,8 @@ each other and against the number of processes before anything starts.
 
 A baseline with one mode (`*-transformer`, `*-gdn-only`, `*-mamba2-only`) needs a run that never asks for the other:
 `modes.p_attention=1 modes.p_recurrent=0 evaluation.plans=[attention]` for a Transformer, `modes.p_attention=0
-modes.p_recurrent=1 evaluation.plans=[recurrent]` for a recurrent model.
+modes.p_recurrent=1 evaluation.plans=[recurrent]` for a recurrent model. A hybrid (`*-gdn-hybrid`, `*-mamba2-hybrid`)
+runs under any plan and ignores it: set `evaluation.plans=[attention]` to evaluate it once.
 """
 
 

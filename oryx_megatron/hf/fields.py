@@ -6,6 +6,7 @@ from typing import Any
 
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.errors import ConversionError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 
 CONFIG = {
@@ -37,6 +38,8 @@ CONFIG = {
 
 def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
     """The Hugging Face config of a model; `more` sets fields that the model config does not have."""
+    if model.pattern:
+        raise ConversionError(f"model {model.name}: models with model.pattern are not exported yet")
     fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
     return OryxConfig(**fields, **more)
 

@@ -109,6 +109,49 @@ def test_baselines_are_of_equal_size(name):
     assert hybrid.layer_modes == ("recurrent", "recurrent", "recurrent", "attention") * (hybrid.num_layers // 4)
 
 
+def test_hybrids_by_hand():
+    """One layer of each kind: a layer holds and computes what its own mode needs, whatever the plan."""
+    model = small(pattern=("recurrent", "attention"))
+    counts = by_name(model)
+    uniform = by_name(small())
+    halved = (
+        "in_proj.query_attention",
+        "in_proj.query_recurrent",
+        "decay_proj",
+        "a_log, dt_bias",
+        "query_norm, key_norm",
+    )
+    assert counts == {name: count // 2 if name in halved else count for name, count in uniform.items()}
+    assert arch.parameter_counts(model).shared == arch.parameter_counts(model).non_embedding
+    flops = {share: arch.flops_per_token(model, 9, share) for share in (0, 0.25, 1)}
+    assert flops[0] == flops[0.25] == flops[1]
+    single = {
+        mode: arch.flops_per_token(small(modes=mode, num_layers=1), 9, mode == "attention")
+        for mode in ("attention", "recurrent")
+    }
+    output = single["attention"].pop("output_layer")
+    del single["recurrent"]["output_layer"]
+    assert sum(flops[0].values()) == sum(sum(terms.values()) for terms in single.values()) + output
+    assert arch.kv_bytes_per_token(model) == arch.kv_bytes_per_token(small()) // 2
+    assert arch.state_bytes(model) == arch.state_bytes(small()) // 2
+    assert arch.window_bytes(model) == arch.window_bytes(small())
+
+
+def test_mixed_models_by_hand():
+    """Oryx layers beside one of each kind: the plan decides in the Oryx layers alone."""
+    model = small(pattern=("both*2", "attention", "recurrent"), num_layers=4)
+    counts = arch.parameter_counts(model)
+    parts = {part.name: part for part in counts.parts}
+    assert (parts["in_proj.query_attention"].count, parts["in_proj.query_attention (fixed)"].count) == (192, 96)
+    assert parts["in_proj.query_attention"].user == "attention"
+    assert parts["in_proj.query_attention (fixed)"].user == "shared"
+    assert counts.attention_only == 192 + 2 * 6
+    attends, recurs = (arch.flops_per_token(model, 9, share) for share in (1, 0))
+    assert attends["attention"] == 3 * arch.flops_per_token(small(), 9, 1)["attention"] / 2
+    assert recurs["attention"] == arch.flops_per_token(small(), 9, 1)["attention"] / 2
+    assert recurs["recurrence read"] == 3 * attends["recurrence read"] > 0
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_transformers_are_plain(size):
     model = load_model(f"{size}-transformer")

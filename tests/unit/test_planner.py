@@ -20,6 +20,7 @@ from oryx_megatron.planner import (
     MEMORY_GIB,
     Cluster,
     Work,
+    activation_bytes,
     estimate,
     in_flight,
     layout_of,
@@ -42,6 +43,37 @@ GPT = ModelConfig(
 
 def _layout(pp: int, vpp: int, microbatches: int) -> Layout:
     return Layout(tp=1, pp=pp, vpp=vpp, cp=1, dp=1, microbatches=microbatches, stage_layers=(vpp,) * pp)
+
+
+@pytest.mark.parametrize(
+    ("stages", "vpp", "ranks"),
+    [
+        ((4, 4), 1, ([0, 1, 2, 3], [4, 5, 6, 7])),
+        ((4, 4), 2, ([0, 1, 4, 5], [2, 3, 6, 7])),
+        ((1, 3), 1, ([0], [1, 2, 3])),
+        ((2, 4), 2, ([0, 3], [1, 2, 4, 5])),
+    ],
+)
+def test_layers_of_a_stage(stages: tuple[int, ...], vpp: int, ranks: tuple[list[int], ...]) -> None:
+    layout = Layout(tp=1, pp=2, vpp=vpp, cp=1, dp=1, microbatches=2, stage_layers=stages)
+    assert tuple(layout.layers(rank) for rank in range(2)) == ranks
+
+
+def test_stages_of_different_layers() -> None:
+    """Each stage of a hybrid holds what its own layers hold: parameters, activations and recurrence."""
+    model = dataclasses.replace(load_model("1.4b-gdn"), pattern=("recurrent*12", "attention*12"))
+    layout, work = _layout(2, 1, 4), Work(4096, 4)
+    layout = dataclasses.replace(layout, stage_layers=(12, 12))
+    whole = dataclasses.replace(layout, pp=1, stage_layers=(24,))
+    alone = [dataclasses.replace(model, pattern=(), modes=modes) for modes in ("recurrent", "attention")]
+    for stage, plain in enumerate(alone):
+        assert parameters_per_gpu(model, layout, stage) == parameters_per_gpu(plain, layout, stage)
+        share = float(stage == 1)
+        assert activation_bytes(model, layout, 0.3, stage) == activation_bytes(plain, layout, share, stage)
+    assert parameters_per_gpu(model, whole, 0) == parameter_counts(model).total
+    works = (Work(4096, 4, 0.0), Work(4096, 4, 1.0), work)
+    seconds = [estimate(m, Cluster(1), w, whole, 1, "none").seconds["compute"] for m, w in zip((*alone, model), works)]
+    assert seconds[2] == pytest.approx((seconds[0] + seconds[1]) / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(("pp", "vpp", "microbatches"), SCHEDULES)
