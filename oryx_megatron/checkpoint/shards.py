@@ -59,21 +59,20 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
         yield (index, *offset), (1, *size)
 
 
-def own_shards(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
-    """The optimizer whose state this module describes; None for one that megatron-core has to describe.
+def own_shards(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers whose state this module describes: one, and one of its own for experts where there are any.
 
-    Those are: not distributed, several in one, with state that is not fp32, in host memory.
+    None of those that megatron-core has to describe: not distributed, with state that is not fp32, in host memory.
     """
     singles = compat.megatron.singles(optimizer)
-    single = singles[0]
-    plain = (
-        len(singles) == 1
-        and type(single) is DistributedOptimizer
+    plain = all(
+        type(single) is DistributedOptimizer
         and not single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
         and not single.ddp_config.use_megatron_fsdp
         and not isinstance(single.optimizer, HybridDeviceOptimizer)
+        for single in singles
     )
-    return single if plain else None
+    return singles if plain else []
 
 
 def sharded_optimizer_state(

@@ -27,7 +27,7 @@ from oryx_megatron.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 # Flattened optimizer ranges in a form that any other layout can read.
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM}
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM, "chained_optim_avoid_prefix": True}
 
 
 def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
@@ -38,14 +38,21 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
         scales.unpickle(model, state[_name(i)])
     if optimizer is not None:
         model_state = state if len(models) > 1 else state[_name(0)]
-        if (single := shards.own_shards(optimizer)) is not None:
-            state["optimizer"] = shards.sharded_optimizer_state(single, model_state, loading=loading)
+        if singles := shards.own_shards(optimizer):
+            parts = [shards.sharded_optimizer_state(single, model_state, loading=loading) for single in singles]
+            state["optimizer"] = parts[0] if len(parts) == 1 else dict(enumerate(parts))
         else:
             with compat.megatron.numbering_all_parameters(optimizer):
                 own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-            compat.megatron.keep_groups(own)
+            for part in _parts(own):
+                compat.megatron.keep_groups(part)
             state["optimizer"] = compat.megatron.without_classes(own)
     return state
+
+
+def _parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Of an optimizer's state: itself, or by number that of the dense part and that of the experts."""
+    return [state[i] for i in sorted(state)] if 0 in state else [state]
 
 
 def load_sharded_state(
@@ -105,7 +112,7 @@ def gather_weights(chunks: list[Any], *, always: bool = False) -> None:
         if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.use_distributed_optimizer:
             continue
         if chunk.ddp_config.overlap_param_gather:
-            for group in chunk.bucket_groups:
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
         elif always:
             chunk.start_param_sync()
@@ -175,15 +182,17 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 
 
 def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    single = shards.own_shards(optimizer)
-    if single is None:
-        compat.megatron.lists_of_groups(state)
+    singles = shards.own_shards(optimizer)
+    if not singles:
+        for part in _parts(state):
+            compat.megatron.lists_of_groups(part)
         optimizer.load_state_dict(state)
         return
-    # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
-    single.load_state_dict({name: value for name, value in state.items() if name != "param_state"})
-    compat.megatron.own_steps(single.optimizer)
-    shards.fill(single, state)
+    for single, part in zip(singles, _parts(state), strict=True):
+        # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
+        single.load_state_dict({name: value for name, value in part.items() if name != "param_state"})
+        compat.megatron.own_steps(single.optimizer)
+        shards.fill(single, part)
 
 
 def _name(chunk: int) -> str:

@@ -97,6 +97,7 @@ def install(around: Mapping[str, Around]) -> None:
     if _Finder not in sys.meta_path:
         _Finder.around = around
         sys.meta_path.insert(0, _Finder)
-        if (loaded := sys.modules.get("torch.optim")) and "torch.optim" in around:
-            with around["torch.optim"](loaded):
-                pass
+        for name in ("torch.optim", "megatron.core.transformer.moe.moe_utils"):
+            if (loaded := sys.modules.get(name)) and name in around:
+                with around[name](loaded):
+                    pass

@@ -5,6 +5,8 @@
 | `AROUND`: megatron.core.jit's `jit_fuser` is torch.compile | loads dynamo and inductor; put off to the first call of a fused function beside a GPU, on a CPU they run as written |
 | `AROUND`: megatron.core.timers loads torch's TensorBoard writer | never used: our own writes TensorBoard's files |
 | `AROUND`: nccl_allocator and unified_memory load torch's C++ builder | put off to a build (compat/torch.py) |
+| `AROUND`: moe_utils lacks `te_general_gemm` without TransformerEngine | every router asks for it |
+| `AROUND`: moe_utils leaves sizes of an exchange between CPUs in tensors | torch takes numbers |
 | `numbering_all_parameters` | saving an optimizer that is not sharded looks parameters up by their number among those in bf16 |
 | `fp32_apart` | DistributedOptimizer saves and loads the state of parameters in fp32 as another's where a group has bf16 ones, too |
 | `allocate_torch_state` | describing what to load fails on torch's AdamW that never stepped |
@@ -25,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -61,7 +64,27 @@ def compiled_on_first_use(function: Callable[..., Any]) -> Callable[..., Any]:
     return made_on_first_use(function, compiled)
 
 
+@contextlib.contextmanager
+def _with_experts_on_cpus(module: ModuleType) -> Iterator[None]:
+    """Of moe_utils, before the token dispatcher takes names from it."""
+    yield
+    vars(module).setdefault("te_general_gemm", None)
+    original = module.maybe_move_tensor_to_cpu
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = original(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and hasattr(moved, "numpy") else moved
+
+    module.maybe_move_tensor_to_cpu = move  # type: ignore[attr-defined]
+    if dispatcher := sys.modules.get("megatron.core.transformer.moe.token_dispatcher"):
+        dispatcher.maybe_move_tensor_to_cpu = move  # type: ignore[attr-defined]
+
+
 AROUND: dict[str, Around] = {
+    "megatron.core.transformer.moe.moe_utils": _with_experts_on_cpus,
     "megatron.core.jit": _with_late_compilation,
     "megatron.core.timers": _without_tensorboard,
     "megatron.core.nccl_allocator": late_builder,

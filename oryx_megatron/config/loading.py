@@ -262,8 +262,11 @@ def _model_data(value: Any, source: str, folder: Path, depth: int = 0) -> dict[s
         return value
     if not isinstance(value["preset"], str):
         raise ConfigError(f"{source}: model.preset: expected a preset's name or a path, got {_shown(value['preset'])}")
+    base = _model_data(value["preset"], source, folder, depth + 1)
     changed = {key: field for key, field in value.items() if key != "preset"}
-    return {**_model_data(value["preset"], source, folder, depth + 1), **changed}
+    if isinstance(changed.get("moe"), dict) and isinstance(base.get("moe"), dict):
+        changed["moe"] = base["moe"] | changed["moe"]
+    return base | changed
 
 
 def load_model(name_or_path: str) -> ModelConfig:

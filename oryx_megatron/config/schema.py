@@ -34,6 +34,40 @@ Beta = Annotated[float, Range(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts in the place of the SwiGLU: megatron-core's MoE layer."""
+
+    experts: Annotated[int, Range(ge=1, le=1 << 14)]
+    """Routed experts of a layer."""
+    top_k: Count = 2
+    """Experts that each token goes to."""
+    ffn_hidden_size: Annotated[int, Range(ge=1, le=1 << 26)]
+    """Hidden width of one expert's SwiGLU."""
+    shared_ffn_hidden_size: Annotated[int, Range(ge=0, le=1 << 26)] = 0
+    """Hidden width of the SwiGLU that every token goes through beside its experts; 0: none."""
+    first_dense: Index = 0
+    """First layers that keep the dense SwiGLU of model.ffn_hidden_size."""
+    frequency: Count = 1
+    """Of the layers after those, every frequency-th has experts, beginning with the first."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Router scores: softmax over the chosen experts (over all with top_k 1), or sigmoids that are then normalised."""
+    aux_loss: NotNegative = 0.01
+    """Coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4); 0: none."""
+    aux_loss_over: Literal["microbatch", "sequence"] = "microbatch"
+    """Tokens over which that loss balances the load."""
+    bias_update_rate: NotNegative = 0.0
+    """Step of the per-expert bias that balances load without a loss (arXiv 2408.15664), sigmoid only; 0: no bias."""
+    z_loss: NotNegative = 0.0
+    """Coefficient of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0: none."""
+    capacity_factor: Positive | None = None
+    """Tokens that an expert takes from a rank's microbatch, over their even share; more are dropped. null: dropless."""
+
+    def in_layer(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return layer >= self.first_dense and (layer - self.first_dense) % self.frequency == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of one Oryx model, or of a baseline with one mode only (see `modes`)."""
 
@@ -85,6 +119,13 @@ class ModelConfig:
     """Range of softplus(dt_bias), drawn log-uniformly."""
     recurrence_chunk: Count = 64
     """Tokens per chunk of the chunked recurrence kernels (a matter of speed only)."""
+    moe: MoEConfig | None = None
+    """Experts; null: a dense SwiGLU in every layer."""
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return 0 if self.moe is None else sum(map(self.moe.in_layer, range(self.num_layers)))
 
     @property
     def kv_heads(self) -> int:
@@ -285,6 +326,8 @@ class ParallelConfig:
     """Model chunks per pipeline rank (interleaved schedule when above 1)."""
     context: Count = 1
     """Context-parallel size."""
+    expert: Count = 1
+    """Expert-parallel size: ranks that share out the experts of a layer; divides tensor × context × data."""
     sequence: bool = True
     """Sequence parallelism inside the tensor-parallel group (no effect when tensor is 1)."""
     first_stage_layers: Count | None = None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
+from oryx_megatron.config.moe import check_expert_layout, check_expert_run, check_expert_stages, check_experts
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
@@ -53,6 +54,8 @@ class Layout:
     """Microbatches per step of train.global_batch_size on every data-parallel rank."""
     stage_layers: tuple[int, ...]
     """Layers on every pipeline rank, over all its model chunks."""
+    ep: int = 1
+    """Expert-parallel size, within tp × cp × dp."""
 
     @property
     def world_size(self) -> int:
@@ -108,6 +111,7 @@ def check_model(model: ModelConfig) -> None:
     for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
         if not 0 < low <= high:
             raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
+    check_experts(model)
 
 
 def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
@@ -455,6 +459,8 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     _check_sequence(run.data.sequence_length, parallel)
     stages = stage_layers(run.model.num_layers, parallel)
     dp = world_size // (tp * pp * cp)
+    check_expert_layout(run.model.moe, parallel, dp)
+    check_expert_stages(run.model.moe, stages, vpp)
     train = run.train
     for i, stage in enumerate(train.batch_schedule):
         name = f"train.batch_schedule[{i}].global_batch_size"
@@ -462,7 +468,9 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     microbatches = microbatches_of(
         "train.global_batch_size", train.global_batch_size, train.micro_batch_size, dp, pp, vpp
     )
-    return Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages)
+    return Layout(
+        tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages, ep=parallel.expert
+    )
 
 
 def microbatches_of(name: str, batch: int, micro: int, dp: int, pp: int, vpp: int) -> int:
@@ -496,6 +504,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     _check_training(run)
     _check_faults(run.faults)
     _check_modes(run)
+    check_expert_run(run)
     check_license(run.license)
     try:
         layout = layout_for(run, world_size)

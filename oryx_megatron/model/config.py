@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.model.experts import moe_fields
 from oryx_megatron.ops import fused
 
 
@@ -85,6 +86,7 @@ def transformer_config(
         "fused_mixer": sorts,
         "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32
     }
+    fields |= moe_fields(model, parallel, grouped=fields["te_linears"])
     if precision.fp8 != "none":
         if te_missing is not None:
             raise ConfigError(f"precision.fp8: {precision.fp8} needs TransformerEngine: {te_missing}")

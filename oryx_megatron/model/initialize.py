@@ -14,9 +14,11 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.model.experts import expert_weights
 from oryx_megatron.model.mixer import OryxMixer
 
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -27,6 +29,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     """Fill every parameter of a model chunk (a pipeline or virtual stage) in place.
 
     Matrices: normal with `init_std`, divided by √(2 layers) where they write to the residual stream (out_proj, fc2).
+    Routers and experts are matrices too, each expert drawn by its number among all.
     Convolution taps: uniform in ±1/√width, torch's default. A uniform in `decay_init`, softplus(dt_bias) log-uniform in
     `dt_init`, as in the Mamba-2 and Gated DeltaNet code bases. Norm weights and d: one.
 
@@ -34,14 +37,25 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         KeyError: a parameter without a rule, which would have stayed uninitialised.
     """
     tensor = _Slicer(parallel_state.get_tensor_model_parallel_group(), seed)
+    experts = _Slicer(None, seed)
     normal, residual = _normal(model.init_std), _normal(model.init_std / math.sqrt(2 * model.num_layers))
     done: set[int] = set()
 
     def fill(
-        name: str, parameter: Tensor, draw: Draw, axis: int | None = 0, parts: dict[str, int] | None = None
+        name: str,
+        parameter: Tensor,
+        draw: Draw,
+        axis: int | None = 0,
+        parts: dict[str, int] | None = None,
+        slicer: _Slicer = tensor,
     ) -> None:
-        tensor.fill(name, parameter, draw, axis, parts)
+        slicer.fill(name, parameter, draw, axis, parts)
         done.add(id(parameter))
+
+    def fill_mlp(prefix: str, fc1: Tensor, fc2: Tensor, slicer: _Slicer = tensor) -> None:
+        half = fc1.shape[0] // 2
+        fill(prefix + "fc1", fc1, normal, parts={"gate": half, "up": half}, slicer=slicer)
+        fill(prefix + "fc2", fc2, residual, axis=1, slicer=slicer)
 
     if hasattr(chunk, "embedding"):
         fill("embedding", chunk.embedding.word_embeddings.weight, normal)
@@ -65,9 +79,18 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
             fill(prefix + "dt_bias", mixer.dt_bias, _inverse_softplus_log_uniform(*model.dt_init))
             if model.mixer == "mamba2":
                 fill(prefix + "d", mixer.d, _ones)
-        half = layer.mlp.linear_fc1.weight.shape[0] // 2
-        fill(prefix + "fc1", layer.mlp.linear_fc1.weight, normal, parts={"gate": half, "up": half})
-        fill(prefix + "fc2", layer.mlp.linear_fc2.weight, residual, axis=1)
+        if not isinstance(layer.mlp, MoELayer):
+            fill_mlp(prefix, layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight)
+            continue
+        fill(prefix + "router", layer.mlp.router.weight, normal, axis=None)
+        if layer.mlp.shared_experts is not None:
+            shared = layer.mlp.shared_experts
+            fill_mlp(prefix + "shared_experts.", shared.linear_fc1.weight, shared.linear_fc2.weight)
+        for number, fc1, fc2 in expert_weights(layer.mlp):
+            fill_mlp(f"{prefix}experts.{number}.", fc1, fc2, experts)
+            # Reduced over the ranks that hold this expert, and updated by an optimizer of its own, under every layout:
+            # megatron-core marks them so where parallel.expert is above 1 only, and checkpoints would differ.
+            fc1.allreduce = fc2.allreduce = False  # type: ignore[attr-defined]
     for name, parameter in chunk.named_parameters():
         if "norm" in name and parameter.dim() == 1:
             fill(name, parameter, _ones, axis=None)
@@ -76,8 +99,10 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
 
 
 class _Slicer:
-    def __init__(self, group: torch.distributed.ProcessGroup, seed: int) -> None:
-        self.size, self.rank, self.seed = group.size(), group.rank(), seed
+    """Draws whole tensors and keeps this rank's slice among those of a group; without one, all of it."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup | None, seed: int) -> None:
+        self.size, self.rank, self.seed = (group.size(), group.rank(), seed) if group is not None else (1, 0, seed)
 
     def fill(self, name: str, parameter: Tensor, draw: Draw, axis: int | None, parts: dict[str, int] | None) -> None:
         """Draw the whole tensor `name`, or each of its parts along axis 0, and copy this rank's share."""

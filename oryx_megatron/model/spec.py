@@ -10,10 +10,15 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from oryx_megatron import compat
 from oryx_megatron.model.config import OryxTransformerConfig
+from oryx_megatron.model.experts import moe_spec
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mlp import FusedMLP
 from oryx_megatron.model.norm import RMSNorm
@@ -29,7 +34,7 @@ NORM_NAMES = {
 """Norms inside TransformerEngine's linears, under the names that they have in checkpoints of separate norms."""
 
 
-def local_layer_spec(config: OryxTransformerConfig) -> ModuleSpec:
+def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False) -> ModuleSpec:
     """A layer of megatron-core's own linears and our RMSNorm: needs nothing but torch."""
     linears: dict[str, Any] = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     return _layer_spec(
@@ -37,28 +42,38 @@ def local_layer_spec(config: OryxTransformerConfig) -> ModuleSpec:
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         mixer=linears | ({"query_proj": LocalLinear} if config.fused_mixer else {}),
-        fc1=ColumnParallelLinear,
-        fc2=RowParallelLinear,
+        mlp=moe_spec(ColumnParallelLinear, RowParallelLinear, _activation(config), grouped=False)
+        if experts
+        else _mlp_spec(config, ColumnParallelLinear, RowParallelLinear),
     )
 
 
-def transformer_engine_layer_spec(config: OryxTransformerConfig) -> ModuleSpec:
-    """A layer of TransformerEngine's linears, each norm inside the projection that reads it."""
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: bool = False) -> ModuleSpec:
+    """A layer of TransformerEngine's linears, each norm inside the projection that reads it.
+
+    The norm before experts is a module of its own: the router reads it too.
+    """
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
 
     from oryx_megatron.model.te import TELocalLinear
 
     return _layer_spec(
         config,
         input_layernorm=IdentityOp,
-        pre_mlp_layernorm=IdentityOp,
+        pre_mlp_layernorm=TENorm if experts else IdentityOp,
         mixer={
             "in_proj": TELayerNormColumnParallelLinear,
             "out_proj": TERowParallelLinear,
             "query_proj": TELocalLinear,
         },
-        fc1=TELayerNormColumnParallelLinear,
-        fc2=TERowParallelLinear,
+        mlp=moe_spec(TEColumnParallelLinear, TERowParallelLinear, _activation(config), grouped=config.moe_grouped_gemm)
+        if experts
+        else _mlp_spec(config, TELayerNormColumnParallelLinear, TERowParallelLinear),
         sharded_state_dict_keys_map=NORM_NAMES,
     )
 
@@ -69,12 +84,10 @@ def _layer_spec(
     input_layernorm: type,
     pre_mlp_layernorm: type,
     mixer: dict[str, Any],
-    fc1: type,
-    fc2: type,
+    mlp: ModuleSpec,
     **layer: Any,
 ) -> ModuleSpec:
     decay_proj = LocalLinear if "query_proj" in mixer else ColumnParallelLinear
-    activation = fused.SwiGLU if config.use_te_activation_func else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -85,22 +98,34 @@ def _layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_mlp_layernorm,
-            mlp=ModuleSpec(
-                module=FusedMLP if activation else MLP,
-                submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation),
-                params={"ffn_hidden_size": config.ffn_hidden_size} if activation else {},
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             **layer,
         ),
     )
 
 
+def _activation(config: OryxTransformerConfig) -> type | None:
+    return fused.SwiGLU if config.use_te_activation_func else None
+
+
+def _mlp_spec(config: OryxTransformerConfig, fc1: type, fc2: type) -> ModuleSpec:
+    activation = _activation(config)
+    return ModuleSpec(
+        module=FusedMLP if activation else MLP,
+        submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation),
+        params={"ffn_hidden_size": config.ffn_hidden_size} if activation else {},
+    )
+
+
 def block_spec(config: OryxTransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and virtual stage), and the final norm."""
-    layers = get_num_layers_to_build(config, vp_stage)
+    make = transformer_engine_layer_spec if config.te_linears else local_layer_spec
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
+    moe = config.oryx.moe if config.oryx is not None else None
+    layers = [make(config, experts=moe is not None and moe.in_layer(i)) for i in range(first, first + count)]
     if not config.te_linears:
-        return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * layers, layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return TransformerBlockSubmodules(layer_specs=[transformer_engine_layer_spec(config)] * layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)

@@ -39,6 +39,8 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=parallel.distributed_timeout / 60,
         # Between CPUs every group is gloo already; a second set would only cost start-up time.
         create_gloo_process_groups=platform.has_gpu(),

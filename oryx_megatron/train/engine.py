@@ -21,6 +21,7 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.model import build_model
+from oryx_megatron.model.experts import routers
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.train.graphs import MicrobatchGraphs
 from oryx_megatron.train.guard import bad_step
@@ -105,12 +106,16 @@ class MegatronEngine:
             get_model_config(self.chunks[0]).finalize_model_grads_func = self.fused_update.finalize
         self._totals = Totals(torch.ones(3))
         """Of the step whose gradients these are."""
+        self._router_biases: list[tuple[Tensor, Tensor]] = []
+        """Those of the routers, and their values before this step, whose backward pass moved them."""
 
     def gradients(self, batches: list[Microbatch]) -> Totals:
         """See Engine."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        biases = [router.expert_bias for router in routers(self.chunks) if router.expert_bias is not None]
+        self._router_biases = [(bias, bias.clone()) for bias in biases]
         if self.graphs is None:
             step: ForwardStep = partial(launch, self.program)
         else:
@@ -133,7 +138,9 @@ class MegatronEngine:
             apply_gradients(self.optimizer, norm)
 
     def discard(self) -> None:
-        """See Engine: the next step begins by clearing them."""
+        """See Engine: the next step begins by clearing them. Of what they did, only routers' biases are undone."""
+        for bias, before in self._router_biases:
+            bias.copy_(before)
 
     def learning_rate(self) -> float:
         """See Engine."""
@@ -227,6 +234,8 @@ def why_launched(run: RunConfig) -> str | None:
         return "not with precision.fp8 delayed"
     if run.parallel.context > 1:
         return "not with parallel.context"  # not yet seen on GPUs
+    if run.model.moe is not None:
+        return "not with model.moe: how many tokens an expert takes is known only when the router has run"
     return None
 
 

@@ -181,9 +181,8 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip gradients of this norm and update the parameters."""
     config = optimizer.config
-    if config.clip_grad > 0:
-        parameters = optimizer.get_parameters()
-        if parameters:
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):  # one of its own for experts
+        if config.clip_grad > 0 and (parameters := single.get_parameters()):
             beside = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # where cpu_offload has gradients
             clip_grad_by_total_norm_fp32(parameters, config.clip_grad, norm, use_decoupled_grad=beside)
     optimizer.step_with_ready_grads()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.model.experts import SUMS, routers
 from oryx_megatron.model.sequence import SequenceInfo
 from oryx_megatron.modes import Mode, ModePlan
 from oryx_megatron.ops import TokenLayout
@@ -165,6 +166,8 @@ class Totals:
     """[3] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training)."""
     local: Tensor | None = field(default=None, repr=False, compare=False)
     """[microbatches, 3] the same of every microbatch of this rank, on the last pipeline stage."""
+    routing: Tensor | None = field(default=None, repr=False, compare=False)
+    """[layers with experts, E + 5] fp64 sums of their routers in training (model/experts.py); None without experts."""
 
     @cached_property
     def _numbers(self) -> list[float]:
@@ -172,9 +175,21 @@ class Totals:
 
     def read(self, *others: Tensor) -> list[float]:
         """Wait once for these sums and for other numbers (of any shape), which are returned."""
-        numbers = torch.cat([self.sums, *(other.double().reshape(-1) for other in others)]).tolist()
+        routing = () if self.routing is None else (self.routing,)
+        parts = [other.double().reshape(-1) for other in (self.sums, *others, *routing)]
+        numbers = torch.cat(parts).tolist()
         self.__dict__["_numbers"] = numbers[:3]
+        if self.routing is not None:
+            width = self.routing.shape[1]
+            first = len(numbers) - self.routing.numel()
+            self.__dict__["routed"] = [numbers[i : i + width] for i in range(first, len(numbers), width)]
+            numbers = numbers[:first]
         return numbers[3:]
+
+    @cached_property
+    def routed(self) -> list[list[float]]:
+        """`routing` as numbers; none without experts."""
+        return [] if self.routing is None else self.routing.tolist()
 
     @property
     def loss(self) -> float:
@@ -231,10 +246,25 @@ def forward_backward(
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
-    return _reduce([report["totals"] for report in reports])
+    return _reduce([report["totals"] for report in reports], None if forward_only else _routing(chunks))
 
 
-def _reduce(reports: list[Tensor]) -> Totals:
+def _routing(chunks: list[Any]) -> Tensor | None:
+    """Sums of the routers of all layers over all ranks."""
+    model = getattr(get_model_config(chunks[0]), "oryx", None)
+    if model is None or model.moe is None:
+        return None
+    places = {layer + 1: i for i, layer in enumerate(filter(model.moe.in_layer, range(model.num_layers)))}
+    width = model.moe.experts + len(SUMS)
+    table = torch.zeros(len(places), width, dtype=torch.float64, device=platform.device())
+    for router in routers(chunks):
+        if (sums := router.take_sums()) is not None:
+            table[places[router.layer_number]] += sums
+    torch.distributed.all_reduce(table)
+    return table
+
+
+def _reduce(reports: list[Tensor], routing: Tensor | None = None) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
     total = torch.zeros(3, dtype=torch.float64, device=platform.device())
     local = None
@@ -248,4 +278,4 @@ def _reduce(reports: list[Tensor]) -> Totals:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return Totals(total, local)
+    return Totals(total, local, routing)

@@ -30,6 +30,7 @@ from oryx_megatron.train.clock import Clock, Updates
 from oryx_megatron.train.engine import build_engine, run_step
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged
+from oryx_megatron.train.routing import routing_of
 from oryx_megatron.train.saving import Saver
 from oryx_megatron.train.sizes import check_sizes
 from oryx_megatron.train.stragglers import Stragglers
@@ -223,6 +224,7 @@ class Trainer:
             optimizer_seconds=seconds["optimizer"],
             model_flops=flops * tokens,
             skipped=taken.bad,
+            routing=routing_of(taken.totals.routed, run.model, len(batches) * self.layout.dp),
         )
 
     def evaluate(self) -> list[Evaluation]:

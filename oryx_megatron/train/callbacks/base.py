@@ -11,9 +11,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.train.evaluate import Evaluation
+from oryx_megatron.train.routing import Routing
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,13 @@ class StepRecord:
     """Model FLOPs of the step, forward and backward (arch.flops_per_token)."""
     skipped: bool
     """True when the step was bad (loss or gradients not finite, or a spike) and parameters stayed as they were."""
+    routing: Routing | None = None
+    """What the routers did; None without experts."""
+
+    def figures(self) -> dict[str, Any]:
+        """All but `routing` itself, and of that what is one number."""
+        own = {name: value for name, value in vars(self).items() if name != "routing"}
+        return own | (self.routing.scalars() if self.routing is not None else {})
 
 
 class Callback:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,13 +14,15 @@ from oryx_megatron.train.metrics import read_lines
 
 
 class MetricsFile(Callback):
-    """metrics.jsonl: a line for every step and for every evaluation result."""
+    """metrics.jsonl: a line for every step and every evaluation result, and at logging.interval the experts' load."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIO | None = None
+        self._interval = 1
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
+        self._interval = run.logging.interval
         self._open(iteration)
 
     def on_rollback(self, iteration: int, to: int, skipped: int) -> None:
@@ -36,7 +37,9 @@ class MetricsFile(Callback):
         self._file = self.path.open("a", buffering=1)
 
     def on_step(self, record: StepRecord) -> None:
-        self._write({"kind": "step", **asdict(record)})
+        self._write({"kind": "step", **record.figures()})
+        if record.routing is not None and record.iteration % self._interval == 0:
+            self._write(record.routing.line(record.iteration))
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         for result in results:

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class WeightsAndBiases(Callback):
             self._sent = step if isinstance(step := getattr(self._run, "step", 0), int) else 0
 
     def on_step(self, record: StepRecord) -> None:
-        self._send(record.iteration, {f"train/{k}": v for k, v in asdict(record).items()})
+        self._send(record.iteration, {f"train/{k}": v for k, v in record.figures().items()})
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         self._send(iteration, {f"{r.dataset}/{r.plan}/loss": r.loss for r in results})
