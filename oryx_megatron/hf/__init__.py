@@ -1,8 +1,7 @@
 """The Hugging Face side of Oryx: the stand-alone model for transformers 5 and the two-way conversion.
 
-`configuration_oryx.py`, `modeling_oryx.py` and `recurrences_oryx.py` import nothing else of this package: an export
-copies them beside the weights, and `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs torch
-and transformers alone. `recurrences_oryx.py` needs torch alone; `ops/` computes with it too.
+`*_oryx.py` import nothing else of this package: an export copies them beside the weights, and
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` needs torch and transformers alone. Of them
+`plans_oryx.py` is pure Python; `modes_oryx.py`, `recurrences_oryx.py` and `states_oryx.py` need torch alone. Training
+uses plans, recurrences and states too: there is one copy of each. This file imports nothing, so configs load no torch.
 """
-
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain

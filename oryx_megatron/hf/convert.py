@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+
+# isort: split
 import dataclasses
 import hashlib
 import logging
@@ -16,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
 from oryx_megatron.checkpoint.manifest import LARGEST, file_digest, package_versions, write_manifest
@@ -25,7 +29,7 @@ from oryx_megatron.config.validate import check_license
 from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
-from oryx_megatron.hf import configuration_oryx, modeling_oryx, recurrences_oryx
+from oryx_megatron.hf import modeling_oryx
 from oryx_megatron.hf.card import model_card
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.fields import from_hf_config, to_hf_config
@@ -163,8 +167,8 @@ def export(
     with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
         config.save_pretrained(folder)
-        for module in (configuration_oryx, modeling_oryx, recurrences_oryx):
-            shutil.copyfile(str(module.__file__), folder / Path(str(module.__file__)).name)
+        for path in model_files():
+            shutil.copyfile(path, folder / path.name)
         end = manifest.tokenizer["eod"]
         pad = end if spoken is None else export_tokenizer(spoken, folder, run.data.sequence_length)
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
@@ -175,6 +179,12 @@ def export(
             check(folder)
     size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
     return Conversion(source, target, len(tensors), size, model)
+
+
+def model_files() -> list[Path]:
+    """Python files that an export ships: the model's, and what it imports beside it, as transformers finds them."""
+    model = str(modeling_oryx.__file__)
+    return sorted(map(Path, {model, *get_relative_import_files(model)}))
 
 
 def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None) -> Tokenizer:

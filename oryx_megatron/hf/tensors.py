@@ -5,6 +5,9 @@ Nothing here holds more than a layer's worth of a model in memory, and none of i
 
 from __future__ import annotations
 
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+
+# isort: split
 import io
 import json
 import math

@@ -8,45 +8,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from oryx_megatron.hf.states_oryx import LayerState
 from oryx_megatron.modes import Mode, ModePlan
 from oryx_megatron.ops import TokenLayout
-
-
-@dataclass
-class LayerState:
-    """Both states of one layer after `length` tokens, kept in step whatever the modes (docs/model.md).
-
-    Shapes: b batch, G key/value heads, H heads, N key width, P value width, c convolution channels, w taps.
-    """
-
-    keys: Tensor | None = None
-    """[b, capacity, G, N], normalised and rotated as attention reads them."""
-    values: Tensor | None = None
-    """[b, capacity, G, P]"""
-    recurrent: Tensor | None = None
-    """S, [b, H, N, P] fp32."""
-    window: Tensor | None = None
-    """Inputs of the convolution at the last w − 1 tokens, [b, c, w − 1]."""
-    length: int = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [b, s, G, ·] keys and values; return all of them so far, [b, length + s, G, ·]."""
-        new = keys.shape[1]
-        if self.keys is None or self.values is None or self.length + new > self.keys.shape[1]:
-            self.keys = self._grown(self.keys, keys)
-            self.values = self._grown(self.values, values)
-        self.keys[:, self.length : self.length + new] = keys
-        self.values[:, self.length : self.length + new] = values
-        self.length += new
-        return self.keys[:, : self.length], self.values[:, : self.length]
-
-    def _grown(self, old: Tensor | None, new: Tensor) -> Tensor:
-        # Doubling keeps the cost of copying linear in the number of tokens.
-        capacity = max(64, 2 * (self.length + new.shape[1]))
-        grown = new.new_empty(new.shape[0], capacity, *new.shape[2:])
-        if old is not None:
-            grown[:, : self.length] = old[:, : self.length]
-        return grown
 
 
 @dataclass

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from oryx_megatron.hf import modeling_oryx
+from oryx_megatron.hf import layers_oryx
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, TokenModes, plan_mask
+from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
+from oryx_megatron.hf.modes_oryx import TokenModes
 
 MIXERS = ("gdn", "mamba2")
 
@@ -30,7 +31,7 @@ def random_ids(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("padded", [False, True])
 def test_fast_kernels_compute_what_plain_torch_does(mixer: str, padded: bool) -> None:
     """bf16, random plan, prefill in two pieces (so with an initial state), against the same model in fp32."""
-    needed = modeling_oryx.chunk_gated_delta_rule if mixer == "gdn" else modeling_oryx.mamba_chunk_scan_combined
+    needed = layers_oryx.chunk_gated_delta_rule if mixer == "gdn" else layers_oryx.mamba_chunk_scan_combined
     if needed is None:
         pytest.skip(f"no fast kernel for {mixer}")
     ids, modes = random_ids(3, 333), torch.rand(333, generator=torch.Generator().manual_seed(2)) < 0.4

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import oryx_megatron.hf
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
@@ -60,9 +61,9 @@ def test_folder_loads_and_generates_alone(mixer: str, tmp_path: Path) -> None:
     model = small(mixer)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    assert {"config.json", "configuration_oryx.py", "modeling_oryx.py", "recurrences_oryx.py", "model.safetensors"} <= {
-        path.name for path in folder.iterdir()
-    }
+    shipped = {path.name for path in Path(oryx_megatron.hf.__file__).parent.glob("*_oryx.py")}
+    assert {"config.json", "model.safetensors", *shipped} <= {path.name for path in folder.iterdir()}
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 600 for path in folder.glob("*.py"))
     code = f"""
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model)

@@ -14,8 +14,10 @@ from hf_reference import tiny_config, tiny_model
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils import logging
 
-from oryx_megatron.hf import modeling_oryx
+from oryx_megatron.hf import layers_oryx, modeling_oryx
+from oryx_megatron.hf.generation_oryx import CACHE
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM, plan_mask
+from oryx_megatron.hf.modes_oryx import TokenModes
 
 MIXERS = ("gdn", "mamba2")
 PLANS = ("attention", "recurrent", "every:2")
@@ -36,15 +38,15 @@ def test_gradients_reach_the_attentions(mixer: str, plan: str, monkeypatch: pyte
     weights = out.attentions[0]
     weights.retain_grad()
     out.logits.square().mean().backward()
-    attends = modeling_oryx.plan_mask(plan, 9, chunk=model.config.mode_chunk)
+    attends = plan_mask(plan, 9, chunk=model.config.mode_chunk)
     assert not weights.grad[:, :, ~attends].any()  # nobody reads them
     if not attends.any():
         return
     direction = torch.randn(weights.shape, dtype=weights.dtype, generator=torch.Generator().manual_seed(3)).tril()
-    eager = modeling_oryx.eager_attention_forward
+    eager = layers_oryx.eager_attention_forward
 
     def moved(step: float) -> float:
-        runs = iter(modeling_oryx.TokenModes.from_mask(attends[None], ids.device).runs)
+        runs = iter(TokenModes.from_mask(attends[None], ids.device).runs)
 
         def forward(module, query, key, value, mask, **kwargs):
             _, w = eager(module, query, key, value, mask, **kwargs)
@@ -53,7 +55,7 @@ def test_gradients_reach_the_attentions(mixer: str, plan: str, monkeypatch: pyte
                 w = w + step * direction[:, :, start:stop, : w.shape[-1]]
             return (w @ value.repeat_interleave(2, 1)).transpose(1, 2), w
 
-        monkeypatch.setattr(modeling_oryx, "eager_attention_forward", forward)
+        monkeypatch.setattr(layers_oryx, "eager_attention_forward", forward)
         with torch.no_grad():
             return model(ids).logits.square().mean().item()
 
@@ -206,7 +208,7 @@ def test_caches_made_by_transformers(mixer: str, form: str) -> None:
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids, mode_plan="recurrent").logits, atol=1e-4, rtol=0)
     copied = copy.deepcopy(used)
     assert type(copied) is type(used)
-    assert copied.layers[0].state is not used.layers[0].state
+    assert copied.layers[0].recurrent is not used.layers[0].recurrent
 
 
 def test_caches_of_other_content_are_refused() -> None:
@@ -239,7 +241,7 @@ def test_prompt_tuning(mixer: str, plan: str, use_cache: bool) -> None:
     mask[1, :2] = 0
     options = {"max_new_tokens": new, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
     options |= {"return_dict_in_generate": True, "output_logits": True}
-    if use_cache and modeling_oryx.CACHE == "cache":  # PEFT does not know that name, and adds its tokens at every step
+    if use_cache and CACHE == "cache":  # PEFT does not know that name, and adds its tokens at every step
         with pytest.raises(ValueError, match="attention_mask covers 10 tokens, not 9 cached ones and 4 new ones"):
             tuned.generate(input_ids=ids, attention_mask=mask, **options)
         return

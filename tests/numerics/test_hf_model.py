@@ -96,7 +96,7 @@ def test_state_alone_is_the_state_of_outputs(mixer: str) -> None:
         cache = OryxCache(model.config)
         with torch.no_grad():
             model(ids, past_key_values=cache, mode_plan=plan)
-        states.append(cache.layers[0].state)
+        states.append(cache.layers[0].recurrent)
     assert torch.equal(*states)
 
 

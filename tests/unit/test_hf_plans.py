@@ -5,7 +5,7 @@ import torch
 
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.modeling_oryx import TokenModes, plan_mask
+from oryx_megatron.hf.modes_oryx import TokenModes, plan_mask
 from oryx_megatron.modes import Mode, parse_plan
 
 SPECS = [

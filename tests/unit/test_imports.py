@@ -18,6 +18,7 @@ ORDER = (
     "paths",
     "cli",
     "ranks",
+    "PURE",
     "config",
     "arch",
     "planner",
@@ -38,36 +39,25 @@ ORDER = (
     "MAINS",
 )
 """Parts from first to last. MAINS: other modules right under the package, and every __main__."""
-SHARED = {"hf.recurrences_oryx"}
-"""Modules of nothing but torch that `ops` is held against and every export ships."""
+PURE = {"hf.plans_oryx"}
+"""Modules of pure Python that configs are read by and every export ships."""
+SHARED = {"hf.recurrences_oryx", "hf.states_oryx"}
+"""Modules of nothing but torch that training computes with and every export ships."""
 MAY_START = {"environment"}
 """What the package's __init__ imports."""
 MAY_GUARD = {"ops", "platform", "cli"}
-STANDALONE = {"hf.modeling_oryx", "hf.configuration_oryx", *SHARED}
+STANDALONE = {f"hf.{path.stem}" for path in (PACKAGE / "hf").glob("*_oryx.py")}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""
 KERNELS = {"fla", "mamba_ssm", "causal_conv1d", "flash_attn"}
-NO_TORCH = {
-    "environment",
-    "errors",
-    "resources",
-    "reading",
-    "display",
-    "paths",
-    "cli",
-    "ranks",
-    "config",
-    "arch",
-    "planner",
-    "modes",
-}
+NO_TORCH = {*ORDER[: ORDER.index("modes") + 1]}
 IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
 def part(module: str) -> str:
     """Part of a module named without the package, e.g. config of config.loading."""
     first, *_ = names = module.split(".")
-    if module in SHARED:
-        return "SHARED"
+    if module in PURE | SHARED:
+        return "PURE" if module in PURE else "SHARED"
     return "MAINS" if names[-1] == "__main__" or first not in ORDER else first
 
 
@@ -132,6 +122,8 @@ def faults(package: Path) -> list[str]:
                 found.append(f"{place}:{line}: {top} is imported outside ops")
             if top in ("torch", "megatron") and own in NO_TORCH:
                 found.append(f"{place}:{line}: {own} imports {top}")
+            if own == "SHARED" and top not in ("torch", package.name) and top not in sys.stdlib_module_names:
+                found.append(f"{place}:{line}: {name} imports {top}, not torch alone")
             if top != package.name:
                 continue
             while inner not in known:  # from the package's module M import something: the module is M
@@ -214,6 +206,8 @@ def test_first_parts_load_without_torch():
             "from oryx_megatron.modes import Mode",
             "hf.modeling_oryx travels alone and imports modes",
         ),
+        ("hf/plans_oryx.py", "import torch", "PURE imports torch"),
+        ("hf/states_oryx.py", "from transformers import Cache", "hf.states_oryx imports transformers, not torch alone"),
         ("platform/a.py", "import flash_attn.cute", "flash_attn is imported outside ops"),
         ("__init__.py", "from oryx_megatron.train import loop", "__init__ imports train"),
         ("train/a.py", "from oryx_megatron.train import loop", "cycle: train.loop → train.a → train.loop"),

@@ -1,0 +1,122 @@
+"""The grammar of mode plan specs: text to runs. Pure Python: training reads plans by it, and every export ships it.
+
+A spec says which tokens of a text attend and which recur. A run is (start, stop, attends), in tokens, `stop` excluded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+
+PlanRuns = tuple[tuple[int, int, bool], ...]
+
+FORMS = (
+    "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN "
+    "(N tokens, R from 0 to 1, every K-th chunk)"
+)
+
+_RUN = re.compile(r"([ar])(\d+)-(\d+)")
+_RATIO = re.compile(r"\d+\.?\d*|\.\d+")
+
+
+def merge_runs(runs: Iterable[tuple[int, int, bool]]) -> PlanRuns:
+    """Drop empty runs and join neighbours of one mode."""
+    merged: list[tuple[int, int, bool]] = []
+    for start, stop, attends in runs:
+        if stop <= start:
+            continue
+        if merged and merged[-1][2] == attends:
+            start = merged.pop()[0]
+        merged.append((start, stop, attends))
+    return tuple(merged)
+
+
+CHUNKS = 1 << 20
+"""Most chunks that a plan is drawn up for."""
+DIGITS = 18
+"""Of a number of tokens."""
+
+
+def chunk_runs(attends: Iterable[bool], chunk: int, length: int) -> PlanRuns:
+    """Runs of a plan given per chunk of `chunk` tokens; the last chunk ends at `length`."""
+    return merge_runs((i * chunk, min((i + 1) * chunk, length), bool(a)) for i, a in enumerate(attends))
+
+
+def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> PlanRuns:
+    """Runs of the plan that `spec` gives to a text of `length` tokens.
+
+    `ratio:R` spreads the attention chunks evenly: chunk i attends when floor((i+1)R) > floor(iR); `every:K` lets
+    every K-th chunk attend, which is `ratio:1/K`. A last chunk may be shorter than `chunk`. `prompt` is the number of
+    tokens given before generation; only `prompt:…,new:…` needs it. `shorter`: the N of `prefix:N` and `last:N` may be
+    more than the text has, for a default plan, which meets texts of any length.
+    Raises ValueError, with the spec and the list of forms, for what is no plan or does not fit the text.
+    """
+
+    def wrong(why: str) -> ValueError:
+        return ValueError(f"mode plan `{spec}`: {why}; a plan is one of {FORMS}")
+
+    def whole(text: str, least: int) -> int:
+        if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
+            raise wrong(f"`{text}` is not a whole number of at least {least}")
+        return int(text)
+
+    def tokens(text: str) -> int:
+        count = whole(text, 0)
+        if count > length and not shorter:
+            raise wrong(f"{count} tokens are more than the {length} of the text")
+        return min(count, length)
+
+    chunks = -(-length // chunk)
+    if chunks > CHUNKS and spec.strip().startswith(("ratio", "every")):
+        raise ValueError(f"mode plan `{spec}`: {length} tokens are {chunks} chunks of {chunk}, more than {CHUNKS}")
+    kind, colon, value = spec.strip().partition(":")
+    value = value.strip()
+    if kind in ("attention", "recurrent") and not colon:
+        return merge_runs([(0, length, kind == "attention")])
+    if kind == "prefix":
+        count = tokens(value)
+        return merge_runs([(0, count, True), (count, length, False)])
+    if kind == "last":
+        count = tokens(value)
+        return merge_runs([(0, length - count, False), (length - count, length, True)])
+    if kind == "ratio":
+        if not _RATIO.fullmatch(value) or Fraction(value) > 1:
+            raise wrong(f"`{value}` is not a number from 0 to 1")
+        ratio = Fraction(value)  # exact: 0.29 * 100 chunks are 29, not 28
+        return chunk_runs((int((i + 1) * ratio) > int(i * ratio) for i in range(chunks)), chunk, length)
+    if kind == "every":
+        every = whole(value, 1)
+        return chunk_runs(((i + 1) % every == 0 for i in range(chunks)), chunk, length)
+    if kind == "runs":
+        runs: list[tuple[int, int, bool]] = []
+        for part in value.split(","):
+            match = _RUN.fullmatch(part.strip())
+            if match is None or max(len(match[2]), len(match[3])) > DIGITS:
+                raise wrong(f"`{part.strip()}` is no run like a0-256 or r256-512")
+            start, stop = int(match[2]), int(match[3])
+            if stop <= start:
+                raise wrong(f"run `{part.strip()}` is empty")
+            expected = runs[-1][1] if runs else 0
+            if start != expected:
+                raise wrong(f"run `{part.strip()}` does not start at {expected}, where the one before it ends")
+            runs.append((start, stop, match[1] == "a"))
+        if shorter and not length:  # a default plan and no text: only the form is checked
+            return ()
+        if runs[-1][1] != length:
+            raise wrong(f"its runs end at {runs[-1][1]}, the text at {length}")
+        return merge_runs(runs)
+    if kind == "prompt":
+        before, comma, after = value.partition(",new:")
+        if not comma:
+            raise wrong("`prompt:PLAN` needs `,new:PLAN` after it")
+        if "prompt:" in value:
+            raise wrong("a prompt plan cannot hold another")
+        if prompt is None:
+            raise wrong("there is no prompt here, only generate has one; use one of the other forms")
+        if prompt > length:
+            raise wrong(f"the prompt of {prompt} tokens is longer than the text of {length}")
+        first = parse_runs(before, prompt, chunk=chunk, shorter=shorter)
+        second = parse_runs(after, length - prompt, chunk=chunk, shorter=shorter)
+        return merge_runs([*first, *((start + prompt, stop + prompt, attends) for start, stop, attends in second)])
+    raise wrong("unknown form")
