@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from written_out import (
+    CASES,
     HEADS,
     TOKENS,
     VARIANTS,
     call,
+    extremes,
     gdn_quadratic,
     part,
     random_inputs,
@@ -167,45 +169,6 @@ def test_random_lengths_and_documents():
         want = with_gradients(lambda x, v=variant, o=options: call(STEPWISE[v], v, x, **o), inputs)
         got = with_gradients(lambda x, v=variant, o=options, c=chunk: call(CHUNKED[v], v, x, chunk=c, **o), inputs)
         assert_equal(got, want, TOLERANCE[torch.float64])
-
-
-CASES = (
-    "decay 0",
-    "decay 1",
-    "decay 0 and 1 in turn",
-    "one key again and again",
-    "zero keys and queries",
-    "all zero",
-)
-
-
-def extremes(variant: str, case: str) -> dict[str, Tensor]:
-    x = random_inputs(variant, 100, seed=5)
-    gate = x["dt" if variant == "mamba2" else "a"]
-    if case == "decay 0":
-        gate.fill_(60.0)
-        x["a_log"].fill_(20.0)
-    elif case == "decay 1":
-        gate.fill_(-60.0)
-    elif case == "decay 0 and 1 in turn":  # weak decays after strong ones must not drown in their sum
-        gate.copy_(torch.where(gate > 1.0, 60.0, -12.0))
-        x["a_log"].fill_(7.0)
-    elif case == "beta 0":
-        x["b"].fill_(-120.0)
-    elif case == "beta 1":
-        x["b"].fill_(60.0)
-    elif case == "one key again and again":
-        x["k"].copy_(x["k"][:, :1].clone())
-        gate.fill_(-60.0)
-        if variant == "gdn":
-            x["b"].fill_(60.0)
-    elif case == "zero keys and queries":
-        x["k"][:, 10:40] = 0.0
-        x["q"][:, 20:50] = 0.0
-    elif case == "all zero":
-        for name in ("q", "k", "v"):
-            x[name].zero_()
-    return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])

@@ -27,6 +27,46 @@ def random_inputs(
     return {name: torch.randn(shapes[name], generator=generator).double() for name in names}
 
 
+CASES = (
+    "decay 0",
+    "decay 1",
+    "decay 0 and 1 in turn",
+    "one key again and again",
+    "zero keys and queries",
+    "all zero",
+)
+
+
+def extremes(variant: str, case: str) -> dict[str, Tensor]:
+    """Inputs of 100 tokens whose gates are at their ends."""
+    x = random_inputs(variant, 100, seed=5)
+    gate = x["dt" if variant == "mamba2" else "a"]
+    if case == "decay 0":
+        gate.fill_(60.0)
+        x["a_log"].fill_(20.0)
+    elif case == "decay 1":
+        gate.fill_(-60.0)
+    elif case == "decay 0 and 1 in turn":  # weak decays after strong ones must not drown in their sum
+        gate.copy_(torch.where(gate > 1.0, 60.0, -12.0))
+        x["a_log"].fill_(7.0)
+    elif case == "beta 0":
+        x["b"].fill_(-120.0)
+    elif case == "beta 1":
+        x["b"].fill_(60.0)
+    elif case == "one key again and again":
+        x["k"].copy_(x["k"][:, :1].clone())
+        gate.fill_(-60.0)
+        if variant == "gdn":
+            x["b"].fill_(60.0)
+    elif case == "zero keys and queries":
+        x["k"][:, 10:40] = 0.0
+        x["q"][:, 20:50] = 0.0
+    elif case == "all zero":
+        for name in ("q", "k", "v"):
+            x[name].zero_()
+    return x
+
+
 def call(function: Callable, variant: str, inputs: dict[str, Tensor], **options):
     """Call an implementation of `ssd` or `gated_delta_rule` with inputs by name."""
     options = {name: inputs[name] for name in (*HEADS[variant], "initial") if name in inputs} | options
