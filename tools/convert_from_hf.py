@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             )
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.config import load_run
-    from oryx_megatron.hf.convert import hf_model_type, import_, import_llama
+    from oryx_megatron.hf.convert import import_, import_llama
+    from oryx_megatron.hf.folders import hf_model_type
     from oryx_megatron.hf.verify import verify
 
     lines: list[str] = []
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     for line in lines:
         print(line)
-    if run is not None:
+    if run is None:
+        print(f"to resume, set the paths in {shown(f'{done.target}/config.yaml')}: an export names no folders")
+    else:
         print(f"train it: python -m oryx_megatron.train {shown(f'{done.target}/config.yaml')}")
     return 0
 

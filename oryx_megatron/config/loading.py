@@ -12,7 +12,7 @@ import logging
 import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -195,26 +195,35 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def expand_paths(config: T, source: str, prefix: str = "") -> T:
+def expand_paths(config: T, source: str) -> T:
     """A config object in whose paths `~` and `$NAME` stand for what they mean; ConfigError names the field."""
 
-    def expanded(kind: Any, value: Any, name: str) -> Any:
+    def expanded(value: str, name: str, named: bool) -> str:
+        return expand(value, f"{source}: {name}", urls=named) if value or not named else value
+
+    return map_paths(config, expanded)
+
+
+def map_paths(config: T, change: Callable[[str, str, bool], str], prefix: str = "") -> T:
+    """A config object with every path replaced by `change(path, field, whether it may be a name or URL)`."""
+
+    def changed(kind: Any, value: Any, name: str) -> Any:
         if PATH in (marks := getattr(kind, "__metadata__", ())):
-            named = NAME in marks
-            return expand(value, f"{source}: {name}", urls=named) if value or not named else value
+            return change(value, name, NAME in marks)
         if dataclasses.is_dataclass(value):
-            return expand_paths(value, source, f"{name}.")
+            return map_paths(value, change, f"{name}.")
         args = typing.get_args(kind)
         if isinstance(value, tuple):
-            return tuple(expanded(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+            return tuple(changed(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
         if isinstance(value, dict):
-            return {k: expanded(args[1], v, f"{name}.{k}") for k, v in value.items()}
-        return expanded(args[0], value, name) if type(None) in args and value is not None else value
+            return {k: changed(args[1], v, f"{name}.{k}") for k, v in value.items()}
+        return changed(args[0], value, name) if type(None) in args and value is not None else value
 
     hints = typing.get_type_hints(type(config), include_extras=True)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(cast(Any, config))}
-    changed = {name: expanded(hints[name], value, f"{prefix}{name}") for name, value in fields.items()}
-    return dataclasses.replace(cast(Any, config), **changed)
+    return dataclasses.replace(
+        cast(Any, config), **{name: changed(hints[name], value, f"{prefix}{name}") for name, value in fields.items()}
+    )
 
 
 def to_yaml(config: Any) -> str:

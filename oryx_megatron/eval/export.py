@@ -12,7 +12,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConversionError, OryxError, first_line
 from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.convert import check_export, recognised
+from oryx_megatron.hf.folders import check_export, recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 

@@ -18,7 +18,7 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConversionError
-from oryx_megatron.hf.convert import recognised
+from oryx_megatron.hf.folders import recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.tables import CHECKPOINT_FP32
 from oryx_megatron.hf.tensors import SafetensorsReader

@@ -33,7 +33,7 @@ from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
 
 if TYPE_CHECKING:
-    from oryx_megatron.hf.convert import Weights
+    from oryx_megatron.hf.folders import Weights
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def _open(run: RunConfig, path: Path) -> Weights:
 
 
 def _record(path: Path, weights: Weights) -> dict[str, Any]:
-    from oryx_megatron.hf.convert import MANIFEST
+    from oryx_megatron.hf.folders import MANIFEST
 
     described = path / (MANIFEST if weights.kept is not None else "config.json")
     return {

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
+from oryx_megatron.checkpoint.manifest import write_manifest as write_checkpoint_manifest
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig
+from oryx_megatron.config.schema import BlendEntry, DataStage, InitFromConfig, ModelConfig, ParallelConfig
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export, import_, import_llama
 from oryx_megatron.hf.fields import CONFIG, from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.hf.portable import portable
 from oryx_megatron.hf.tensors import CheckpointReader
 from oryx_megatron.hf.tokenizer import export_tokenizer
 from oryx_megatron.hf.verify import verify, verify_generation
@@ -64,10 +66,14 @@ def test_both_sides_compute_the_same_and_the_round_trip_is_exact(case: str, proj
     done = export(source, tmp_path / "hf")
     results = verify(source, tmp_path / "hf", plans=2, length=70)
     assert len(results) == 2 * (4 if run_of(project, case).model.modes == "both" else 1)
-    back = import_(tmp_path / "hf", tmp_path / "back")
+    back = import_(tmp_path / "hf", tmp_path / "back", run_of(project, case))
     assert_same(tensors_of(source), tensors_of(tmp_path / "back"))
     before, after = read_manifest(find_checkpoint(source)), read_manifest(find_checkpoint(tmp_path / "back"))
     assert dataclasses.replace(before, files={}) == dataclasses.replace(after, files={})
+    import_(tmp_path / "hf", tmp_path / "without")  # the run's folders are not in the export
+    alone = read_manifest(find_checkpoint(tmp_path / "without"))
+    assert dataclasses.replace(alone, files={}) == dataclasses.replace(portable(before), files={})
+    assert tensors_of(tmp_path / "without").keys() == tensors_of(source).keys()
     export(tmp_path / "back", tmp_path / "again")
     for name in ("config.json", "model.safetensors", "README.md"):
         text = (tmp_path / "again" / name).read_bytes().replace(b'"again"', b'"hf"')
@@ -124,6 +130,46 @@ def test_model_card_is_filled_from_the_manifest(exported: Path) -> None:
     for fact in ("1,344 tokens: 7 steps of 4 × 48", "| data | 1 |", "| `recurrent` | 2.5000 | 12.180 | 1.2500 | 7 |",
                  "| torch | ", "0" * 40, "Gated DeltaNet"):  # fmt: skip
         assert fact in card, fact
+
+
+def test_an_export_names_no_folder_of_this_machine(project: Path, tmp_path: Path) -> None:
+    """Of a run with every path that a config may have, data read so far, and a source; over all files, byte by byte."""
+    source = tmp_path / "elsewhere" / "run"
+    shutil.copytree(project.parent / "gdn tp2", source)
+    folder = find_checkpoint(source)
+    manifest = read_manifest(folder)
+    run = manifest.run()
+    two = tuple(BlendEntry(path=str(tmp_path / part / "text"), weight=2.0) for part in ("web", "code"))
+    data = dataclasses.replace(
+        run.data, blend=two, validation={"held": two[:1]}, cache_dir=str(tmp_path / "cache"),
+        stages=(DataStage(start=3, blend=two),),
+    )  # fmt: skip
+    kernels = dataclasses.replace(run.kernels, cache_dir=str(tmp_path / "kernels"))
+    begun = InitFromConfig(path=str(tmp_path / "before"))
+    run = dataclasses.replace(run, data=data, kernels=kernels, init_from=begun, output_dir=str(source))
+    identity = {"files": {"0f3a": {"path": two[0].path, "size": 3}}, "stages": [[two[1].path, 1.0]], "share": [1, 0]}
+    trained_on = manifest.data | {"train": {"consumed": 28, "identity": identity}}
+    record = {"path": begun.path, "iteration": 5, "manifest_sha256": "0" * 64}
+    changed = dataclasses.replace(manifest, config=to_dict(run), data=trained_on, init_from=record)
+    write_checkpoint_manifest(folder, changed)
+    export(source, tmp_path / "hf", tokenizer=project.parent / "tokenizer")
+    secret = {str(tmp_path), str(project.parent), str(TOOLS.parent), str(Path.home()), sys.prefix}
+    for path in (tmp_path / "hf").rglob("*"):
+        assert not [text for text in secret if text.encode() in path.read_bytes()], path.name
+    kept = json.loads((tmp_path / "hf" / "oryx_manifest.json").read_text())
+    assert [entry["path"] for entry in kept["config"]["data"]["blend"]] == ["web/text", "code/text"]
+    assert kept["data"]["train"]["identity"]["files"]["0f3a"] == {"path": "web/text", "size": 3}
+    assert kept["init_from"]["path"] == kept["config"]["init_from"]["path"] == "before"
+    # Of the same run on another machine, all is there again; a changed field is another run, at its own first step.
+    moved = dataclasses.replace(
+        data, blend=tuple(BlendEntry(path=f"/new/{p}/text", weight=2.0) for p in ("web", "code"))
+    )
+    here = dataclasses.replace(run, data=moved, output_dir="/new/run")
+    import_(tmp_path / "hf", tmp_path / "back", here)
+    back = read_manifest(find_checkpoint(tmp_path / "back"))
+    assert (back.iteration, back.run()) == (7, here)
+    import_(tmp_path / "hf", tmp_path / "next", dataclasses.replace(here, seed=8))
+    assert read_manifest(find_checkpoint(tmp_path / "next")).iteration == 0
 
 
 def test_license_of_the_weights(
@@ -301,7 +347,7 @@ def test_damaged_exports_are_refused(harm, message: str, exported: Path, tmp_pat
         ("atention", "--mode-plan: mode plan `atention`: unknown form"),
         ("prompt:attention,new:recurent", "mode plan `recurent`: unknown form"),
         ("prompt:attention", "needs `,new:PLAN`"),
-        ("runs:a0-8,r9-16", "run `r9-16` is empty or does not start at 8"),
+        ("runs:a0-8,r9-16", "run `r9-16` does not start at 8"),
         ("prefix:many", "`many` is not a whole number"),
     ],
 )
@@ -461,7 +507,7 @@ from oryx_megatron.hf.convert import export, import_
 folder, config = Path(sys.argv[1]), Path(sys.argv[2])
 import torch
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.convert import hf_shapes
+from oryx_megatron.hf.folders import hf_shapes
 from oryx_megatron.hf.tensors import write_safetensors
 wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
 shape = OryxConfig(num_hidden_layers=10, vocab_size=8192, **wide)
