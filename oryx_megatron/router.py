@@ -147,8 +147,8 @@ def train_router(run: str | Path, options: Options, *, overwrite: bool = False) 
     path = router_of(find_checkpoint(run))
     check_output(path, ours=is_router, overwrite=overwrite)
     model = load_for_inference(run)
-    if model.run.model.modes != "both":
-        raise ConfigError(f"{run}: the model has only the mode {model.run.model.modes}: there is nothing to route")
+    if (single := model.run.model.single_mode) is not None:
+        raise ConfigError(f"{run}: the model has only the mode {single}: there is nothing to route")
     import torch
 
     from oryx_megatron import platform

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -82,6 +82,24 @@ class Plans:
         router, _ = load_router(path)
         return cls(chunk, router.to(platform.device()))
 
+    def of_texts(self, specs: Iterable[str]) -> dict[str, Callable[[Tensor], ModePlan]]:
+        """The plan of a text by spec, for the specs that need the router."""
+        return {spec: partial(self.of, spec) for spec in specs if routes(spec)}
+
+    def follow(self, spec: str) -> Callable[[Tensor], ModePlan]:
+        """The plan of a text that comes in parts, each int64 [s]: called with one part after the other."""
+        router, share, state = self.router, _share(spec), None
+        assert router is not None and share is not None  # noqa: PT018 - the caller looked
+        threshold = router.threshold(share)
+
+        @torch.no_grad()
+        def plan(part: Tensor) -> ModePlan:
+            nonlocal state
+            scores, state = router(part[None].to(router.quantiles.device), state)
+            return ModePlan.from_mask((scores[0] > threshold).cpu().numpy())
+
+        return plan
+
     def of(self, spec: str, tokens: Tensor, prompt: int | None = None) -> ModePlan:
         """The plan of a text, int64 [s]. ConfigError for a spec that does not parse or fit."""
         share = _share(spec)
@@ -89,13 +107,7 @@ class Plans:
             return parse_plan(spec, len(tokens), chunk=self.chunk, prompt=prompt)
         if self.router is None:
             raise ConfigError(f"plan {spec}: there is no router here; train one: oryx router RUN")
-        return ModePlan.from_mask(self._attends(share, tokens.unsqueeze(0))[0])
-
-    @torch.no_grad()
-    def _attends(self, share: float, tokens: Tensor) -> np.ndarray:
-        assert self.router is not None  # the caller looked
-        scores, _ = self.router(tokens.to(self.router.quantiles.device))
-        return (scores > self.router.threshold(share)).cpu().numpy()
+        return self.follow(spec)(tokens)
 
 
 def routes(spec: str) -> bool:

@@ -2,10 +2,10 @@
 
 It reads the tokens so far and nothing of the layers, so its decisions are the same whether a text comes at once or
 token by token, under any parallel layout, and a plan is known before the layers run. Its embedding starts from the
-model's. A gated delta rule (arXiv 2412.06464) remembers what followed what: whether attention finds something is mostly
-whether there is something to find.
+model's. Attention gains mostly where there is something to find in the text before: the router is told whether the last
+one, two and three tokens stood there, and how far back; a gated delta rule (arXiv 2412.06464) remembers the rest.
 
-    x = E[token]                                           [b, s, R]
+    x = E[token] + W_f features                            [b, s, R]
     per layer: q, k, v = SiLU(conv(W x)); x += W_o RMSNorm(delta_rule(q, k, v)); x += MLP(x)
     score = w · RMSNorm(x) + c                             nats, one per token
 """
@@ -23,6 +23,11 @@ from .recurrences_oryx import delta_gates, gated_delta_rule, unit
 
 TAPS = 4
 """Of the causal convolutions."""
+GRAMS = 3
+"""Longest run of tokens that is looked up in the text before."""
+FEATURES = 2 * GRAMS
+PADDING = -1
+"""In a text's history."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,54 @@ class RouterShape:
 
 
 @dataclass
-class RouterState:
-    """What one layer remembers of a text: convolution window [b, TAPS - 1, 3R] and delta rule state [b, H, N, N]."""
+class LayerMemory:
+    """What one layer keeps of a text: convolution window [b, TAPS - 1, 3R] and delta rule state [b, H, N, N]."""
 
     window: Tensor
     memory: Tensor
+
+
+@dataclass
+class RouterState:
+    """What a router keeps of a text."""
+
+    history: Tensor
+    """int64 [b, t]: its tokens, PADDING where there was none."""
+    layers: list[LayerMemory]
+
+    def select(self, rows: Tensor) -> RouterState:
+        """The state of these rows [n], in this order."""
+        layers = [LayerMemory(x.window[rows], x.memory[rows]) for x in self.layers]
+        return RouterState(self.history[rows], layers)
+
+
+def repetitions(history: Tensor, tokens: Tensor) -> Tensor:
+    """How far back a token stood before, with its predecessors: [b, s, FEATURES] of tokens [b, s] behind a history.
+
+    Per run of 1, 2 and 3 tokens: 1 where it occurred before, else 0; and the logarithm of how many tokens ago, over 8.
+    """
+    text = torch.cat((history, tokens), 1)
+    (_, length), new = text.shape, tokens.shape[1]
+    places = torch.arange(length, device=text.device)
+    run, whole, found = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
+    for n in range(GRAMS):
+        back = text[:, : length - n] if n < length else text[:, :0]
+        back = F.pad(back, (length - back.shape[1], 0), value=PADDING)
+        whole = whole & (back != PADDING)
+        run = run * 1_000_003 + back + 1  # wraps around: runs that differ are taken for equal once in 2^64
+        keys = torch.where(whole, run, -places - 2)  # a run cut off by the beginning is like no other
+        if new == 1:
+            before = torch.where(keys[:, :-1] == keys[:, -1:], places[:-1], -1)
+            last = before.amax(1, keepdim=True) if length > 1 else torch.full_like(tokens, -1)
+        else:
+            ordered, order = keys.sort(dim=1, stable=True)
+            same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+            earlier = torch.where(same, order.roll(1, 1), -1)
+            last = torch.empty_like(order).scatter_(1, order, earlier)[:, length - new :]
+        seen = last >= 0
+        distance = (places[length - new :] - last).clamp_min(1).float().log() / 8
+        found += [seen.float(), torch.where(seen, distance, 0.0)]
+    return torch.stack(found, -1)
 
 
 class RouterLayer(nn.Module):
@@ -66,7 +114,7 @@ class RouterLayer(nn.Module):
         self.out = nn.Linear(r, r, bias=False)
         self.up, self.down = nn.Linear(r, 2 * r, bias=False), nn.Linear(2 * r, r, bias=False)
 
-    def forward(self, x: Tensor, state: RouterState | None, valid: Tensor | None) -> tuple[Tensor, RouterState]:
+    def forward(self, x: Tensor, state: LayerMemory | None, valid: Tensor | None) -> tuple[Tensor, LayerMemory]:
         """x [b, s, R]; valid [b, s]: false at padding, which leaves no trace in the state."""
         b, r = x.shape[0], x.shape[2]
         y = self.norm(x)
@@ -87,7 +135,7 @@ class RouterLayer(nn.Module):
         assert o is not None  # q was given
         x = x + self.out(self.out_norm(o.flatten(2).to(x.dtype)))
         x = x + self.down(F.silu(self.up(self.mlp_norm(x))))
-        return x, RouterState(joined[:, -(TAPS - 1) :].detach(), memory.detach())
+        return x, LayerMemory(joined[:, -(TAPS - 1) :].detach(), memory.detach())
 
 
 class OryxRouter(nn.Module):
@@ -103,6 +151,7 @@ class OryxRouter(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
+        self.features = nn.Linear(FEATURES, shape.width)
         self.layers = nn.ModuleList(RouterLayer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-5)
         self.score = nn.Linear(shape.width, 1)
@@ -111,18 +160,20 @@ class OryxRouter(nn.Module):
         self.register_buffer("quantiles", torch.zeros(quantiles, dtype=torch.float32))
 
     def forward(
-        self, tokens: Tensor, states: list[RouterState] | None = None, valid: Tensor | None = None
-    ) -> tuple[Tensor, list[RouterState]]:
-        """Scores [b, s] (nats, fp32) of tokens [b, s] that follow the text of `states`, and the new states.
+        self, tokens: Tensor, state: RouterState | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, RouterState]:
+        """Scores [b, s] (nats, fp32) of tokens int64 [b, s] that follow the text of `state`, and the state after them.
 
         `valid` [b, s] is false at padding.
         """
-        x = self.embedding(tokens)
-        new = []
+        history = tokens[:, :0] if state is None else state.history
+        known = tokens if valid is None else tokens.masked_fill(~valid, PADDING)
+        found = repetitions(history, known).to(self.features.weight.dtype)
+        x, layers = self.embedding(tokens) + self.features(found), []
         for i, layer in enumerate(self.layers):
-            x, state = layer(x, None if states is None else states[i], valid)
-            new.append(state)
-        return self.score(self.norm(x)).squeeze(-1).float(), new
+            x, memory = layer(x, None if state is None else state.layers[i], valid)
+            layers.append(memory)
+        return self.score(self.norm(x)).squeeze(-1).float(), RouterState(torch.cat((history, known), 1), layers)
 
     def threshold(self, share: float) -> float:
         """Score above which this share (0 to 1) of held-out tokens lay; interpolated. 0 and 1: no token, all tokens."""
