@@ -147,8 +147,8 @@ def train_router(run: str | Path, options: Options, *, overwrite: bool = False) 
     path = router_of(find_checkpoint(run))
     check_output(path, ours=is_router, overwrite=overwrite)
     model = load_for_inference(run)
-    if (single := model.run.model.single_mode) is not None:
-        raise ConfigError(f"{run}: the model has only the mode {single}: there is nothing to route")
+    if not model.run.model.takes_plans:
+        raise ConfigError(f"{run}: no layer of the model reads a mode plan: there is nothing to route")
     import torch
 
     from oryx_megatron import platform
@@ -183,7 +183,8 @@ def texts_of(model: LoadedModel, options: Options) -> Iterator[tuple[Any, int]]:
     """This rank's streams of training and validation texts, and how many texts to take of each."""
     from megatron.core import parallel_state
 
-    from oryx_megatron.data.loader import SampleStream, build_datasets
+    from oryx_megatron.data.loader import build_datasets
+    from oryx_megatron.data.stream import SampleStream
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(model.run.data.tokenizer)
