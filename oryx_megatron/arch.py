@@ -3,7 +3,7 @@
 `python -m oryx_megatron.arch 1.4b-gdn` prints them. How shares count (docs/model.md, "What is shared"): per mode,
 shared ÷ (used by that mode), without the embedding; the whole-model share and the shares with the embedding are
 reported beside. Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width,
-w convolution taps, V vocabulary, s sequence.
+w convolution taps, V vocabulary, E experts, s sequence.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Part:
     count: int
     user: User
     note: str = ""
+    idle: int = 0
+    """Of them, those of experts that a token does not go to."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class ParameterCounts:
     def total(self) -> int:
         """All parameters."""
         return sum(part.count for part in self.parts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, those of both modes and the embedding counted: all but its idle experts."""
+        return self.total - sum(part.idle for part in self.parts)
 
     @property
     def embedding(self) -> int:
@@ -171,12 +178,29 @@ def _merged(model: ModelConfig) -> list[Part]:
     return parts
 
 
+def _mlp_parts(model: ModelConfig) -> list[Part]:
+    """Parameters behind the mixers: dense layers, and layers with experts."""
+    d, moe, count = model.hidden_size, model.moe, model.expert_layers
+    some = f", {model.num_layers - count} layers" if count else ""
+    parts = [Part("mlp", (model.num_layers - count) * 3 * d * model.ffn_hidden_size, "shared", f"3 d f{some}")]
+    if moe is not None:
+        some = f", {count} layers" if count < model.num_layers else ""
+        one = count * 3 * d * moe.ffn_hidden_size
+        note = f"E 3 d {moe.ffn_hidden_size}{some}"
+        parts.append(Part("experts", moe.experts * one, "shared", note, idle=(moe.experts - moe.top_k) * one))
+        parts.append(Part("router", count * moe.experts * d, "shared", f"E d{some}"))
+        if moe.shared_ffn_hidden_size:
+            width = moe.shared_ffn_hidden_size
+            parts.append(Part("shared experts", count * 3 * d * width, "shared", f"3 d {width}{some}"))
+    return [part for part in parts if part.count]
+
+
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of `model` by part; equal to what the built model has."""
     d, layers = model.hidden_size, model.num_layers
     parts = [Part("embedding", model.vocab_size * d, "embedding", "V d"), *_merged(model)]
     parts += [
-        Part("mlp", layers * 3 * d * model.ffn_hidden_size, "shared", "3 d f"),
+        *_mlp_parts(model),
         Part("layer norms", (2 * layers + 1) * d, "shared", "2 d, and d at the end"),
     ]
     if not model.tie_embeddings:
@@ -202,7 +226,8 @@ def flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -
     for kind in kinds(model):
         for name, flops in _mixer_flops(kind.model, sequence, kind.share(attention_share)).items():
             terms[name] = terms.get(name, 0.0) + kind.layers * flops
-    terms["mlp"] = model.num_layers * 2.0 * 3 * model.hidden_size * model.ffn_hidden_size
+    # Experts: those that a token goes to, nothing dropped.
+    terms |= {part.name: 2.0 * (part.count - part.idle) for part in _mlp_parts(model)}
     terms["output_layer"] = 2.0 * model.vocab_size * model.hidden_size
     return terms
 
@@ -275,6 +300,7 @@ def report(model: ModelConfig, sequence: int) -> dict[str, object]:
         "name": model.name,
         "parameters": {
             "total": counts.total,
+            "active": counts.active,
             "embedding": counts.embedding,
             "non_embedding": counts.non_embedding,
             "shared": counts.shared,
@@ -320,6 +346,8 @@ def table(model: ModelConfig, sequence: int) -> str:
         lines.append(f"  {part.name:<24}{part.count:>15,}  {users.get(part.user, part.user):<11}{part.note}".rstrip())
     lines.append(f"  {'non-embedding':<24}{counts.non_embedding:>15,}")
     lines.append(f"  {'total':<24}{counts.total:>15,}")
+    if model.moe is not None:
+        lines.append(f"  {'active for a token':<24}{counts.active:>15,}")
     if both:
         lines += ["", f"{'shared by both modes':<26}{'parameters':>15}{'non-embedding':>17}{'with embedding':>17}"]
         rows: tuple[tuple[Literal["attention", "recurrent", "whole"], str, int], ...] = (

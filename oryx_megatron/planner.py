@@ -5,7 +5,8 @@ linears). Constants of speed are those measured on an H200 with plain models and
 whole Oryx models stands in docs/parallelism.md.
 
 Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width, V vocabulary,
-t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens.
+t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens. Experts (E of width f, of which a
+token takes k) are not cut by t but shared out over e ranks of t c n; nothing of them was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,7 +142,8 @@ class Estimate:
         """In words."""
         layout = self.layout
         virtual = f"·{layout.vpp}" if layout.vpp > 1 else ""
-        return f"tp {layout.tp} pp {layout.pp}{virtual} cp {layout.cp} dp {layout.dp}"
+        expert = f" ep {layout.ep}" if layout.ep > 1 else ""
+        return f"tp {layout.tp} pp {layout.pp}{virtual} cp {layout.cp} dp {layout.dp}{expert}"
 
 
 def activation_bytes(model: ModelConfig, layout: Layout, share: float, stage: int | None = None) -> dict[str, float]:
@@ -150,9 +152,10 @@ def activation_bytes(model: ModelConfig, layout: Layout, share: float, stage: in
     `share` is of attention tokens; a mode that no token is in costs nothing. Where layers differ: the mean of all, or
     of those of a pipeline stage.
     """
-    found = kinds(model, None if stage is None else layout.layers(stage))
+    numbers = range(model.num_layers) if stage is None else layout.layers(stage)
+    found = kinds(model, numbers)
     total = sum(kind.layers for kind in found)
-    mean: dict[str, float] = {}
+    mean = _mlp_bytes(model, layout, _expert_layers(model, numbers) / total)
     for kind in found:
         for name, size in _activation_bytes(kind.model, layout, kind.share(share)).items():
             mean[name] = mean.get(name, 0.0) + size * (kind.layers / total)
@@ -161,7 +164,7 @@ def activation_bytes(model: ModelConfig, layout: Layout, share: float, stage: in
 
 def _activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[str, float]:
     """The same of one layer that has the model's modes."""
-    d, f, tp = model.hidden_size, model.ffn_hidden_size, layout.tp
+    d, tp = model.hidden_size, layout.tp
     heads, keys = model.num_heads, model.kv_heads * model.qk_head_dim
     values, queries, outputs = model.kv_heads * model.v_head_dim, heads * model.qk_head_dim, heads * model.v_head_dim
     attends, recurs = share > 0, share < 1
@@ -175,11 +178,26 @@ def _activation_bytes(model: ModelConfig, layout: Layout, share: float) -> dict[
         "attention": (share * (2.0 * queries + 2.0 * outputs + 4.0 * heads)) / tp,
         "recurrence": recurs * (2.0 * queries + 2.0 * outputs + _recurrence_bytes(model)) / tp,
         "mixer output": 2.0 * outputs / tp,
-        # Both halves of its input; the output of SwiGLU is computed again, not kept.
-        "mlp": 4.0 * f / tp,
     }
     if layout.cp > 1:  # keys and values before it, because they lie beside the gate; and outputs after it
         items["context exchange"] = 2.0 * (keys + values + outputs) / tp
+    return items
+
+
+def _expert_layers(model: ModelConfig, layers: Iterable[int]) -> int:
+    """How many of these layers, by number from 0, have experts."""
+    return 0 if model.moe is None else sum(map(model.moe.in_layer, layers))
+
+
+def _mlp_bytes(model: ModelConfig, layout: Layout, experts: float) -> dict[str, float]:
+    """`activation_bytes` behind the mixer, where a share `experts` of the layers has experts."""
+    # Both halves of its input; the output of SwiGLU is computed again, not kept.
+    items = {"mlp": (1 - experts) * 4.0 * model.ffn_hidden_size / layout.tp}
+    if experts and (moe := model.moe) is not None:
+        # A sorted copy of the input, one that arrives at the expert and its output; both halves and SwiGLU between.
+        one = 2.0 * (3 * model.hidden_size + 3 * moe.ffn_hidden_size)
+        router = 4.0 * 3 * moe.experts  # logits, weights and losses in fp32
+        items["experts"] = experts * (moe.top_k * one + router + 6.0 * moe.shared_ffn_hidden_size) / layout.tp
     return items
 
 
@@ -189,7 +207,7 @@ def _recurrence_bytes(model: ModelConfig) -> float:
 
 
 KEPT: dict[Recompute, tuple[str, ...]] = {
-    "mixer": ("block inputs", "projections", "mixer output", "mlp"),
+    "mixer": ("block inputs", "projections", "mixer output", "mlp", "experts"),
     "full": (),
 }
 """Items that stay when others are recomputed; `full` keeps the block's input alone."""
@@ -210,8 +228,22 @@ def _layer_bytes(
     return kept, whole - kept
 
 
+def expert_parameters(model: ModelConfig, layout: Layout, stage: int) -> float:
+    """Parameters of the experts of one GPU of a pipeline stage."""
+    if model.moe is None:
+        return 0.0
+    one = 3.0 * model.hidden_size * model.moe.ffn_hidden_size
+    return _expert_layers(model, layout.layers(stage)) * one * model.moe.experts / layout.ep
+
+
 def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """Parameters of one tensor-parallel rank of a pipeline stage."""
+    """Parameters of one tensor-parallel rank of a pipeline stage, without its experts."""
+    if model.moe is not None:  # blocks without experts, and what every rank has of the layers with some
+        moe, layers = model.moe, layout.layers(stage)
+        dense = dataclasses.replace(model, moe=None)
+        count, d = _expert_layers(model, layers), model.hidden_size
+        less = 3 * d * (model.ffn_hidden_size - moe.shared_ffn_hidden_size) / layout.tp - moe.experts * d
+        return parameters_per_gpu(dense, layout, stage) - count * less
     blocks = sum(
         parameter_counts(kind.model).non_embedding * kind.layers / model.num_layers
         for kind in kinds(model, layout.layers(stage))
@@ -220,6 +252,12 @@ def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (1 if first and last and model.tie_embeddings else 0)
     return (blocks + tables * embedding) / layout.tp
+
+
+def _owned(parameters: float, experts: float, layout: Layout) -> float:
+    """Of a GPU's parameters and experts, those whose optimizer state it keeps."""
+    ranks = layout.dp * layout.cp
+    return parameters / ranks + experts * layout.ep / (layout.tp * ranks)
 
 
 def in_flight(layout: Layout, stage: int) -> float:
@@ -240,14 +278,14 @@ def memory_bytes(
     cpu_offload: bool = False,
 ) -> dict[str, float]:
     """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded."""
-    parameters = parameters_per_gpu(model, layout, stage)
+    parameters, experts = parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
     kept, once = _layer_bytes(model, layout, work.attention_share, recompute, stage)
     held = tokens * layout.stage_layers[stage] * in_flight(layout, stage)
     items = {
-        "parameters": 2 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 0.0 if cpu_offload else 12 * parameters / (layout.dp * layout.cp),
+        "parameters": 2 * (parameters + experts),
+        "gradients": 4 * (parameters + experts),
+        "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
     }
     if recompute == "full":
         items["activations: block inputs"] = kept * held
@@ -296,11 +334,19 @@ def traffic_bytes(
     exchanges = _exchanges(recompute)
     ranks = layout.dp * cp
     parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
+    experts = max(expert_parameters(model, layout, stage) for stage in range(layout.pp))
+    copies = layout.tp * ranks / layout.ep
+    tokens_sent = 0.0  # to experts and back, forward and backward
+    if model.moe is not None:
+        with_experts = max(_expert_layers(model, layout.layers(stage)) for stage in range(layout.pp))
+        again = 3 if recompute == "full" else 2
+        tokens_sent = 2 * again * stream / tp * model.moe.top_k * (layout.ep - 1) / layout.ep * with_experts * passes
     return {
         "tensor": collectives * stream * (tp - 1) / tp * layers * passes,
         "pipeline": 2 * stream / tp * passes * layout.vpp if layout.pp > 1 else 0.0,
         "context": exchanges * 2.0 * widths / tp * tokens * (cp - 1) / cp * layers * passes,
-        "data": 6.0 * parameters * (ranks - 1) / ranks,
+        "expert": tokens_sent,
+        "data": 6.0 * (parameters * (ranks - 1) / ranks + experts * (copies - 1) / copies),
     }
 
 
@@ -316,7 +362,7 @@ def estimate(
     graphs: bool = True,
 ) -> Estimate:
     """Memory, traffic and time of one layout; `graphs`: microbatches are replayed as CUDA graphs where they can be."""
-    graphs = graphs and layout.cp == 1  # engine.why_launched
+    graphs = graphs and layout.cp == 1 and model.moe is None  # engine.why_launched
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload)
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
@@ -355,13 +401,16 @@ def estimate(
         tensor += COLLECTIVE_SECONDS["graphs" if graphs else "launched"] * _collectives(recompute) * passes
     if layout.cp > 1:
         context += EXCHANGE_SECONDS * 2 * _exchanges(recompute) * passes
+    expert = traffic["expert"] / link(layout.tp * layout.cp if layout.ep <= layout.tp * layout.cp else layout.ep)
     pipeline = traffic["pipeline"] / link(layout.world_size)
     bubble = (layout.pp - 1) / (layout.microbatches * layout.vpp)
     data = traffic["data"] / link(layout.tp * layout.cp * layout.dp)
     # Overlap hides reduction and gathering behind the last microbatch's backward and the next one's forward pass.
     exposed = max(0.0, data - 0.8 * micro)
-    parameters = max(parameters_per_gpu(model, layout, stage) for stage in range(layout.pp))
-    owned = parameters / (layout.dp * layout.cp)
+    owned = max(
+        _owned(parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage), layout)
+        for stage in range(layout.pp)
+    )
     update = OFFLOAD_SECONDS * owned if cpu_offload else UPDATE_BYTES * owned / copied
     return Estimate(
         layout=layout,
@@ -373,8 +422,9 @@ def estimate(
             "compute": compute,
             "tensor": tensor,
             "context": context,
+            "expert": expert,
             "pipeline": pipeline,
-            "bubble": bubble * (compute + tensor + context),
+            "bubble": bubble * (compute + tensor + context + expert),
             "data, not hidden": exposed,
             "optimizer": update,
         },
@@ -415,14 +465,26 @@ def layouts(model: ModelConfig, cluster: Cluster, work: Work) -> Iterator[tuple[
         if tp > cluster.gpus_per_node or cluster.gpus % (tp * pp * cp) or pp > model.num_layers:
             continue
         first = uneven_first_stage(model.num_layers, pp)
-        for vpp, micro_batch in itertools.product((1, 2, 4, 5, 8, 10), (1, 2, 4, 8, 16, 32)):
+        experts = (1,) if model.moe is None else _expert_sizes(model.moe.experts, cluster.gpus // pp)
+        for vpp, micro_batch, expert in itertools.product((1, 2, 4, 5, 8, 10), (1, 2, 4, 8, 16, 32), experts):
             parallel = ParallelConfig(
-                tensor=tp, pipeline=pp, context=cp, virtual_pipeline=vpp, first_stage_layers=first, overlap=True
+                tensor=tp,
+                pipeline=pp,
+                context=cp,
+                expert=expert,
+                virtual_pipeline=vpp,
+                first_stage_layers=first,
+                overlap=True,
             )
             try:
                 yield layout_of(model, work, parallel, micro_batch, cluster.gpus), micro_batch
             except ConfigError:
                 continue
+
+
+def _expert_sizes(experts: int, ranks: int) -> tuple[int, ...]:
+    """Expert-parallel sizes to try on the ranks of a pipeline stage."""
+    return tuple(size for size in divisors(experts) if ranks % size == 0)
 
 
 def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = False) -> list[Estimate]:

@@ -137,6 +137,7 @@ def _settings(e: Estimate) -> list[str]:
     """Overrides that give a run this layout."""
     layout = e.layout
     first = [] if e.first_stage is None else [f"parallel.first_stage_layers={e.first_stage}"]
+    first += [f"parallel.expert={layout.ep}"] if layout.ep > 1 else []
     return [
         f"parallel.tensor={layout.tp}",
         f"parallel.pipeline={layout.pp}",

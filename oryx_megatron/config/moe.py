@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 
@@ -48,36 +46,19 @@ def check_expert_layout(moe: MoEConfig | None, parallel: ParallelConfig, data: i
         )
 
 
-def check_expert_stages(moe: MoEConfig | None, stages: tuple[int, ...], chunks: int) -> None:
+def check_expert_stages(moe: MoEConfig | None, layers: list[list[int]]) -> None:
     """Whether every pipeline rank holds experts, whose optimizer state each of them saves and loads.
 
     Args:
         moe: The experts.
-        stages: Layers of every rank over all its model chunks.
-        chunks: Model chunks of a rank.
+        layers: Numbers from 0 of the layers of every pipeline rank.
     """
-    if moe is None:
-        return
-    for rank in range(len(stages)):
-        if not any(map(moe.in_layer, layers_of(stages, chunks, rank))):
+    for rank, own in enumerate(layers):
+        if moe is not None and not any(map(moe.in_layer, own)):
             raise ConfigError(
                 f"parallel.pipeline: stage {rank} would have no layer with experts (model.moe.first_dense "
                 f"{moe.first_dense}, frequency {moe.frequency}); use fewer stages or lower model.moe.first_dense"
             )
-
-
-def layers_of(stages: tuple[int, ...], chunks: int, rank: int) -> Iterator[int]:
-    """Numbers, from 0, of the layers of a pipeline rank: megatron-core deals chunk by chunk to all ranks.
-
-    Args:
-        stages: Layers of every rank over all its chunks.
-        chunks: Model chunks of a rank.
-        rank: Pipeline rank.
-    """
-    own = stages[rank] // chunks
-    for chunk in range(chunks):
-        first = (sum(stages) // chunks) * chunk + sum(stages[:rank]) // chunks
-        yield from range(first, first + own)
 
 
 def check_expert_run(run: RunConfig) -> None:

@@ -460,7 +460,6 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     stages = stage_layers(run.model.num_layers, parallel)
     dp = world_size // (tp * pp * cp)
     check_expert_layout(run.model.moe, parallel, dp)
-    check_expert_stages(run.model.moe, stages, vpp)
     train = run.train
     for i, stage in enumerate(train.batch_schedule):
         name = f"train.batch_schedule[{i}].global_batch_size"
@@ -468,9 +467,11 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
     microbatches = microbatches_of(
         "train.global_batch_size", train.global_batch_size, train.micro_batch_size, dp, pp, vpp
     )
-    return Layout(
+    layout = Layout(
         tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, microbatches=microbatches, stage_layers=stages, ep=parallel.expert
     )
+    check_expert_stages(run.model.moe, [layout.layers(rank) for rank in range(pp)])
+    return layout
 
 
 def microbatches_of(name: str, batch: int, micro: int, dp: int, pp: int, vpp: int) -> int:

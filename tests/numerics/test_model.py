@@ -388,7 +388,9 @@ def test_counts_of_presets(name: str) -> None:
         return sum(number for key, number in built.items() if key.endswith(endings))
 
     assert parts["embedding"] == of("word_embeddings.weight")
-    assert parts["mlp"] == of("fc1.weight", "fc2.weight")
+    mlps = ("mlp", "experts", "shared experts")
+    assert sum(parts.get(part, 0) for part in mlps) == of("fc1.weight", "fc2.weight")
+    assert parts.get("router", 0) == of("router.weight")
     assert parts["out_proj"] == of("out_proj.weight")
     assert sum(n for part, n in parts.items() if part.startswith("in_proj")) == of("in_proj.weight")
     assert parts.get("conv", 0) == of("conv.weight")

@@ -6,7 +6,7 @@ import pytest
 
 from oryx_megatron import arch
 from oryx_megatron.config import load_model, preset_names
-from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig
 
 SIZES = ("tiny", "130m", "370m", "780m", "1.4b")
 ORYX = [f"{size}-{mixer}" for size in SIZES for mixer in ("gdn", "mamba2")]
@@ -50,6 +50,29 @@ def test_counts_by_hand():
     assert counts.share("recurrent") == 1554 / (1554 + 336)
     assert counts.share("whole") == 1554 / 2094
     assert counts.share("whole", embedding=True) == 1610 / 2150
+
+
+def test_experts_by_hand():
+    """d=8, f=10; three layers, of which two have 6 experts of width 4, a shared one of width 5; a token takes 2."""
+    moe = MoEConfig(experts=6, ffn_hidden_size=4, shared_ffn_hidden_size=5, first_dense=1)
+    dense, sparse = small(num_layers=3), small(num_layers=3, moe=moe)
+    parts = by_name(sparse)
+    assert {name: n for name, n in parts.items() if by_name(dense).get(name) != n} == {
+        "mlp": 3 * 8 * 10,
+        "experts": 2 * 6 * 3 * 8 * 4,
+        "router": 2 * 6 * 8,
+        "shared experts": 2 * 3 * 8 * 5,
+    }
+    counts = arch.parameter_counts(sparse)
+    assert counts.total - counts.active == 2 * 4 * 3 * 8 * 4
+    assert arch.parameter_counts(dense).active == arch.parameter_counts(dense).total
+    flops = arch.flops_per_token(sparse, 16, 0.5)
+    assert flops["mlp"] == 2 * 240
+    assert flops["experts"] == 2 * 2 * 2 * 96
+    assert flops["router"] == 2 * 96
+    assert flops["shared experts"] == 2 * 240
+    assert "mlp" not in by_name(small(moe=MoEConfig(experts=2, ffn_hidden_size=4)))
+    assert "active for a token" in arch.table(sparse, 16)
 
 
 def test_counts_of_other_shapes():

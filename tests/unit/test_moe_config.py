@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from oryx_megatron.config import load_model, load_run, to_yaml
-from oryx_megatron.config.moe import layers_of
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.config.validate import validate
 from oryx_megatron.errors import ConfigError
@@ -67,13 +66,6 @@ def test_an_override_changes_one_field_of_a_preset(tmp_path: Path) -> None:
     assert (run.model.moe.top_k, run.model.moe.experts) == (4, 8)
     assert load_run(tmp_path / "run.yaml", ["model.moe=null"]).model.moe is None
     assert load_model(str(tmp_path / "m.yaml")).expert_layers == 4
-
-
-def test_layers_of_pipeline_ranks() -> None:
-    """As megatron-core deals them: chunk by chunk over all ranks."""
-    assert [list(layers_of((4, 4), 1, rank)) for rank in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [list(layers_of((4, 4), 2, rank)) for rank in (0, 1)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert [list(layers_of((1, 3), 1, rank)) for rank in (0, 1)] == [[0], [1, 2, 3]]
 
 
 def test_graphs_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

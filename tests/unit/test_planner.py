@@ -22,8 +22,10 @@ from oryx_megatron.planner import (
     Work,
     activation_bytes,
     estimate,
+    expert_parameters,
     in_flight,
     layout_of,
+    memory_bytes,
     parameters_per_gpu,
     plan,
     schedule,
@@ -110,6 +112,26 @@ def test_stages_hold_the_model(name: str) -> None:
     total = sum(parameters_per_gpu(model, layout, stage) for stage in range(2)) * 2
     twice = model.vocab_size * model.hidden_size * model.tie_embeddings  # first and last stage each have the table
     assert total == pytest.approx(parameter_counts(model).total + twice)
+
+
+def test_stages_hold_the_experts() -> None:
+    """Experts are shared out over expert-parallel ranks, all else over tensor-parallel ones; optimizer state once."""
+    model = load_model("7b-a1b-gdn-moe")
+    assert model.moe is not None
+    parallel = ParallelConfig(tensor=2, pipeline=2, expert=4)
+    layout = layout_of(model, Work(4096, 64), parallel, 1, 16)
+    routers = 15 * model.moe.experts * model.hidden_size  # whole on both tensor-parallel ranks
+    dense = sum(parameters_per_gpu(model, layout, stage) for stage in range(2)) * 2 - routers
+    experts = sum(expert_parameters(model, layout, stage) for stage in range(2)) * 4
+    assert experts == 15 * 64 * 3 * 2048 * model.moe.ffn_hidden_size
+    twice = model.vocab_size * model.hidden_size
+    assert dense + experts == pytest.approx(parameter_counts(model).total + twice)
+    state = [memory_bytes(model, layout, Work(4096, 64), 1, "none", stage)["optimizer"] for stage in range(2)]
+    ranks = layout.tp * layout.dp  # of a stage; each parameter's 12 bytes are on one of them
+    assert sum(state) * ranks == pytest.approx(12 * (dense + routers + experts))
+    sent = traffic_bytes(model, layout, Work(4096, 64), 1, "none")["expert"]
+    tokens, layers = 4096 / 2 * layout.microbatches, 8
+    assert sent == 4 * 2 * model.hidden_size * model.moe.top_k * tokens * 3 / 4 * layers
 
 
 @pytest.mark.parametrize(("sequence", "batch", "measured"), [(2048, 16, 62_400), (8192, 4, 49_900), (32768, 1, 28_900)])
