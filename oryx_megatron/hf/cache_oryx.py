@@ -150,6 +150,8 @@ class OryxStaticLayer(_OfTransformers, LinearAttentionAndStaticFullAttentionLaye
 class OryxCache(Cache):
     """Keys and values, recurrent state and convolution windows of every layer, always after the same tokens.
 
+    A layer of one mode keeps what that mode reads.
+
     `max_cache_len` gives the static form: fixed addresses and room for that many tokens. `keep_kv=False` keeps no keys
     and values: constant memory, and attention can only read tokens of its own call.
     `crop` raises ValueError where a recurrent state would have to be wound back.
@@ -165,10 +167,11 @@ class OryxCache(Cache):
     ) -> None:
         keep_kv = config.keep_kv if keep_kv is None else keep_kv
         self.keep_kv = keep_kv and config.has_attention
+        kept = [keep_kv and config.modes_of(i) != "recurrent" for i in range(config.num_hidden_layers)]
         if max_cache_len is None:
-            layers = [OryxDynamicLayer(self.keep_kv) for _ in range(config.num_hidden_layers)]
+            layers = [OryxDynamicLayer(keep) for keep in kept]
         else:
-            layers = [OryxStaticLayer(max_cache_len, self.keep_kv) for _ in range(config.num_hidden_layers)]
+            layers = [OryxStaticLayer(max_cache_len, keep) for keep in kept]
         Cache.__init__(self, layers=layers, **kwargs)
 
     @staticmethod
@@ -194,6 +197,11 @@ class OryxCache(Cache):
         cache.__class__ = OryxDynamicCache if kind is DynamicCache else OryxStaticCache
         cache.__init__(config, layers[0].max_cache_len if kind is StaticCache else None)
         return cache
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Tokens that it has room for; -1 where nothing limits them. Layers without keys and values have no limit."""
+        layers = self.layers if layer_idx is None else [self.layers[layer_idx]]
+        return max((layer.get_max_length() for layer in layers), default=-1)
 
     @property
     def started(self) -> bool:

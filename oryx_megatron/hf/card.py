@@ -7,7 +7,7 @@ from typing import Any
 
 from oryx_megatron import arch
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.config.schema import BlendEntry
+from oryx_megatron.config.schema import BlendEntry, ModelConfig
 from oryx_megatron.display import code, markdown
 
 USAGE = """```python
@@ -26,10 +26,10 @@ def model_card(manifest: Manifest, folder: str) -> str:
     run = manifest.run()
     model, train = run.model, run.train
     tokens = manifest.consumed_samples * run.data.sequence_length
-    plan = {"both": "prompt:attention,new:recurrent"}.get(model.modes, model.modes)
+    plan = "prompt:attention,new:recurrent" if model.takes_plans else model.single_mode or "attention"
     rows = [
         ("recurrence", {"gdn": "Gated DeltaNet", "mamba2": "Mamba-2"}[model.mixer] if model.has_recurrence else "none"),
-        ("modes", {"both": "attention and recurrence, chosen per token"}.get(model.modes, f"{model.modes} only")),
+        ("modes", _modes(model)),
         ("parameters", f"{arch.parameter_counts(model).total:,}"),
         ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
         ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.qk_head_dim} + {model.v_head_dim} wide"),
@@ -44,16 +44,13 @@ def model_card(manifest: Manifest, folder: str) -> str:
         + (f"license: {run.license}\n" if run.license is not None else "")
         + "---",
         f"# {markdown(model.name)}",
-        "An Oryx language model (arXiv 2605.28769): one set of weights whose tokens may each be read by softmax "
-        "attention or by a linear recurrence, switching at any token."
-        if model.modes == "both"
-        else f"A baseline of the Oryx family (arXiv 2605.28769) with {model.modes} mode only.",
+        _summary(model),
         _table(("", ""), rows),
         "## Use",
         USAGE.format(folder=_python(folder), plan=plan),
         "`mode_plan` also takes `attention`, `recurrent`, `prefix:N`, `last:N`, `ratio:R`, `every:K`, runs, or "
         "a function from position to mode."
-        if model.modes == "both"
+        if model.takes_plans
         else "",
         "## Data",
         _table(("dataset", "weight"), _blend(run)),
@@ -69,6 +66,23 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _modes(model: ModelConfig) -> str:
+    if model.pattern:
+        return f"by layer, in turn: {', '.join(model.pattern)}"
+    return "attention and recurrence, chosen per token" if model.takes_plans else f"{model.modes} only"
+
+
+def _summary(model: ModelConfig) -> str:
+    if model.takes_plans:
+        return (
+            "An Oryx language model (arXiv 2605.28769): one set of weights whose tokens may each be read by softmax "
+            "attention or by a linear recurrence, switching at any token."
+        )
+    if model.single_mode is None:
+        return "A hybrid of the Oryx family (arXiv 2605.28769): each layer attends or recurs, and ignores mode plans."
+    return f"A baseline of the Oryx family (arXiv 2605.28769) with {model.single_mode} mode only."
 
 
 def _python(text: str) -> str:

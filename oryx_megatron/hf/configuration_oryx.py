@@ -32,6 +32,8 @@ class OryxConfig(PreTrainedConfig):
     Fields (H heads, G key/value heads, N key width, P value width):
         mixer: recurrence of the recurrent mode, `gdn` (Gated DeltaNet) or `mamba2` (SSD).
         modes: `both`, or `attention` / `recurrent` for a baseline without the other mode's parameters.
+        layer_modes: modes of each layer where layers differ, e.g. three `recurrent` and one `attention` in turn; null:
+            `modes` in all. A layer of one mode ignores the mode plan.
         num_attention_heads, num_key_value_heads: H and G; G divides H, null means G = H.
         head_dim, value_head_dim: N and P.
         intermediate_size: hidden width of the SwiGLU.
@@ -64,6 +66,7 @@ class OryxConfig(PreTrainedConfig):
     value_head_dim: int = 128
     mixer: str = "gdn"
     modes: str = "both"
+    layer_modes: list[str] | tuple[str, ...] | None = None
     conv_width: int = 4
     output_gate: bool = True
     qk_norm: bool = True
@@ -89,6 +92,7 @@ class OryxConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self.layer_modes = None if self.layer_modes is None else list(self.layer_modes)
         self.decay_init = list(self.decay_init)
         self.dt_init = list(self.dt_init)
         if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
@@ -104,13 +108,29 @@ class OryxConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    def modes_of(self, layer: int) -> str:
+        """Modes of a layer, counted from 0."""
+        return self.modes if self.layer_modes is None else self.layer_modes[layer]
+
+    @property
+    def kinds(self) -> set[str]:
+        """Modes of layers that occur."""
+        return {self.modes} if self.layer_modes is None else set(self.layer_modes)
+
     @property
     def has_attention(self) -> bool:
-        return self.modes != "recurrent"
+        """Whether any layer has the attention mode."""
+        return self.kinds != {"recurrent"}
 
     @property
     def has_recurrence(self) -> bool:
-        return self.modes != "attention"
+        """Whether any layer has the recurrent mode."""
+        return self.kinds != {"attention"}
+
+    @property
+    def single_mode(self) -> str | None:
+        """The mode that all layers have alone, or None."""
+        return self.modes if self.layer_modes is None and self.modes != "both" else None
 
     @property
     def default_plan(self) -> str:
@@ -165,8 +185,18 @@ class OryxConfig(PreTrainedConfig):
             )
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"OryxConfig.head_dim is {self.head_dim}; rotary embedding needs an even width")
-        if self.shared_query and self.modes != "both":
-            raise ValueError(f"OryxConfig.shared_query needs modes `both`, not `{self.modes}`")
+        if self.layer_modes is not None:
+            if self.modes != "both":
+                raise ValueError(f"OryxConfig.modes is `{self.modes}`, but layer_modes has those of each layer")
+            if len(self.layer_modes) != self.num_hidden_layers:
+                raise ValueError(
+                    f"OryxConfig.layer_modes has {len(self.layer_modes)} entries for num_hidden_layers "
+                    f"{self.num_hidden_layers}"
+                )
+            if wrong := [mode for mode in self.layer_modes if mode not in choices["modes"]]:
+                raise ValueError(f"OryxConfig.layer_modes holds {wrong[0]!r}, not one of {', '.join(choices['modes'])}")
+        if self.shared_query and "both" not in self.kinds:
+            raise ValueError(f"OryxConfig.shared_query needs modes `both`, not `{', '.join(sorted(self.kinds))}`")
 
 
 __all__ = ["OryxConfig"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from oryx_megatron.config import from_dict
+from oryx_megatron.config.pattern import pattern_of
 from oryx_megatron.config.schema import ModelConfig
-from oryx_megatron.errors import ConversionError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 
 CONFIG = {
     "mixer": "mixer",
     "modes": "modes",
+    "pattern": "layer_modes",
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -33,19 +34,19 @@ CONFIG = {
     "dt_init": "dt_init",
     "recurrence_chunk": "recurrence_chunk",
 }
-"""Field of ModelConfig → field of OryxConfig. `name` has no counterpart; it travels in the manifest."""
+"""Field of ModelConfig → field of OryxConfig. `name` has no counterpart; it travels in the manifest. `layer_modes`
+has the pattern written out layer by layer."""
 
 
 def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
     """The Hugging Face config of a model; `more` sets fields that the model config does not have."""
-    if model.pattern:
-        raise ConversionError(f"model {model.name}: models with model.pattern are not exported yet")
     fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
+    fields["layer_modes"] = list(model.layer_modes) if model.pattern else None
     return OryxConfig(**fields, **more)
 
 
 def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
-    """The model config of a Hugging Face config; G = H becomes null, as the presets write it.
+    """The model config of a Hugging Face config; G = H becomes null, and layers a pattern, as the presets write it.
 
     Raises:
         ConfigError: a field is of the wrong type.
@@ -53,4 +54,5 @@ def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
     fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG.items()}
     if fields["num_kv_heads"] == fields["num_heads"]:
         fields["num_kv_heads"] = None
+    fields["pattern"] = () if config.layer_modes is None else pattern_of(tuple(config.layer_modes))
     return from_dict(ModelConfig, {"name": name, **fields}, source="config.json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
 
 # isort: split
@@ -53,7 +55,7 @@ def open_export(source: str | Path) -> Weights:
     config = _oryx_config(source)
     kept = kept_manifest(source)
     name = kept.config["model"]["name"] if kept is not None else source.resolve().name
-    model = checked_model(source, lambda: from_hf_config(config, name))
+    model = checked_model(source, lambda: _as_written(from_hf_config(config, name), kept))
     reader = SafetensorsReader(source)
     shapes = hf_shapes(config)
     found = {name: shape for name, shape in reader.shapes().items() if not is_tied(name, config)}
@@ -85,6 +87,14 @@ def recognised(source: str | Path) -> dict[str, Any]:
     if own and fields.get("auto_map", OryxConfig().auto_map) != OryxConfig().auto_map:
         raise ConversionError(f"{path}: `auto_map` does not name the classes of an Oryx export")
     return fields
+
+
+def _as_written(model: ModelConfig, kept: Manifest | None) -> ModelConfig:
+    """The model with its pattern as the run wrote it, where that means the same layers."""
+    if kept is None or not model.pattern:
+        return model
+    other = dataclasses.replace(model, pattern=tuple(map(str, kept.config["model"].get("pattern", ()))))
+    return other if other.layer_modes == model.layer_modes else model
 
 
 def check_export(folder: Path) -> None:

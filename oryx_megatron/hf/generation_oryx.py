@@ -70,7 +70,8 @@ class OryxGenerationMixin(GenerationMixin):
 
         slots = SlotPlan(table_of, positions.device, 0 if cache is None else int(cache.get_seq_length()))
         # The last new token is never read.
-        if not keep_kv and bool(slots.table[:, prompt : prompt + new - 1].any()):
+        always = self.config.layer_modes is not None and "attention" in self.config.kinds
+        if not keep_kv and new > 1 and (always or bool(slots.table[:, prompt : prompt + new - 1].any())):
             raise ValueError(
                 "keep_kv=False with attention: the mode plan reads new tokens by attention, which needs the keys and "
                 "values of earlier ones; keep them, or use a plan like prompt:attention,new:recurrent"

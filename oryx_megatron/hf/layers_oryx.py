@@ -126,7 +126,7 @@ def eager_attention_forward(
 
 @dataclass
 class OryxContext:
-    """What all layers of one call share."""
+    """What the layers of one call that have the same modes share."""
 
     modes: TokenModes
     masks: tuple[Any, ...] = ()
@@ -142,9 +142,12 @@ class OryxContext:
 class OryxMixer(nn.Module):
     """One layer's mixer: shared keys and values, an attention query and a recurrent query."""
 
-    def __init__(self, config: OryxConfig) -> None:
+    def __init__(self, config: OryxConfig, layer_idx: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer_idx = config, layer_idx
+        modes = config.modes_of(layer_idx)
+        self.attends, self.recurs = modes != "recurrent", modes != "attention"
+        self.shared_query = config.shared_query and modes == "both"
         d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         n, p = config.head_dim, config.value_head_dim
         self.num_key_value_groups = heads // groups
@@ -156,20 +159,20 @@ class OryxMixer(nn.Module):
             return nn.Linear(d, width, bias=False)
 
         self.k_proj, self.v_proj = linear(groups * n), linear(groups * p)
-        if config.shared_query:
+        if self.shared_query:
             self.q_proj = linear(heads * n)
-        elif config.has_attention:
+        elif self.attends:
             self.q_attention_proj = linear(heads * n)
-        if config.has_recurrence and not config.shared_query:
+        if self.recurs and not self.shared_query:
             self.q_recurrent_proj = linear(heads * n)
         self.gate_proj = linear(heads * p) if config.output_gate else None
         activation = "silu" if config.mixer == "gdn" else None
         self.conv = (
             OryxShortConv(sum(self.widths), config.conv_width, activation, self.kernels) if config.conv_width else None
         )
-        if config.has_attention and config.qk_norm:
+        if self.attends and config.qk_norm:
             self.query_norm, self.key_norm = OryxRMSNorm(n, config.rms_norm_eps), OryxRMSNorm(n, config.rms_norm_eps)
-        if config.has_recurrence:
+        if self.recurs:
             self.decay_proj = linear(heads * (2 if config.mixer == "gdn" else 1))
             # fp32 in a half-precision model too: `from_config` builds it under torch's default dtype.
             exact = wide(torch.get_default_dtype())
@@ -193,12 +196,12 @@ class OryxMixer(nn.Module):
         k, v = (y.unflatten(-1, (config.num_key_value_heads, -1)) for y in kv.split(self.widths, -1))
 
         recurrent = None
-        if config.has_recurrence and (modes.recurs or layer is not None):
+        if self.recurs and (modes.recurs or layer is not None):
             state = None if layer is None else layer.recurrent
             recurrent, state = self._recur(x, k, v, state, valid, context)
         attended, weights = [], []
         k_a = v_a = None
-        if config.has_attention and (modes.runs or (layer is not None and layer.keep_kv)):
+        if self.attends and (modes.runs or (layer is not None and layer.keep_kv)):
             k_a = self.key_norm(k) if config.qk_norm else k
             if config.rotary != "none":
                 k_a = rotate(k_a, context.rotary)
@@ -221,7 +224,7 @@ class OryxMixer(nn.Module):
         return y, full
 
     def _query(self, x: Tensor, mode: str) -> Tensor:
-        project = self.q_proj if self.config.shared_query else getattr(self, f"q_{mode}_proj")
+        project = self.q_proj if self.shared_query else getattr(self, f"q_{mode}_proj")
         return project(x).unflatten(-1, (self.config.num_attention_heads, -1))
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, context: OryxContext) -> tuple[list[Tensor], list[Tensor]]:
@@ -326,9 +329,9 @@ class OryxMixer(nn.Module):
     def _untouched(self, recurred: bool, attended: bool) -> Tensor:
         """Zero, through the parameters this call left out: data-parallel trainers want a gradient for every one."""
         unused = []
-        if self.config.has_attention and not attended:
+        if self.attends and not attended:
             unused += ["q_attention_proj", "query_norm", "key_norm"]
-        if self.config.has_recurrence and not recurred:
+        if self.recurs and not recurred:
             unused += ["q_recurrent_proj", "decay_proj", "a_log", "dt_bias", "d_skip"]
         zero = self.out_proj.weight.new_zeros(())
         for name, parameter in self.named_parameters():
@@ -354,10 +357,10 @@ class OryxMLP(nn.Module):
 class OryxDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm block: mixer, then SwiGLU."""
 
-    def __init__(self, config: OryxConfig) -> None:
+    def __init__(self, config: OryxConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.input_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = OryxMixer(config)
+        self.mixer = OryxMixer(config, layer_idx)
         self.pre_mlp_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = OryxMLP(config)
 

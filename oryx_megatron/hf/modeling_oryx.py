@@ -58,8 +58,9 @@ def check_default_plan(config: OryxConfig) -> None:
     if not isinstance(plan, str):
         raise ValueError(f"OryxConfig.mode_plan is {plan!r}; a plan is one of {FORMS}")
     parse_runs(plan, 0, chunk=1, prompt=0, shorter=True)
-    if config.modes != "both" and plan not in (config.modes, f"prompt:{config.modes},new:{config.modes}"):
-        raise ValueError(f"mode plan `{plan}`: this model has {config.modes} mode only; its plan is `{config.modes}`")
+    single = config.single_mode
+    if single is not None and plan not in (single, f"prompt:{single},new:{single}"):
+        raise ValueError(f"mode plan `{plan}`: this model has {single} mode only; its plan is `{single}`")
 
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -122,7 +123,7 @@ class OryxPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OryxShortConv):
             bound = module.weight.shape[1] ** -0.5  # torch's own default for a depthwise convolution
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, OryxMixer) and config.has_recurrence:
+        elif isinstance(module, OryxMixer) and module.recurs:
             a = torch.empty_like(module.a_log, dtype=torch.float32).uniform_(*config.decay_init)
             init.copy_(module.a_log, a.log())
             low, high = torch.tensor(config.dt_init).log().tolist()
@@ -138,7 +139,7 @@ class OryxModel(OryxPreTrainedModel):
     def __init__(self, config: OryxConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([OryxDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([OryxDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.compiled = False
@@ -219,16 +220,17 @@ class OryxModel(OryxPreTrainedModel):
                     raise ValueError(why)
                 logger.warning_once(why)
         modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
-        if modes.runs and cache is not None and not cache.layers[0].keep_kv and cache.started:
+        of_layers = self._of_layers(modes, s)
+        attends, recurs = (any(values) for values in zip(*((m.runs, m.recurs) for m in of_layers.values())))
+        if attends and cache is not None and not cache.keep_kv and cache.started:
             raise ValueError(
                 "keep_kv=False: the keys and values that attention would read were dropped; use recurrent mode"
             )
-        if isinstance(s, torch.SymInt) and torch.compiler.is_exporting() and (modes.recurs or cache is not None):
+        if isinstance(s, torch.SymInt) and torch.compiler.is_exporting() and (recurs or cache is not None):
             raise ValueError(
                 "torch.export with a dynamic length: the recurrence loops over its chunks as often as the text it is "
                 "exported with needs; export one length, or use_cache=False and mode_plan='attention'"
             )
-        masks, key_counts = self._masks(modes, mask, past, slots, cache, x)
         rotary = None
         if self.config.rotary != "none":
             rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rotary_base, wide(x.dtype))
@@ -239,12 +241,22 @@ class OryxModel(OryxPreTrainedModel):
                 "use attn_implementation='eager'"
             )
             output_attentions = False
-        context = OryxContext(modes, masks, key_counts, rotary, valid, bool(output_attentions))
+        contexts = {}
+        for kind, own in of_layers.items():
+            masks, key_counts = self._masks(own, mask, past, slots, cache, x)
+            contexts[kind] = OryxContext(own, masks, key_counts, rotary, valid, bool(output_attentions))
         for i, layer in enumerate(self.layers):
-            memory = None if cache is None else cache.layers[i]
-            # One compiled block serves all layers: nothing in it depends on which layer it is.
+            memory, context = None if cache is None else cache.layers[i], contexts[self.config.modes_of(i)]
+            # One compiled block serves all layers of the same modes: nothing in it depends on which layer it is.
             x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache if use_cache else None})
+
+    def _of_layers(self, modes: TokenModes, s: int) -> dict[str, TokenModes]:
+        """Modes of the tokens by modes of a layer: one that has a single mode, beside others, ignores the plan."""
+        if self.config.layer_modes is None:
+            return {self.config.modes: modes}
+        own = {"attention": TokenModes.uniform(True, s), "recurrent": TokenModes.uniform(False, s)}
+        return {kind: own.get(kind, modes) for kind in sorted(self.config.kinds)}
 
     def _forward_packed(
         self, x: Tensor, starts: Tensor, plan: ModePlan | TokenModes | None, output_attentions: bool | None

@@ -26,6 +26,15 @@ class Rule:
     def layered(self) -> bool:
         return "{i}" in self.hf[0]
 
+    def of_layer(self, i: int) -> Rule:
+        """The same for one layer alone, which a checkpoint holds apart."""
+        own = f"{_STACK}{i}."
+        return Rule(
+            tuple(name.format(i=i) for name in self.hf),
+            tuple(name.replace(_STACK, own) for name in self.checkpoint),
+            self.rows,
+        )
+
 
 _IN_PROJ = {
     "key": "k_proj",
@@ -68,7 +77,16 @@ _LINEARS = ("self_attention.in_proj", "self_attention.out_proj", "mlp.linear_fc1
 
 
 def weight_rules(model: ModelConfig) -> tuple[Rule, ...]:
-    """All weights of this model."""
+    """All weights of this model. Where layers differ (`pattern`), checkpoints hold each one's tensors by its number."""
+    if not model.pattern:
+        return tuple(_rules(model))
+    rules = [rule for rule in _rules(model) if not rule.layered]
+    for i, modes in enumerate(model.layer_modes):
+        rules += [rule.of_layer(i) for rule in _rules(model.with_modes(modes)) if rule.layered]
+    return tuple(rules)
+
+
+def _rules(model: ModelConfig) -> list[Rule]:
     rules = [Rule((hf,), (checkpoint,)) for hf, checkpoint, present in _WHOLE if present(model)]
     rules += [
         Rule((f"{_MIXER}{_IN_PROJ[part]}.weight",), (f"{_ATTENTION}in_proj.weight.{part}",))
@@ -81,14 +99,18 @@ def weight_rules(model: ModelConfig) -> tuple[Rule, ...]:
         if parts:
             names = tuple(f"{_ATTENTION}{name}.weight.{part}" for part in parts)
             rules.append(Rule((f"{_MIXER}{name}.weight",), names, tuple(parts.values())))
-    return tuple(rules)
+    return rules
 
 
 def extra_states(model: ModelConfig) -> list[str]:
     """Names of the (empty) extra states that megatron-core expects in a checkpoint of this model."""
-    linears = [*_LINEARS, *(["self_attention.decay_proj"] if model.has_recurrence else [])]
-    names = [f"{_STACK}{linear}.{EXTRA_STATE}/shard_{i}_{model.num_layers}" for linear in linears
-             for i in range(model.num_layers)]  # fmt: skip
+    names = []
+    for i, modes in enumerate(model.layer_modes):
+        linears = [*_LINEARS, *(["self_attention.decay_proj"] if modes != "attention" else [])]
+        if model.pattern:
+            names += [f"{_STACK}{i}.{linear}.{EXTRA_STATE}/shard_0_1" for linear in linears]
+        else:
+            names += [f"{_STACK}{linear}.{EXTRA_STATE}/shard_{i}_{model.num_layers}" for linear in linears]
     return names if model.tie_embeddings else [*names, f"output_layer.{EXTRA_STATE}/shard_0_1"]
 
 

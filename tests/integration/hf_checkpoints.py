@@ -25,6 +25,8 @@ CASES = {
         "fp32",
     ),
     "attention pp2": ({"modes": "attention"}, ParallelConfig(pipeline=2), "bf16"),
+    "hybrid pp2": ({"pattern": ("recurrent*2", "recurrent", "attention")}, ParallelConfig(pipeline=2), "bf16"),
+    "mixed tp2": ({"pattern": ("both", "recurrent"), "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
     "recurrent tp2": ({"modes": "recurrent", "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
 }
 """Changes to the tiny model, layout and format of each checkpoint; all are written by two processes."""

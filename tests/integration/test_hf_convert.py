@@ -65,7 +65,7 @@ def test_both_sides_compute_the_same_and_the_round_trip_is_exact(case: str, proj
     source = project.parent / case
     done = export(source, tmp_path / "hf")
     results = verify(source, tmp_path / "hf", plans=2, length=70)
-    assert len(results) == 2 * (4 if run_of(project, case).model.modes == "both" else 1)
+    assert len(results) == 2 * (1 if run_of(project, case).model.single_mode else 4)
     back = import_(tmp_path / "hf", tmp_path / "back", run_of(project, case))
     assert_same(tensors_of(source), tensors_of(tmp_path / "back"))
     before, after = read_manifest(find_checkpoint(source)), read_manifest(find_checkpoint(tmp_path / "back"))
@@ -82,9 +82,9 @@ def test_both_sides_compute_the_same_and_the_round_trip_is_exact(case: str, proj
     assert not list(tmp_path.glob(".*"))  # nothing temporary stays
 
 
-def test_an_imported_checkpoint_loads_under_other_layouts(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["mamba2 pp2", "hybrid pp2"])
+def test_an_imported_checkpoint_loads_under_other_layouts(case: str, project: Path, tmp_path: Path) -> None:
     """And comes out of them bit for bit."""
-    case = "mamba2 pp2"
     export(project.parent / case, tmp_path / "hf")
     import_(tmp_path / "hf", tmp_path / "back")
     target = tmp_path / "iteration_0000007"
@@ -122,6 +122,10 @@ def test_config_table_holds_every_field() -> None:
         decay_init=(0.5, 8.0), dt_init=(2e-3, 0.2), recurrence_chunk=32,
     )  # fmt: skip
     assert from_hf_config(to_hf_config(model), "m") == model
+    hybrid = dataclasses.replace(model, num_layers=4, pattern=("both", "recurrent*3"))
+    config = to_hf_config(hybrid)
+    assert config.layer_modes == ["both", "recurrent", "recurrent", "recurrent"]
+    assert from_hf_config(config, "m") == hybrid
 
 
 def test_model_card_is_filled_from_the_manifest(exported: Path) -> None:
@@ -427,7 +431,7 @@ def test_the_export_generates_what_the_checkpoint_does(case: str, project: Path,
     export(project.parent / case, tmp_path / "hf")
     ways = [result.way for result in verify_generation(project.parent / case, tmp_path / "hf", new=8)]
     each = ["greedy", "greedy with a static cache", "greedy in a batch", "greedy in a batch", "3 beams"]
-    assert ways == each * (2 if run_of(project, case).model.modes == "both" else 1)
+    assert ways == each * (1 if run_of(project, case).model.single_mode else 2)
 
 
 def test_generation_that_drops_the_cache_is_seen(exported: Path, project: Path, monkeypatch) -> None:

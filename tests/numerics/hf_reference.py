@@ -63,7 +63,14 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
         return y
 
     xs = [w["model.embed_tokens.weight"][i] for i in ids.tolist()]
+    whole = attends
     for layer in range(config.num_hidden_layers):
+        kind = config.modes_of(layer)
+        if config.layer_modes is not None and kind != "both":  # it ignores the plan
+            attends = [kind == "attention"] * len(whole)
+        else:
+            attends = whole
+        shared = config.shared_query and kind == "both"
         at = f"model.layers.{layer}.mixer."
         keys, values, inputs = [], [], []
         state = torch.zeros(heads, n, p, dtype=torch.float64)
@@ -80,8 +87,8 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
                 kv = F.silu(kv) if config.mixer == "gdn" else kv
             k, v = kv[: groups * n].view(groups, n), kv[groups * n :].view(groups, p)
             of = [head // (heads // groups) for head in range(heads)]
-            if config.has_recurrence:
-                name = "q_proj" if config.shared_query else "q_recurrent_proj"
+            if kind != "attention":
+                name = "q_proj" if shared else "q_recurrent_proj"
                 q = (w[at + f"{name}.weight"] @ h).view(heads, n)
                 k_r = rope(k, t) if config.rotary == "both" else k
                 q = rope(q, t) if config.rotary == "both" else q
@@ -102,12 +109,12 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
                         state[head] = (-rate * step).exp() * kept @ state[head] + beta * torch.outer(key, value)
                         outs.append(state[head].T @ query)
                 o = torch.stack(outs)
-            if config.has_attention:
+            if kind != "recurrent":
                 k_a = norm(k, at + "key_norm.weight") if config.qk_norm else k
                 keys.append(k_a if config.rotary == "none" else rope(k_a, t))
                 values.append(v)
                 if attends[t]:
-                    name = "q_proj" if config.shared_query else "q_attention_proj"
+                    name = "q_proj" if shared else "q_attention_proj"
                     q = (w[at + f"{name}.weight"] @ h).view(heads, n)
                     q = norm(q, at + "query_norm.weight") if config.qk_norm else q
                     q = q if config.rotary == "none" else rope(q, t)
