@@ -168,7 +168,8 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     lines = [
         f"{model.name} on {_count(cluster.gpus, 'GPU')} of {cluster.memory_gib:g} GiB: {_count(len(found), 'layout')} "
         f"fit, {1 - USABLE:.0%} left to the allocator",
-        f"{work.batch} × {work.sequence} tokens per step, {work.attention_share:.0%} in attention mode",
+        f"{work.batch} × {work.sequence} tokens per step, "
+        + ("any mode plan" if model.ignores_plans else f"{work.attention_share:.0%} in attention mode"),
         "",
         f"{'layout':<26}{'micro':>5}{'m':>5} {'recompute':<9}{'GiB':>6}{'step s':>8}{'tokens/s':>12}{'bubble':>7}",
     ]

@@ -24,11 +24,13 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
-from oryx_megatron.modes import parse_plan
+from oryx_megatron.modes import Mode, parse_plan
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.optimizer import build_optimizer, wrap
+from oryx_megatron.train.step import Microbatch, OryxProgram
+from oryx_megatron.warmup import share_of
 
 FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
@@ -44,13 +46,56 @@ def chunk(model: ModelConfig, dtype: str = "fp32", **overrides) -> torch.nn.Modu
     return build_chunk(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype=dtype), **overrides))
 
 
-@pytest.mark.parametrize("changes", [{"mixer": "gdn"}, {"mixer": "mamba2"}, {"shared_query": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"mixer": "gdn"}, {"mixer": "mamba2"}, {"shared_query": True}, {"pattern": ("recurrent*3", "attention")}],
+    ids=str,
+)
 def test_fused_blocks_save_under_the_names_of_the_others(changes: dict) -> None:
     model = dataclasses.replace(load_model("tiny-gdn"), **changes)
     plain, fast = (chunk(model, **extra).sharded_state_dict(metadata={}) for extra in ({}, FUSED))
     assert {part.key for part in fast.values()} >= {"embedding.word_embeddings.weight"}
     parts = [{s.key for entry in state.values() for s in _tensors(entry)} for state in (plain, fast)]
     assert parts[0] == parts[1]
+
+
+def _batch(spec: str, length: int = 512) -> Microbatch:
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    return Microbatch(tokens, tokens, torch.ones(1, length), parse_plan(spec, length, chunk=128))
+
+
+def test_a_hybrid_has_one_graph_whatever_the_plan() -> None:
+    """No layer reads the plan: rows lie in the order of tokens, and all that is computed is computed at once."""
+    plans = ("attention", "recurrent", "ratio:0.5", "prefix:128")
+    oryx, hybrid = (OryxProgram(load_model(name)) for name in ("tiny-gdn", "tiny-gdn-hybrid"))
+    assert len({oryx.shape(_batch(plan)) for plan in plans}) == 4
+    assert len({hybrid.shape(_batch(plan)) for plan in plans}) == 1
+    assert len({hybrid.parts(_batch(plan)) for plan in plans}) == 1
+    built = chunk(load_model("tiny-gdn-hybrid"), **FUSED)
+    assert hybrid.place(_batch("ratio:0.5"), built).info.layout.ordered
+
+
+def test_layers_of_one_mode_see_what_a_replay_brings() -> None:
+    """Their tables are those of the microbatch, which `refill` overwrites in place."""
+    model = dataclasses.replace(load_model("tiny-gdn"), pattern=("both", "attention", "recurrent", "both"))
+    program, built = OryxProgram(model), chunk(model, **FUSED)
+    first, second = _batch("runs:a0-256,r256-512"), _batch("runs:r0-256,a256-512")
+    assert program.shape(first) == program.shape(second)
+    placed = program.place(first, built)
+    views = [placed.info.in_mode(mode).layout for mode in Mode]
+    program.refill(placed, second)
+    want = TokenLayout.of(second.plan, device=platform.device())
+    for view, mode in zip(views, Mode, strict=True):
+        assert view.attention == (mode is Mode.ATTENTION) * 512
+        assert torch.equal(view.tokens, want.tokens)
+        assert torch.equal(view.rows, want.rows)
+        assert torch.equal(view.in_order.tokens, torch.arange(512))
+
+
+def test_one_layer_of_each_kind_is_warmed_up() -> None:
+    run = tiny_run(model__pattern=("recurrent*3", "attention"))
+    assert share_of(run).model.layer_modes == ("attention", "recurrent")
+    assert share_of(tiny_run()).model.layer_modes == ("both",)
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
