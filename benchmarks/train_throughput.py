@@ -237,7 +237,7 @@ def build(which: str, sequence: int, batch: int, precision: PrecisionConfig, ker
 def model_flops(case: str, sequence: int, shares: list[float]) -> float:
     """FLOPs per token of a training step, the mean over a case's plans."""
     name, _, _ = case.partition("/")
-    if name in ("gdn", "mamba2"):
+    if name.startswith(("gdn", "mamba2")):
         model = load_model(f"1.4b-{name}")
         return sum(arch.training_flops_per_token(model, sequence, share) for share in shares) / len(shares)
     model = load_model("1.4b-transformer")
@@ -376,7 +376,7 @@ def main() -> None:
         action="append",
         metavar="WORD",
         help="SHAPE PRECISION CASE …: as 2048x16; bf16, delayed, tensorwise or blockwise; gpt, mamba, hybrid, "
-        "gdn/PLAN, mamba2/PLAN",
+        "gdn/PLAN, mamba2/PLAN, and gdn-hybrid/attention, mamba2-hybrid/attention, which ignore the plan",
     )
     parser.add_argument("--graphs", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="launched, replayed")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case")
