@@ -37,6 +37,9 @@ class OryxConfig(PreTrainedConfig):
         num_attention_heads, num_key_value_heads: H and G; G divides H, null means G = H.
         head_dim, value_head_dim: N and P.
         intermediate_size: hidden width of the SwiGLU.
+        moe: experts in the place of the SwiGLU, null for none: `experts` of width `ffn_hidden_size`, `top_k` of which a
+            token goes to by its `score` (softmax or sigmoid), with a `bias` of the choice or not; a SwiGLU of
+            `shared_ffn_hidden_size` for all (0: none); in every `frequency`-th layer after the `first_dense` ones.
         conv_width: taps of the causal convolutions over keys and values; 0 for none.
         output_gate: gate the normalised mixer output by SiLU(W_g x).
         qk_norm: RMSNorm per head on the attention query and on the key that attention reads.
@@ -67,6 +70,7 @@ class OryxConfig(PreTrainedConfig):
     mixer: str = "gdn"
     modes: str = "both"
     layer_modes: list[str] | tuple[str, ...] | None = None
+    moe: dict | None = None
     conv_width: int = 4
     output_gate: bool = True
     qk_norm: bool = True
@@ -107,6 +111,12 @@ class OryxConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
         self.check()
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        if self.moe is None or layer < self.moe["first_dense"]:
+            return False
+        return (layer - self.moe["first_dense"]) % self.moe["frequency"] == 0
 
     def modes_of(self, layer: int) -> str:
         """Modes of a layer, counted from 0."""
@@ -150,8 +160,26 @@ class OryxConfig(PreTrainedConfig):
         names = ("a_log", "dt_bias", "d_skip") if self.mixer == "mamba2" else ("a_log", "dt_bias")
         return names if self.has_recurrence else ()
 
+    def _check_experts(self) -> None:
+        at_least = dict.fromkeys(("experts", "top_k", "ffn_hidden_size", "frequency"), 1)
+        at_least |= {"first_dense": 0, "shared_ffn_hidden_size": 0}
+        moe = self.moe
+        if set(moe) != {*at_least, "score", "bias"}:
+            raise ValueError(
+                f"OryxConfig.moe has the fields {', '.join(moe)}; it needs {', '.join(at_least)}, score, bias"
+            )
+        for name, least in at_least.items():
+            if type(moe[name]) is not int or moe[name] < least:
+                raise ValueError(f"OryxConfig.moe.{name} is {moe[name]!r}, not a whole number of at least {least}")
+        if moe["top_k"] > moe["experts"]:
+            raise ValueError(f"OryxConfig.moe.top_k {moe['top_k']} is more than moe.experts {moe['experts']}")
+        if moe["score"] not in ("softmax", "sigmoid") or type(moe["bias"]) is not bool:
+            raise ValueError(f"OryxConfig.moe: score {moe['score']!r} or bias {moe['bias']!r} is not one that there is")
+
     def check(self) -> None:
         """Raise ValueError with the field at fault."""
+        if self.moe is not None:
+            self._check_experts()
         choices = {
             "mixer": ("gdn", "mamba2"),
             "modes": ("both", "attention", "recurrent"),

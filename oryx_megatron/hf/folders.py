@@ -22,7 +22,7 @@ from oryx_megatron.config import check_model
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.fields import from_hf_config
+from oryx_megatron.hf.fields import from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.tables import check_names
 from oryx_megatron.hf.tensors import SafetensorsReader, Shape
@@ -90,8 +90,13 @@ def recognised(source: str | Path) -> dict[str, Any]:
 
 
 def _as_written(model: ModelConfig, kept: Manifest | None) -> ModelConfig:
-    """The model with its pattern as the run wrote it, where that means the same layers."""
-    if kept is None or not model.pattern:
+    """The model with its pattern and its experts as the run wrote them, where that means the same layers."""
+    if kept is None:
+        return model
+    written = kept.run().model
+    if model.moe is not None and written.moe is not None and to_hf_config(written).moe == to_hf_config(model).moe:
+        model = dataclasses.replace(model, moe=written.moe)
+    if not model.pattern:
         return model
     other = dataclasses.replace(model, pattern=tuple(map(str, kept.config["model"].get("pattern", ()))))
     return other if other.layer_modes == model.layer_modes else model

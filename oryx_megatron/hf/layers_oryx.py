@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_oryx import OryxConfig
+from .experts_oryx import OryxMoE
 from .modes_oryx import TokenModes
 from .recurrences_oryx import delta_gates, gated_delta_rule, ssd, ssd_gates, unit, wide, with_skip
 from .states_oryx import TwoStates
@@ -343,26 +344,34 @@ class OryxMixer(nn.Module):
 class OryxMLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: OryxConfig) -> None:
+    def __init__(self, config: OryxConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.down_proj.residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _mlp(config: OryxConfig, layer: int) -> nn.Module:
+    """What a layer, counted from 0, has behind its mixer."""
+    if not config.has_experts(layer):
+        return OryxMLP(config, config.intermediate_size)
+    width = config.moe["shared_ffn_hidden_size"]
+    return OryxMoE(config, OryxMLP(config, width) if width else None)
+
+
 class OryxDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: mixer, then SwiGLU."""
+    """Pre-norm block: mixer, then SwiGLU or experts."""
 
     def __init__(self, config: OryxConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.input_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = OryxMixer(config, layer_idx)
         self.pre_mlp_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = OryxMLP(config)
+        self.mlp = _mlp(config, layer_idx)
 
     def forward(self, x: Tensor, context: OryxContext, layer: TwoStates | None = None) -> Tensor:
         return self.block(x, context, layer)

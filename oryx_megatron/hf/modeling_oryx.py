@@ -35,6 +35,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_oryx import OryxCache
+from .experts_oryx import OryxExpertRouter, OryxExperts
 from .generation_oryx import CACHE, OryxDecoder, OryxGenerationMixin, one_cache
 from .layers_oryx import (
     OryxContext,
@@ -108,7 +109,7 @@ class OryxPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._keep_in_fp32_modules_strict = set(config.fp32_parameters)
+        self._keep_in_fp32_modules_strict = {*config.fp32_parameters, "expert_bias"}
         check_default_plan(config)
 
     @torch.no_grad()
@@ -120,6 +121,13 @@ class OryxPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, 0.0, std / (2 * config.num_hidden_layers) ** 0.5 if small else std)
         elif isinstance(module, OryxRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, OryxExpertRouter):
+            init.normal_(module.weight, 0.0, std)
+            if module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
+        elif isinstance(module, OryxExperts):
+            init.normal_(module.gate_up_proj, 0.0, std)
+            init.normal_(module.down_proj, 0.0, std / (2 * config.num_hidden_layers) ** 0.5)
         elif isinstance(module, OryxShortConv):
             bound = module.weight.shape[1] ** -0.5  # torch's own default for a depthwise convolution
             init.uniform_(module.weight, -bound, bound)

@@ -54,7 +54,6 @@ _WHOLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
     ("lm_head.weight", "output_layer.weight", lambda m: not m.tie_embeddings),
     (_LAYER + "input_layernorm.weight", _STACK + "input_layernorm.weight", lambda m: True),
     (_LAYER + "pre_mlp_layernorm.weight", _STACK + "pre_mlp_layernorm.weight", lambda m: True),
-    (_LAYER + "mlp.down_proj.weight", _STACK + "mlp.linear_fc2.weight", lambda m: True),
     (_MIXER + "out_proj.weight", _ATTENTION + "out_proj.weight", lambda m: True),
     (_MIXER + "out_norm.weight", _ATTENTION + "out_norm.weight", lambda m: True),
     (_MIXER + "query_norm.weight", _ATTENTION + "query_norm.weight", lambda m: m.has_attention and m.qk_norm),
@@ -65,7 +64,7 @@ _WHOLE: tuple[tuple[str, str, Callable[[ModelConfig], bool]], ...] = (
 )
 """Tensors that are the same on both sides: Hugging Face name, checkpoint name, whether a model has it."""
 
-FP32 = ("a_log", "dt_bias", "d_skip")
+FP32 = ("a_log", "dt_bias", "d_skip", "expert_bias")
 """Last part of the names of tensors that stay fp32 in every export."""
 CHECKPOINT_FP32 = tuple(name.split(".")[-1] for hf, name, _ in _WHOLE if hf.split(".")[-1] in FP32)
 """The same in checkpoints."""
@@ -73,28 +72,59 @@ CHECKPOINT_FP32 = tuple(name.split(".")[-1] for hf, name, _ in _WHOLE if hf.spli
 EXTRA_STATE = "_extra_state"
 """Objects that megatron-core's linear layers put into checkpoints for FP8: scaling state, no weights."""
 
-_LINEARS = ("self_attention.in_proj", "self_attention.out_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LINEARS = ("self_attention.in_proj", "self_attention.out_proj")
 
 
 def weight_rules(model: ModelConfig) -> tuple[Rule, ...]:
-    """All weights of this model. Where layers differ (`pattern`), checkpoints hold each one's tensors by its number."""
-    if not model.pattern:
-        return tuple(_rules(model))
-    rules = [rule for rule in _rules(model) if not rule.layered]
+    """All weights of this model. Where layers differ, checkpoints hold each one's tensors by its number."""
+    if not layers_differ(model):
+        return tuple(_rules(model, experts=model.moe is not None))
+    rules = [rule for rule in _rules(model, experts=False) if not rule.layered]
     for i, modes in enumerate(model.layer_modes):
-        rules += [rule.of_layer(i) for rule in _rules(model.with_modes(modes)) if rule.layered]
+        own, experts = model.with_modes(modes) if model.pattern else model, _has_experts(model, i)
+        rules += [rule.of_layer(i) for rule in _rules(own, experts=experts) if rule.layered]
     return tuple(rules)
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def layers_differ(model: ModelConfig) -> bool:
+    """Whether a checkpoint of this model holds the tensors of each layer by its number, instead of stacked."""
+    return bool(model.pattern) or model.expert_layers not in (0, model.num_layers)
+
+
+def _has_experts(model: ModelConfig, layer: int) -> bool:
+    return model.moe is not None and model.moe.in_layer(layer)
+
+
+def _swiglu(hf: str, checkpoint: str) -> list[Rule]:
+    return [
+        Rule((f"{hf}gate_proj.weight", f"{hf}up_proj.weight"), (f"{checkpoint}linear_fc1.weight",)),
+        Rule((f"{hf}down_proj.weight",), (f"{checkpoint}linear_fc2.weight",)),
+    ]
+
+
+def _mlp_rules(model: ModelConfig, *, experts: bool) -> list[Rule]:
+    hf, checkpoint, moe = _LAYER + "mlp.", _STACK + "mlp.", model.moe
+    if not experts or moe is None:
+        return _swiglu(hf, checkpoint)
+    rules = [
+        Rule((f"{hf}router.weight",), (f"{checkpoint}router.weight",)),
+        Rule((f"{hf}experts.gate_up_proj",), (f"{checkpoint}experts.experts.linear_fc1.weight",)),
+        Rule((f"{hf}experts.down_proj",), (f"{checkpoint}experts.experts.linear_fc2.weight",)),
+    ]
+    if moe.bias_update_rate:
+        rules.append(Rule((f"{hf}router.expert_bias",), (f"{checkpoint}router.expert_bias",)))
+    if moe.shared_ffn_hidden_size:
+        rules += _swiglu(f"{hf}shared_experts.", f"{checkpoint}shared_experts.")
+    return rules
+
+
+def _rules(model: ModelConfig, *, experts: bool) -> list[Rule]:
     rules = [Rule((hf,), (checkpoint,)) for hf, checkpoint, present in _WHOLE if present(model)]
     rules += [
         Rule((f"{_MIXER}{_IN_PROJ[part]}.weight",), (f"{_ATTENTION}in_proj.weight.{part}",))
         for part in in_proj_parts(model)
     ]
-    rules.append(
-        Rule((_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"), (_STACK + "mlp.linear_fc1.weight",))
-    )
+    rules += _mlp_rules(model, experts=experts)
     for name, parts in (("conv", conv_parts(model)), ("decay_proj", decay_proj_parts(model))):
         if parts:
             names = tuple(f"{_ATTENTION}{name}.weight.{part}" for part in parts)
@@ -107,10 +137,23 @@ def extra_states(model: ModelConfig) -> list[str]:
     names = []
     for i, modes in enumerate(model.layer_modes):
         linears = [*_LINEARS, *(["self_attention.decay_proj"] if modes != "attention" else [])]
-        if model.pattern:
-            names += [f"{_STACK}{i}.{linear}.{EXTRA_STATE}/shard_0_1" for linear in linears]
-        else:
-            names += [f"{_STACK}{linear}.{EXTRA_STATE}/shard_{i}_{model.num_layers}" for linear in linears]
+        experts = _has_experts(model, i)
+        kinds = ["mlp."] if not experts else []
+        if experts and model.moe is not None and model.moe.shared_ffn_hidden_size:
+            kinds.append("mlp.shared_experts.")
+        linears += [f"{kind}linear_{fc}" for kind in kinds for fc in ("fc1", "fc2")]
+        apart = layers_differ(model)
+        stack = f"{_STACK}{i}." if apart else _STACK
+        names += [
+            f"{stack}{linear}.{EXTRA_STATE}/shard_{'0_1' if apart else f'{i}_{model.num_layers}'}" for linear in linears
+        ]
+        count = model.moe.experts if experts and model.moe is not None else 0
+        places = [f"{e}_{count}" if apart else f"{i}.{e}_{model.num_layers}.{count}" for e in range(count)]
+        names += [
+            f"{stack}mlp.experts.experts.linear_{fc}.{EXTRA_STATE}/shard_{place}"
+            for fc in ("fc1", "fc2")
+            for place in places
+        ]
     return names if model.tie_embeddings else [*names, f"output_layer.{EXTRA_STATE}/shard_0_1"]
 
 

@@ -4,6 +4,7 @@ what the export generates, token by token, against the checkpoint's logits of th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -194,7 +195,12 @@ def _generated(
 def _trained(
     source: Path, folder: str | Path, model: ModelConfig, dtype: str
 ) -> Iterator[Callable[[Tensor, ModePlan], Tensor]]:
-    """Logits of tokens [b, s] under a plan by the checkpoint, its weights rounded as the folder's are."""
+    """Logits of tokens [b, s] under a plan by the checkpoint, its weights rounded as the folder's are.
+
+    Experts take all tokens that come to them, as those of an export do.
+    """
+    if model.moe is not None:
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, capacity_factor=None))
     layout = ParallelConfig(sequence=False)
     parallel.initialize(layout, seed=0)
     try:

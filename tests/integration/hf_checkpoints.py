@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.data.tokenizer import load_tokenizer
 
 CASES = {
@@ -27,6 +27,16 @@ CASES = {
     "attention pp2": ({"modes": "attention"}, ParallelConfig(pipeline=2), "bf16"),
     "hybrid pp2": ({"pattern": ("recurrent*2", "recurrent", "attention")}, ParallelConfig(pipeline=2), "bf16"),
     "mixed tp2": ({"pattern": ("both", "recurrent"), "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
+    "experts ep2": (
+        {"moe": MoEConfig(experts=6, top_k=3, ffn_hidden_size=24, score="sigmoid", bias_update_rate=0.1)},
+        ParallelConfig(expert=2),
+        "fp32",
+    ),
+    "experts pp2": (
+        {"moe": MoEConfig(experts=4, ffn_hidden_size=16, shared_ffn_hidden_size=8, first_dense=1, capacity_factor=1.2)},
+        ParallelConfig(pipeline=2),
+        "bf16",
+    ),
     "recurrent tp2": ({"modes": "recurrent", "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
 }
 """Changes to the tiny model, layout and format of each checkpoint; all are written by two processes."""
@@ -103,6 +113,9 @@ def write_all(config: Path) -> None:
                         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
                     elif parameter.dim() > 1:
                         parameter.mul_(8.0)
+                for name, bias in chunk.named_buffers():
+                    if name.endswith("expert_bias"):
+                        bias.copy_(torch.linspace(-0.3, 0.4, len(bias)))
         _save(run, chunks, Path(run.output_dir) / "checkpoints" / "iteration_0000007")
         parallel_state.destroy_model_parallel()
 

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.checkpoint.manifest import write_manifest as write_checkpoint_manifest
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import BlendEntry, DataStage, InitFromConfig, ModelConfig, ParallelConfig
+from oryx_megatron.config.schema import BlendEntry, DataStage, InitFromConfig, ModelConfig, MoEConfig, ParallelConfig
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export, import_, import_llama
-from oryx_megatron.hf.fields import CONFIG, from_hf_config, to_hf_config
+from oryx_megatron.hf.fields import BIAS_UPDATE_RATE, CONFIG, EXPERTS, from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.portable import portable
 from oryx_megatron.hf.tensors import CheckpointReader
@@ -82,7 +82,7 @@ def test_both_sides_compute_the_same_and_the_round_trip_is_exact(case: str, proj
     assert not list(tmp_path.glob(".*"))  # nothing temporary stays
 
 
-@pytest.mark.parametrize("case", ["mamba2 pp2", "hybrid pp2"])
+@pytest.mark.parametrize("case", ["mamba2 pp2", "hybrid pp2", "experts ep2", "experts pp2"])
 def test_an_imported_checkpoint_loads_under_other_layouts(case: str, project: Path, tmp_path: Path) -> None:
     """And comes out of them bit for bit."""
     export(project.parent / case, tmp_path / "hf")
@@ -126,6 +126,12 @@ def test_config_table_holds_every_field() -> None:
     config = to_hf_config(hybrid)
     assert config.layer_modes == ["both", "recurrent", "recurrent", "recurrent"]
     assert from_hf_config(config, "m") == hybrid
+    moe = MoEConfig(
+        experts=6, top_k=3, ffn_hidden_size=20, shared_ffn_hidden_size=12, first_dense=1, frequency=2, score="sigmoid",
+        bias_update_rate=BIAS_UPDATE_RATE,
+    )  # fmt: skip
+    assert set(EXPERTS) <= {field.name for field in dataclasses.fields(MoEConfig)}
+    assert from_hf_config(to_hf_config(dataclasses.replace(model, moe=moe)), "m").moe == moe
 
 
 def test_model_card_is_filled_from_the_manifest(exported: Path) -> None:
