@@ -30,7 +30,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
     rows = [
         ("recurrence", {"gdn": "Gated DeltaNet", "mamba2": "Mamba-2"}[model.mixer] if model.has_recurrence else "none"),
         ("modes", _modes(model)),
-        ("parameters", f"{arch.parameter_counts(model).total:,}"),
+        ("parameters", _parameters(model)),
         ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
         ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.qk_head_dim} + {model.v_head_dim} wide"),
         ("vocabulary", f"{model.vocab_size:,} ({markdown(manifest.tokenizer['name'])})"),
@@ -66,6 +66,11 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _parameters(model: ModelConfig) -> str:
+    counts = arch.parameter_counts(model)
+    return f"{counts.total:,}" + (f", {counts.active:,} active for a token" if model.moe is not None else "")
 
 
 def _modes(model: ModelConfig) -> str:
