@@ -21,6 +21,7 @@ prepare() {
         end=$(date --date="$end" +%s) || end=
     fi
     if [[ -n $end ]]; then export ORYX_TIME_LIMIT_AT=$end; fi
+    export ORYX_REQUEUE_MARKER=$RUN_FOLDER/requeue
 }
 
 # set_step TASKS_PER_NODE ARGUMENTS...: sets `step` to the srun that runs node.sh with these arguments on all nodes.
@@ -36,20 +37,21 @@ set_step() {
     )
 }
 
-# Back into the queue, unless someone cancelled the job: Slurm then no longer calls it running.
+# Back into the queue, unless someone cancelled the job: Slurm then no longer calls it running. Of an array, this task.
 requeue() {
-    local state
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) || state=unknown
+    local state job=$SLURM_JOB_ID
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    state=$(squeue --noheader --jobs="$job" --format=%T) || state=unknown
     if [[ $state != RUNNING ]]; then
-        echo "job $SLURM_JOB_ID is $state: not requeued" >&2
+        echo "job $job is $state: not requeued" >&2
         return 1
     fi
     if ((${SLURM_RESTART_COUNT:-0} >= ORYX_REQUEUES)); then
-        echo "job $SLURM_JOB_ID was requeued $ORYX_REQUEUES times (max_requeues): submit it again to resume" >&2
+        echo "job $job was requeued $ORYX_REQUEUES times (max_requeues): submit it again to resume" >&2
         return 1
     fi
-    echo "requeue job $SLURM_JOB_ID" >&2
-    scontrol requeue "$SLURM_JOB_ID" # ends this script, now or soon
+    echo "requeue job $job" >&2
+    scontrol requeue "$job" # ends this script, now or soon
 }
 
 # pretrain RUN.yaml [key=value...]: check the nodes, train, go back into the queue when stopped with steps left.
@@ -92,4 +94,15 @@ tool() {
     prepare
     set_step 1 --single "$REPOSITORY/tools/$1.py" "${@:2}"
     exec "${step[@]}"
+}
+
+# shard N ARGUMENTS...: the task's part of N of preprocess_data. One that fails, but not by an error of the user's, which
+# it would make again, goes back into the queue; the others go their way.
+shard() {
+    local status=0
+    prepare
+    set_step 1 --single "$REPOSITORY/tools/preprocess_data.py" "${@:2}" --shard "$SLURM_ARRAY_TASK_ID/$1"
+    "${step[@]}" || status=$?
+    if ((status != 0 && status != 2)); then requeue || true; fi
+    exit "$status"
 }

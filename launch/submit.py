@@ -9,7 +9,12 @@ Examples:
         --shards 16 --evaluate "perplexity --plans attention recurrent" \\
         --convert=--verify
 
-Scripts and logs go to OUTPUT_DIR/slurm. The job puts itself back into the queue
+    python launch/submit.py preprocess --cluster PROFILE --shards 16 \\
+        --input corpus/ --tokenizer tokenizers/mine --output data/pretrain
+
+`preprocess` submits the preprocessing alone: an array of shards and their merge.
+Submitted again, it runs the shards that are missing. Scripts and logs go to
+OUTPUT_DIR/slurm, those of `preprocess` to OUTPUT.slurm. The job puts itself back into the queue
 when it is preempted or nears its time limit, and resumes from the checkpoint.
 """
 
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -36,10 +42,13 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import replacing
-from oryx_megatron.errors import ConfigError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.paths import expand_arguments, is_url
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RETRIES = 2
+"""How often a shard that failed is tried again by itself."""
+_ONE_THREAD = "export OMP_NUM_THREADS=1"
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class Job:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, and print or submit."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["preprocess"]:
+        return _preprocess(argv[1:])
     a = _parser().parse_intermixed_args(argv)
     expand_arguments(a, "config", "--cluster")
     profile = load_profile(a.cluster, nodes=a.nodes, time_limit=a.time_limit)
@@ -77,8 +89,57 @@ def main(argv: list[str] | None = None) -> int:
     if a.print:
         sys.stdout.write("\n".join(_described(job) for job in jobs))
     else:
-        submit(jobs, Path(run.output_dir).absolute() / "slurm", a.after)
+        submit(jobs, folder_of(run) / "slurm", a.after)
     return 0
+
+
+def _preprocess(argv: list[str]) -> int:
+    """`submit.py preprocess`: the shards that are missing, and their merge."""
+    a, arguments = _preprocess_parser().parse_known_args(argv)
+    expand_arguments(a, "--cluster")
+    profile = load_profile(a.cluster, nodes=1, time_limit=a.time_limit)
+    parsed = importlib.import_module("oryx_megatron.tools.preprocess_data").parse_args(arguments)
+    if is_url(parsed.output):
+        raise ConfigError(f"--output: {parsed.output}: datasets are made on this machine's file systems; copy it after")
+    prefix = Path(parsed.output).absolute()
+    if not parsed.overwrite and (prefix.parent / f"{prefix.name}.idx").exists():
+        raise ConfigError(f"--output: dataset {prefix} exists already; choose another name or pass --overwrite")
+    missing = missing_shards(prefix, a.shards, anew=parsed.overwrite or parsed.restart)
+    folder = prefix.with_name(f"{prefix.name}.slurm")
+    _check_lines([*argv, str(folder)])
+    make = _Scripts(profile, folder, logs=folder, name=prefix.name)
+    jobs = make.preprocess(arguments, a.shards, missing)
+    there = a.shards - len(missing)
+    if there and not a.print:
+        sys.stdout.write(f"{there} of {a.shards} shards are there already\n")
+    if a.print:
+        sys.stdout.write("\n".join(_described(job) for job in jobs))
+    else:
+        submit(jobs, folder, a.after)
+    return 0
+
+
+def missing_shards(prefix: Path, shards: int, *, anew: bool) -> list[int]:
+    """Numbers, from 1, of the shards of a dataset that are not whole on disk; `anew`: all of them."""
+    from oryx_megatron.data.indexed import open_dataset
+    from oryx_megatron.data.preprocess import shard_prefix
+
+    missing = []
+    for number in range(1, shards + 1):
+        try:
+            manifest = open_dataset(shard_prefix(prefix, (number, shards)), content=False).manifest or {}
+        except DataError:
+            manifest = {}
+        if anew or manifest.get("shard") != [number, shards]:
+            missing.append(number)
+    return missing
+
+
+def folder_of(run: RunConfig) -> Path:
+    """Where scripts and logs of a run go: output_dir, or runs/NAME for one on object storage."""
+    if is_url(run.output_dir):
+        return Path("runs", run.output_dir.rstrip("/").rpartition("/")[2]).absolute()
+    return Path(run.output_dir).absolute()
 
 
 def make_jobs(
@@ -105,13 +166,11 @@ def make_jobs(
     Raises:
         ConfigError: a path or an argument cannot stand in a batch script, or an argument is missing.
     """
-    folder = Path(run.output_dir).absolute()
-    for text in (*arguments, str(folder), str(Path.cwd()), str(REPOSITORY), preprocess or "", convert or "", *evaluate):
-        if not one_line(text):
-            raise ConfigError(f"{text!r} holds a line break or a control character, which a batch script cannot hold")
+    folder = folder_of(run)
+    _check_lines([*arguments, str(folder), run.output_dir, preprocess or "", convert or "", *evaluate])
     if "\\" in str(folder):
         raise ConfigError(f"output_dir: {folder}: Slurm gives a backslash in the path of a log a meaning of its own")
-    make = _Scripts(profile, folder)
+    make = _Scripts(profile, folder, run=run.output_dir if is_url(run.output_dir) else None)
     jobs: list[Job] = []
     before: tuple[str, ...] = ()
     if preprocess is not None:
@@ -130,11 +189,34 @@ def make_jobs(
     return jobs
 
 
-class _Scripts:
-    """Writes the text of batch scripts."""
+def _check_lines(texts: Sequence[str]) -> None:
+    for text in (*texts, str(Path.cwd()), str(REPOSITORY)):
+        if not one_line(text):
+            raise ConfigError(f"{text!r} holds a line break or a control character, which a batch script cannot hold")
 
-    def __init__(self, profile: Profile, folder: Path) -> None:
+
+class _Scripts:
+    """Writes the text of batch scripts.
+
+    Args:
+        profile: Of the cluster.
+        folder: Of the run, on a file system that all nodes see.
+        logs: Folder of the logs; None: slurm/ in `folder`.
+        name: Of the jobs; None: the folder's.
+        run: What evaluation and conversion read; None: `folder`.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        folder: Path,
+        *,
+        logs: Path | None = None,
+        name: str | None = None,
+        run: str | None = None,
+    ) -> None:
         self.profile, self.folder = profile, folder
+        self.logs, self.name, self.run = logs or folder / "slurm", name or folder.name, run or str(folder)
 
     def pretrain(self, arguments: tuple[str, ...], before: tuple[str, ...]) -> Job:
         profile = self.profile
@@ -150,8 +232,8 @@ class _Scripts:
         body = [f"HEALTH=({_words(health)})", f"{_words(['pretrain', *arguments])}"]
         return Job("pretrain", self._script("pretrain", side, options, body), before)
 
-    def preprocess(self, arguments: list[str], shards: int) -> list[Job]:
-        """The shards as an array, and the merge of several."""
+    def preprocess(self, arguments: list[str], shards: int, missing: Sequence[int] | None = None) -> list[Job]:
+        """The shards as an array, and the merge of several; `missing`: those to make, None: all."""
         if shards < 1:
             raise ConfigError(f"--shards: {shards} should be at least 1")
         known, _ = _options("output").parse_known_args(arguments)
@@ -162,22 +244,28 @@ class _Scripts:
         side = self.profile.jobs.preprocess
         if not any(argument.partition("=")[0] == "--processes" for argument in arguments):
             arguments = [*arguments, f"--processes={side.cpus_per_task or self.profile.cpus_per_task}"]
-        command = "export OMP_NUM_THREADS=1\n" + _words(["tool", "preprocess_data", *arguments])
         if shards == 1:
-            return [Job("preprocess", self._script("preprocess", side, {"nodes": 1}, [command]))]
+            command = _words(["tool", "preprocess_data", *arguments])
+            return [Job("preprocess", self._script("preprocess", side, {"nodes": 1}, [_ONE_THREAD, command]))]
+        tasks = f"1-{shards}" if missing is None or len(missing) == shards else ",".join(map(str, missing))
         array = self._script(
             "preprocess",
             side,
-            {"nodes": 1, "array": f"1-{shards}"},
-            [f'{command} --shard "$SLURM_ARRAY_TASK_ID/{shards}"'],
+            {"nodes": 1, "array": tasks, "requeue": True},
+            [_ONE_THREAD, _words(["shard", str(shards), *arguments])],
         )
         # As data.preprocess.shard_prefix names them.
         parts = [f"{known.output}-{shard:05d}-of-{shards:05d}" for shard in range(1, shards + 1)]
-        merge = _words(["tool", "merge_datasets", f"--output={known.output}", *parts])
-        return [
-            Job("preprocess", array),
-            Job("merge", self._script("merge", side, {"nodes": 1}, [merge]), ("preprocess",)),
-        ]
+        replace = ["--overwrite"] if "--overwrite" in arguments else []
+        merge = self._script(
+            "merge",
+            side,
+            {"nodes": 1},
+            [_words(["tool", "merge_datasets", f"--output={known.output}", *replace, *parts])],
+        )
+        if missing is not None and not missing:
+            return [Job("merge", merge)]
+        return [Job("preprocess", array), Job("merge", merge, ("preprocess",))]
 
     def evaluate(self, name: str, arguments: list[str], before: tuple[str, ...]) -> Job:
         if not arguments or arguments[0] not in ("perplexity", "retrieval"):
@@ -188,13 +276,13 @@ class _Scripts:
         side = self.profile.jobs.evaluate
         if side.gpus_per_node is None:
             side = dataclasses.replace(side, gpus_per_node=min(1, self.profile.gpus_per_node))
-        body = [_words(["evaluate", command, str(self.folder), *rest])]
+        body = [_words(["evaluate", command, self.run, *rest])]
         return Job(name, self._script(name, side, {"nodes": 1}, body), before)
 
     def convert(self, arguments: list[str], before: tuple[str, ...]) -> Job:
         if not arguments or arguments[0].startswith("-"):
-            arguments = [str(self.folder / "hf"), *arguments]
-        body = [_words(["tool", "convert_to_hf", str(self.folder), *arguments])]
+            arguments = [f"{self.run}/hf", *arguments]
+        body = [_words(["tool", "convert_to_hf", self.run, *arguments])]
         return Job("convert", self._script("convert", self.profile.jobs.convert, {"nodes": 1}, body), before)
 
     # ------------------------------------------------------------------------------------------------- internals
@@ -202,9 +290,9 @@ class _Scripts:
     def _script(self, name: str, side: Side, options: dict[str, object], body: list[str]) -> str:
         profile = self.profile
         gpus = side.gpus_per_node or 0
-        log = _escaped(str(self.folder / "slurm")) + f"/{name}-%{'A_%a' if 'array' in options else 'j'}.log"
+        log = _escaped(str(self.logs)) + f"/{name}-%{'A_%a' if 'array' in options else 'j'}.log"
         requested: dict[str, object] = {
-            "job-name": f"{self.folder.name}-{name}",
+            "job-name": f"{self.name}-{name}",
             "account": profile.account,
             "partition": side.partition or profile.partition,
             "qos": profile.qos,
@@ -243,7 +331,7 @@ class _Scripts:
             "ORYX_PYTHON": _python(profile),
             "ORYX_RANKS": str(ranks),
             "ORYX_RESTARTS": str(profile.max_restarts if name == "pretrain" else 0),
-            "ORYX_REQUEUES": str(profile.max_requeues),
+            "ORYX_REQUEUES": str(RETRIES if name == "preprocess" else profile.max_requeues),
             "ORYX_NUMA": profile.numa if gpus else "none",
             "ORYX_END_WAIT": str(profile.end_wait),
             **({} if profile.heartbeat is None else {"ORYX_HEARTBEAT": str(profile.heartbeat)}),
@@ -405,6 +493,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--convert", metavar="ARGS", help='then run tools/convert_to_hf.py, e.g. "--verify" or "OUT --dtype bf16"'
     )
+    parser.add_argument("--after", metavar="JOB", help="start when this Slurm job has ended well")
+    parser.add_argument("--print", action="store_true", help="show the scripts and do nothing")
+    return parser
+
+
+def _preprocess_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="submit.py preprocess",
+        description="Submit an array of shards, and their merge. Other options are tools/preprocess_data.py's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cluster", required=True, metavar="PROFILE", help="cluster profile (YAML)")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="as an array of N jobs, and merge")
+    parser.add_argument("--time-limit", metavar="HH:MM:SS", help="instead of the profile's")
     parser.add_argument("--after", metavar="JOB", help="start when this Slurm job has ended well")
     parser.add_argument("--print", action="store_true", help="show the scripts and do nothing")
     return parser

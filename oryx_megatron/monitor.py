@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from oryx_megatron import storage
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.loading import config_text, from_dict
@@ -20,7 +21,7 @@ from oryx_megatron.config.schema import TrainConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.reading import open_regular
 from oryx_megatron.train import metrics
 from oryx_megatron.train.history import EVENTS, duration, parse_event, short
@@ -33,6 +34,8 @@ SILENT = 300.0
 """Seconds without a new line after which a run is called silent (or ten steps, whichever is longer)."""
 FIELDS = {"loss", "grad_norm", "lr", "tokens", "seconds", "skipped"}
 """What is shown of a step."""
+FILES = (metrics.NAME, EVENTS, "config.yaml", MARKER)
+"""What is read of a run."""
 WIDTH = 80
 CLEAR = "\x1b[H\x1b[J"
 
@@ -41,17 +44,22 @@ CLEAR = "\x1b[H\x1b[J"
 def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
     """Follow; see --help."""
     parser = argparse.ArgumentParser(prog="oryx_megatron.monitor", description=(__doc__ or "").replace("`", ""))
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (output_dir); may not exist yet")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder (output_dir), also s3://…; may not exist yet"
+    )
     parser.add_argument("--once", action="store_true", help="print the table once and end")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between looks (default: 5)")
     arguments = parser.parse_args(argv)
-    expand_arguments(arguments, "runs")
+    expand_arguments(arguments, "runs", urls=True)
     if not 0 < arguments.interval < math.inf:
         raise ConfigError(f"--interval {arguments.interval:g}: give seconds above 0")
-    paths = [Path(run) for run in arguments.runs]
+    copies = {run: storage.Followed(run, FILES) for run in arguments.runs if is_url(run)}
+    paths = [copies[run].folder if run in copies else Path(run) for run in arguments.runs]
     followed = [Followed(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     shown: list[str] = []
     while True:
+        for copy in copies.values():
+            copy.look()
         for run in followed:
             run.look()
         lines = table(followed, time.time())

@@ -10,21 +10,28 @@ import argparse
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from oryx_megatron.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^{}]*)\})")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*:/")  # pathlib makes `s3:/x` of `s3://x`
+_WHOLE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
 _NULLS = ("none", "null", "nil")
 
 
-def expand(text: str, name: str, *, urls: bool = False) -> str:
+def is_url(text: str) -> bool:
+    """Whether a text is `scheme://…` rather than the path of a file."""
+    return _WHOLE_URL.match(text) is not None
+
+
+def expand(text: str, name: str, *, urls: bool | Literal["names"] = False) -> str:
     """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced, as a shell does. A `$` that no name follows stays.
 
     Args:
         text: As written.
         name: Of the field or argument, for messages.
-        urls: Whether `scheme://…` is welcome; it is returned as it is.
+        urls: Whether `scheme://…` is welcome; it is returned as it is. `names`: so is what only looks like one.
 
     Raises:
         ConfigError: no text; a variable that is not set, unless something exists under the name as written; a user
@@ -54,7 +61,10 @@ def expand(text: str, name: str, *, urls: bool = False) -> str:
             user = text.partition("/")[0]
             raise ConfigError(f"{name}: {text}: no home folder of {user} is known; write the path, or ./{text}")
         text = home
-    if not urls and (scheme := _URL.match(text)):
+    scheme = _URL.match(text)
+    if urls is True and scheme and not is_url(text):
+        raise ConfigError(f"{name}: {text}: write {scheme[0]}/…, with two slashes; or ./{text} for a file")
+    if not urls and scheme:
         raise ConfigError(
             f"{name}: {text}: only local paths work here, not {scheme[0]}/…; give a folder of this machine "
             f"(a mount of that storage, or a copy)"

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown
-from oryx_megatron.errors import ConfigError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.errors import ConfigError, ConversionError
+from oryx_megatron.paths import expand_arguments, is_url
+from oryx_megatron.storage import named
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
     arguments = _parser().parse_intermixed_args(argv)  # overrides may stand before and after options
-    expand_arguments(arguments, "folder", "output", "--run")
+    expand_arguments(arguments, "folder", urls=True)
+    expand_arguments(arguments, "output", "--run")
     if arguments.overrides and arguments.run is None:
         raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
     for override in arguments.overrides:
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 "folder (init_from)"
             )
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from oryx_megatron.checkpoint.remote import fetch_model
     from oryx_megatron.config import load_run
     from oryx_megatron.hf.convert import import_, import_llama
     from oryx_megatron.hf.folders import hf_model_type
@@ -68,14 +71,17 @@ def main(argv: list[str] | None = None) -> int:
 
     lines: list[str] = []
     run = load_run(arguments.run, arguments.overrides) if arguments.run is not None else None
-    llama = hf_model_type(arguments.folder) == "llama"
+    folder = fetch_model(arguments.folder) if is_url(arguments.folder) else arguments.folder
+    if folder is None:
+        raise ConversionError(f"{arguments.folder} holds no config.json; give a Hugging Face folder")
+    llama = hf_model_type(folder) == "llama"
     if llama:
         if run is None:
             raise ConfigError("a Llama folder says nothing of a run to come; give a run config with --run")
         if arguments.verify:
             raise ConfigError("--verify compares equal models; a Llama and the Oryx that starts from it are not equal")
         done = import_llama(
-            arguments.folder,
+            folder,
             arguments.output,
             run,
             mixer=arguments.mixer,
@@ -85,16 +91,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
 
         def check(checkpoint: Path) -> None:
-            lines.extend(map(str, verify(checkpoint, arguments.folder, names=(arguments.output, arguments.folder))))
+            lines.extend(map(str, verify(checkpoint, folder, names=(arguments.output, arguments.folder))))
 
         done = import_(
-            arguments.folder,
+            folder,
             arguments.output,
             run,
             overwrite=arguments.overwrite,
             check=check if arguments.verify else None,
         )
-    what = f"{done.source} → {done.target}: {done.model.name}"
+    what = f"{named(Path(done.source))} → {done.target}: {done.model.name}"
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     for line in lines:
         print(line)

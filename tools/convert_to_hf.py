@@ -14,20 +14,23 @@ if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
 import argparse
+import shutil
 import sys
 import warnings
 from pathlib import Path
 
+from oryx_megatron import storage
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
+from oryx_megatron.storage import Remote, named
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("checkpoint", help="run folder or checkpoint")
-    parser.add_argument("output", help="folder to make")
+    parser.add_argument("checkpoint", help="run folder or checkpoint; also s3://…")
+    parser.add_argument("output", help="folder to make; also s3://…")
     parser.add_argument(
         "--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="format of the weights (default: %(default)s)"
     )
@@ -47,11 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
     arguments = _parser().parse_args(argv)
-    expand_arguments(arguments, "checkpoint", "output", "--tokenizer")
+    expand_arguments(arguments, "checkpoint", "output", urls=True)
+    expand_arguments(arguments, "--tokenizer")
     if arguments.shard_gb <= 0:
         raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.hf.convert import export
+    from oryx_megatron.hf.remote import check_free, publish
     from oryx_megatron.hf.verify import verify, verify_generation
 
     lines: list[str] = []
@@ -61,9 +66,15 @@ def main(argv: list[str] | None = None) -> int:
         lines.extend(map(str, verify(arguments.checkpoint, folder, names=names)))
         lines.extend(map(str, verify_generation(arguments.checkpoint, folder, names=names)))
 
+    there = Remote(arguments.output) if is_url(arguments.output) else None
+    target = arguments.output
+    if there is not None:
+        check_free(there, overwrite=arguments.overwrite)
+        target = storage.entry("models", f"{there.url}#being made") / there.name
+        shutil.rmtree(target, ignore_errors=True)
     done = export(
         arguments.checkpoint,
-        arguments.output,
+        target,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.shard_gb * 1e9),
         mode_plan=arguments.mode_plan,
@@ -73,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         overwrite=arguments.overwrite,
         check=check if arguments.verify else None,
     )
-    what = f"{done.source} → {done.target}: {done.model.name}"
+    if there is not None:
+        publish(done.target, there)
+        shutil.rmtree(done.target)
+    what = f"{named(done.source)} → {arguments.output}: {done.model.name}"
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     for line in lines:
         print(line)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("checkpoint", help="run folder or checkpoint")
+    parser.add_argument("checkpoint", help="run folder or checkpoint; also s3://…")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, generate; the text goes to standard output as it is made."""
     arguments = _parser().parse_args(argv)
-    expand_arguments(arguments, "checkpoint", "--prompt-file", "--tokenizer")
+    expand_arguments(arguments, "checkpoint", urls=True)
+    expand_arguments(arguments, "--prompt-file", "--tokenizer")
     if arguments.new_tokens < 1:
         raise ConfigError(f"--new-tokens: {arguments.new_tokens} should be at least 1")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:

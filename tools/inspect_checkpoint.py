@@ -25,7 +25,8 @@ import yaml
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import CheckpointError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
+from oryx_megatron.storage import named
 
 if TYPE_CHECKING:
     from oryx_megatron.checkpoint.inspect import Summary
@@ -35,21 +36,22 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Parse and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
+    parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken); also s3://…")
     parser.add_argument("--part", choices=("model", "optimizer", "all"), default="model", help="tensors to list")
     parser.add_argument("--depth", type=int, help="levels of the tree to show; deeper tensors are summed")
     parser.add_argument("--config", action="store_true", help="print the resolved run config (YAML) instead")
     parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
     arguments = parser.parse_args(argv)
-    expand_arguments(arguments, "path")
+    expand_arguments(arguments, "path", urls=True)
     if arguments.depth is not None and arguments.depth < 1:
         raise CheckpointError(f"--depth: {arguments.depth} should be at least 1")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.checkpoint import find_checkpoint
-    from oryx_megatron.checkpoint.inspect import summarize
+    from oryx_megatron.checkpoint.inspect import METADATA, summarize
 
-    summary = summarize(find_checkpoint(arguments.path))
+    partial = is_url(arguments.path) and not arguments.verify
+    summary = summarize(find_checkpoint(arguments.path, only=(METADATA,) if partial else None), partial=partial)
     if arguments.verify:
         return _verify(summary)
     if arguments.json:
@@ -66,7 +68,9 @@ def _verify(summary: Summary) -> int:
     from oryx_megatron.checkpoint.store import check_files
 
     check_files(summary.folder, summary.manifest)
-    sys.stdout.write(f"{shown(summary.folder)}: all {len(summary.manifest.files)} files are as they were written\n")
+    sys.stdout.write(
+        f"{shown(named(summary.folder))}: all {len(summary.manifest.files)} files are as they were written\n"
+    )
     return 0
 
 
@@ -77,7 +81,7 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
     model, layout = manifest.run().model, manifest.layout
     modes = ", ".join(model.pattern) or model.modes
     lines = [
-        str(summary.folder),
+        named(summary.folder),
         f"  iteration {manifest.iteration:,}, {manifest.consumed_samples:,} samples read",
         f"  model {model.name}: {model.mixer}, modes {modes}, {model.num_layers} layers × {model.hidden_size}",
         f"  written under {' × '.join(f'{name} {size}' for name, size in layout.items())}; loads under any layout",

@@ -25,7 +25,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown, shown_lines
 from oryx_megatron.errors import DataError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,14 +47,16 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--plot", metavar="FILE", help="write a picture of the document lengths")
     parser.add_argument("--overwrite", action="store_true", help="with --plot: replace an earlier picture")
     args = parser.parse_args(argv)
-    expand_arguments(args, "dataset", "--tokenizer", "--compare", "--plot")
+    expand_arguments(args, "dataset", "--compare", urls=True)
+    expand_arguments(args, "--tokenizer", "--plot")
     from oryx_megatron.data.datasets import compare, document_lengths, verify
     from oryx_megatron.data.indexed import file_of, open_dataset
     from oryx_megatron.data.tokenizer import load_tokenizer
 
     dataset = open_dataset(args.dataset, content=not args.verify)  # which tells all that is wrong
     if args.plot:
-        files = [file_of(Path(prefix), end) for prefix in (args.dataset, args.compare or args.dataset) for end in ENDS]
+        prefixes = [Path(prefix) for prefix in (args.dataset, args.compare or args.dataset) if not is_url(prefix)]
+        files = [file_of(prefix, end) for prefix in prefixes for end in ENDS]
         check_output(args.plot, ours=is_marked, overwrite=args.overwrite, inputs=files)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     lengths = document_lengths(dataset)

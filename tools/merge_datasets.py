@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the merged dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
-    expand_arguments(args, "datasets", "--output")
+    expand_arguments(args, "datasets", urls=True)
+    expand_arguments(args, "--output")
     from oryx_megatron.data.datasets import merge
 
     prefixes = [name.removesuffix(".idx") for name in args.datasets]

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron import storage
 from oryx_megatron.cli import main_guard
 from oryx_megatron.data.files import MARK, check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError, DataError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.reading import reason
 from oryx_megatron.train import metrics
 
@@ -50,18 +51,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture of this command")
     parser.add_argument("--x", choices=("iteration", "tokens"), default="iteration", help="horizontal axis")
     arguments = parser.parse_args(argv)
-    expand_arguments(arguments, "runs", "--out")
+    expand_arguments(arguments, "runs", urls=True)
+    expand_arguments(arguments, "--out")
     out = Path(arguments.out)
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: the name must end in one of {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib; `pip install oryx-megatron[plots]`")
     check_output(out, ours=is_marked, overwrite=arguments.overwrite, inputs=arguments.runs)
-    paths = [Path(run) / metrics.NAME if Path(run).is_dir() else Path(run) for run in arguments.runs]
+    paths = [_curves_of(run) for run in arguments.runs]
     runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
     _write(out, draw(runs, arguments.x), runs)
     print(shown(out))
     return 0
+
+
+def _curves_of(run: str) -> Path:
+    """metrics.jsonl of a run folder, or the file itself; of a URL, a copy."""
+    if not is_url(run):
+        return Path(run) / metrics.NAME if Path(run).is_dir() else Path(run)
+    followed = storage.Followed(run.removesuffix(f"/{metrics.NAME}"), (metrics.NAME,))
+    followed.look()
+    if not (followed.folder / metrics.NAME).is_file():
+        raise DataError(f"{run} does not exist; give a run folder (the config's output_dir)")
+    return followed.folder / metrics.NAME
 
 
 def read_curves(path: Path, x: str, name: str) -> Curves:

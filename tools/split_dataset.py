@@ -17,7 +17,7 @@ import sys
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import DataError
-from oryx_megatron.paths import expand_arguments
+from oryx_megatron.paths import expand_arguments, is_url
 
 
 @main_guard
@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--output", metavar="OUTPUT", help="default: PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     args = parser.parse_args(argv)
-    expand_arguments(args, "dataset", "--output")
+    expand_arguments(args, "dataset", urls=True)
+    expand_arguments(args, "--output")
     shares: dict[str, float] = {}
     for part in args.parts:
         name, _, share = part.partition("=")
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int | None:
         shares[name] = value
     from oryx_megatron.data.datasets import split
 
+    if args.output is None and is_url(args.dataset):
+        raise DataError(f"--output: is needed for {args.dataset}: parts are written on this machine")
     output = args.output or args.dataset
     manifests = split(args.dataset, shares, output, seed=args.seed, overwrite=args.overwrite)
     for name, manifest in manifests.items():

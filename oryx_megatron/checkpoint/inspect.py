@@ -14,6 +14,7 @@ from oryx_megatron.checkpoint.manifest import NAME, Manifest, read_manifest
 from oryx_megatron.checkpoint.safe import read_metadata
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
+from oryx_megatron.storage import named
 
 OPTIMIZER = "optimizer"
 METADATA = ".metadata"
@@ -68,7 +69,7 @@ class Summary:
         """Plain data for JSON."""
         manifest = self.manifest
         return {
-            "folder": str(self.folder),
+            "folder": named(self.folder),
             "iteration": manifest.iteration,
             "consumed_samples": manifest.consumed_samples,
             "layout": manifest.layout,
@@ -86,8 +87,12 @@ class Summary:
         }
 
 
-def summarize(folder: str | Path) -> Summary:
+def summarize(folder: str | Path, *, partial: bool = False) -> Summary:
     """Read manifest and metadata of a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        partial: Whether it is a copy that need not hold all files.
 
     Raises:
         CheckpointError: no checkpoint, damaged, or written by another engine.
@@ -96,9 +101,16 @@ def summarize(folder: str | Path) -> Summary:
     manifest = read_manifest(folder)
     check_format(folder)
     try:
-        stored = read_metadata(folder).state_dict_metadata
+        sizes = {name: facts["bytes"] for name, facts in manifest.files.items()} if partial else None
+        stored = read_metadata(folder, sizes).state_dict_metadata
         check_files(folder, manifest, (METADATA,))
-        size = sum((folder / name).stat().st_size for name in (*manifest.files, NAME))
+        size = sum(
+            # Of a checkpoint on object storage only some files are copied; those there have their sizes.
+            manifest.files[name]["bytes"]
+            if partial and not (folder / name).exists()
+            else (folder / name).stat().st_size
+            for name in (*manifest.files, NAME)
+        )
     except OSError as error:
         raise CheckpointError(f"{folder} is damaged ({error}); use another checkpoint") from None
     return Summary(folder, manifest, tuple(sorted(_entries(stored), key=lambda entry: entry.name)), size)

@@ -21,10 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
+from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.checkpoint.state import gather_weights, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+from oryx_megatron.storage import StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,14 +49,20 @@ class Checkpoints:
     Args:
         root: Folder that holds the checkpoints.
         config: Interval, retention, background writing, timeout.
+        remote: Object storage that keeps them; `root` is then a folder of each machine for itself.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig) -> None:
-        self.root, self.config = root, config
+    def __init__(self, root: Path, config: CheckpointConfig, remote: RemoteCheckpoints | None = None) -> None:
+        self.root, self.config, self.remote = root, config, remote
         self._damaged: set[str] = set()
         """Checkpoints found damaged at load; they count for nothing."""
         self._staying: set[str] = set()
         """Old ones that retention cannot remove, as was said."""
+
+    @property
+    def name(self) -> str:
+        """Where the checkpoints are kept, for messages."""
+        return str(self.root if self.remote is None else self.remote.remote)
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
         """Write a checkpoint and return it, or None when `poll` is to complete it.
@@ -98,19 +106,20 @@ class Checkpoints:
             if manifest is None or bad:
                 damaged.append(folder.name)
                 self._damaged.add(folder.name)
-                log.warning("%s is damaged (%s); trying the checkpoint before it", folder, ", ".join(bad[:3]))
+                place = f"{self.name}/{folder.name}"
+                log.warning("%s is damaged (%s); trying the checkpoint before it", place, ", ".join(bad[:3]))
                 continue
             check(manifest)
             self._fill(folder, manifest)
             return manifest
         if damaged:
             raise CheckpointError(
-                f"{self.root}: every checkpoint is damaged ({', '.join(damaged)}); "
+                f"{self.name}: every checkpoint is damaged ({', '.join(damaged)}); "
                 "restore one, or start anew in another output_dir"
             )
-        if foreign := store.foreign_files(self.root):
+        if foreign := self._foreign():
             raise CheckpointError(
-                f"{self.root} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
+                f"{self.name} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
             )
         return None
 
@@ -145,6 +154,31 @@ class Checkpoints:
             files = self._gather(folder, mine)
             return self._on_main_rank(lambda: self._complete(folder, manifest, files))
 
+    def _foreign(self) -> list[str]:
+        if self.remote is None:
+            return store.foreign_files(self.root)
+        return self._on_main_rank(self.remote.foreign)
+
+    def _begin(self, iteration: int) -> Path:
+        """The folder of a new save, on all machines that have one of their own."""
+        remote = self.remote
+        if remote is None:
+            return self._on_main_rank(lambda: store.begin(self.root, iteration))
+        self._on_main_rank(lambda: remote.begin(iteration))
+        failure = None
+        if self._first_here():
+            try:
+                store.begin(self.root, iteration)
+            except OSError as error:
+                failure = error
+        if failures := self._failures(failure):
+            raise CheckpointError(f"{self.root}: cannot be written ({failures})")
+        return self.root / f"{store.WRITING}{iteration:07d}"
+
+    def _first_here(self) -> bool:
+        """Whether this rank does what is done once for every folder that ranks share."""
+        return torch.distributed.get_rank() == 0 if self.remote is None else self.remote.shard == 0
+
     @contextlib.contextmanager
     def _clearing(self, folder: Path) -> Iterator[None]:
         """Remove what a save wrote when it fails, as it does on all ranks: it would keep a full disk full."""
@@ -152,7 +186,7 @@ class Checkpoints:
             yield
         except CheckpointError:
             torch.distributed.barrier()  # until no rank writes any more
-            if torch.distributed.get_rank() == 0:
+            if self._first_here():
                 store.discard(folder)
             raise
 
@@ -162,6 +196,8 @@ class Checkpoints:
         digests: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, mine)
         for part in digests:
+            if isinstance(part, StorageError):
+                raise CheckpointError(f"the checkpoint is not saved: {part}")
             if isinstance(part, OSError):
                 raise CheckpointError(f"{folder}: could not read back what was written ({part})")
         return {name: digest for part in digests for name, digest in part.items()}
@@ -174,13 +210,18 @@ class Checkpoints:
     ) -> Path:
         """On rank 0: what turns written tensors into a checkpoint, and the removal of old ones."""
         self._settle(folder)
-        files = files | {path.name: file_digest(path) for path in folder.iterdir() if path.name not in files}
-        write_manifest(folder, manifest(dict(sorted(files.items()))))
+        mine = {path.name: file_digest(path) for path in folder.iterdir() if path.name not in files}
+        write_manifest(folder, manifest(dict(sorted((files | mine).items()))))
+        if self.remote is not None:
+            self.remote.publish(folder, mine)
         final = store.commit(folder)
         self._damaged.discard(final.name)
         keep, keep_every = self.config.keep, self.config.keep_every
         try:
-            store.apply_retention(self.root, keep, keep_every, damaged=self._damaged, told=self._staying)
+            if self.remote is not None:
+                self.remote.retain(keep, keep_every, damaged=self._damaged, told=self._staying)
+            else:
+                store.apply_retention(self.root, keep, keep_every, damaged=self._damaged, told=self._staying)
         except OSError as error:  # the new checkpoint is whole all the same
             log.warning("old checkpoints stay: %s", error)
         return final
@@ -189,30 +230,59 @@ class Checkpoints:
         """Folders to try, newest first, as rank 0 sees them: on shared storage others may see them later."""
 
         def find() -> list[Path]:
+            if self.remote is not None:
+                self.remote.mirror()
             folders = store.list_folders(self.root)
             return [folder for folder in reversed(folders) if before is None or store.iteration_of(folder) < before]
 
-        return self._on_main_rank(find)
+        found = self._on_main_rank(find)
+        return found if self.remote is None else [self.root / folder.name for folder in found]
 
     def _verify(self, folder: Path) -> tuple[Manifest | None, list[str]]:
         """Manifest and what is wrong; every rank reads a share of the files, and all learn of all faults."""
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world, remote = torch.distributed.get_rank(), torch.distributed.get_world_size(), self.remote
         manifest = None
-        try:
+
+        def compare() -> list[str]:
+            nonlocal manifest
             manifest = read_manifest(folder)
-            mine: list[str] | NewerCheckpointError = store.damaged_files(folder, manifest, shard=rank, shards=world)
-            if not mine:
+            if remote is not None:
+                return remote.bring(folder, manifest)
+            bad = store.damaged_files(folder, manifest, shard=rank, shards=world)
+            if not bad:
                 self._probe(folder)
-        except NewerCheckpointError as error:
+            return bad
+
+        def probe() -> list[str]:
+            self._probe(folder)
+            return []
+
+        if remote is not None:
+            self._on_all(lambda: remote.bring_manifest(folder) if remote.shard == 0 else None)
+        found = self._on_all(compare)
+        if remote is not None and not any(found):
+            found = self._on_all(probe)  # it reads a file that another rank has brought
+        return manifest, list(dict.fromkeys(name for part in found for name in part))
+
+    @staticmethod
+    def _on_all(action: Callable[[], list[str] | None]) -> list[list[str]]:
+        """What `action` found wrong on each rank; storage that fails, and a newer version, are every rank's error."""
+        try:
+            mine: Any = action() or []
+        except (NewerCheckpointError, StorageError) as error:
             mine = error
         except CheckpointError as error:
             mine = [str(error)]
-        found: list[Any] = [None] * world
+        except OSError as error:
+            mine = StorageError(str(error))
+        found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         for part in found:
+            if isinstance(part, StorageError):
+                raise CheckpointError(str(part))
             if isinstance(part, NewerCheckpointError):
                 raise part
-        return manifest, list(dict.fromkeys(name for part in found for name in part))
+        return found
 
     @staticmethod
     def _failures(mine: BaseException | None) -> str:
@@ -246,10 +316,18 @@ class CheckpointManager(Checkpoints):
         config: Interval, retention, background writing, timeout.
         chunks: Model chunks of this rank.
         optimizer: Their optimizer.
+        remote: See Checkpoints.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
-        super().__init__(root, config)
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer,
+        remote: RemoteCheckpoints | None = None,
+    ) -> None:
+        super().__init__(root, config, remote)
         self.chunks, self.optimizer = chunks, optimizer
         self._queue = AsyncCallsQueue()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -267,7 +345,7 @@ class CheckpointManager(Checkpoints):
         """
         if self._pending is not None:
             raise RuntimeError("a save is in progress: poll or wait first")
-        folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
+        folder = self._begin(iteration)
         with self._clearing(folder):
             self._start(folder, iteration, manifest)
         return None if self.config.asynchronous else self.wait()
@@ -320,7 +398,9 @@ class CheckpointManager(Checkpoints):
                     return None
                 self._queue.maybe_finalize_async_calls(blocking=False)
                 # Hashing takes as long as reading the files: it goes on beside training, too.
-                pending.digests = self._beside.submit(_digests, pending.folder, torch.distributed.get_rank())
+                pending.digests = self._beside.submit(
+                    _digests, pending.folder, torch.distributed.get_rank(), self.remote
+                )
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
             # CheckpointException, torch's report of what the writers ran into, is no subclass of Exception.
             self._pending = None
@@ -339,7 +419,15 @@ class CheckpointManager(Checkpoints):
         if not self._all_done(pending.final.done(), abandon=False):
             return None
         self._pending = None
-        return self._on_main_rank(pending.final.result)
+        final = self._on_main_rank(pending.final.result)
+        if self.remote is None:
+            return final
+        final = self.root / final.name
+        if self.remote.shard == 0:
+            if torch.distributed.get_rank() != 0:
+                store.commit(pending.folder)
+            self.remote.tidy(final)
+        return final
 
     def _all_done(self, mine: bool, *, died: str = "", abandon: bool = True) -> bool:
         """Whether all ranks are done with the present part of the save, in one small exchange.
@@ -391,10 +479,13 @@ class CheckpointManager(Checkpoints):
         renew_reports()
 
 
-def _digests(folder: Path, rank: int) -> dict[str, dict[str, Any]] | OSError:
-    """Sizes and checksums of the files that this rank wrote; an error is a value, for all ranks to learn of."""
+def _digests(folder: Path, rank: int, remote: RemoteCheckpoints | None) -> dict[str, dict[str, Any]] | OSError:
+    """Sizes and checksums of the files that this rank wrote, uploaded; an error is a value, for all ranks to learn."""
     try:
-        return {path.name: file_digest(path) for path in folder.glob(f"__{rank}_*.distcp")}
+        found = {path.name: file_digest(path) for path in folder.glob(f"__{rank}_*.distcp")}
+        if remote is not None:
+            remote.upload(folder, found)
+        return found
     except OSError as error:
         return error
 

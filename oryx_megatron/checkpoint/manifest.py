@@ -21,6 +21,10 @@ from oryx_megatron.reading import parse_json, read_text
 
 FORMAT = 1
 NAME = "manifest.json"
+PREFIX = "iteration_"
+"""Of a checkpoint's folder, before the iteration."""
+OWN_FILES = (NAME, ".metadata", "metadata.json", "common.pt", "__*_*.distcp", "*_model_states.pt", "*_optim_states.pt")
+"""Of a checkpoint of either engine, where its manifest no longer says so."""
 LARGEST = 1 << 28
 """Bytes of a manifest: some hundred thousand files."""
 CHECKSUM = "checksum"
@@ -94,6 +98,16 @@ class Manifest:
         if found is not None and not isinstance(found, dict):
             raise CheckpointError(f"{NAME} of iteration {self.iteration} says nothing of its data; use another")
         return found
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return name.startswith(PREFIX) and name.removeprefix(PREFIX).isdecimal()
+
+
+def iteration_of(folder: Path) -> int:
+    """Iteration in a checkpoint's folder name."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,12 @@ class _Recipe:
         pass
 
 
-def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
+def read_metadata(folder: str | os.PathLike[str], sizes: Mapping[str, int] | None = None) -> Metadata:
     """`.metadata` of a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        sizes: Bytes of its files, by name; None: those of the files in the folder.
 
     Raises:
         CheckpointError: missing, damaged, or holding anything but the description of tensors.
@@ -113,11 +118,11 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
         raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged or hostile (it holds no metadata); use another checkpoint")
-    _check_sizes(metadata, path)
+    _check_sizes(metadata, path, sizes)
     return metadata
 
 
-def _check_sizes(metadata: Metadata, path: Path) -> None:
+def _check_sizes(metadata: Metadata, path: Path, known: Mapping[str, int] | None) -> None:
     """Raise CheckpointError for tensors that are larger than the files they should be in: memory is taken by these."""
     try:
         sizes = [
@@ -126,7 +131,7 @@ def _check_sizes(metadata: Metadata, path: Path) -> None:
             if isinstance(entry, TensorStorageMetadata)
         ]
         names = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
-        there = sum((path.parent / name).stat().st_size for name in names)
+        there = sum((path.parent / name).stat().st_size if known is None else known[name] for name in names)
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename} is missing; use another checkpoint") from None
     except (OSError, *_DAMAGE) as error:

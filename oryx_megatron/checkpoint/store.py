@@ -22,16 +22,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.checkpoint.manifest import NAME, Manifest, file_digest, read_manifest
+from oryx_megatron.checkpoint.manifest import (
+    NAME,
+    OWN_FILES,
+    PREFIX,
+    Manifest,
+    file_digest,
+    is_checkpoint_name,
+    iteration_of,
+    read_manifest,
+)
+from oryx_megatron.checkpoint.remote import fetch_checkpoint
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+from oryx_megatron.paths import is_url
 
 log = logging.getLogger(__name__)
 
-PREFIX, WRITING = "iteration_", ".writing_"
+WRITING = ".writing_"
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """What DeepSpeed lays beside its checkpoints."""
-OWN_FILES = (NAME, ".metadata", "metadata.json", "common.pt", "__*_*.distcp", "*_model_states.pt", "*_optim_states.pt")
-"""Of a checkpoint of either engine, where its manifest no longer says so."""
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
@@ -42,7 +51,7 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 def list_folders(root: str | Path) -> list[Path]:
     """Folders under `root` with the name of a checkpoint, complete or not, oldest first."""
     folders = Path(root).glob(f"{PREFIX}*")
-    return sorted((f for f in folders if f.name.removeprefix(PREFIX).isdecimal()), key=iteration_of)
+    return sorted((f for f in folders if is_checkpoint_name(f.name)), key=iteration_of)
 
 
 def foreign_files(root: Path) -> list[str]:
@@ -52,17 +61,19 @@ def foreign_files(root: Path) -> list[str]:
     return sorted(f.name for f in root.iterdir() if not f.name.startswith((PREFIX, WRITING)) and f.name not in SCRIPTS)
 
 
-def iteration_of(folder: Path) -> int:
-    """Iteration in a checkpoint's folder name."""
-    return int(folder.name.removeprefix(PREFIX))
+def find_checkpoint(path: str | Path, *, only: Collection[str] | None = None) -> Path:
+    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`; of a URL, a copy of it here.
 
-
-def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`.
+    Args:
+        path: Of a checkpoint or a run; `scheme://…` on object storage.
+        only: Of a URL, copy these files and the manifest; None: all.
 
     Raises:
         CheckpointError: neither.
+        StorageError: object storage cannot be read.
     """
+    if is_url(str(path)):
+        return fetch_checkpoint(str(path), only=only)
     path = Path(path)
     if (path / NAME).is_file():
         return path

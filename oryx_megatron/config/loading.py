@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from oryx_megatron import resources
-from oryx_megatron.config.schema import NAME, PATH, RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import NAME, PATH, RENAMED, URL, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
@@ -198,18 +198,18 @@ def to_dict(config: Any) -> Any:
 def expand_paths(config: T, source: str) -> T:
     """A config object in whose paths `~` and `$NAME` stand for what they mean; ConfigError names the field."""
 
-    def expanded(value: str, name: str, named: bool) -> str:
-        return expand(value, f"{source}: {name}", urls=named) if value or not named else value
+    def expanded(value: str, name: str, urls: bool | Literal["names"]) -> str:
+        return expand(value, f"{source}: {name}", urls=urls) if value or urls != "names" else value
 
     return map_paths(config, expanded)
 
 
-def map_paths(config: T, change: Callable[[str, str, bool], str], prefix: str = "") -> T:
-    """A config object with every path replaced by `change(path, field, whether it may be a name or URL)`."""
+def map_paths(config: T, change: Callable[[str, str, bool | Literal["names"]], str], prefix: str = "") -> T:
+    """A config object with every path replaced by `change(path, field, urls)`, with `urls` as `paths.expand` has it."""
 
     def changed(kind: Any, value: Any, name: str) -> Any:
         if PATH in (marks := getattr(kind, "__metadata__", ())):
-            return change(value, name, NAME in marks)
+            return change(value, name, "names" if NAME in marks else URL in marks)
         if dataclasses.is_dataclass(value):
             return map_paths(value, change, f"{name}.")
         args = typing.get_args(kind)

@@ -30,9 +30,10 @@ A run is a YAML file; `key.sub=value` on the command line changes single fields,
 
 All other paths are relative to the folder in which the command runs. `~`, `$NAME` and `${NAME}` in paths are
 expanded, here and in the arguments of every command; a variable that is not set is an error, and so is a URL
-(`s3://…`) where only local paths work. `None` in a field that may be null is null. In a blend, a path alone stands
-for `{path: …, weight: 1}`. Unknown keys, keys given twice and wrong types are errors, and fields are checked against
-each other and against the number of processes before anything starts.
+(`s3://…`) where only local paths work; `output_dir`, `init_from.path` and datasets may be URLs (docs/storage.md).
+`None` in a field that may be null is null. In a blend, a path alone stands for `{path: …, weight: 1}`. Unknown keys,
+keys given twice and wrong types are errors, and fields are checked against each other and against the number of
+processes before anything starts.
 
 A baseline with one mode (`*-transformer`, `*-gdn-only`, `*-mamba2-only`) needs a run that never asks for the other:
 `modes.p_attention=1 modes.p_recurrent=0 evaluation.plans=[attention]` for a Transformer, `modes.p_attention=0

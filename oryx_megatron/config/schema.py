@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from oryx_megatron.config.bounds import Range
 from oryx_megatron.config.pattern import Modes, layer_modes, period
 
-PATH, NAME = "path", "name"
+PATH, NAME, URL = "path", "name", "url"
 RENAMED = {
     "ModelConfig": {"key_width": "qk_head_dim", "value_width": "v_head_dim", "rotary_base": "rope_theta"},
     "FaultsConfig": {"returns": "max_rollbacks"},
@@ -23,6 +23,8 @@ LocalPath = Annotated[str, PATH]
 """File or folder of this machine; `~` and `$NAME` are expanded when a config is read (config/loading.py)."""
 PathOrName = Annotated[str, PATH, NAME]
 """The same, or a name or URL that another program understands."""
+PathOrUrl = Annotated[str, PATH, URL]
+"""The same, or `scheme://…` on object storage (storage.py)."""
 Count = Annotated[int, Range(ge=1)]
 Size = Annotated[int, Range(ge=1, le=1 << 16)]
 """Sizes have limits that a slip of the keyboard passes and no model comes near."""
@@ -176,8 +178,8 @@ class ModelConfig:
 class BlendEntry:
     """One indexed dataset of a blend."""
 
-    path: LocalPath
-    """Prefix of the .bin/.idx pair."""
+    path: PathOrUrl
+    """Prefix of the .bin/.idx pair; also on object storage (docs/storage.md)."""
     weight: Positive = 1.0
     """Relative share of samples."""
 
@@ -211,7 +213,7 @@ class DataConfig:
     documents: Literal["joined", "isolated"] = "joined"
     """`isolated`: neither attention nor recurrence nor convolution crosses the end of a document."""
     cache_dir: LocalPath | None = None
-    """Where sample indices are cached; null: next to the datasets."""
+    """Where sample indices are cached; null: next to the datasets, or for a dataset on object storage in the cache."""
     num_workers: Annotated[int, Range(ge=0, le=1024)] = 0
     """Loader processes per rank; 0 reads in the training process with one thread of prefetch."""
 
@@ -456,10 +458,22 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """Copies that each machine keeps of what lies on object storage (docs/storage.md)."""
+
+    cache_dir: LocalPath | None = None
+    """Folder of each machine for them; null: `$ORYX_CACHE`, else `~/.cache/oryx_megatron`."""
+    cache_gb: Positive | None = None
+    """Largest size of that folder in GB (10^9 bytes); null: `$ORYX_CACHE_GB`, else 100."""
+    sync_interval: Positive = 60.0
+    """Seconds between uploads of metrics and events to an output_dir on object storage."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InitFromConfig:
     """What a run that has no checkpoint yet starts from (docs/operations.md); a path alone stands for `{path: …}`."""
 
-    path: LocalPath
+    path: PathOrUrl
     """Run folder (its newest whole checkpoint), one checkpoint, or a Hugging Face folder: an export or a Llama."""
     optimizer: bool = False
     """Take the optimizer state along; false: it starts anew."""
@@ -484,8 +498,8 @@ class RunConfig:
     """What to train on."""
     train: TrainConfig
     """Length and batch of the run."""
-    output_dir: LocalPath
-    """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml."""
+    output_dir: PathOrUrl
+    """Folder of this run: checkpoints/, metrics.jsonl, tensorboard/, config.yaml; also on object storage."""
     seed: Annotated[int, Range(ge=0, lt=2**32)] = 1234
     """Seeds initialisation, sample order and mode plans."""
     init_from: InitFromConfig | None = None
@@ -510,6 +524,8 @@ class RunConfig:
     """What the run reports."""
     kernels: KernelsConfig = KernelsConfig()
     """Backends of the mixer parts."""
+    storage: StorageConfig = StorageConfig()
+    """Copies of what lies on object storage."""
     engine: Engine = "megatron"
     """Training engine; deepspeed splits ranks into tensor and data parallelism only."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

@@ -31,6 +31,7 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import is_url
 
 FP8_MULTIPLE = 16
 """TransformerEngine's FP8 products need every matrix dimension to be a multiple of this."""
@@ -412,13 +413,24 @@ def _check_precision(run: RunConfig) -> None:
         )
 
 
+def _lies_in(path: str, folder: str) -> bool:
+    """Whether a path is a folder, or below it; of URLs, by their text."""
+    if is_url(path) or is_url(folder):
+        return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+    source = Path(path).resolve()
+    return Path(folder).resolve() in (source, *source.parents)
+
+
+def _check_storage(run: RunConfig) -> None:
+    """That files can be written to output_dir."""
+    if is_url(run.output_dir) and ("::" in run.output_dir or run.output_dir.startswith(("http:", "https:"))):
+        raise ConfigError(f"output_dir: {run.output_dir}: files cannot be written there; use s3://, gs:// or the like")
+
+
 def _check_engine(run: RunConfig) -> None:
     """Where a run starts, and what DeepSpeed can do of it; its layouts are checked in `layout_for`."""
     settings = run.deepspeed
-    if run.init_from is not None and Path(run.output_dir).resolve() in (
-        (source := Path(run.init_from.path).resolve()),
-        *source.parents,
-    ):
+    if run.init_from is not None and _lies_in(run.init_from.path, run.output_dir):
         raise ConfigError(
             f"init_from: {run.init_from.path} is of this run itself (output_dir {run.output_dir}); choose another "
             "output_dir"
@@ -437,6 +449,7 @@ def _check_engine(run: RunConfig) -> None:
         ("parallel.distributed_optimizer", not run.parallel.distributed_optimizer, "ZeRO always shards; leave it true"),
         ("precision.fp8", run.precision.fp8 != "none", "use none"),
         ("checkpoint.asynchronous", run.checkpoint.asynchronous, "DeepSpeed saves in the foreground; set it to false"),
+        ("output_dir", is_url(run.output_dir), "DeepSpeed writes local files; give a folder"),
     ):
         if wrong:
             raise ConfigError(f"{name}: not with engine deepspeed; {instead}, or set engine: megatron")
@@ -501,6 +514,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     check_ranges(run)
     check_model(run.model)
     _check_engine(run)
+    _check_storage(run)
     _check_data(run.data, run.train.iterations)
     _check_training(run)
     _check_faults(run.faults)

@@ -21,6 +21,7 @@ import torch
 
 from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.errors import DataError
+from oryx_megatron.parallel.wait import LIFE
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,18 @@ VISIBLE = 60.0
 """Seconds that other ranks wait to see what rank 0 has written."""
 
 
-def cached(root: Path, key: dict[str, Any], build: Any) -> Path:
+def cached(root: Path, key: dict[str, Any], build: Any, *, shared: bool = True) -> Path:
     """Folder of `root` with the files that `build(folder)` makes for this key; made if missing or not whole.
 
     Folders appear whole (renamed) and are checked against the digests recorded in them. Only rank 0 may build, and of
     several jobs one at a time where the file system has locks; without, they make the same and the first one stays.
+    Where `root` is not `shared` but each machine has its own, its first rank builds.
     """
     key = key | {"megatron-core": importlib.metadata.version("megatron-core")}
     folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        deadline = time.monotonic() + VISIBLE
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if rank != 0 and (shared or os.environ.get("LOCAL_RANK", "0") != "0"):
+        deadline = time.monotonic() + (VISIBLE if shared else LIFE)
         while not _whole(folder, content=False):  # shared file systems remember for a while that it was not there
             if time.monotonic() > deadline:
                 raise DataError(
@@ -54,7 +57,8 @@ def cached(root: Path, key: dict[str, Any], build: Any) -> Path:
         try:
             if not _whole(folder):  # another job may have been faster
                 temporary.mkdir()
-                build(temporary)
+                with _as_rank_0() if rank else contextlib.nullcontext():
+                    build(temporary)
                 files = {
                     path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
                     for path in sorted(temporary.iterdir())
@@ -64,6 +68,17 @@ def cached(root: Path, key: dict[str, Any], build: Any) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _as_rank_0() -> Iterator[None]:
+    """megatron-core's GPTDataset makes indices on rank 0 alone, and asks torch for it; here it makes no collective."""
+    real = torch.distributed.get_rank
+    torch.distributed.get_rank = lambda group=None: 0
+    try:
+        yield
+    finally:
+        torch.distributed.get_rank = real
 
 
 def _put(temporary: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ from oryx_megatron.data.indexed import (
 )
 from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
+from oryx_megatron.storage import Remote
 
 UNKNOWN = object()
 TOKENIZER_FACTS = (("tokenizer", "fingerprint"), ("end-of-document token", "eod"))
@@ -195,8 +196,10 @@ def _vocabulary(dataset: Dataset) -> int:
     return made["vocab_size"] if made is not None else int(np.iinfo(dataset.index.dtype).max) + 1
 
 
-def _shares_files(left: Path, right: Path) -> bool:
+def _shares_files(left: Path | Remote, right: Path | Remote) -> bool:
     """Whether two prefixes are one dataset, or share a file by a link."""
+    if isinstance(left, Remote) or isinstance(right, Remote):
+        return left == right
     return any(same_file(file_of(left, end), file_of(right, end)) for end in ("bin", "idx", "json"))
 
 
@@ -263,9 +266,9 @@ def verify(prefix: str | Path, *, eod: int | None = None, vocab_size: int | None
         lowest, highest = min(lowest, low), max(highest, high)
     if manifest is not None:
         if digest.hexdigest() != manifest["files"]["bin"]["sha256"]:
-            problems.append(f"{file_of(dataset.prefix, 'bin')} is not the file its manifest describes (sha256)")
-        if sha256_of(file_of(dataset.prefix, "idx")) != manifest["files"]["idx"]["sha256"]:
-            problems.append(f"{file_of(dataset.prefix, 'idx')} is not the file its manifest describes (sha256)")
+            problems.append(f"{dataset.place.name('bin')} is not the file its manifest describes (sha256)")
+        if sha256_of(dataset.place.local("idx")) != manifest["files"]["idx"]["sha256"]:
+            problems.append(f"{dataset.place.name('idx')} is not the file its manifest describes (sha256)")
         for field, found in (("documents", dataset.documents), ("tokens", dataset.tokens), ("max_token", highest)):
             if manifest[field] != found:
                 problems.append(f"the manifest says {field} {manifest[field]:,}, the data have {found:,}")

@@ -1,8 +1,5 @@
 """megatron-core indexed datasets: PREFIX.bin (tokens), PREFIX.idx (where they are) and PREFIX.json (what they are).
 
-Layout of .idx, little endian (megatron-core, datasets/indexed_dataset.py):
-    9 bytes magic, u64 version = 1, u8 dtype code, u64 sequences S, u64 document bounds D + 1,
-    int32 [S] tokens per sequence, int64 [S] byte offset in .bin, int64 [D + 1] first sequence of each document, then S
 A document written here is one sequence. PREFIX.json is ours: counts, sizes and sha256 of both files, the tokenizer.
 megatron-core neither needs nor minds it; datasets without it can be read as well, with fewer checks.
 """
@@ -15,8 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +21,13 @@ from typing import Any, Self
 import numpy as np
 
 from oryx_megatron.data.files import is_skipped_list, read_json, same_file, sha256_of, sync, temporary_name, write_json
+from oryx_megatron.data.index_file import BLOCK, Index, read_index, write_index
+from oryx_megatron.data.places import Place, file_of, pieces_of, place_of
 from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
+from oryx_megatron.paths import is_url
+from oryx_megatron.storage import Remote, StorageError
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
-}  # fmt: skip
 TOKEN_DTYPES = (np.uint16, np.int32)
 FORMAT = "oryx-indexed-dataset"
 FACTS = ("documents", "tokens", "bytes", "longest", "max_token", "dtype", "files", "append_eod", "skipped", "reading")
@@ -41,7 +36,6 @@ WHOLE = 32 << 20
 """Files up to this many bytes are known by all of their content, longer ones by SAMPLES blocks of it."""
 SAMPLES, SAMPLE = 256, 16 << 10
 """Number of blocks and bytes of each."""
-BLOCK = 1 << 22  # tokens or index entries handled at once
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -247,98 +241,12 @@ class IndexedWriter:
             )
 
 
-def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray) -> None:
-    """Write an .idx block by block. `lengths` [sequences]: tokens of each; `counts` [documents]: sequences of each."""
-    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
-    with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(counts) + 1))
-        for block in _blocks(lengths):
-            file.write(block.tobytes())
-        offset = 0
-        for block in _blocks(lengths):
-            ends = np.cumsum(block, dtype="<i8") * dtype.itemsize + offset
-            file.write(np.concatenate([np.array([offset], "<i8"), ends[:-1]]).tobytes())
-            offset = int(ends[-1])
-        last = 0
-        file.write(np.zeros(1, "<i8").tobytes())
-        for block in _blocks(counts):
-            bounds = np.cumsum(block, dtype="<i8") + last
-            file.write(bounds.tobytes())
-            last = int(bounds[-1])
-
-
-@dataclass(frozen=True)
-class Index:
-    """Contents of an .idx, memory-mapped."""
-
-    dtype: np.dtype
-    lengths: np.ndarray
-    """int32 [sequences]: tokens."""
-    offsets: np.ndarray
-    """int64 [sequences]: byte offset in .bin."""
-    documents: np.ndarray
-    """int64 [documents + 1]: first sequence of each document, then the number of sequences."""
-    tokens: int
-    """Tokens in all."""
-
-
-def read_index(path: Path) -> Index:
-    """Map an .idx and check that it is consistent. Raises DataError with what is wrong."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(HEADER.size)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not head.startswith(MAGIC):
-        raise DataError(f"{path} is not a megatron-core index (wrong magic number)")
-    if len(head) < HEADER.size:
-        raise DataError(f"{path} is truncated: {size} bytes, the header alone has {HEADER.size}")
-    _, version, code, sequences, bounds = HEADER.unpack(head)
-    if version != 1:
-        raise DataError(f"{path} has index version {version}; only version 1 is known")
-    if code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
-        raise DataError(f"{path} has dtype code {code}, which is no token type")
-    expected = HEADER.size + 12 * sequences + 8 * bounds
-    if size != expected and size != expected + sequences:  # one more byte per sequence: modes of multimodal datasets
-        raise DataError(f"{path} is {'truncated' if size < expected else 'too long'}: {size} bytes, not {expected}")
-    if sequences == 0 or bounds < 2:
-        raise DataError(f"{path} describes an empty dataset")
-    raw = np.memmap(path, np.uint8, "r")
-    lengths = raw[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
-    offsets = raw[HEADER.size + 4 * sequences : HEADER.size + 12 * sequences].view("<i8")
-    documents = raw[HEADER.size + 12 * sequences : expected].view("<i8")
-    dtype = np.dtype(DTYPES[code])
-    tokens = 0
-    for start in range(0, sequences, BLOCK):
-        part = lengths[start : start + BLOCK]
-        if (part < 0).any():
-            raise DataError(f"{path}: sequence {start + int(np.argmax(part < 0))} has a negative length")
-        ends = np.cumsum(part, dtype=np.int64) + tokens
-        begins = np.concatenate([[tokens], ends[:-1]]) * dtype.itemsize
-        if not np.array_equal(begins, offsets[start : start + BLOCK]):
-            wrong = start + int(np.argmax(begins != offsets[start : start + BLOCK]))
-            if wrong and offsets[wrong] * dtype.itemsize in [begins[wrong - start] * n for n in (1, 2, 4, 8)]:
-                raise DataError(
-                    f"{path} says {dtype.name}, but sequence {wrong} begins at byte {offsets[wrong]} rather than "
-                    f"{begins[wrong - start]}: the dtype code is not that of the data"
-                )
-            raise DataError(f"{path}: offset of sequence {wrong} does not follow from the lengths before it")
-        tokens = int(ends[-1])
-    for start in range(0, bounds - 1, BLOCK):
-        part = documents[start : start + BLOCK + 1]
-        if (np.diff(part) < 0).any():
-            raise DataError(f"{path}: bounds of document {start + int(np.argmax(np.diff(part) < 0))} run backwards")
-    if documents[0] != 0 or documents[-1] != sequences:
-        raise DataError(f"{path}: document bounds go from {documents[0]} to {documents[-1]}, not 0 to {sequences}")
-    return Index(dtype, lengths, offsets, documents, tokens)
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A dataset that passed `open_dataset`."""
 
-    prefix: Path
+    prefix: Path | Remote
+    """`Remote`: on object storage."""
     index: Index
     manifest: dict[str, Any] | None
     """Contents of PREFIX.json; None for datasets of other tools."""
@@ -353,9 +261,14 @@ class Dataset:
     def tokens(self) -> int:
         return self.index.tokens
 
-    def data(self) -> np.ndarray:
-        """All tokens [tokens], memory-mapped."""
-        return np.memmap(file_of(self.prefix, "bin"), self.index.dtype, "r")
+    @functools.cached_property
+    def place(self) -> Place:
+        """Its files."""
+        return place_of(self.prefix)
+
+    def data(self) -> Any:
+        """All tokens [tokens], memory-mapped, or read from object storage as far as they are asked for."""
+        return self.place.tokens(self.index.dtype)
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document."""
@@ -375,16 +288,19 @@ class Dataset:
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """`content_digest` of both files."""
-        return {end: content_digest(file_of(self.prefix, end)) for end in ("bin", "idx")}
+        place = self.place
+        return {
+            end: _digest(place.size(end), functools.partial(place.sha256, end), functools.partial(place.pieces, end))
+            for end in ("bin", "idx")
+        }
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: `size` and `content` of .bin, `written`: sizes and times of both files.
 
         The last is all that earlier versions knew a dataset without manifest by.
         """
-        stats = [file_of(self.prefix, end).stat() for end in ("bin", "idx")]
-        written = "-".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
-        return {"size": stats[0].st_size, "content": self.known or self.digests["bin"], "written": written}
+        written = "-".join(self.place.written(end) for end in ("bin", "idx"))
+        return {"size": self.place.size("bin"), "content": self.known or self.digests["bin"], "written": written}
 
     def ends(self, eod: int, most: int = 256) -> tuple[int, int]:
         """How many of up to `most` documents, spread over the dataset, end with a token; and of how many."""
@@ -406,14 +322,15 @@ class Dataset:
 
 def content_digest(path: Path) -> str:
     """sha256 (hex) of a file, or of its size and blocks spread over it when it is longer than WHOLE."""
-    size = path.stat().st_size
+    return _digest(path.stat().st_size, lambda: sha256_of(path), functools.partial(pieces_of, path))
+
+
+def _digest(size: int, whole: Callable[[], str], pieces: Callable[[list[int], int], Iterable[bytes]]) -> str:
     if size <= WHOLE:
-        return sha256_of(path)
+        return whole()
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for start in np.linspace(0, size - SAMPLE, SAMPLES).astype(np.int64):
-            file.seek(int(start))
-            digest.update(file.read(SAMPLE))
+    for piece in pieces(np.linspace(0, size - SAMPLE, SAMPLES).astype(np.int64).tolist(), SAMPLE):
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -429,12 +346,12 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def read_dataset_manifest(prefix: Path) -> dict[str, Any] | None:
+def read_dataset_manifest(place: Place) -> dict[str, Any] | None:
     """PREFIX.json, its fields of the right types; None without one. Raises DataError."""
-    path = file_of(prefix, "json")
-    if not path.exists():
+    if not place.has("json"):
         return None
-    manifest = read_json(path)
+    path = place.name("json")
+    manifest = read_json(place.local("json"))
     if manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not the manifest of a dataset; move it out of the way")
     if manifest.get("version") != 1:
@@ -492,19 +409,33 @@ def open_dataset(
     (`content_digest`), else only their sizes; `known` is the identity that another process found.
     Raises DataError naming the file and what is wrong.
     """
-    prefix = Path(prefix)
+    try:
+        return _open(prefix, vocab_size, fingerprint, tokenizer, content, known)
+    except StorageError as error:
+        raise DataError(f"dataset {prefix}: {error}") from error
+
+
+def _open(
+    prefix: str | Path,
+    vocab_size: int | None,
+    fingerprint: str | None,
+    tokenizer: Mapping[str, Any] | None,
+    content: bool,
+    known: str | None,
+) -> Dataset:
+    place = place_of(prefix)
     for end in ("idx", "bin"):
-        if not file_of(prefix, end).is_file():
-            whole = prefix.suffix in (".bin", ".idx")
+        if not place.has(end):
+            whole = str(prefix).endswith((".bin", ".idx"))
             hint = "give the prefix without ending" if whole else "make it with tools/preprocess_data.py"
-            raise DataError(f"dataset {prefix}: {file_of(prefix, end)} is missing; {hint}")
-    index = read_index(file_of(prefix, "idx"))
-    size, wanted = file_of(prefix, "bin").stat().st_size, index.tokens * index.dtype.itemsize
+            raise DataError(f"dataset {prefix}: {place.name(end)} is missing; {hint}")
+    index = read_index(place.local("idx"), place.name("idx"))
+    size, wanted = place.size("bin"), index.tokens * index.dtype.itemsize
     if size != wanted:
         state = "truncated" if size < wanted else "longer than its index says"
-        raise DataError(f"{file_of(prefix, 'bin')} is {state}: {size} bytes, not {wanted}")
-    manifest = read_dataset_manifest(prefix)
-    dataset = Dataset(prefix, index, manifest, known)
+        raise DataError(f"{place.name('bin')} is {state}: {size} bytes, not {wanted}")
+    manifest = read_dataset_manifest(place)
+    dataset = Dataset(Remote(str(prefix)) if is_url(str(prefix)) else Path(prefix), index, manifest, known)
     if manifest is not None:
         _check_files(dataset, manifest, content)
     made = manifest["tokenizer"] if manifest is not None else None
@@ -525,18 +456,18 @@ def open_dataset(
 def _check_files(dataset: Dataset, manifest: dict[str, Any], content: bool) -> None:
     """Compare the files of a dataset with their manifest."""
     for end in ("bin", "idx"):
-        path, record = file_of(dataset.prefix, end), manifest["files"][end]
-        if record["size"] != (found := path.stat().st_size):
+        path, record = dataset.place.name(end), manifest["files"][end]
+        if record["size"] != (found := dataset.place.size(end)):
             raise DataError(f"{path} has {found} bytes, its manifest says {record['size']}")
         digest = record["sha256"] if found <= WHOLE else record.get("sampled")
         if content and digest is not None and dataset.digests[end] != digest:
             raise DataError(
-                f"{path} is not the file that {file_of(dataset.prefix, 'json')} describes (sha256): it was replaced or "
+                f"{path} is not the file that {dataset.place.name('json')} describes (sha256): it was replaced or "
                 "is damaged; restore it or tokenize again"
             )
     for name, count in (("documents", dataset.documents), ("tokens", dataset.tokens)):
         if content and manifest[name] != count:
-            path = file_of(dataset.prefix, "json")
+            path = dataset.place.name("json")
             raise DataError(f"{path} is damaged: it says {name} {manifest[name]}, the index has {count}")
 
 
@@ -545,8 +476,9 @@ def bytes_per_token(prefix: str | Path) -> float:
 
     Bits per byte = nats per token / ln 2 / bytes per token. Raises DataError without PREFIX.json.
     """
-    path = file_of(Path(prefix), "json")
-    if (manifest := read_dataset_manifest(Path(prefix))) is None:
+    place = place_of(prefix)
+    path = place.name("json")
+    if (manifest := read_dataset_manifest(place)) is None:
         raise DataError(f"{path} is missing, so the bytes per token of {prefix} are not known")
     if manifest["bytes"] is None:
         raise DataError(f"{path} does not say how many bytes of text the dataset holds")
@@ -559,11 +491,6 @@ def _highest_token(dataset: Dataset) -> int:
     if len(data) > 1 << 28:
         starts = [int(start) for start in np.linspace(0, len(data) - BLOCK, 64)]  # type: ignore[assignment]
     return max(int(data[start : start + BLOCK].max()) for start in starts)
-
-
-def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(values), BLOCK):
-        yield np.asarray(values[start : start + BLOCK])
 
 
 def output_prefix(name: str | Path) -> Path:
@@ -622,8 +549,3 @@ def _is_ours(prefix: Path, path: Path) -> bool:
         return path.stat().st_size in sizes
     except (DataError, OSError, KeyError, TypeError):
         return False
-
-
-def file_of(prefix: Path, end: str) -> Path:
-    """PREFIX.end"""
-    return prefix.with_name(f"{prefix.name}.{end}")

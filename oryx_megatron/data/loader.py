@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.cache import cached
 from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
+from oryx_megatron.data.places import Place
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
 from oryx_megatron.parallel.wait import first_rank_alone
@@ -370,9 +370,10 @@ def _blend(
     order = None
     if len(paths) > 1:
         folder = cached(
-            (cache or opened[paths[0]].prefix.parent / ".cache") / "blends",
+            (cache or opened[paths[0]].place.folder / ".cache") / "blends",
             {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
             lambda target: _write_order(target, stages, paths),
+            shared=cache is not None or opened[paths[0]].place.shared,
         )
         order = (np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r"))
     counted = size
@@ -407,13 +408,15 @@ def _blend(
             target: Path,
             config: GPTDatasetConfig = config,
             path: str = path,
+            place: Place = dataset.place,
             count: int = counts[path],
             bounds: tuple[int, int] = (begin, end),
         ) -> GPTDataset:
             config.path_to_cache = str(target)
-            return GPTDataset(IndexedDataset(path), path, np.arange(*bounds, dtype=np.int32), count, split, config)
+            return GPTDataset(place.megatron(), path, np.arange(*bounds, dtype=np.int32), count, split, config)
 
-        datasets.append(build(cached((cache or dataset.prefix.parent / ".cache") / "samples", key, build)))
+        root, shared = (cache or dataset.place.folder / ".cache") / "samples", cache is not None or dataset.place.shared
+        datasets.append(build(cached(root, key, build, shared=shared)))
         parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
     identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
     for part in parts:

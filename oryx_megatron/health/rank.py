@@ -19,6 +19,7 @@ from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import OryxError, first_line
 from oryx_megatron.health import judge, machine
 from oryx_megatron.health.report import Finding, Options, Report
+from oryx_megatron.paths import is_url
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +142,8 @@ class Rank:
         if self.options.config is None:
             return None
         try:
-            return Path(load_run(self.options.config, self.options.overrides).output_dir)
+            folder = load_run(self.options.config, self.options.overrides).output_dir
+            return None if is_url(folder) else Path(folder)  # object storage: the run's rank 0 looks at it
         except OryxError:
             return None  # a finding already
 

@@ -9,6 +9,7 @@ from typing import Any
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config import map_paths, to_dict
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.paths import is_url
 
 
 def portable(manifest: Manifest) -> Manifest:
@@ -19,7 +20,7 @@ def portable(manifest: Manifest) -> Manifest:
     """
     found: dict[str, None] = {}  # a set in order
 
-    def collect(path: str, name: str, named: bool) -> str:
+    def collect(path: str, name: str, urls: object) -> str:
         if _is_absolute(path):
             found[path] = None
         return path
@@ -30,7 +31,7 @@ def portable(manifest: Manifest) -> Manifest:
     short = _ends(list(found))
     return dataclasses.replace(
         manifest,
-        config=to_dict(map_paths(run, lambda path, name, named: short.get(path, path))),
+        config=to_dict(map_paths(run, lambda path, name, urls: short.get(path, path))),
         data=manifest.data | {"train": _walk(manifest.data.get("train"), lambda text: short.get(text, text))},
         init_from=_walk(manifest.init_from, lambda text: short.get(text, text)),
     )
@@ -41,13 +42,13 @@ def train_alike(run: RunConfig, other: RunConfig) -> bool:
 
     def plain(config: RunConfig) -> RunConfig:
         config = dataclasses.replace(config, license=None, output_dir="")
-        return map_paths(config, lambda path, name, named: PurePosixPath(path).name)
+        return map_paths(config, lambda path, name, urls: PurePosixPath(path).name)
 
     return plain(run) == plain(other)
 
 
 def _is_absolute(text: str) -> bool:
-    return text.startswith(("/", "file:///"))
+    return text.startswith("/") or is_url(text)
 
 
 def _ends(paths: list[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import TrainingError
 from oryx_megatron.train.callbacks import Callbacks
 from oryx_megatron.train.guard import Guard
+from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.step import Microbatch, Totals
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class BadSteps:
     @property
     def records(self) -> str:
         """Where the records are, for messages."""
-        folder = Path(self.run.output_dir) / FOLDER
+        folder = run_folder(self.run) / FOLDER
         return f"their batches are in {folder} (replay: python -m oryx_megatron.train.replay)"
 
     def describe(
@@ -115,7 +116,7 @@ class BadSteps:
     def keep(self) -> None:
         """Write the record of the last one."""
         if self.main:
-            path = record_path(Path(self.run.output_dir), self.last["iteration"])
+            path = record_path(run_folder(self.run), self.last["iteration"])
             with self.callbacks.writing(path.name):
                 write_record(path, self.last)
             self.callbacks.call("on_skip", self.last["iteration"], self.last["reason"], path)

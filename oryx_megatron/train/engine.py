@@ -18,11 +18,13 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import CheckpointManager
 from oryx_megatron.checkpoint.manager import Checkpoints
+from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.model import build_model
 from oryx_megatron.model.experts import routers
 from oryx_megatron.model.warm import compile_in_turn
+from oryx_megatron.paths import is_url
 from oryx_megatron.train.graphs import MicrobatchGraphs
 from oryx_megatron.train.guard import bad_step
 from oryx_megatron.train.optimizer import (
@@ -159,7 +161,9 @@ class MegatronEngine:
 
     def checkpoints(self, root: Path) -> CheckpointManager:
         """See Engine."""
-        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer)
+        url = f"{self.run.output_dir}/checkpoints"
+        kept = RemoteCheckpoints(url, root) if is_url(url) else None
+        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer, kept)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from oryx_megatron.checkpoint import Manifest, check_whole, read_manifest, safe, store
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import NAME, file_digest
+from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
@@ -27,10 +29,20 @@ from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, Ru
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
-from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, NewerCheckpointError
+from oryx_megatron.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    DataError,
+    NewerCheckpointError,
+    OryxError,
+)
 from oryx_megatron.parallel.wait import first_rank_alone
+from oryx_megatron.paths import is_url
+from oryx_megatron.storage import StorageError, named
 from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
+from oryx_megatron.train.remote import run_folder
 
 if TYPE_CHECKING:
     from oryx_megatron.hf.folders import Weights
@@ -137,10 +149,10 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
     if "folders" not in found:
         return Start(new, found["record"] | taken, settings, weights=opened[0] if opened else None)
-    folder, manifest = _newest_whole([Path(path) for path in found["folders"]])
+    folder, manifest = _newest_whole(found["folders"])
     check(run, folder, manifest)
     record = {
-        "path": str(folder),
+        "path": named(folder),
         "iteration": manifest.iteration,
         "manifest_sha256": file_digest(folder / NAME)["sha256"],
     }
@@ -165,7 +177,7 @@ def expected_count(run: RunConfig, root: Path) -> SampleCount:
     """For --dry-run: the samples by iteration that `find` would give, from manifests alone."""
     if (own := _own(run, root, None)) is not None:
         return SampleCount.read(*own["count"])
-    if run.init_from is None or is_hugging_face(Path(run.init_from.path)):
+    if run.init_from is None or _hugging_face(run.init_from.path) is not None:
         return SampleCount.of(run.train)
     return _count(run, run.init_from, read_manifest(store.find_checkpoint(run.init_from.path)))
 
@@ -176,11 +188,10 @@ def preview(run: RunConfig, root: Path) -> list[str]:
         return []
     if _own(run, root, None) is not None:
         return [f"init_from: has no effect: this run has checkpoints of its own in {root}"]
-    path = Path(run.init_from.path)
-    if is_hugging_face(path):
+    if (path := _hugging_face(run.init_from.path)) is not None:
         weights = _open(run, path)
-        return _headline(run, str(path), None) + _differences(weights.model, run.model)
-    folder = store.find_checkpoint(path)
+        return _headline(run, run.init_from.path, None) + _differences(weights.model, run.model)
+    folder = store.find_checkpoint(run.init_from.path)
     manifest = read_manifest(folder)
     check(run, folder, manifest)
     return describe(run, folder, manifest)
@@ -245,9 +256,9 @@ def describe(run: RunConfig, folder: Path, manifest: Manifest) -> list[str]:
     """What a run takes from a checkpoint, and in what it differs from that one's run: lines for a terminal."""
     assert run.init_from is not None
     written = manifest.run()
-    if is_hugging_face(Path(run.init_from.path)):
+    if _hugging_face(run.init_from.path) is not None:
         return _headline(run, run.init_from.path, None) + _differences(written.model, run.model)
-    return _headline(run, str(folder), manifest) + _differences(written, run)
+    return _headline(run, named(folder), manifest) + _differences(written, run)
 
 
 # ----------------------------------------------------------------------------------------------------- internals
@@ -258,6 +269,8 @@ def _own(run: RunConfig, root: Path, before: int | None) -> dict[str, Any] | Non
 
     Those from `before` on are not loaded, but know with which batch sizes the steps before them were done.
     """
+    if is_url(run.output_dir):
+        mirror(f"{run.output_dir}/checkpoints", root)
     folders = store.list_folders(root)
     if not any(before is None or store.iteration_of(path) < before for path in folders):
         return None
@@ -275,19 +288,28 @@ def _look(run: RunConfig, root: Path, before: int | None, opened: list[Weights])
     settings = run.init_from
     if settings is None:
         return {}
-    path = Path(settings.path)
-    if is_hugging_face(path):
+    if (path := _hugging_face(settings.path)) is not None:
         opened.append(weights := _open(run, path))
         return {"record": _record(path, weights)}
+    if is_url(settings.path):
+        return {"folders": list_remote(settings.path)}
+    path = Path(settings.path)
     newest = store.find_checkpoint(path)
     folders = [newest] if newest == path else store.list_checkpoints(newest.parent)[::-1]
     return {"folders": [str(folder.resolve()) for folder in folders]}
 
 
-def _newest_whole(folders: list[Path]) -> tuple[Path, Manifest]:
+def _hugging_face(path: str) -> Path | None:
+    """The folder at a path or URL, on this machine, if it is of Hugging Face's form."""
+    folder = fetch_model(path) if is_url(path) else Path(path)
+    return folder if folder is not None and is_hugging_face(folder) else None
+
+
+def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
     """The first of some checkpoints that is whole; collective, each rank reads a share of the files."""
-    for number, folder in enumerate(folders):
+    for number, name in enumerate(folders):
         try:
+            folder = _on_this_machine(name)
             return folder, _read_whole(folder)
         except NewerCheckpointError:
             raise
@@ -297,6 +319,21 @@ def _newest_whole(folders: list[Path]) -> tuple[Path, Manifest]:
             why = str(error).removesuffix("; use another checkpoint")
             log.warning("init_from: %s; trying the checkpoint before it", why)
     raise AssertionError("no folder")
+
+
+def _on_this_machine(name: str) -> Path:
+    """A checkpoint's folder, or a copy of the one at a URL; an error is that of all ranks."""
+    mine: Path | OryxError
+    try:
+        mine = store.find_checkpoint(name)
+    except (CheckpointError, StorageError) as error:
+        mine = error
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine if isinstance(mine, OryxError) else None)
+    if (first := next(filter(None, found), None)) is not None:
+        raise first
+    assert isinstance(mine, Path)
+    return mine
 
 
 def _read_whole(folder: Path) -> Manifest:
@@ -332,7 +369,7 @@ def _record(path: Path, weights: Weights) -> dict[str, Any]:
 
     described = path / (MANIFEST if weights.kept is not None else "config.json")
     return {
-        "path": str(path.resolve()),
+        "path": named(path) if named(path) != str(path) else str(path.resolve()),
         "iteration": None if weights.kept is None else weights.kept.iteration,
         "manifest_sha256": file_digest(described)["sha256"],
     }
@@ -343,7 +380,12 @@ def _converted(run: RunConfig, weights: Weights | None) -> Path:
     from oryx_megatron.hf.convert import write_weights
 
     assert weights is not None
-    home = Path(run.output_dir)
+    if is_url(run.output_dir) and os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        raise ConversionError(
+            f"init_from: with output_dir {run.output_dir} a Hugging Face folder is converted on one machine only; make "
+            "a checkpoint of it first (tools/convert_from_hf.py), and name that"
+        )
+    home = run_folder(run)
     for left in home.glob(".init_from.*.tmp"):  # by a start that was killed
         shutil.rmtree(left, ignore_errors=True)
     folder = temporary_name(home / "init_from")

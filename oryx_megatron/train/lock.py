@@ -9,7 +9,8 @@ that finds one left behind by kill -9, a lost node or a requeue takes over:
 - else when the file was not touched for STALE seconds, by the file system's clock or watched from here.
 
 A holder that was only asleep for so long notices that the lock is another's, and ends before it writes any more.
-Reading a run folder (replay, evaluation, monitor, conversion) needs no lock.
+A run on object storage has such a lock there as well (train/remote.py). Reading a run folder (replay, evaluation,
+monitor, conversion) needs no lock.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, OryxError
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,14 @@ _held: dict[Path, RunLock] = {}
 """Locks of this process."""
 
 
-def hold(folder: Path) -> RunLock | None:
+def hold(folder: Path, beyond: Callable[[], RunLock] | None = None) -> RunLock | None:
     """Take the lock of a run folder, which is made if missing; collective, gives the lock on rank 0 and None elsewhere.
 
     A process that holds it already keeps it.
+
+    Args:
+        folder: The run's folder.
+        beyond: Makes a further lock, not taken yet, which is held as long as this one; None: there is none.
 
     Raises:
         ConfigError: another run is under way there, or the folder cannot be written to; on all ranks alike.
@@ -56,7 +62,7 @@ def hold(folder: Path) -> RunLock | None:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if world == 1 or torch.distributed.get_rank() == 0:
         try:
-            lock = _hold(folder)
+            lock = _hold(folder, beyond)
         except ConfigError as error:
             failure = error
     if world > 1:
@@ -74,7 +80,7 @@ def release() -> None:
         lock.release()
 
 
-def _hold(folder: Path) -> RunLock:
+def _hold(folder: Path, beyond: Callable[[], RunLock] | None) -> RunLock:
     try:
         missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +90,20 @@ def _hold(folder: Path) -> RunLock:
         path = folder.resolve() / NAME
         if (lock := _held.get(path)) is None or not lock.is_mine():
             lock = RunLock(path)
-            lock.acquire(shown=folder)
+            lock.acquire(shown=str(folder))
             lock.made = missing
             _held[path] = lock
+            if beyond is not None:
+                try:
+                    lock.beyond = beyond()
+                    lock.beyond.acquire(shown=lock.beyond.name.rpartition("/")[0])
+                except BaseException:
+                    lock.beyond = None
+                    lock.release()
+                    raise
         return lock
+    except OryxError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"output_dir: {error}") from None
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"output_dir: {error.filename or folder} is not a folder; choose another") from None
     except OSError as error:
@@ -103,15 +119,21 @@ class RunLock:
         path: The file.
     """
 
+    beat = 0.0
+    """Seconds between signs of life; 0: BEAT."""
+
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
+        self.beyond: RunLock | None = None
+        """A lock that is held and given back with this one."""
         self.pid = os.getpid()
         self.identity = _identity()
         self.made: list[Path] = []
         """Folders that were made for it, innermost first: a start that fails leaves none that is empty."""
         self._end = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def acquire(self, *, shown: Path) -> None:
+    def acquire(self, *, shown: str) -> None:
         """Make the file, in place of one whose holder is gone.
 
         Args:
@@ -121,9 +143,9 @@ class RunLock:
             ConfigError: its holder lives.
             OSError: it cannot be written.
         """
-        watch = _Watch(self.path)
+        watch = self.watch()
         told = False
-        while not self._create():
+        while not self.create():
             holder = watch.look()
             if holder is None:  # gone in between
                 continue
@@ -137,21 +159,22 @@ class RunLock:
                 )
             if lives is False:
                 log.info("output_dir: the run of %s is gone; taking over its lock", describe(holder))
-                self._remove(watch.text)
+                self.remove(watch.text)
                 continue
             if not told:
                 log.info(
                     "output_dir: %s was left by %s; waiting up to %.0f s for a sign of life",
-                    self.path, describe(holder), STALE,
+                    self.name, describe(holder), max(STALE, 4 * self.beat),
                 )  # fmt: skip
                 told = True
             time.sleep(min(1.0, BEAT / 5))
-        threading.Thread(target=self._beat, daemon=True, name="run lock").start()
+        self._thread = threading.Thread(target=self._live, daemon=True, name="run lock")
+        self._thread.start()
         atexit.register(self.release)
 
     def is_mine(self) -> bool:
         """Whether the file is still this process's."""
-        return self.pid == os.getpid() and _parse(_read(self.path)).get("token") == self.identity["token"]
+        return self.pid == os.getpid() and parse(self.read()).get("token") == self.identity["token"]
 
     def release(self) -> None:
         """Remove the file, if it is still this process's; harmless when called again, or in a forked process."""
@@ -159,15 +182,35 @@ class RunLock:
         if self.pid != os.getpid():
             return
         atexit.unregister(self.release)
+        if self._thread is not None:
+            self._thread.join(self.beat or BEAT)  # a sign of life after the end would leave a lock behind
         _held.pop(self.path, None)
+        if self.beyond is not None:
+            self.beyond.release()
         with contextlib.suppress(OSError):
             if self.is_mine():
-                self.path.unlink()
+                self.unlink()
         for folder in self.made:
             with contextlib.suppress(OSError):  # something was written there
                 folder.rmdir()
 
-    def _create(self) -> bool:
+    def watch(self) -> Watch:
+        """What looks whether another holder beats."""
+        return Watch(self.path)
+
+    def read(self) -> str:
+        """Text of the lock; empty when it is not there."""
+        return _read(self.path)
+
+    def touch(self) -> None:
+        """Give a sign of life."""
+        os.utime(self.path)
+
+    def unlink(self) -> None:
+        """Take this process's own lock away."""
+        self.path.unlink()
+
+    def create(self) -> bool:
         """Make the file unless there is one."""
         try:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -185,7 +228,7 @@ class RunLock:
             raise
         return True
 
-    def _remove(self, text: str) -> None:
+    def remove(self, text: str) -> None:
         """Take the file away, unless it is no longer the one that holds `text`: someone else may have been faster."""
         if _read(self.path) != text:
             return
@@ -199,29 +242,29 @@ class RunLock:
         elif not self.path.exists():  # the new holder's: back
             moved.rename(self.path)
 
-    def _beat(self) -> None:
-        while not self._end.wait(BEAT):
+    def _live(self) -> None:
+        while not self._end.wait(self.beat or BEAT):
             with contextlib.suppress(OSError, ConfigError):
-                text = _read(self.path)
-                if _parse(text).get("token") == self.identity["token"]:
-                    os.utime(self.path)
-                elif text or not self._renew():
-                    self._give_up(_parse(text))
+                text = self.read()
+                if parse(text).get("token") == self.identity["token"]:
+                    self.touch()
+                elif text or not self.renew():
+                    self._give_up(parse(text))
 
-    def _renew(self) -> bool:
+    def renew(self) -> bool:
         """Make a lock that someone deleted by hand again; True also where the folder itself is gone."""
-        return not self.path.parent.is_dir() or self._create()
+        return not self.path.parent.is_dir() or self.create()
 
     def _give_up(self, holder: dict[str, Any]) -> None:
         sys.stderr.write(
-            f"error: output_dir: {self.path} was taken over by {describe(holder)} while this process made no sign of "
+            f"error: output_dir: {self.name} was taken over by {describe(holder)} while this process made no sign of "
             "life; it ends, so as not to write into that run's folder\n"
         )
         sys.stderr.flush()
         os._exit(2)
 
 
-class _Watch:
+class Watch:
     """Looks at a lock whose holder cannot be asked: does it beat?"""
 
     def __init__(self, path: Path) -> None:
@@ -247,7 +290,7 @@ class _Watch:
             self._first, self._since = seen, time.monotonic()
         self._beaten = seen != self._first
         self._touched = status.st_mtime
-        return _parse(self.text)
+        return parse(self.text)
 
     def beats(self) -> bool | None:
         """True when it was touched since the first look, False when not for STALE seconds, None: not known yet."""
@@ -346,7 +389,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse(text: str) -> dict[str, Any]:
+    """What a lock says; an empty dict when that cannot be read."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount
@@ -66,20 +67,20 @@ def make(
     )
 
 
-def check(manifest: Manifest, run: RunConfig, root: Path, *, count: SampleCount, blend: Blend) -> None:
+def check(manifest: Manifest, run: RunConfig, checkpoints: Checkpoints, *, count: SampleCount, blend: Blend) -> None:
     """Refuse to resume from the checkpoint of another model, or of other data or batches so far.
 
     Args:
         manifest: Of the checkpoint.
         run: The config now.
-        root: Folder of the checkpoints, for messages.
+        checkpoints: The run's, for messages.
         count: Samples of this run by iteration.
         blend: The training data now.
 
     Raises:
         CheckpointError, DataError: it does not fit.
     """
-    written = manifest.run()
+    written, root = manifest.run(), checkpoints.name
     then, now = written.model, run.model
     names = tuple(field.name for field in dataclasses.fields(now) if field.name not in OF_NO_MATTER)
     if changed := [
@@ -87,7 +88,7 @@ def check(manifest: Manifest, run: RunConfig, root: Path, *, count: SampleCount,
     ]:
         raise CheckpointError(
             f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
-            f"{_own_config(manifest, root)}choose another output_dir"
+            f"{_own_config(manifest, checkpoints.root)}choose another output_dir"
         )
     skipped = int(manifest.guard.get("skipped_samples", 0))
     if manifest.consumed_samples != count.samples_at(manifest.iteration) + skipped:

@@ -19,6 +19,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
 from oryx_megatron.train import init_from
+from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
 
 GIB = 2.0**30
@@ -44,9 +45,10 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     tokenizer = load_tokenizer(run.data.tokenizer)
     rows = f"{tokenizer.vocab_size:,} tokens for {run.model.vocab_size:,} rows of the embedding"
     yield Checked("tokenizer", f"{run.data.tokenizer}: {tokenizer.kind}, {rows}")
-    root = Path(run.output_dir) / "checkpoints"
+    root = run_folder(run) / "checkpoints"
+    expected = init_from.expected_count(run, root)  # of a run on object storage, it brings the manifests here
     own = store.list_folders(root)
-    for name, parts in look_at_datasets(run, tokenizer, init_from.expected_count(run, root)).items():
+    for name, parts in look_at_datasets(run, tokenizer, expected).items():
         for part in parts:
             wanted = f"{'' if name == 'train' else 'up to '}{part.samples:,} samples"
             yield Checked(
@@ -55,7 +57,7 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     yield Checked("kernels", f"{backends.describe()} ({'GPU' if platform.has_gpu() else 'CPU'})")
     if own:
-        yield Checked("start", f"resumes from iteration {store.iteration_of(own[-1])} of {root}")
+        yield Checked("start", f"resumes from iteration {store.iteration_of(own[-1])} of {run.output_dir}/checkpoints")
     elif run.init_from is None:
         yield Checked("start", f"new weights, seed {run.seed}")
     else:
@@ -80,7 +82,7 @@ def checkpoints_held(run: RunConfig) -> int:
 
 
 def _disk(run: RunConfig, root: Path, there: int) -> str:
-    """Room for the checkpoints; ConfigError when not one of them fits."""
+    """Room for the checkpoints, of a run on object storage for the copies here; ConfigError when not one fits."""
     folder = root
     while not folder.exists():
         folder = folder.parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config.batch_sizes import SampleCount, planned
@@ -16,7 +15,7 @@ JUMP = 0.01
 """Relative change of the learning rate that is told."""
 
 
-def tell(manifest: Manifest, run: RunConfig, root: Path) -> None:
+def tell(manifest: Manifest, run: RunConfig, root: str) -> None:
     """Log how a run resumes from a checkpoint of `root`."""
     done, train = manifest.iteration, run.train
     log.info("resumed from iteration %d of %s", done, root)

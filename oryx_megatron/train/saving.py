@@ -75,4 +75,4 @@ class Saver:
             return
         if path is not None:
             self.error = None
-            self.callbacks.call("on_checkpoint", path)
+            self.callbacks.call("on_checkpoint", f"{self.checkpoints.name}/{path.name}")

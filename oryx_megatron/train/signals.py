@@ -46,6 +46,8 @@ REASONS = (*(s.name for s in SIGNALS), "time limit")
 TIME_LIMIT_AT = "ORYX_TIME_LIMIT_AT"
 """Environment variable: unix time at which the job ends."""
 MARKER = "requeue"
+MARKER_FILE = "ORYX_REQUEUE_MARKER"
+"""Environment variable: a file to leave beside RUN/requeue."""
 ECHO = 1.0
 """Seconds within which a second SIGINT counts as the first one's copy."""
 
@@ -124,12 +126,20 @@ def decide(votes: Sequence[float]) -> str | None:
 def write_marker(folder: Path, stop: Stop) -> None:
     """Leave RUN/requeue."""
     content = {"code": REQUEUE_EXIT_CODE, "reason": stop.reason, "iteration": stop.iteration, "time": time.time()}
-    write_json(folder / MARKER, content)
+    for path in _markers(folder):
+        write_json(path, content)
 
 
 def remove_marker(folder: Path) -> None:
     """Remove RUN/requeue, as a start does."""
-    (folder / MARKER).unlink(missing_ok=True)
+    for path in _markers(folder):
+        path.unlink(missing_ok=True)
+
+
+def _markers(folder: Path) -> dict[Path, None]:
+    """RUN/requeue, and where the job's script looks for it: of a run on object storage that is elsewhere."""
+    named = os.environ.get(MARKER_FILE, "").strip()
+    return dict.fromkeys([folder / MARKER, *([Path(named)] if named else [])])
 
 
 def exit_code() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from oryx_megatron.data.stream import Batch, SampleStream
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.ops import backends
-from oryx_megatron.train import banner, init_from, lock, manifests, resume, signals
+from oryx_megatron.train import banner, init_from, manifests, remote, resume, signals
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
 from oryx_megatron.train.batches import open_stream, training_batches
@@ -69,17 +68,18 @@ class Trainer:
             raise ConfigError(f"layout for {layout.world_size} ranks, but {world} run: samples would be left out")
         check_sizes(run, layout)
         self.run, self.layout = run, layout
-        self.folder = Path(run.output_dir)
+        self.folder = remote.run_folder(run)
         self.data_rank = parallel_state.get_data_parallel_rank()
         request = stop or signals.StopRequest()
         request.limit_time(run.faults)
         check_installed(run.logging)
-        self.lock = lock.hold(self.folder) if reports else None
+        self.lock = remote.hold(run, self.folder) if reports else None
         self.main = reports and parallel.is_main_rank()
         """Whether this rank reports."""
         random.seed(run.seed)
         np.random.seed(run.seed % 2**32)
         backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
+        files = remote.run_files(run, self.folder) if self.main else ()
         if self.main:
             signals.remove_marker(self.folder)
             for line in banner.reproduction(run, layout):
@@ -103,12 +103,12 @@ class Trainer:
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         if manifest := self._load(before):
-            resume.tell(manifest, run, self.checkpoints.root)
+            resume.tell(manifest, run, self.checkpoints.name)
         else:
             self._start()
         self.stream = self.open_stream()
         if self.main:
-            self.callbacks.extend(reporters(run, layout, self.clock))
+            self.callbacks.extend([*reporters(run, layout, self.clock, self.folder), *files])
 
     def fit(self) -> signals.Stop | None:
         """Train until train.iterations (or train.exit_after), evaluating and saving on the way and at the end.
@@ -306,7 +306,7 @@ class Trainer:
 
     def _check(self, manifest: Manifest) -> None:
         count, blend = self.start.count, self.datasets["train"]
-        manifests.check(manifest, self.run, self.checkpoints.root, count=count, blend=blend)
+        manifests.check(manifest, self.run, self.checkpoints, count=count, blend=blend)
 
     def _rolled_back(self) -> bool:
         """Keep the batch of a bad step, and after several in a row roll back to before them; True when rolled back."""

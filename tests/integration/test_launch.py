@@ -21,7 +21,9 @@ from torch.distributed import TCPStore
 
 from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 from oryx_megatron.platform import store as stores
-from oryx_megatron.testing.project import tiny_project
+from oryx_megatron.testing.project import synthetic_texts, tiny_project
+from oryx_megatron.tools import preprocess_data
+from oryx_megatron.train import signals
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
@@ -178,6 +180,111 @@ def test_time_limits() -> None:
     assert [cluster.seconds(text) for text in ("", "1h", "1:2:3:4", "-1")] == [None] * 4
 
 
+def test_preprocessing_alone(capsys, tmp_path, monkeypatch) -> None:
+    """An array of shards and their merge; again: those that are missing, or the merge alone. A fault is one line."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = REPOSITORY / "tokenizers" / "stdlib-8k"
+    (tmp_path / "corpus").mkdir()
+    for number, text in enumerate(synthetic_texts(1200)):
+        (tmp_path / "corpus" / f"{number:04d}.txt").write_text(text)
+    options = ["--input", "corpus", "--tokenizer", tokenizer, "--output", "x"]
+    command = ["preprocess", "--cluster", profile(tmp_path, max_requeues=100), *options, "--shards"]
+    found = scripts(capsys, *command, 3, "--text-key", "body", "--time-limit", "00:20:00")
+    assert list(found) == ["preprocess", "merge"]
+    for name, script in found.items():
+        (tmp_path / f"{name}.sh").write_text(script)
+        shellcheck(tmp_path / f"{name}.sh")
+    array = found["preprocess"]
+    for line in (
+        "array=1-3",
+        "requeue",
+        "time=00:20:00",
+        "job-name=x-preprocess",
+        f"output={tmp_path}/x.slurm/preprocess-%A_%a.log",
+    ):
+        assert f"#SBATCH --{line}\n" in array
+    assert "export ORYX_REQUEUES=2\n" in array
+    assert array.rstrip().splitlines()[-1] == (
+        f"shard 3 --input corpus --tokenizer {tokenizer} --output x --text-key body --processes=2"
+    )
+    assert found["merge"].rstrip().splitlines()[-1] == (
+        "tool merge_datasets --output=x x-00001-of-00003 x-00002-of-00003 x-00003-of-00003"
+    )
+    assert "(starts after: preprocess)" in found["merge"]
+    assert preprocess_data.main([*map(str, options), "--shard", "2/3", "--quiet", "--processes", "1"]) == 0
+    capsys.readouterr()
+    assert "#SBATCH --array=1,3\n" in scripts(capsys, *command, 3)["preprocess"]
+    assert "#SBATCH --array=1-3\n" in scripts(capsys, *command, 3, "--restart")["preprocess"]
+    assert "#SBATCH --array=1-4\n" in scripts(capsys, *command, 4)["preprocess"]
+    for shard in (1, 3):
+        assert preprocess_data.main([*map(str, options), "--shard", f"{shard}/3", "--quiet"]) == 0
+    capsys.readouterr()
+    assert list(scripts(capsys, *command, 3)) == ["merge"]
+    over = scripts(capsys, *command, 3, "--overwrite")
+    assert "#SBATCH --array=1-3\n" in over["preprocess"]
+    assert over["merge"].rstrip().splitlines()[-1].startswith("tool merge_datasets --output=x --overwrite x-00001")
+    assert list(scripts(capsys, *command, 1)) == ["preprocess"]
+    Path("x.idx").touch()
+    for line, said in (
+        ([*command, 3], f"--output: dataset {tmp_path}/x exists already; choose another name or pass --overwrite"),
+        ([*command, 3, "--output", "s3://b/x"], "--output: s3://b/x: datasets are made on this machine's file systems"),
+        ([*command, 0, "--output", "y"], "--shards: 0 should be at least 1"),
+        ([*command, 3, "--output", "y", "--shard", "1/3"], "--preprocess: leave out --shard and say --shards N"),
+    ):
+        assert submit.main([*map(str, line), "--print"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "state", "again"),
+    [(0, 0, "RUNNING", False), (2, 0, "RUNNING", False), (1, 0, "RUNNING", True), (137, 1, "RUNNING", True),
+     (1, 2, "RUNNING", False), (1, 0, "COMPLETING", False)],
+)  # fmt: skip
+def test_a_shard_that_fails(capsys, tmp_path, monkeypatch, status: int, restarts: int, state: str, again: bool) -> None:
+    """It goes back into the queue, alone and at most twice; not for an error of the user's, nor when cancelled."""
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    stand_in = {
+        "srun": f"exit {status}",
+        "scontrol": f'if [[ $1 == requeue ]]; then echo "$2" >{tmp_path}/requeued; fi; echo n1',
+        "squeue": f"echo {state}",
+    }
+    for name, text in stand_in.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    arguments = ["--input", "stdlib", "--tokenizer", "t", "--output", "x", "--shards", "3"]
+    found = scripts(capsys, "preprocess", "--cluster", profile(tmp_path), *arguments)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70",
+        "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "1", "SLURM_RESTART_COUNT": str(restarts), "SLURM_JOB_END_TIME": "1800000000",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", found["preprocess"]], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("70_2\n" if again else "")
+
+
+def test_a_run_on_object_storage(capsys, config, tmp_path, monkeypatch) -> None:
+    """Scripts, logs and the marker for requeueing are in runs/NAME; evaluation and conversion read the URL."""
+    monkeypatch.chdir(tmp_path)
+    found = scripts(capsys, config, "--cluster", profile(tmp_path), "output_dir=s3://bucket/deep/run", *ALL)
+    assert f"#SBATCH --output={tmp_path}/runs/run/slurm/pretrain-%j.log\n" in found["pretrain"]
+    assert f"\nRUN_FOLDER={tmp_path}/runs/run\n" in found["pretrain"]
+    assert "evaluate perplexity s3://bucket/deep/run --plans attention --output" in found["evaluate-1"]
+    assert "tool convert_to_hf s3://bucket/deep/run s3://bucket/deep/run/hf --verify" in found["convert"]
+    marker = tmp_path / "marker"
+    monkeypatch.setenv(signals.MARKER_FILE, str(marker))
+    signals.write_marker(tmp_path, signals.Stop("time limit", 3))
+    assert json.loads(marker.read_text())["iteration"] == 3
+    signals.remove_marker(tmp_path)
+    assert not marker.exists()
+    assert not (tmp_path / signals.MARKER).exists()
+
+
 def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
     """Every argument reaches srun's programs letter by letter, and nothing in it is run."""
     folder = tmp_path / HOSTILE
@@ -206,6 +313,7 @@ def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
     environment = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "2", "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_ARRAY_JOB_ID": "12340",
         "SLURM_JOB_END_TIME": "1800000000", "OMP_NUM_THREADS": "",
     }  # fmt: skip
     expected = {

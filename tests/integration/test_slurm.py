@@ -329,6 +329,39 @@ def test_node_dies(slurm, project, expected) -> None:
 
 
 @pytest.mark.slow
+def test_preprocessing_alone(slurm, project, data) -> None:
+    """A task whose process is killed runs again alone; the merge waits for it, and is as one run without shards."""
+    corpus, tokenizer = project.folder / "corpus", data.parent / "tokenizer"
+    corpus.mkdir()
+    for i, text in enumerate(synthetic_texts(1200)):
+        (corpus / f"{i:04d}.txt").write_text(text)
+    once = project.folder / "once"
+    # The first start of the second task dies as a process that the system killed for memory does.
+    setup = f"if [[ ${{SLURM_ARRAY_TASK_ID:-}} == 2 ]] && mkdir {once} 2>/dev/null; then srun() {{ return 137; }}; fi"
+    project.profile.write_text(yaml.safe_dump(PROFILE | {"nodes": 1, "setup": [setup]}))
+    options = ["--input", str(corpus), "--tokenizer", str(tokenizer), "--output", "x", "--quiet"]
+    command = [sys.executable, str(REPOSITORY / "launch/submit.py"), "preprocess", f"--cluster={project.profile}"]
+    done = subprocess.run(
+        [*command, "--shards", "2", *options], env=slurm.environment(), cwd=project.folder, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    array, merge = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
+
+    def log() -> str:
+        return "\n".join(path.read_text() for path in sorted((project.folder / "x.slurm").glob("*.log")))
+
+    wait(lambda: slurm.job(merge).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED"), 400, log)
+    assert slurm.job(merge)["JobState"] == "COMPLETED", log()
+    assert log().count(f"requeue job {array}_2") == 1
+    assert f"requeue job {array}_1" not in log()
+    tool = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), *options]
+    subprocess.run([*tool, "--output", "whole"], cwd=project.folder, check=True, timeout=240)
+    for end in ("bin", "idx"):
+        assert (project.folder / f"x.{end}").read_bytes() == (project.folder / f"whole.{end}").read_bytes()
+
+
+@pytest.mark.slow
 def test_from_text_to_export(slurm, project, data) -> None:
     """An array of shards, their merge, training that is preempted, evaluation and conversion: each after the other."""
     corpus = project.folder / "corpus"

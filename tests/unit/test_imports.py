@@ -16,6 +16,7 @@ ORDER = (
     "reading",
     "display",
     "paths",
+    "storage",
     "cli",
     "ranks",
     "PURE",

@@ -217,7 +217,7 @@ def test_taken_over_while_asleep(tmp_path: Path, deleted: bool, capfd: pytest.Ca
     ready.wait(20)
     if deleted:
         (tmp_path / lock.NAME).unlink()
-        wait_for(lambda: lock._parse(lock._read(tmp_path / lock.NAME)).get("pid") == child.pid)
+        wait_for(lambda: lock.parse(lock._read(tmp_path / lock.NAME)).get("pid") == child.pid)
         end.set()
     else:
         leave(tmp_path)

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.callbacks import StepRecord
 from oryx_megatron.train.callbacks.weights_and_biases import KEPT, WeightsAndBiases, run_id
 from oryx_megatron.train.evaluate import Evaluation
@@ -66,11 +64,6 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return module
 
 
-def run_in(folder: Path) -> RunConfig:
-    folder.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(tiny_run(), output_dir=str(folder))
-
-
 def record(iteration: int, loss: float = 1.0) -> StepRecord:
     numbers = {field.name: 1.0 for field in dataclasses.fields(StepRecord)}
     return StepRecord(**(numbers | {"iteration": iteration, "loss": loss, "skipped": False}))  # type: ignore[arg-type]
@@ -78,7 +71,8 @@ def record(iteration: int, loss: float = 1.0) -> StepRecord:
 
 def train(folder: Path, *steps: int, loss: float = 1.0) -> WeightsAndBiases:
     """A process that does these steps."""
-    reporter = WeightsAndBiases("p", run_in(folder), {})
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter = WeightsAndBiases("p", folder, {})
     for step in steps:
         reporter.on_step(record(step, loss))
     reporter.on_end()
@@ -157,7 +151,7 @@ def test_the_run_goes_on_without_it(
 ) -> None:
     wandb.fails[what] = error
     reporter = train(tmp_path, 1, 2, 3)
-    reporter.on_evaluation(3, [Evaluation("valid", "attention", 1.0, 1.0, 1, 1.0)])
+    reporter.on_evaluation(3, [Evaluation("valid", "attention", 1.0, 1.0, 1)])
     (told,) = caplog.records
     why = (str(error).splitlines() or [type(error).__name__])[0]
     assert told.getMessage().startswith(f"Weights & Biases: {why}; training continues without it")

@@ -81,8 +81,8 @@ class Callback:
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         """After every evaluation."""
 
-    def on_checkpoint(self, path: Path) -> None:
-        """When a checkpoint is complete."""
+    def on_checkpoint(self, path: str) -> None:
+        """When a checkpoint is complete; `path` may be a URL."""
 
     def on_finish(self, iteration: int, reason: str | None) -> None:
         """When the loop ended well and all is saved; `reason` when it was asked to stop before the end."""

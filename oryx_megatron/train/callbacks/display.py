@@ -65,7 +65,7 @@ class Display(Callback):
             for r in (result for result in results if result.dataset == dataset):
                 self._write(f"    {r.plan:<24} loss {r.loss:7.4f}   bits per byte {r.bits_per_byte:6.4f}")
 
-    def on_checkpoint(self, path: Path) -> None:
+    def on_checkpoint(self, path: str) -> None:
         self._write(f"  saved {path}")
 
     def _write(self, text: str) -> None:

@@ -51,8 +51,8 @@ class History(Callback):
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         self._events.add("evaluation", iteration, seconds=self._since("evaluation"))
 
-    def on_checkpoint(self, path: Path) -> None:
-        self._events.add("checkpoint", self._iteration, seconds=self._since("checkpoint"), path=path.name)
+    def on_checkpoint(self, path: str) -> None:
+        self._events.add("checkpoint", self._iteration, seconds=self._since("checkpoint"), path=Path(path).name)
 
     def on_finish(self, iteration: int, reason: str | None) -> None:
         if (seconds := self._since("checkpoint")) > 1e-3:  # polls since the last one was complete

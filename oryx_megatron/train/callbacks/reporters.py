@@ -34,9 +34,9 @@ def check_installed(logging: LoggingConfig) -> None:
             )
 
 
-def reporters(run: RunConfig, layout: Layout, clock: Clock) -> Callbacks:
-    """What reports a run, on rank 0; RUN/config.yaml is written first."""
-    folder, peak = Path(run.output_dir), platform.peak_flops()
+def reporters(run: RunConfig, layout: Layout, clock: Clock, folder: Path) -> Callbacks:
+    """What reports a run into `folder`, on rank 0; its config.yaml is written first."""
+    peak = platform.peak_flops()
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(to_yaml(run))
     facts = {"host": socket.gethostname(), "ranks": layout.world_size, "commit": platform.git_commit()}
@@ -49,5 +49,5 @@ def reporters(run: RunConfig, layout: Layout, clock: Clock) -> Callbacks:
     if run.logging.tensorboard:
         found.append(TensorBoard(folder / "tensorboard"))
     if run.logging.wandb_project:
-        found.append(WeightsAndBiases(run.logging.wandb_project, run, to_dict(run)))
+        found.append(WeightsAndBiases(run.logging.wandb_project, folder, to_dict(run)))
     return Callbacks(found)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import write_json
 from oryx_megatron.display import shown
 from oryx_megatron.errors import first_line
@@ -35,10 +34,9 @@ class WeightsAndBiases(Callback):
     Whatever goes wrong there is told in one line, and training continues without it.
     """
 
-    def __init__(self, project: str, run: RunConfig, config: dict[str, Any]) -> None:
+    def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         self._run: Any = None
         self._sent = 0
-        folder = Path(run.output_dir)
         with self._optional():
             for name, seconds in PATIENCE.items():
                 os.environ.setdefault(name, seconds)
