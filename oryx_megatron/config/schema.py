@@ -113,6 +113,8 @@ class ModelConfig:
     """Use the embedding matrix as output projection."""
     norm_epsilon: Positive = 1e-5
     """Epsilon of every RMSNorm."""
+    logit_softcap: Positive | None = None
+    """Logits become cap · tanh(logits / cap), in training and after (exports: final_logit_softcapping); null: off."""
     init_std: Positive = 0.02
     """Standard deviation of weight initialisation; output projections use init_std / sqrt(2 num_layers)."""
     decay_init: tuple[float, float] = (1.0, 16.0)
@@ -268,6 +270,8 @@ class TrainConfig:
     """Batch sizes that replace `global_batch_size` in training from given iterations on (ramp-up)."""
     micro_batch_size: Count = 1
     """Sequences per forward pass on a rank."""
+    z_loss: NotNegative = 0.0
+    """Weight of log² Z beside the loss (Z: normaliser of the softmax), e.g. 1e-4; 0: off."""
     exit_after: Count | None = None
     """Stop (with a checkpoint) after this iteration although the schedule runs to `iterations`."""
 

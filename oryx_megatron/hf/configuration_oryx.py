@@ -44,6 +44,7 @@ class OryxConfig(PreTrainedConfig):
         output_gate: gate the normalised mixer output by SiLU(W_g x).
         qk_norm: RMSNorm per head on the attention query and on the key that attention reads.
         rotary: whose queries and keys get rotary position embedding, `attention`, `both` or `none`; `rotary_base`.
+        final_logit_softcapping: c where logits become c · tanh(logits / c); null: they stay as they are.
         shared_query: one query projection for both modes.
         decay_init, dt_init: ranges of exp(a_log), uniform, and of softplus(dt_bias), log-uniform, at initialisation.
         recurrence_chunk: tokens per chunk of the recurrence in plain torch; a matter of speed only.
@@ -79,6 +80,7 @@ class OryxConfig(PreTrainedConfig):
     shared_query: bool = False
     tie_word_embeddings: bool = True
     rms_norm_eps: float = 1e-5
+    final_logit_softcapping: float | None = None
     initializer_range: float = 0.02
     decay_init: list[float] | tuple[float, ...] = (1.0, 16.0)
     dt_init: list[float] | tuple[float, ...] = (1e-3, 0.1)

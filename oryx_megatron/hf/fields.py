@@ -30,6 +30,7 @@ CONFIG = {
     "shared_query": "shared_query",
     "tie_embeddings": "tie_word_embeddings",
     "norm_epsilon": "rms_norm_eps",
+    "logit_softcap": "final_logit_softcapping",
     "init_std": "initializer_range",
     "decay_init": "decay_init",
     "dt_init": "dt_init",

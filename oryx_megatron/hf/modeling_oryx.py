@@ -464,6 +464,8 @@ class OryxForCausalLM(OryxPreTrainedModel, OryxGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = outputs.last_hidden_state
         logits = self.lm_head(x if isinstance(kept, int) else x[:, kept])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = (torch.tanh(logits.to(wide(logits.dtype)) / cap) * cap).to(logits.dtype)
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **of_loss)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from oryx_megatron.arch import parameter_counts
 from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
+from oryx_megatron.model.logits import OryxModel
 from oryx_megatron.model.spec import block_spec
 from oryx_megatron.platform import memory
 
 
 def build_chunk(
     config: OryxTransformerConfig, *, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
-) -> GPTModel:
-    """One pipeline stage (or virtual stage) as megatron-core's GPTModel, with uninitialised weights.
+) -> OryxModel:
+    """One pipeline stage (or virtual stage) as a kind of megatron-core's GPTModel, with uninitialised weights.
 
     The mixer applies its own rotary embedding, so GPTModel gets no position embedding and no sequence limit.
     """
     model = config.oryx
     if model is None:
         raise ValueError("build_chunk needs config.oryx, the architecture")
-    return GPTModel(
+    return OryxModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
         vocab_size=model.vocab_size,
@@ -39,9 +39,11 @@ def build_chunk(
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, seed: int
-) -> list[GPTModel]:
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, seed: int, z_loss: float = 0.0
+) -> list[OryxModel]:
     """All chunks of this pipeline rank (one unless stages are virtual), with the weights of `seed`.
+
+    `z_loss` is the weight of that penalty in training.
 
     Raises:
         ConfigError: its share of the weights is more than all of this machine's memory.
@@ -55,7 +57,7 @@ def build_model(
         memory.device_bytes(),
         "use a smaller model, or more ranks of parallel.tensor or parallel.pipeline",
     )
-    config = transformer_config(model, parallel, precision)
+    config = transformer_config(model, parallel, precision, z_loss=z_loss)
     stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
     chunks = []
     for stage in stages:
@@ -72,7 +74,7 @@ def build_model(
     return chunks
 
 
-def build_meta(model: ModelConfig) -> GPTModel:
+def build_meta(model: ModelConfig) -> OryxModel:
     """The whole model without storage, to count and name its parameters."""
     config = transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), use_cpu_initialization=True)
     with torch.device("meta"):

@@ -70,7 +70,7 @@ class DeepSpeedEngine:
             raise ConfigError("engine: deepspeed is not installed; `pip install deepspeed==0.19.8`, or use megatron")
         deepspeed = patch.import_deepspeed()
         self.run, self.layout = run, layout
-        (model,) = build_model(run.model, run.parallel, run.precision, seed=run.seed)
+        (model,) = build_model(run.model, run.parallel, run.precision, seed=run.seed, z_loss=run.train.z_loss)
         warm(run, [model])
         _prepare(model, run)
         optimizer = torch.optim.AdamW(

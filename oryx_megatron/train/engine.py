@@ -35,7 +35,16 @@ from oryx_megatron.train.optimizer import (
     gradient_norm,
     wrap,
 )
-from oryx_megatron.train.step import ForwardStep, Microbatch, OryxProgram, Program, Totals, forward_backward, launch
+from oryx_megatron.train.step import (
+    REPORTED,
+    ForwardStep,
+    Microbatch,
+    OryxProgram,
+    Program,
+    Totals,
+    forward_backward,
+    launch,
+)
 from oryx_megatron.train.update import FusedUpdate
 
 log = logging.getLogger(__name__)
@@ -93,7 +102,8 @@ class MegatronEngine:
         launched = why_launched(run)
         if launched is None:
             platform.leave_default_stream()
-        self.chunks: list[Any] = wrap(run, model or build_model(run.model, run.parallel, run.precision, seed=run.seed))
+        built = model or build_model(run.model, run.parallel, run.precision, seed=run.seed, z_loss=run.train.z_loss)
+        self.chunks: list[Any] = wrap(run, built)
         if launched is None and program is None and not get_model_config(self.chunks[0]).fused_mixer:
             launched = "kernels.mixer is not fused"  # the kernels of separate steps depend on the plan
         self.graphs = None if launched else MicrobatchGraphs(self.program, self.chunks)
@@ -106,7 +116,7 @@ class MegatronEngine:
         self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
         if self.fused_update is not None:
             get_model_config(self.chunks[0]).finalize_model_grads_func = self.fused_update.finalize
-        self._totals = Totals(torch.ones(3))
+        self._totals = Totals(torch.ones(REPORTED))
         """Of the step whose gradients these are."""
         self._router_biases: list[tuple[Tensor, Tensor]] = []
         """Those of the routers, and their values before this step, whose backward pass moved them."""

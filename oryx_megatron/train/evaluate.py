@@ -16,7 +16,7 @@ from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.train.batches import evaluation_batches, open_stream
-from oryx_megatron.train.step import Totals, forward_backward
+from oryx_megatron.train.step import REPORTED, Totals, forward_backward
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,4 @@ def _run(
             progress()
     finally:
         stream.close()
-    return Totals(torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64))
+    return Totals(torch.stack(sums).sum(0) if sums else torch.zeros(REPORTED, dtype=torch.float64))

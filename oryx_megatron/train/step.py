@@ -146,10 +146,18 @@ def launch(program: Program, batches: Iterator[Microbatch], chunk: torch.nn.Modu
 
 
 def sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Summed loss, number of counted tokens, and a report; megatron-core divides at the end of the step."""
-    total = (losses.float() * mask).sum()
+    """Summed loss, number of counted tokens, and a report; megatron-core divides at the end of the step.
+
+    `losses` [b, s], or [2, b, s] where the second is a penalty that is trained on and reported on its own.
+    """
     tokens = mask.sum()
-    report = torch.stack((total.detach(), tokens, tokens.new_full((), text_bytes)))
+    if losses.dim() > mask.dim():
+        loss, penalty = (losses.float() * mask).sum((1, 2))
+        total = loss + penalty
+    else:
+        total = loss = (losses.float() * mask).sum()
+        penalty = tokens.new_zeros(())
+    report = torch.stack((loss.detach(), tokens, tokens.new_full((), text_bytes), penalty.detach()))
     return total, tokens.to(torch.int), {"totals": report}
 
 
@@ -158,14 +166,18 @@ def _context_slice(length: int) -> slice:
     return slice(rank * length // size, (rank + 1) * length // size)
 
 
+REPORTED = 4
+"""Sums of a microbatch: `Totals.sums`."""
+
+
 @dataclass(frozen=True)
 class Totals:
     """Sums over a global batch, the same on every rank. Reading a number waits for the device."""
 
     sums: Tensor
-    """[3] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training)."""
+    """[4] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training), z-loss."""
     local: Tensor | None = field(default=None, repr=False, compare=False)
-    """[microbatches, 3] the same of every microbatch of this rank, on the last pipeline stage."""
+    """[microbatches, 4] the same of every microbatch of this rank, on the last pipeline stage."""
     routing: Tensor | None = field(default=None, repr=False, compare=False)
     """[layers with experts, E + 5] fp64 sums of their routers in training (model/experts.py); None without experts."""
 
@@ -178,13 +190,13 @@ class Totals:
         routing = () if self.routing is None else (self.routing,)
         parts = [other.double().reshape(-1) for other in (self.sums, *others, *routing)]
         numbers = torch.cat(parts).tolist()
-        self.__dict__["_numbers"] = numbers[:3]
+        self.__dict__["_numbers"] = numbers[:REPORTED]
         if self.routing is not None:
             width = self.routing.shape[1]
             first = len(numbers) - self.routing.numel()
             self.__dict__["routed"] = [numbers[i : i + width] for i in range(first, len(numbers), width)]
             numbers = numbers[:first]
-        return numbers[3:]
+        return numbers[REPORTED:]
 
     @cached_property
     def routed(self) -> list[list[float]]:
@@ -205,6 +217,11 @@ class Totals:
     def text_bytes(self) -> float:
         """UTF-8 bytes of those labels; 0 in training."""
         return self._numbers[2]
+
+    @property
+    def mean_z_loss(self) -> float:
+        """Weighted, per token; 0 where it is off and in evaluation."""
+        return self._numbers[3] / max(self.tokens, 1.0)
 
     @property
     def mean(self) -> Tensor:
@@ -266,7 +283,7 @@ def _routing(chunks: list[Any]) -> Tensor | None:
 
 def _reduce(reports: list[Tensor], routing: Tensor | None = None) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
-    total = torch.zeros(3, dtype=torch.float64, device=platform.device())
+    total = torch.zeros(REPORTED, dtype=torch.float64, device=platform.device())
     local = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         local = torch.stack(reports)

@@ -20,7 +20,7 @@ CASES = {
         "fp32",
     ),
     "shared tp2": (
-        {"shared_query": True, "rotary": "both", "conv_width": 0, "output_gate": False},
+        {"shared_query": True, "rotary": "both", "conv_width": 0, "output_gate": False, "logit_softcap": 0.5},
         ParallelConfig(tensor=2, sequence=False),
         "fp32",
     ),

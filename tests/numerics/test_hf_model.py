@@ -29,7 +29,7 @@ def random_modes(*shape: int, seed: int = 2) -> torch.Tensor:
         {},
         {"conv_width": 0, "output_gate": False, "qk_norm": False},
         {"shared_query": True, "rotary": "both"},
-        {"rotary": "none", "num_key_value_heads": 4, "tie_word_embeddings": False},
+        {"rotary": "none", "num_key_value_heads": 4, "tie_word_embeddings": False, "final_logit_softcapping": 0.5},
         {"modes": "attention"},
         {"modes": "recurrent", "conv_width": 2},
     ],

@@ -53,10 +53,12 @@ class StepRecord:
     """True when the step was bad (loss or gradients not finite, or a spike) and parameters stayed as they were."""
     routing: Routing | None = None
     """What the routers did; None without experts."""
+    z_loss: float | None = None
+    """Penalty on the normaliser of the softmax, weighted, per token; not part of `loss`. None: off."""
 
     def figures(self) -> dict[str, Any]:
-        """All but `routing` itself, and of that what is one number."""
-        own = {name: value for name, value in vars(self).items() if name != "routing"}
+        """All but `routing` itself, and of that what is one number; without what this run does not have."""
+        own = {name: value for name, value in vars(self).items() if name != "routing" and value is not None}
         return own | (self.routing.scalars() if self.routing is not None else {})
 
 
