@@ -311,13 +311,21 @@ class ScheduleConfig:
     min_lr: NotNegative = 0.0
     """Learning rate at the end."""
     decay: Index | None = None
-    """Iterations of the final decay (wsd only); null: a tenth of the run, at least 2; 0: none."""
+    """Iterations of a decay (wsd only); null: a tenth of those up to its end, at least 2; 0: none."""
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
-    """Shape of the final decay (wsd only)."""
+    """Shape of a decay (wsd only)."""
+    restarts: tuple[Count, ...] = ()
+    """Iterations at which a decay ends, is evaluated and saved, and the learning rate goes back to its peak."""
+    rewarm: Index = 0
+    """Iterations of linear warm-up from `min_lr` after each restart; 0: at once."""
 
     def decay_in(self, iterations: int) -> int:
-        """Iterations of the final decay of a run; it begins after the first of them, so that 1 would lower nothing."""
+        """Iterations of the decay that ends there; it begins after the first of them, so that 1 would lower nothing."""
         return max(2, iterations // 10) if self.decay is None else self.decay
+
+    def phases(self, iterations: int) -> list[tuple[int, int]]:
+        """First and last + 1 iteration between restarts."""
+        return list(zip((0, *self.restarts), (*self.restarts, iterations), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

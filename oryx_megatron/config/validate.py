@@ -28,6 +28,7 @@ from oryx_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
 )
 from oryx_megatron.errors import ConfigError
@@ -213,6 +214,7 @@ def _check_training(run: RunConfig) -> None:
         raise ConfigError("schedule.min_lr: has no effect with schedule.name constant; remove it, or use cosine or wsd")
     if schedule.decay is not None and schedule.name != "wsd":
         raise ConfigError(f"schedule.decay: only the wsd schedule has a final decay, not {schedule.name}")
+    _check_restarts(schedule, train.iterations)
     decay = schedule.decay_in(train.iterations)
     if schedule.name == "wsd" and decay > train.iterations - schedule.warmup:
         raise ConfigError(
@@ -233,6 +235,30 @@ def _check_training(run: RunConfig) -> None:
             f"logging.wandb_project: {project!r} is no project of Weights & Biases: up to 128 characters, none of "
             "/ \\ # ? % : (a team is named by WANDB_ENTITY)"
         )
+
+
+def _check_restarts(schedule: ScheduleConfig, iterations: int) -> None:
+    """Every phase of the learning rate holds its warm-up and its decay."""
+    if not schedule.restarts:
+        if schedule.rewarm:
+            raise ConfigError("schedule.rewarm: has no effect without schedule.restarts; remove it or name them")
+        return
+    if schedule.name == "constant":
+        raise ConfigError("schedule.restarts: a constant learning rate has none; remove them, or use cosine or wsd")
+    for i, (begin, end) in enumerate(schedule.phases(iterations)):
+        name = f"schedule.restarts[{i}]" if i < len(schedule.restarts) else "train.iterations"
+        if end <= begin:
+            raise ConfigError(
+                f"{name}: {end} should be {f'after the restart before it at {begin}' if i else 'above 0'}"
+            )
+        warmup = schedule.rewarm if i else schedule.warmup
+        decay = schedule.decay_in(end) if schedule.name == "wsd" else 1
+        if warmup + decay > end - begin:
+            decays = f" and {decay} of decay" if schedule.name == "wsd" else ""
+            raise ConfigError(
+                f"{name}: {warmup} iterations of warm-up{decays} do not fit between {begin} and {end}; move it, or "
+                f"lower schedule.{'rewarm' if i else 'warmup'}{' or schedule.decay' if decays else ''}"
+            )
 
 
 def _check_faults(faults: FaultsConfig) -> None:

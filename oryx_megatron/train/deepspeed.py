@@ -31,7 +31,7 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.model import OryxMixer, build_model
 from oryx_megatron.train.engine import MegatronEngine, warm
-from oryx_megatron.train.optimizer import build_schedule
+from oryx_megatron.train.schedule import Schedule
 from oryx_megatron.train.step import Microbatch, OryxProgram, Totals, _reduce, launch
 
 BUCKET = 50_000_000
@@ -91,7 +91,7 @@ class DeepSpeedEngine:
             )
         self._forward = _Forward(self.engine)
         self.chunks = [self.engine.module]
-        self.schedule = build_schedule(run, self.engine.basic_optimizer)
+        self.schedule = Schedule(run, self.engine.basic_optimizer)
         patch.reduce_in_order(self.engine)
         self._discard = False
         patch.discard_when(self.engine, lambda: self._discard)

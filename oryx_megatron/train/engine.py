@@ -30,11 +30,11 @@ from oryx_megatron.train.guard import bad_step
 from oryx_megatron.train.optimizer import (
     apply_gradients,
     build_optimizer,
-    build_schedule,
     connect,
     gradient_norm,
     wrap,
 )
+from oryx_megatron.train.schedule import Schedule
 from oryx_megatron.train.step import (
     REPORTED,
     ForwardStep,
@@ -111,7 +111,7 @@ class MegatronEngine:
             log.info("graphs: %s", f"off, {launched}" if launched else "microbatches are captured as shapes come")
         warm(run, self.chunks)
         self.optimizer = build_optimizer(run, self.chunks)
-        self.schedule = build_schedule(run, self.optimizer)
+        self.schedule = Schedule(run, self.optimizer)
         connect(run, self.chunks, self.optimizer)
         self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
         if self.fused_update is not None:

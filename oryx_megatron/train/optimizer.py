@@ -1,9 +1,8 @@
-"""Optimizer and schedule: megatron-core's, from the run config."""
+"""Optimizer: megatron-core's, from the run config."""
 
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config, unwrap_model
 
 from oryx_megatron import compat, platform
@@ -140,36 +138,6 @@ def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], over
         wrapped = FP32Optimizer(inner, config, allocate)
     wrapped.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
     return wrapped
-
-
-def build_schedule(run: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Learning rate by iteration, set in an optimizer's param_groups: linear warm-up, then cosine, WSD or constant."""
-    schedule, iterations = run.schedule, run.train.iterations
-    wsd = schedule.name == "wsd"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=run.optimizer.lr,
-        min_lr=schedule.min_lr,
-        lr_warmup_steps=schedule.warmup,
-        lr_decay_steps=iterations,
-        lr_decay_style={"cosine": "cosine", "wsd": "WSD", "constant": "constant"}[schedule.name],
-        start_wd=run.optimizer.weight_decay,
-        end_wd=run.optimizer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=schedule.decay_in(iterations) if wsd else None,
-        lr_wsd_decay_style=schedule.decay_shape if wsd else None,
-    )
-
-
-def learning_rate(run: RunConfig, iteration: int) -> float:
-    """That of the step after `iteration` steps."""
-    group: dict[str, Any] = {}
-    build_schedule(run, SimpleNamespace(param_groups=[group])).step(increment=iteration)
-    return float(group["lr"])
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

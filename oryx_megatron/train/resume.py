@@ -7,7 +7,7 @@ import logging
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.train.optimizer import learning_rate
+from oryx_megatron.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def jump(then: RunConfig, now: RunConfig, done: int) -> str:
             ("optimizer.lr", then.optimizer.lr, now.optimizer.lr),
             *(
                 (f"schedule.{field}", getattr(then.schedule, field), getattr(now.schedule, field))
-                for field in ("name", "warmup", "min_lr", "decay", "decay_shape")
+                for field in ("name", "warmup", "min_lr", "decay", "decay_shape", "restarts", "rewarm")
             ),
         )
         if before != after
@@ -66,7 +66,11 @@ def jump(then: RunConfig, now: RunConfig, done: int) -> str:
     expected, found = learning_rate(then, done), learning_rate(now, done)
     if abs(found - expected) <= JUMP * max(found, expected):
         return ""
-    return (
+    text = (
         f"the learning rate jumps from {learning_rate(then, done - 1):.3g} in step {done} to {found:.3g} in step "
         f"{done + 1}: {', '.join(changes)}"
     )
+    if done < then.train.iterations or now.schedule.name == "constant":
+        return text
+    restarts = [*now.schedule.restarts, done]
+    return f"{text}; to warm up again from there: schedule.restarts={restarts} schedule.rewarm=N"

@@ -146,9 +146,10 @@ class Trainer:
             self._compare_ranks()
             if record.skipped and self._rolled_back():
                 continue
-            if _due(self.iteration, run.evaluation.interval, run.train.iterations) and stop.reason is None:
+            if self._evaluation_due() and stop.reason is None:
                 self.evaluate()
-            if _due(self.iteration, run.checkpoint.interval, last) and (not self.guard.row or self.iteration == last):
+            due = _due(self.iteration, run.checkpoint.interval, last, *run.schedule.restarts)
+            if due and (not self.guard.row or self.iteration == last):
                 self.save()
             self.saver.poll()
 
@@ -332,9 +333,12 @@ class Trainer:
 
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""
-        due = self.iteration and _due(self.iteration, self.run.evaluation.interval, self.run.train.iterations)
         missed = all(result["iteration"] != self.iteration for result in self.evaluations)
-        return bool(due) and missed and len(self.datasets) > 1
+        return self.iteration > 0 and self._evaluation_due() and missed and len(self.datasets) > 1
+
+    def _evaluation_due(self) -> bool:
+        run = self.run
+        return _due(self.iteration, run.evaluation.interval, run.train.iterations, *run.schedule.restarts)
 
     def _next_samples(self) -> list[Batch]:
         try:
@@ -344,5 +348,6 @@ class Trainer:
             raise
 
 
-def _due(iteration: int, interval: int, last: int) -> bool:
-    return iteration == last or (interval > 0 and iteration % interval == 0)
+def _due(iteration: int, interval: int, *ends: int) -> bool:
+    """Every `interval`, and where a decay of the learning rate ends."""
+    return iteration in ends or (interval > 0 and iteration % interval == 0)

@@ -32,8 +32,8 @@ from oryx_megatron.train.bad_steps import record_path
 from oryx_megatron.train.callbacks import Callback, StepRecord
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.history import read_events
-from oryx_megatron.train.optimizer import learning_rate
 from oryx_megatron.train.replay import read_record, replay, report
+from oryx_megatron.train.schedule import learning_rate
 from oryx_megatron.train.trainer import Trainer
 
 
@@ -259,7 +259,9 @@ def test_what_is_told_on_resume(trainer: Callable[..., Trainer], caplog: pytest.
     assert f"the learning rate jumps from {last:.3g} in step 4 to {longer.engine.learning_rate():.3g} in step 5: " in (
         caplog.text
     )
-    assert "train.iterations 4 → 16" in caplog.text
+    assert (
+        "train.iterations 4 → 16; to warm up again from there: schedule.restarts=[4] schedule.rewarm=N" in caplog.text
+    )
     longer.fit()
     assert steps(longer.folder, "lr")[-1] == pytest.approx(1.738e-3, rel=1e-3)  # cosine at 4 of 16
     caplog.clear()

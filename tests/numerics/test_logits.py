@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_model import ROWS, VOCABULARY, build, config, forward, random_plan, random_tokens
+from test_model import ROWS, VOCABULARY, build, config, forward, one_rank, random_plan, random_tokens  # noqa: F401 - a fixture
 from torch import Tensor
 
 from oryx_megatron import platform
