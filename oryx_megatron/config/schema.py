@@ -117,6 +117,8 @@ class ModelConfig:
     """Logits become cap · tanh(logits / cap), in training and after (exports: final_logit_softcapping); null: off."""
     init_std: Positive = 0.02
     """Standard deviation of weight initialisation; output projections use init_std / sqrt(2 num_layers)."""
+    mup_base_hidden_size: Count | None = None
+    """Width at which init_std and optimizer.lr were found, for muP (docs/model.md); null: no scaling with width."""
     decay_init: tuple[float, float] = (1.0, 16.0)
     """Range of A = exp(A_log), drawn uniformly."""
     dt_init: tuple[float, float] = (1e-3, 0.1)
@@ -135,6 +137,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of key/value heads G."""
         return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width over muP's base width; 1 without muP."""
+        return self.hidden_size / self.mup_base_hidden_size if self.mup_base_hidden_size else 1.0
 
     @property
     def kinds(self) -> frozenset[Modes]:

@@ -30,6 +30,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
 
     Matrices: normal with `init_std`, divided by √(2 layers) where they write to the residual stream (out_proj, fc2).
     Routers and experts are matrices too, each expert drawn by its number among all.
+    With muP (arXiv 2203.03466, table 8; megatron-core 0.19) those inside blocks are divided by √m too, m the width over
+    the base width, and the factor 1/m of the logits is what the final norm starts from (train/mup.py).
     Convolution taps: uniform in ±1/√width, torch's default. A uniform in `decay_init`, softplus(dt_bias) log-uniform in
     `dt_init`, as in the Mamba-2 and Gated DeltaNet code bases. Norm weights and d: one.
 
@@ -38,7 +40,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     """
     tensor = _Slicer(parallel_state.get_tensor_model_parallel_group(), seed)
     experts = _Slicer(None, seed)
-    normal, residual = _normal(model.init_std), _normal(model.init_std / math.sqrt(2 * model.num_layers))
+    table, std = _normal(model.init_std), model.init_std / math.sqrt(model.width_multiplier)
+    normal, residual = _normal(std), _normal(std / math.sqrt(2 * model.num_layers))
     done: set[int] = set()
 
     def fill(
@@ -58,9 +61,9 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         fill(prefix + "fc2", fc2, residual, axis=1, slicer=slicer)
 
     if hasattr(chunk, "embedding"):
-        fill("embedding", chunk.embedding.word_embeddings.weight, normal)
+        fill("embedding", chunk.embedding.word_embeddings.weight, table)
     if getattr(chunk, "output_layer", None) is not None and chunk.output_layer.weight is not None:
-        fill("embedding" if model.tie_embeddings else "output_layer", chunk.output_layer.weight, normal)
+        fill("embedding" if model.tie_embeddings else "output_layer", chunk.output_layer.weight, table)
     for layer in chunk.decoder.layers:
         prefix = f"layers.{layer.layer_number}."
         mixer: OryxMixer = layer.self_attention
@@ -92,7 +95,9 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
             # megatron-core marks them so where parallel.expert is above 1 only, and checkpoints would differ.
             fc1.allreduce = fc2.allreduce = False  # type: ignore[attr-defined]
     for name, parameter in chunk.named_parameters():
-        if "norm" in name and parameter.dim() == 1:
+        if name == "decoder.final_layernorm.weight":
+            fill(name, parameter, lambda *a: _ones(*a) / model.width_multiplier, axis=None)
+        elif "norm" in name and parameter.dim() == 1:
             fill(name, parameter, _ones, axis=None)
         elif id(parameter) not in done:
             raise KeyError(f"no initialisation rule for parameter {name}")

@@ -38,7 +38,7 @@ _MAY: dict[str, Check] = {
     "optimizer_seconds": is_amount,
     "model_flops": is_amount,
     "skipped": is_flag,
-    "z_loss": is_number,
+    "logit_z_loss": is_number,
     "bits_per_byte": is_number,
     "perplexity": is_number,
 }

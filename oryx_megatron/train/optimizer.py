@@ -22,7 +22,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from oryx_megatron import compat, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.train import overlap
+from oryx_megatron.train import mup, overlap
 from oryx_megatron.train.muon import Matrix, Muon, matrices
 
 BUCKET = 40_000_000
@@ -95,6 +95,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
     compat.megatron.fp32_apart(overrides, ("*.a_log", "*.dt_bias", "*.self_attention.d"))
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
+    overrides |= mup.overrides(run)
     if settings.cpu_offload:
         compat.megatron.count_fp32_as_copied()
         _use_own_cores()
@@ -114,6 +115,7 @@ def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], over
     known: dict[torch.Tensor, Matrix] = {}
     for chunk in chunks:
         known.update(matrices(unwrap_model(chunk)))
+    overrides |= mup.overrides(run, known.__contains__)
     inner = Muon(
         _get_param_groups(chunks, config, overrides),
         matrix_of=known.get,

@@ -226,7 +226,7 @@ class Trainer:
             model_flops=flops * tokens,
             skipped=taken.bad,
             routing=routing_of(taken.totals.routed, run.model, len(batches) * self.layout.dp),
-            z_loss=taken.totals.mean_z_loss if run.train.z_loss else None,
+            logit_z_loss=taken.totals.mean_z_loss if run.train.z_loss else None,
         )
 
     def evaluate(self) -> list[Evaluation]:

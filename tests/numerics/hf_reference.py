@@ -133,4 +133,6 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
             h = norm(x, f"model.layers.{layer}.pre_mlp_layernorm.weight")
             h = F.silu(w[at_mlp + "gate_proj.weight"] @ h) * (w[at_mlp + "up_proj.weight"] @ h)
             xs[t] = x + w[at_mlp + "down_proj.weight"] @ h
-    return torch.stack([w["lm_head.weight"] @ norm(x, "model.norm.weight") for x in xs])
+    logits = torch.stack([w["lm_head.weight"] @ norm(x, "model.norm.weight") for x in xs])
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -53,7 +53,7 @@ class StepRecord:
     """True when the step was bad (loss or gradients not finite, or a spike) and parameters stayed as they were."""
     routing: Routing | None = None
     """What the routers did; None without experts."""
-    z_loss: float | None = None
+    logit_z_loss: float | None = None
     """Penalty on the normaliser of the softmax, weighted, per token; not part of `loss`. None: off."""
 
     def figures(self) -> dict[str, Any]:
