@@ -4,7 +4,8 @@
 
 Tiny models of growing width train for a few steps on the same text, with and without muP. Plotted is how far a block's
 output, and the logits, have moved since the start: the mean absolute change over the entries of one batch. With muP the
-lines are level; without, they rise with the width: the learning rate of a narrow model is too high for a wide one.
+lines of the blocks are level and those of the logits do not rise (their random part falls with the root of the width);
+without, all rise with the width: the learning rate of a narrow model is too high for a wide one.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def draw(found: dict[bool, dict[int, list[dict[str, float]]]], optimizer: str, p
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, rows = plt.subplots(2, len(PARTS), figsize=(10.5, 5.6), dpi=140, sharex=True, sharey="col")
     for row, (mup, by_width) in zip(rows, found.items(), strict=True):
@@ -136,6 +138,7 @@ def draw(found: dict[bool, dict[int, list[dict[str, float]]]], optimizer: str, p
                 axes.plot(widths, values, "o-", color=color, markersize=4, label=f"step {step + 1}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(f"{part}, {'with' if mup else 'without'} muP", fontsize=10)
             axes.grid(alpha=0.3)
             axes.set_xticks(widths, [str(width) for width in widths])

@@ -1,0 +1,82 @@
+"""muP: activations change alike at every width, and the final norm stands for the factor 1/m of the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from benchmarks.coordinate_check import PARTS, changes, run_of, slope
+from oryx_megatron import parallel, platform
+from oryx_megatron.testing.layouts import session
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    platform.install()
+    yield
+    parallel.destroy()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_changes_by_width(optimizer: Literal["adamw", "muon"]) -> None:
+    """As a power of the width after three steps: blocks about 0 with muP, rising without; logits never rise with it."""
+    powers = {}
+    for mup in (False, True):
+        by_width = {width: changes(run_of(width, optimizer, mup=mup), 3)[-1] for width in (1, 2, 4)}
+        powers[mup] = {part: slope({w: found[part] for w, found in by_width.items()}) for part in PARTS}
+    least = {"adamw": 0.8, "muon": 0.3}[optimizer]
+    for part in ("first block", "last block"):
+        assert powers[False][part] > least, powers
+        assert abs(powers[True][part]) < 0.3, powers
+        assert powers[False][part] - powers[True][part] > 0.4, powers
+    assert powers[False]["logits"] > 0.1 > powers[True]["logits"], powers
+
+
+def test_the_final_norm_is_the_factor_of_the_logits() -> None:
+    """Held against the factor itself: logits times 1/m, final norm as without muP. Clipping, which sees it, is off."""
+    run = run_of(4, "adamw", mup=True)
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, clip_grad=0.0, epsilon=1e-12))
+    with session(run) as opened:
+        found = opened.steps(4)
+        settings = {group["lr_mult"]: (group["lr"], group["eps"]) for group in opened.optimizer.param_groups}
+    assert settings[0.25][0] == pytest.approx(run.optimizer.lr / 4)
+    with session(run) as opened:
+        chunk = opened.chunks[0].module
+        chunk.output_layer.register_forward_hook(lambda module, inputs, output: (output[0] / 4, output[1]))
+        weight = chunk.decoder.final_layernorm.weight
+        with torch.no_grad():
+            weight.mul_(4)
+        for single in getattr(opened.optimizer, "chained_optimizers", [opened.optimizer]):
+            single.reload_model_params()
+            for group in single.param_groups:
+                if group["wd_mult"] == 0.0 and group["lr_mult"] == 0.25:
+                    group.update(max_lr=run.optimizer.lr, eps=1e-12)
+        opened.engine.rewind(0)
+        expected = opened.steps(4)
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=2e-5)
+    assert found[-1][0] != found[0][0]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/coordinate_check.py", "--widths", "1", "2", "--steps", "1"]
+    picture = tmp_path / "check.png"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--picture", str(picture)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("∝ width^") == 6
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = subprocess.run([*command[:4], "--steps", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--widths" in refused.stderr
