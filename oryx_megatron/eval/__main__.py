@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
@@ -21,6 +21,9 @@ from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.display import log_lines, shown
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.storage import named
+
+if TYPE_CHECKING:
+    from oryx_megatron.eval.routed import Plans
 
 PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
@@ -106,10 +109,12 @@ def _perplexity(arguments: argparse.Namespace) -> int:
     if not parallel.is_main_rank():
         return 0
     sys.stdout.write(f"{shown(named(done.checkpoint))}, iteration {done.manifest.iteration}\n")
-    sys.stdout.write(f"{'dataset':<16}{'plan':<24}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>11}\n")
+    sys.stdout.write(
+        f"{'dataset':<16}{'plan':<24}{'attention':>10}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>11}\n"
+    )
     for r in done.results:
         sys.stdout.write(
-            f"{shown(r.dataset):<16}{shown(r.plan):<24}{r.loss:>9.4f}{r.perplexity:>12.3f}{r.bits_per_byte:>11.4f}{r.tokens:>11,}\n"
+            f"{shown(r.dataset):<16}{shown(r.plan):<24}{r.attention_share:>10.1%}{r.loss:>9.4f}{r.perplexity:>12.3f}{r.bits_per_byte:>11.4f}{r.tokens:>11,}\n"
         )
     if arguments.output is not None:
         results = [result.to_dict() for result in done.results]
@@ -123,7 +128,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from oryx_megatron.eval.grid import Cell, plot_cells, run_grid, write_cells
     from oryx_megatron.eval.retrieval import retrieval_task
 
-    predict, codec, vocabulary, chunk, name = _load(arguments)
+    predict, codec, vocabulary, plans, name = _load(arguments)
     tasks = [retrieval_task(task, codec) for task in arguments.tasks]
     tasks = [dataclasses.replace(task, vocab_size=vocabulary) if task.name == "mqar" else task for task in tasks]  # type: ignore[type-var]
 
@@ -140,11 +145,12 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         tasks,
         arguments.lengths,
         arguments.plans,
-        chunk=chunk,
+        chunk=plans.chunk,
         examples=arguments.examples,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         on_cell=show,
+        text_plans=plans.of_texts(arguments.plans),
     )
     if arguments.output is not None and parallel.is_main_rank():
         write_cells(cells, arguments.output / "retrieval.json", model=name, seed=arguments.seed)
@@ -154,18 +160,21 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
-    """Prediction function, codec, vocabulary, plan chunk and name of the model asked for."""
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
+    """Prediction function, codec, vocabulary, plans and name of the model asked for."""
     from oryx_megatron.checkpoint.remote import fetch_model
     from oryx_megatron.eval.grid import predict_with_checkpoint, predict_with_export
+    from oryx_megatron.eval.routed import Plans
 
     folder = fetch_model(arguments.model) if is_url(arguments.model) else Path(arguments.model)
     if folder is not None and (folder / "config.json").is_file():
         from oryx_megatron.eval.export import load_export
 
         model, codec = load_export(folder, arguments.tokenizer)
-        chunk = getattr(model.config, "mode_chunk", 256)
-        return predict_with_export(model), codec, model.config.vocab_size, chunk, folder.resolve().name
+        plans = Plans(
+            getattr(model.config, "mode_chunk", 256), getattr(getattr(model, "model", None), "mode_router", None)
+        )
+        return predict_with_export(model), codec, model.config.vocab_size, plans, folder.resolve().name
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
 
@@ -173,7 +182,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, int, str]:
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
     check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
     run = loaded.run
-    return predict_with_checkpoint(loaded), codec, run.model.vocab_size, run.modes.chunk, run.model.name
+    plans = Plans.of_checkpoint(loaded.folder, run.modes.chunk, arguments.plans)
+    return predict_with_checkpoint(loaded), codec, run.model.vocab_size, plans, run.model.name
 
 
 if __name__ == "__main__":

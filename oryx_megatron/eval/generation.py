@@ -14,8 +14,9 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.routed import Plans
 from oryx_megatron.model import LayerState, SequenceInfo, build_model
-from oryx_megatron.modes import ModePlan, parse_plan
+from oryx_megatron.modes import ModePlan
 from oryx_megatron.ops import backends
 
 
@@ -93,7 +94,9 @@ def generate(
         ConfigError: the plan does not parse at this length or the model lacks one of its modes.
     """
     total = len(prompt) + new_tokens
-    modes = parse_plan(plan, total, chunk=model.run.modes.chunk, prompt=len(prompt))
+    plans = Plans.of_checkpoint(model.folder, model.run.modes.chunk, (plan,))
+    routed = plans.follow(plan) if plans.router is not None else None
+    modes = ModePlan(()) if routed else plans.of(plan, torch.zeros(total, dtype=torch.int64), len(prompt))
     single = model.run.model.single_mode
     if single is not None and modes.attention_tokens != total * model.run.model.has_attention:
         raise ConfigError(f"plan {plan}: model {model.run.model.name} has only the mode {single}")
@@ -104,7 +107,8 @@ def generate(
     result: list[int] = []
     done = 0
     while len(result) < new_tokens:
-        logits = logits_of(model.chunk, tokens, modes.slice(done, done + tokens.shape[1]), states, done)
+        own = routed(tokens[0]) if routed else modes.slice(done, done + tokens.shape[1])
+        logits = logits_of(model.chunk, tokens, own, states, done)
         done += tokens.shape[1]
         token = _sample(logits[0, -1].float(), temperature, top_p, generator)
         if token == stop:

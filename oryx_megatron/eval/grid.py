@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def run_grid(
     batch_size: int = 16,
     seed: int = 0,
     on_cell: Callable[[Cell], None] | None = None,
+    text_plans: Mapping[str, Callable[[Tensor], ModePlan]] | None = None,
 ) -> list[Cell]:
     """Score every combination on the same texts per task and length.
 
@@ -61,26 +63,34 @@ def run_grid(
         batch_size: Texts per call of `predict`.
         seed: Of the texts.
         on_cell: Called with every result.
+        text_plans: Of the specs whose plan depends on the text (`router:R`).
 
     Raises:
         ConfigError: a plan that does not parse at a length, or a length too small for a task.
     """
-    parsed = {(spec, length): parse_plan(spec, length, chunk=chunk) for spec in plans for length in lengths}
+    routed = text_plans or {}
+    parsed = {
+        (spec, length): parse_plan(spec, length, chunk=chunk)
+        for spec in plans
+        if spec not in routed
+        for length in lengths
+    }
     cells = []
     for task in tasks:
         for length in lengths:
             batch = task.sample(length, examples, seed)
             for spec in plans:
-                plan = parsed[spec, length]
-                total = Score(0, 0, 0, 0)
-                for part in _parts(batch, batch_size):
+                total, shares = Score(0, 0, 0, 0), []
+                for part in _parts(batch, 1 if spec in routed else batch_size):
+                    plan = routed[spec](part.tokens[0]) if spec in routed else parsed[spec, length]
                     total += score(predict(part.tokens, plan), part)
+                    shares.append(plan.attention_share)
                 cells.append(
                     Cell(
                         task.name,
                         length,
                         spec,
-                        plan.attention_share,
+                        statistics.mean(shares),
                         total.accuracy,
                         total.token_accuracy,
                         total.answers,

@@ -17,6 +17,7 @@ from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.loader import build_datasets
 from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.routed import Plans, routes
 from oryx_megatron.model import build_model
 from oryx_megatron.ops import backends
 from oryx_megatron.train.evaluate import Evaluation, evaluate
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
     plans = trained.evaluation.plans if plans is None else plans
     run, sizes = _evaluation_run(
         trained,
-        plans,
+        tuple(plan for plan in plans if not routes(plan)),
         data,
         batches,
         batch_size,
@@ -88,6 +89,7 @@ def evaluate_checkpoint(
         run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batches=whole))
     parallel.initialize(run.parallel, seed=run.seed)
     check_whole(folder, manifest)
+    text_plans = Plans.of_checkpoint(folder, run.modes.chunk, plans).of_texts(plans)
     from megatron.core import parallel_state
 
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
@@ -97,7 +99,14 @@ def evaluate_checkpoint(
     load_model_weights(folder, chunks)
     with torch.inference_mode(False):
         results = evaluate(
-            run, sizes, chunks, datasets, spoken, data_rank=parallel_state.get_data_parallel_rank(), plans=plans
+            run,
+            sizes,
+            chunks,
+            datasets,
+            spoken,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            plans=plans,
+            text_plans=text_plans,
         )
     return Perplexity(folder, manifest, results)
 

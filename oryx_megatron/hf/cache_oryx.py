@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from .configuration_oryx import OryxConfig
+from .router_oryx import RouterState
 from .states_oryx import TwoStates
 
 
@@ -198,6 +199,9 @@ class OryxCache(Cache):
         cache.__init__(config, layers[0].max_cache_len if kind is StaticCache else None)
         return cache
 
+    router: RouterState | None = None
+    """Of the tokens that it holds, when a router chose the modes of all of them."""
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that it has room for; -1 where nothing limits them. Layers without keys and values have no limit."""
         layers = self.layers if layer_idx is None else [self.layers[layer_idx]]
@@ -207,6 +211,37 @@ class OryxCache(Cache):
     def started(self) -> bool:
         """Whether it holds tokens already."""
         return any(layer.started for layer in self.layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See Cache."""
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See Cache."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See Cache."""
+        super().batch_repeat_interleave(repeats)
+        if self.router is not None:
+            self._select(torch.arange(len(self.router.history)).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """See Cache; a router's state goes with the tokens: all of them or none."""
+        super().crop(*args, **kwargs)
+        if not self.started:
+            self.router = None
+
+    def reset(self) -> None:
+        """See Cache."""
+        super().reset()
+        self.router = None
+
+    def _select(self, rows: Tensor) -> None:
+        if self.router is not None:
+            self.router = self.router.select(rows.to(self.router.history.device))
 
 
 class OryxDynamicCache(OryxCache, DynamicCache):

@@ -53,6 +53,7 @@ class OryxConfig(PreTrainedConfig):
         mode_chunk: tokens per chunk of the plans `ratio:R` and `every:K`.
         keep_kv: whether caches keep keys and values; without them attention cannot read earlier calls' tokens.
         kernels: `auto` uses fla, mamba_ssm and causal_conv1d on a GPU where they are installed, `torch` never does.
+        router: sizes of the router (`router_oryx.RouterShape`) that the plan `router:R` asks; null: there is none.
         max_position_embeddings: length the model was trained on; longer texts are allowed.
     """
 
@@ -89,6 +90,7 @@ class OryxConfig(PreTrainedConfig):
     mode_chunk: int = 256
     keep_kv: bool = True
     kernels: str = "auto"
+    router: dict[str, int] | None = None
     max_position_embeddings: int = 2048
     use_cache: bool = True
     bos_token_id: int | None = None

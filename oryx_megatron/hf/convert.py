@@ -30,9 +30,12 @@ from oryx_megatron.errors import ConversionError
 from oryx_megatron.hf import modeling_oryx
 from oryx_megatron.hf.card import model_card
 from oryx_megatron.hf.fields import to_hf_config
-from oryx_megatron.hf.folders import MANIFEST, Weights, hf_model_type, hf_shapes, named, open_export
+from oryx_megatron.hf.folders import MANIFEST, ROUTER, Weights, hf_model_type, hf_shapes, named, open_export
 from oryx_megatron.hf.llama import open_llama
 from oryx_megatron.hf.portable import portable, train_alike
+from oryx_megatron.hf.router import NAME as ROUTER_FILE
+from oryx_megatron.hf.router import load_router, router_of, save_router
+from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.hf.tables import (
     EXTRA_STATE,
     FP32,
@@ -110,6 +113,7 @@ def export(
         log.warning("no license is set: the model card names none; set `license` in the run config, or use --license")
     model = run.model
     spoken = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
+    router = _router_of(source, manifest, model)
     config = to_hf_config(
         model,
         mode_plan=mode_plan,
@@ -117,6 +121,7 @@ def export(
         max_position_embeddings=run.data.sequence_length,
         architectures=["OryxForCausalLM"],
         eos_token_id=manifest.tokenizer["eod"],
+        router=None if router is None else router.shape.to_dict(),
     )
     try:
         modeling_oryx.check_default_plan(config)
@@ -136,8 +141,12 @@ def export(
             tensors[name] = (wanted[name], torch.float32 if name.split(".")[-1] in FP32 else own)
             places[name] = rule, layer
     config.dtype = tensors["model.embed_tokens.weight"][1]
+    beside = {} if router is None else {ROUTER + name: tensor for name, tensor in router.state_dict().items()}
+    tensors |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in beside.items()}
 
     def produce(name: str) -> Tensor:
+        if name in beside:
+            return beside[name]
         rule, layer = places[name]
         names = [named(hf, layer) for hf in rule.hf]
         start = sum(wanted[other][0] for other in names[: names.index(name)])
@@ -166,6 +175,18 @@ def model_files() -> list[Path]:
     """Python files that an export ships: the model's, and what it imports beside it, as transformers finds them."""
     model = str(modeling_oryx.__file__)
     return sorted(map(Path, {model, *get_relative_import_files(model)}))
+
+
+def _router_of(source: Path, manifest: Manifest, model: ModelConfig) -> OryxRouter | None:
+    """The router that was trained for a run, if one was."""
+    if not (path := router_of(source)).is_file():
+        return None
+    router, about = load_router(path)
+    if router.shape.vocab_size != model.vocab_size:
+        raise ConversionError(f"{path} is for a vocabulary of {router.shape.vocab_size}, not {model.vocab_size}")
+    if about.get("iteration") != manifest.iteration:
+        log.warning("%s was trained at step %s, this is step %d", path, about.get("iteration"), manifest.iteration)
+    return router
 
 
 def _tokenizer_of(run: RunConfig, manifest: Manifest, folder: str | Path | None) -> Tokenizer:
@@ -271,6 +292,9 @@ def _convert(
         store.commit(writing)
         own = dataclasses.replace(run, model=weights.model, output_dir=str(target), init_from=None)
         (folder / "config.yaml").write_text(to_yaml(own), encoding="utf-8")
+        if weights.router is not None:
+            about = {"iteration": kept.iteration if kept else 0, "checkpoint": weights.source.name}
+            save_router(weights.router, folder / ROUTER_FILE, about)
         if check is not None:
             check(folder)
     return Conversion(weights.source, target, tensors, size, weights.model)

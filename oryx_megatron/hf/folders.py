@@ -24,6 +24,7 @@ from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.fields import from_hf_config, to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.hf.router_oryx import OryxRouter, shape_of
 from oryx_megatron.hf.tables import check_names
 from oryx_megatron.hf.tensors import SafetensorsReader, Shape
 from oryx_megatron.reading import parse_json, read_text
@@ -31,6 +32,8 @@ from oryx_megatron.reading import parse_json, read_text
 MANIFEST = "oryx_manifest.json"
 """The checkpoint's manifest, kept in an export so that it can become a checkpoint again."""
 
+ROUTER = "model.mode_router."
+"""Start of the names of a router's tensors."""
 _COMPUTES = ("config.json", "tokenizer.json", "tokenizer.model")
 """Files of an export, besides those of weights, that decide what it computes."""
 
@@ -47,6 +50,8 @@ class Weights:
     read: Callable[[str], Tensor]
     kept: Manifest | None = None
     """The manifest of the checkpoint that an export was made of."""
+    router: OryxRouter | None = None
+    """What an export has beside the model's own weights."""
 
 
 def open_export(source: str | Path) -> Weights:
@@ -61,7 +66,12 @@ def open_export(source: str | Path) -> Weights:
     found = {name: shape for name, shape in reader.shapes().items() if not is_tied(name, config)}
     check_names(shapes, found, f"{source}:")
     check_export(source)
-    return Weights(source, model, shapes, reader.dtype, reader.read, kept)
+    router = None
+    if config.router is not None:
+        router = OryxRouter(shape_of(config.router))
+        router.load_state_dict({name: reader.read(ROUTER + name) for name in router.state_dict()})
+    own = {name: shape for name, shape in shapes.items() if not name.startswith(ROUTER)}
+    return Weights(source, model, own, reader.dtype, reader.read, kept, router)
 
 
 def hf_model_type(source: str | Path) -> str | None:

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_oryx import OryxCache
-from .modes_oryx import FirstSlots, SlotPlan, TokenModes, plan_mask
+from .modes_oryx import FirstSlots, RoutedPlan, SlotPlan, TokenModes, plan_mask
+from .plans_oryx import routed_share
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache, in arguments and outputs; `forward` and `generate` take both."""
@@ -54,6 +55,12 @@ class OryxGenerationMixin(GenerationMixin):
         keep_kv = _setting("keep_kv", model_kwargs, generation_config, keep_kv)
         given = model_kwargs.get("mode_plan") is not None
         plan = _setting("mode_plan", model_kwargs, generation_config, self.config.default_plan)
+        share = routed_share(plan) if isinstance(plan, str) else None
+        if share is not None and not keep_kv:
+            raise ValueError(
+                f"keep_kv=False with the mode plan `{plan}`: a router may let any new token attend, which needs the "
+                "keys and values of earlier ones; keep them"
+            )
         positions, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
         prompt, new = positions.shape[-1], generation_config._new_tokens
 
@@ -68,10 +75,12 @@ class OryxGenerationMixin(GenerationMixin):
             index = F.pad(real, (0, new), value=True).long().cumsum(1) - 1
             return torch.stack([tables[n][i] for n, i in zip(lengths, index.clamp(min=0))])
 
-        slots = SlotPlan(table_of, positions.device, 0 if cache is None else int(cache.get_seq_length()))
+        done = 0 if cache is None else int(cache.get_seq_length())
+        slots = SlotPlan(table_of, positions.device, done) if share is None else RoutedPlan(self.model, share, done)
         # The last new token is never read.
         always = self.config.layer_modes is not None and "attention" in self.config.kinds
-        if not keep_kv and new > 1 and (always or bool(slots.table[:, prompt : prompt + new - 1].any())):
+        planned = isinstance(slots, SlotPlan) and bool(slots.table[:, prompt : prompt + new - 1].any())
+        if not keep_kv and new > 1 and (always or planned):
             raise ValueError(
                 "keep_kv=False with attention: the mode plan reads new tokens by attention, which needs the keys and "
                 "values of earlier ones; keep them, or use a plan like prompt:attention,new:recurrent"
@@ -118,7 +127,11 @@ class OryxGenerationMixin(GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
-        if isinstance(mode_plan, SlotPlan):
+        if isinstance(mode_plan, RoutedPlan):
+            tokens = inputs.get("input_ids")
+            inputs["mode_plan"] = mode_plan.modes(tokens, attention_mask, cache)
+            mode_plan.done = tokens.shape[1] + (0 if cache is None else mode_plan.done)
+        elif isinstance(mode_plan, SlotPlan):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
             # Counted here on the host: a static cache has its length on the device.
             start = 0 if cache is None else mode_plan.done
@@ -152,7 +165,7 @@ class OryxGenerationMixin(GenerationMixin):
         if not (
             plain
             and in_graph
-            and isinstance(model_kwargs.get("mode_plan"), SlotPlan)
+            and isinstance(model_kwargs.get("mode_plan"), SlotPlan | RoutedPlan)
             and isinstance(cache, OryxCache)
             and cache.layers[0].is_compileable
             and streamer is None
@@ -254,7 +267,7 @@ def _decode(
 
     A cache that the caller keeps may not run ahead of the text, so there it is looked for after every token.
     """
-    plan: SlotPlan = model_kwargs["mode_plan"]
+    plan: SlotPlan | RoutedPlan = model_kwargs["mode_plan"]
     eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
     b, start = input_ids.shape
     length = generation_config.max_length
@@ -282,7 +295,11 @@ def _decode(
             break
         if eos is not None and not exact and (end - start) % period == 0 and watch.finished(going):
             break
-        logits = decoder.step(tokens, plan.modes(offset + end - 1, offset + end))
+        if isinstance(plan, RoutedPlan):
+            modes = plan.modes(tokens[:, None], None, decoder.cache)
+        else:
+            modes = plan.modes(offset + end - 1, offset + end)
+        logits = decoder.step(tokens, modes)
     if eos is not None:
         # Rows are padded after their end; what all rows had ended before is cut off.
         ended = (text[:, start:end, None] == eos).any(2)

@@ -47,8 +47,9 @@ from .layers_oryx import (
     rotary_tables,
 )
 from .modes_oryx import FirstSlots, ModePlan, TokenModes, plan_mask
-from .plans_oryx import FORMS, parse_runs
+from .plans_oryx import FORMS, parse_runs, routed_share
 from .recurrences_oryx import wide
+from .router_oryx import OryxRouter, shape_of
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +59,10 @@ def check_default_plan(config: OryxConfig) -> None:
     plan = config.default_plan
     if not isinstance(plan, str):
         raise ValueError(f"OryxConfig.mode_plan is {plan!r}; a plan is one of {FORMS}")
+    if routed_share(plan) is not None:
+        if config.router is None:
+            raise ValueError(f"mode plan `{plan}`: this model has no router")
+        return
     parse_runs(plan, 0, chunk=1, prompt=0, shorter=True)
     single = config.single_mode
     if single is not None and plan not in (single, f"prompt:{single},new:{single}"):
@@ -109,7 +114,7 @@ class OryxPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._keep_in_fp32_modules_strict = {*config.fp32_parameters, "expert_bias"}
+        self._keep_in_fp32_modules_strict = {*config.fp32_parameters, "expert_bias", "mode_router"}
         check_default_plan(config)
 
     @torch.no_grad()
@@ -149,6 +154,8 @@ class OryxModel(OryxPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([OryxDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.router is not None:
+            self.mode_router = OryxRouter(shape_of(config.router))
         self.gradient_checkpointing = False
         self.compiled = False
         self.post_init()
@@ -194,7 +201,7 @@ class OryxModel(OryxPreTrainedModel):
             if torch.compiler.is_exporting():  # one graph for all texts, without a branch: it checks itself
                 torch._assert_async(~starts.any(), "an exported Oryx takes no packed documents: position_ids restart")
             elif bool(starts.any()):  # under torch.compile the graph ends here; with fullgraph=True this is an error
-                return self._forward_packed(x, starts.expand(b, -1), mode_plan, output_attentions)
+                return self._forward_packed(x, input_ids, starts.expand(b, -1), mode_plan, output_attentions)
         if cache is None and use_cache:
             cache = OryxCache(self.config)
         cache = OryxCache.of(cache, self.config)
@@ -227,6 +234,8 @@ class OryxModel(OryxPreTrainedModel):
                 if counted[1] is None:  # lm-eval scores so: modes, and scores, would depend on the batch size
                     raise ValueError(why)
                 logger.warning_once(why)
+        if (share := self._routed_share(mode_plan)) is not None:
+            mode_plan = self.route(share, input_ids, valid, cache)
         modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
         of_layers = self._of_layers(modes, s)
         attends, recurs = (any(values) for values in zip(*((m.runs, m.recurs) for m in of_layers.values())))
@@ -266,8 +275,43 @@ class OryxModel(OryxPreTrainedModel):
         own = {"attention": TokenModes.uniform(True, s), "recurrent": TokenModes.uniform(False, s)}
         return {kind: own.get(kind, modes) for kind in sorted(self.config.kinds)}
 
+    def _routed_share(self, plan: Any) -> float | None:
+        """Share of a plan that is the router's; None for other plans."""
+        plan = self.config.default_plan if plan is None else plan
+        return routed_share(plan) if isinstance(plan, str) else None
+
+    @torch.no_grad()
+    def route(
+        self, share: float, tokens: Tensor | None, valid: Tensor | None = None, cache: OryxCache | None = None
+    ) -> Tensor:
+        """Which of this call's tokens [b, s] attend under `router:SHARE`, CPU bool [b, s]; the cache keeps its state.
+
+        `valid` [b, s] is false at padding. Raises ValueError without a router, without token numbers, and behind a
+        cache whose tokens were read under another plan.
+        """
+        plan = f"mode plan `router:{share:g}`"
+        if self.config.router is None:
+            raise ValueError(f"{plan}: this model has no router; train one (oryx router RUN) and export it again")
+        if tokens is None:
+            raise ValueError(f"{plan}: a router reads input_ids, and inputs_embeds were given")
+        state = None if cache is None else cache.router
+        if cache is not None and cache.started and state is None:
+            raise ValueError(f"{plan}: the cache holds tokens read under another plan; start from an empty one")
+        if valid is not None and tokens.shape[1] != valid.shape[1]:
+            valid = valid[:, -tokens.shape[1] :]
+        scores, state = self.mode_router(tokens, state, valid)
+        if cache is not None:
+            cache.router = state
+        attends = scores > self.mode_router.threshold(share)
+        return (attends if valid is None else attends & valid).cpu()
+
     def _forward_packed(
-        self, x: Tensor, starts: Tensor, plan: ModePlan | TokenModes | None, output_attentions: bool | None
+        self,
+        x: Tensor,
+        input_ids: Tensor | None,
+        starts: Tensor,
+        plan: ModePlan | TokenModes | None,
+        output_attentions: bool | None,
     ) -> BaseModelOutputWithPast:
         """Documents packed into rows, unpacked into one row each, and put back."""
         b, s = x.shape[:2]
@@ -280,7 +324,11 @@ class OryxModel(OryxPreTrainedModel):
         rows = x.new_zeros(*shape, x.shape[-1]).index_put((document, offset), x.flatten(0, 1))
         valid = torch.zeros(shape, dtype=torch.bool, device=x.device)
         valid[document, offset] = True
-        if plan is not None and not isinstance(plan, str) and not callable(plan):
+        if (share := self._routed_share(plan)) is not None:
+            if input_ids is not None:
+                input_ids = input_ids.new_zeros(shape).index_put((document, offset), input_ids.flatten())
+            plan = self.route(share, input_ids, valid)
+        elif plan is not None and not isinstance(plan, str) and not callable(plan):
             flat = self._token_mask(plan, b, s).to(x.device).flatten()
             plan = torch.zeros_like(valid)
             plan[document, offset] = flat

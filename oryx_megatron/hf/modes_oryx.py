@@ -94,6 +94,26 @@ class SlotPlan:
         return TokenModes.from_mask(self.table[:, start:stop], self.device)
 
 
+class RoutedPlan:
+    """The plan of a generation whose tokens' modes a router chooses as they come."""
+
+    def __init__(self, model: Any, share: float, done: int = 0) -> None:
+        """`model` has `route` (modeling_oryx.OryxModel); `done` slots are cached."""
+        self.model, self.share, self.done = model, share, done
+
+    def modes(self, tokens: Tensor | None, mask: Tensor | None, cache: Any) -> TokenModes | str:
+        """Modes of tokens [b, s], the next of a text; mask [b, ≥ s]: its last columns are false at padding.
+
+        ValueError for what `route` cannot do.
+        """
+        valid = None if mask is None or tokens is None or tokens.shape[1] == 1 else mask[:, -tokens.shape[1] :].bool()
+        attends = self.model.route(self.share, tokens, valid, cache)
+        assert tokens is not None  # `route` refuses
+        if tokens.shape[1] == 1 and bool((attends == attends[0]).all()):
+            return "attention" if bool(attends[0]) else "recurrent"
+        return TokenModes.from_mask(attends, tokens.device)
+
+
 @dataclass(frozen=True)
 class FirstSlots:
     """The prompt's `tokens` slots, where PEFT may put virtual tokens before them on their way to forward."""

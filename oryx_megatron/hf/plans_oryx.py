@@ -12,12 +12,22 @@ from fractions import Fraction
 PlanRuns = tuple[tuple[int, int, bool], ...]
 
 FORMS = (
-    "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN "
+    "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN, router:R "
     "(N tokens, R from 0 to 1, every K-th chunk)"
 )
 
 _RUN = re.compile(r"([ar])(\d+)-(\d+)")
 _RATIO = re.compile(r"\d+\.?\d*|\.\d+")
+
+
+def routed_share(spec: str) -> float | None:
+    """Share R of `router:R`; None for every other plan. ValueError for an R that is no number from 0 to 1."""
+    kind, _, value = spec.strip().partition(":")
+    if kind != "router":
+        return None
+    if not _RATIO.fullmatch(value.strip()) or Fraction(value.strip()) > 1:
+        raise ValueError(f"mode plan `{spec}`: `{value}` is not a number from 0 to 1; a plan is one of {FORMS}")
+    return float(value)
 
 
 def merge_runs(runs: Iterable[tuple[int, int, bool]]) -> PlanRuns:
@@ -88,6 +98,8 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None,
     if kind == "every":
         every = whole(value, 1)
         return chunk_runs(((i + 1) % every == 0 for i in range(chunks)), chunk, length)
+    if routed_share(spec) is not None:
+        raise wrong("a router chooses by the text, which is not known here; use it where a trained model reads a text")
     if kind == "runs":
         runs: list[tuple[int, int, bool]] = []
         for part in value.split(","):

@@ -64,13 +64,44 @@ def training_batches(
     return [_microbatch(batch, plan) for batch, plan in zip(samples, plans)]
 
 
-def evaluation_batches(samples: Sequence[Batch], plan: ModePlan, token_bytes: np.ndarray) -> list[Microbatch]:
-    """The microbatches of one evaluation step, all under `plan`; `token_bytes` [vocabulary] makes bits per byte."""
+TextPlan = Callable[[Tensor], ModePlan]
+"""The plan of one text, int64 [s], where it depends on the text."""
+
+
+def evaluation_batches(
+    samples: Sequence[Batch], plan: ModePlan | TextPlan, token_bytes: np.ndarray
+) -> list[Microbatch]:
+    """The microbatches of one evaluation step, all under `plan`; `token_bytes` [vocabulary] makes bits per byte.
+
+    Where the plan depends on the text every row is a microbatch of its own.
+    """
     sizes = torch.from_numpy(token_bytes)
+    if callable(plan):
+        rows = [row for batch in samples for row in _rows(batch)]
+        planned = [(row, _plan_of_documents(plan, row)) for row in rows]
+    else:
+        planned = [(batch, plan) for batch in samples]
     return [
-        _microbatch(batch, plan, float((sizes[batch["labels"]] * batch["loss_mask"]).sum(dtype=torch.float64)))
-        for batch in samples
+        _microbatch(batch, own, float((sizes[batch["labels"]] * batch["loss_mask"]).sum(dtype=torch.float64)))
+        for batch, own in planned
     ]
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    """The rows of a batch as batches."""
+    return [
+        {key: None if value is None else value[i : i + 1] for key, value in batch.items()}  # type: ignore[misc,index]
+        for i in range(len(batch["tokens"]))
+    ]
+
+
+def _plan_of_documents(plan: TextPlan, row: Batch) -> ModePlan:
+    """The plan of a row; isolated documents are texts of their own."""
+    (text,), documents = row["tokens"], row["documents"]
+    if documents is None:
+        return plan(text)
+    parts = [plan(part).is_attention() for part in text.split(documents[0].diff().tolist())]
+    return ModePlan.from_mask(np.concatenate(parts))
 
 
 def _microbatch(batch: Batch, plan: ModePlan, text_bytes: float = 0.0) -> Microbatch:

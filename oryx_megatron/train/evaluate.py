@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from oryx_megatron import platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
-from oryx_megatron.modes import parse_plan
-from oryx_megatron.train.batches import evaluation_batches, open_stream
+from oryx_megatron.modes import ModePlan, parse_plan
+from oryx_megatron.train.batches import TextPlan, evaluation_batches, open_stream
 from oryx_megatron.train.step import REPORTED, Totals, forward_backward
 
 
@@ -30,6 +31,8 @@ class Evaluation:
     bits_per_byte: float
     """Bits per UTF-8 byte of text: comparable between tokenizers."""
     tokens: int
+    attention_share: float
+    """Share of the tokens in attention mode."""
 
     @property
     def perplexity(self) -> float:
@@ -51,6 +54,7 @@ def evaluate(
     data_rank: int,
     plans: tuple[str, ...] | None = None,
     progress: Callable[[], None] = lambda: None,
+    text_plans: Mapping[str, TextPlan] | None = None,
 ) -> list[Evaluation]:
     """Evaluate every dataset under every plan on the same `evaluation.batches` global batches.
 
@@ -63,6 +67,7 @@ def evaluate(
         data_rank: Data-parallel rank of this process.
         plans: Plan specs.
         progress: Called after every global batch.
+        text_plans: Of the specs whose plan depends on the text, e.g. `router:R`.
     """
     token_bytes = tokenizer.token_bytes()
     training = [chunk.training for chunk in chunks]
@@ -72,9 +77,10 @@ def evaluate(
             chunk.eval()
         for name, dataset in datasets.items():
             for spec in plans or run.evaluation.plans:
-                totals = _run(run, layout, chunks, dataset, tokenizer, token_bytes, spec, data_rank, progress)
+                plan = (text_plans or {}).get(spec) or parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
+                totals, share = _run(run, layout, chunks, dataset, tokenizer, token_bytes, plan, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
-                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens)))
+                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share))
     finally:
         for chunk, mode in zip(chunks, training):
             chunk.train(mode)
@@ -88,20 +94,34 @@ def _run(
     dataset: Blend,
     tokenizer: Tokenizer,
     token_bytes: np.ndarray,
-    spec: str,
+    plan: ModePlan | TextPlan,
     data_rank: int,
     progress: Callable[[], None],
-) -> Totals:
-    plan = parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
+) -> tuple[Totals, float]:
+    """Sums of the loss over all ranks, and the share of attention tokens."""
     stream = open_stream(
         run, layout, dataset, data_rank=data_rank, eod=tokenizer.eod_id, vocab_size=tokenizer.vocab_size
     )
     sums = []
+    attention = tokens = 0
     try:
         for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size)):
             batches = evaluation_batches(stream.next_batches(), plan, token_bytes)
             sums.append(forward_backward(chunks, batches, forward_only=True).sums)
+            attention += sum(batch.plan.attention_tokens for batch in batches)
+            tokens += sum(batch.plan.length for batch in batches)
             progress()
     finally:
         stream.close()
-    return Totals(torch.stack(sums).sum(0) if sums else torch.zeros(REPORTED, dtype=torch.float64))
+    totals = Totals(torch.stack(sums).sum(0) if sums else torch.zeros(REPORTED, dtype=torch.float64))
+    if not callable(plan):
+        return totals, plan.attention_share
+    return totals, _share_over_ranks(attention, tokens)
+
+
+def _share_over_ranks(attention: int, tokens: int) -> float:
+    """Share of attention tokens, where every rank has counted its own texts."""
+    counts = torch.tensor([attention, tokens], dtype=torch.float64, device=platform.device())
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return float(counts[0] / counts[1].clamp_min(1))

@@ -151,7 +151,7 @@ def test_the_run_goes_on_without_it(
 ) -> None:
     wandb.fails[what] = error
     reporter = train(tmp_path, 1, 2, 3)
-    reporter.on_evaluation(3, [Evaluation("valid", "attention", 1.0, 1.0, 1)])
+    reporter.on_evaluation(3, [Evaluation("valid", "attention", 1.0, 1.0, 1, 1.0)])
     (told,) = caplog.records
     why = (str(error).splitlines() or [type(error).__name__])[0]
     assert told.getMessage().startswith(f"Weights & Biases: {why}; training continues without it")

@@ -1,0 +1,78 @@
+"""Plans by spec for the texts of one model, those of its router among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from oryx_megatron import platform
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.plans_oryx import routed_share
+from oryx_megatron.hf.router import load_router, router_of
+from oryx_megatron.hf.router_oryx import OryxRouter
+from oryx_megatron.modes import ModePlan, parse_plan
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans by spec, `router:R` among them, for the texts of one model."""
+
+    chunk: int
+    """Tokens per chunk of `ratio:R` and `every:K`."""
+    router: OryxRouter | None = None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path, chunk: int, specs: Iterable[str]) -> Plans:
+        """With the router of a checkpoint where one of the specs asks for it. ConfigError where there is none."""
+        routed = [spec for spec in specs if routes(spec)]
+        if not routed:
+            return cls(chunk)
+        path = router_of(checkpoint)
+        if not path.is_file():
+            raise ConfigError(f"plan {routed[0]}: {path} is missing; train a router: oryx router {path.parent}")
+        router, _ = load_router(path)
+        return cls(chunk, router.to(platform.device()))
+
+    def of_texts(self, specs: Iterable[str]) -> dict[str, Callable[[Tensor], ModePlan]]:
+        """The plan of a text by spec, for the specs that need the router."""
+        return {spec: partial(self.of, spec) for spec in specs if routes(spec)}
+
+    def follow(self, spec: str) -> Callable[[Tensor], ModePlan]:
+        """The plan of a text that comes in parts, each int64 [s]: called with one part after the other."""
+        router, share, state = self.router, _share(spec), None
+        assert router is not None and share is not None  # noqa: PT018 - the caller looked
+        threshold = router.threshold(share)
+
+        @torch.no_grad()
+        def plan(part: Tensor) -> ModePlan:
+            nonlocal state
+            scores, state = router(part[None].to(router.quantiles.device), state)
+            return ModePlan.from_mask((scores[0] > threshold).cpu().numpy())
+
+        return plan
+
+    def of(self, spec: str, tokens: Tensor, prompt: int | None = None) -> ModePlan:
+        """The plan of a text, int64 [s]. ConfigError for a spec that does not parse or fit."""
+        share = _share(spec)
+        if share is None:
+            return parse_plan(spec, len(tokens), chunk=self.chunk, prompt=prompt)
+        if self.router is None:
+            raise ConfigError(f"plan {spec}: there is no router here; train one: oryx router RUN")
+        return self.follow(spec)(tokens)
+
+
+def routes(spec: str) -> bool:
+    """Whether a spec needs a router."""
+    return _share(spec) is not None
+
+
+def _share(spec: str) -> float | None:
+    try:
+        return routed_share(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

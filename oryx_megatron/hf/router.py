@@ -1,0 +1,55 @@
+"""A trained router as a file beside a run's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from oryx_megatron.data.files import replacing
+from oryx_megatron.errors import CheckpointError
+from oryx_megatron.hf.router_oryx import OryxRouter, shape_of
+
+NAME = "router.safetensors"
+"""In a run folder, or in a checkpoint that lies alone."""
+FORMAT = "oryx-router"
+
+
+def save_router(router: OryxRouter, path: Path, about: Mapping[str, Any]) -> None:
+    """Write a router atomically; `about` says what it was trained for, and must be JSON."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in router.state_dict().items()}
+    metadata = {"format": FORMAT, "shape": json.dumps(router.shape.to_dict()), "about": json.dumps(dict(about))}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def is_router(path: Path) -> bool:
+    """Whether a file is one that `save_router` wrote."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_router(path: Path) -> tuple[OryxRouter, dict[str, Any]]:
+    """A router in eval mode and what `save_router` was told about it. CheckpointError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is no router; train one: oryx router RUN")
+            router = OryxRouter(shape_of(json.loads(metadata["shape"])), len(file.get_slice("quantiles")[:]))
+            router.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+            return router.eval(), json.loads(metadata["about"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged router ({str(error).splitlines()[0]}); train it again") from error
+
+
+def router_of(checkpoint: Path) -> Path:
+    """Where the router of a checkpoint lies: in the run folder, or in a checkpoint that lies outside of one."""
+    return (checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint) / NAME

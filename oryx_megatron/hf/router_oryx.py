@@ -1,0 +1,213 @@
+"""The router: scores every token by what attention mode would gain over recurrent mode there. Stands alone: torch only.
+
+It reads the tokens so far and nothing of the layers, so its decisions are the same whether a text comes at once or
+token by token, under any parallel layout, and a plan is known before the layers run. Its embedding starts from the
+model's. Attention gains mostly where there is something to find in the text before: the router is told whether the last
+one, two and three tokens stood there, and how far back; a gated delta rule (arXiv 2412.06464) remembers the rest.
+
+    x = E[token] + W_f features                            [b, s, R]
+    per layer: q, k, v = SiLU(conv(W x)); x += W_o RMSNorm(delta_rule(q, k, v)); x += MLP(x)
+    score = w · RMSNorm(x) + c                             nats, one per token
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .recurrences_oryx import delta_gates, gated_delta_rule, unit
+
+TAPS = 4
+"""Of the causal convolutions."""
+GRAMS = 3
+"""Longest run of tokens that is looked up in the text before."""
+FEATURES = 2 * GRAMS
+PADDING = -1
+"""In a text's history."""
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """Sizes of a router: vocabulary, width R, layers, heads H of width R / H."""
+
+    vocab_size: int
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.vocab_size, self.width, self.layers, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(f"router: width {self.width} should be a positive multiple of heads {self.heads}")
+
+    def to_dict(self) -> dict[str, int]:
+        """Fields, as `config.json` and router.json hold them."""
+        return asdict(self)
+
+
+@dataclass
+class LayerMemory:
+    """What one layer keeps of a text: convolution window [b, TAPS - 1, 3R] and delta rule state [b, H, N, N]."""
+
+    window: Tensor
+    memory: Tensor
+
+
+@dataclass
+class RouterState:
+    """What a router keeps of a text."""
+
+    history: Tensor
+    """int64 [b, t]: its tokens, PADDING where there was none."""
+    layers: list[LayerMemory]
+
+    def select(self, rows: Tensor) -> RouterState:
+        """The state of these rows [n], in this order."""
+        layers = [LayerMemory(x.window[rows], x.memory[rows]) for x in self.layers]
+        return RouterState(self.history[rows], layers)
+
+
+def repetitions(history: Tensor, tokens: Tensor) -> Tensor:
+    """How far back a token stood before, with its predecessors: [b, s, FEATURES] of tokens [b, s] behind a history.
+
+    Per run of 1, 2 and 3 tokens: 1 where it occurred before, else 0; and the logarithm of how many tokens ago, over 8.
+    """
+    text = torch.cat((history, tokens), 1)
+    (_, length), new = text.shape, tokens.shape[1]
+    places = torch.arange(length, device=text.device)
+    run, whole, found = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
+    for n in range(GRAMS):
+        back = text[:, : length - n] if n < length else text[:, :0]
+        back = F.pad(back, (length - back.shape[1], 0), value=PADDING)
+        whole = whole & (back != PADDING)
+        run = run * 1_000_003 + back + 1  # wraps around: runs that differ are taken for equal once in 2^64
+        keys = torch.where(whole, run, -places - 2)  # a run cut off by the beginning is like no other
+        if new == 1:
+            before = torch.where(keys[:, :-1] == keys[:, -1:], places[:-1], -1)
+            last = before.amax(1, keepdim=True) if length > 1 else torch.full_like(tokens, -1)
+        else:
+            ordered, order = keys.sort(dim=1, stable=True)
+            same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+            earlier = torch.where(same, order.roll(1, 1), -1)
+            last = torch.empty_like(order).scatter_(1, order, earlier)[:, length - new :]
+        seen = last >= 0
+        distance = (places[length - new :] - last).clamp_min(1).float().log() / 8
+        found += [seen.float(), torch.where(seen, distance, 0.0)]
+    return torch.stack(found, -1)
+
+
+class RouterLayer(nn.Module):
+    """One delta rule block and one MLP."""
+
+    def __init__(self, shape: RouterShape) -> None:
+        super().__init__()
+        r, self.heads = shape.width, shape.heads
+        self.norm, self.out_norm, self.mlp_norm = (nn.RMSNorm(r, eps=1e-5) for _ in range(3))
+        self.qkv = nn.Linear(r, 3 * r, bias=False)
+        self.gates = nn.Linear(r, 2 * self.heads, bias=False)
+        self.conv = nn.Parameter(torch.empty(3 * r, TAPS).uniform_(-(TAPS**-0.5), TAPS**-0.5))
+        self.a_log = nn.Parameter(torch.zeros(self.heads))
+        self.dt_bias = nn.Parameter(torch.full((self.heads,), -4.0))  # α near 1: it remembers thousands of tokens
+        self.out = nn.Linear(r, r, bias=False)
+        self.up, self.down = nn.Linear(r, 2 * r, bias=False), nn.Linear(2 * r, r, bias=False)
+
+    def forward(self, x: Tensor, state: LayerMemory | None, valid: Tensor | None) -> tuple[Tensor, LayerMemory]:
+        """x [b, s, R]; valid [b, s]: false at padding, which leaves no trace in the state."""
+        b, r = x.shape[0], x.shape[2]
+        y = self.norm(x)
+        qkv, (a, gate) = self.qkv(y), self.gates(y).chunk(2, -1)
+        if valid is not None:
+            qkv = qkv * valid.unsqueeze(-1)
+        before = qkv.new_zeros(b, TAPS - 1, 3 * r) if state is None else state.window
+        joined = torch.cat((before, qkv), 1)
+        mixed = F.conv1d(joined.transpose(1, 2), self.conv.unsqueeze(1), groups=3 * r).transpose(1, 2)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in F.silu(mixed).chunk(3, -1))
+        log_decay, beta = delta_gates(a, gate, self.dt_bias, self.a_log)
+        if valid is not None:
+            log_decay, beta = log_decay * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
+        scale = q.shape[-1] ** -0.5
+        o, memory = gated_delta_rule(
+            unit(q, scale), unit(k), v, log_decay, beta, initial=None if state is None else state.memory
+        )
+        assert o is not None  # q was given
+        x = x + self.out(self.out_norm(o.flatten(2).to(x.dtype)))
+        x = x + self.down(F.silu(self.up(self.mlp_norm(x))))
+        return x, LayerMemory(joined[:, -(TAPS - 1) :].detach(), memory.detach())
+
+
+class OryxRouter(nn.Module):
+    """Scores of tokens, and the thresholds above which shares of held-out text lie.
+
+    `quantiles` [n] holds the scores below which 0, 1/(n-1), … 1 of the held-out tokens lay: `router:R` lets a token
+    attend where its score is above the quantile 1 - R.
+    """
+
+    quantiles: Tensor
+
+    def __init__(self, shape: RouterShape, quantiles: int = 1001) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, shape.width)
+        self.features = nn.Linear(FEATURES, shape.width)
+        self.layers = nn.ModuleList(RouterLayer(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, eps=1e-5)
+        self.score = nn.Linear(shape.width, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+        self.register_buffer("quantiles", torch.zeros(quantiles, dtype=torch.float32))
+
+    def forward(
+        self, tokens: Tensor, state: RouterState | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, RouterState]:
+        """Scores [b, s] (nats, fp32) of tokens int64 [b, s] that follow the text of `state`, and the state after them.
+
+        `valid` [b, s] is false at padding.
+        """
+        history = tokens[:, :0] if state is None else state.history
+        known = tokens if valid is None else tokens.masked_fill(~valid, PADDING)
+        found = repetitions(history, known).to(self.features.weight.dtype)
+        x, layers = self.embedding(tokens) + self.features(found), []
+        for i, layer in enumerate(self.layers):
+            x, memory = layer(x, None if state is None else state.layers[i], valid)
+            layers.append(memory)
+        return self.score(self.norm(x)).squeeze(-1).float(), RouterState(torch.cat((history, known), 1), layers)
+
+    def threshold(self, share: float) -> float:
+        """Score above which this share (0 to 1) of held-out tokens lay; interpolated. 0 and 1: no token, all tokens."""
+        if share <= 0.0 or share >= 1.0:
+            return float("inf") if share <= 0.0 else float("-inf")
+        place = (1.0 - share) * (len(self.quantiles) - 1)
+        low = int(place)
+        below, above = self.quantiles[low], self.quantiles[min(low + 1, len(self.quantiles) - 1)]
+        return float(below + (above - below) * (place - low))
+
+    @torch.no_grad()
+    def start_from(self, embedding: Tensor) -> None:
+        """Start from a model's embedding [vocabulary, d]: its directions of most variance, at unit size."""
+        table = embedding.float()
+        table = table - table.mean(0)
+        _, _, directions = torch.pca_lowrank(table, min(self.shape.width, *table.shape), center=False, niter=4)
+        start = table @ directions
+        self.embedding.weight.zero_()
+        self.embedding.weight[: len(start), : start.shape[1]] = start / start.std().clamp_min(1e-6)
+
+    @torch.no_grad()
+    def calibrate(self, scores: Tensor) -> None:
+        """Set `quantiles` from the scores of held-out tokens."""
+        points = torch.linspace(0, 1, len(self.quantiles), dtype=torch.float64)
+        ordered = scores.flatten().double().cpu().sort().values
+        place = points * (len(ordered) - 1)
+        low = place.long()
+        high = (low + 1).clamp(max=len(ordered) - 1)
+        self.quantiles.copy_(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+def shape_of(fields: dict[str, Any]) -> RouterShape:
+    """A shape from the fields that `RouterShape.to_dict` gave. ValueError for other or wrong ones."""
+    known = {"vocab_size", "width", "layers", "heads"}
+    if set(fields) != known or not all(type(value) is int for value in fields.values()):
+        raise ValueError(f"router: expected whole numbers {', '.join(sorted(known))}, got {fields}")
+    return RouterShape(**fields)

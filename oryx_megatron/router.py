@@ -1,0 +1,346 @@
+"""`python -m oryx_megatron.router`: train the router of a model, which chooses the mode of every token.
+
+    oryx router RUN
+    torchrun --nproc-per-node 8 -m oryx_megatron.router RUN --texts 4096
+
+The model stays as it is. Texts of the run's training data are read twice, all in attention mode and all in recurrent
+mode; the router learns to predict from the tokens so far how many nats attention gains at each token. Thresholds for
+every share of attention tokens come from validation texts. Writes RUN/router.safetensors; from then on `router:R` is a
+mode plan wherever this model is evaluated, and an export carries the router.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import expand_arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from oryx_megatron.eval.generation import LoadedModel
+    from oryx_megatron.hf.router_oryx import OryxRouter
+
+log = logging.getLogger(__name__)
+CLIP = 8.0
+"""Nats: a gain beyond this says no more about where to attend."""
+SHARES = (0.02, 0.05, 0.1, 0.25)
+"""Of attention tokens, in the table at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to train a router."""
+
+    texts: int = 512
+    """Training texts, each a sample of the run's sequence length."""
+    held_out: int = 64
+    """Validation texts for thresholds and the table."""
+    epochs: int = 4
+    """Times that every training text is used."""
+    batch_size: int = 4
+    """Texts per update and rank."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            if field.name == "lr":
+                if not (math.isfinite(value) and value > 0):
+                    raise ConfigError(f"--lr: {value:g} should be above 0")
+            elif value < least:
+                raise ConfigError(f"--{field.name.replace('_', '-')}: {value} should be at least {least}")
+        if self.width % self.heads:
+            raise ConfigError(f"--width: {self.width} should be a multiple of --heads {self.heads}")
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What attention gains, token by token."""
+
+    tokens: Tensor
+    """int64 [n, s]"""
+    gains: Tensor
+    """float32 [n, s]: nats by which all attention predicts the next token better than all recurrence."""
+    counted: Tensor
+    """bool [n, s]: whether the next token counts in the loss."""
+    losses: Tensor
+    """float32 [2, n, s]: loss under `attention` and under `recurrent`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Held-out loss under one plan."""
+
+    plan: str
+    share: float
+    loss: float
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, print the table, write."""
+    parser = argparse.ArgumentParser(prog="oryx_megatron.router", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run's router")
+    docs = {
+        "texts": "training texts", "held_out": "validation texts", "epochs": "times every text is used",
+        "batch_size": "texts per update and rank", "lr": "peak learning rate", "width": "of the router",
+        "layers": "of the router", "heads": "of the router", "seed": "of weights and order",
+    }  # fmt: skip
+    for field in dataclasses.fields(Options):
+        name, default = f"--{field.name.replace('_', '-')}", field.default
+        parser.add_argument(name, type=type(default), default=default, help=f"{docs[field.name]} (default: {default})")
+    arguments = parser.parse_args(argv)
+    expand_arguments(arguments, "run")
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
+    rows, path = train_router(arguments.run, Options(**values), overwrite=arguments.overwrite)
+    if path is not None:
+        sys.stdout.write(table(rows))
+        sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+def table(rows: list[Row]) -> str:
+    """Loss against share, and how much of the gap between the two modes each plan closes."""
+    losses = {row.plan: row.loss for row in rows}
+    gap = losses["recurrent"] - losses["attention"]
+    lines = [f"{'plan':<14}{'attention':>10}{'loss':>9}{'of the gap':>12}"]
+    for row in rows:
+        closed = f"{(losses['recurrent'] - row.loss) / gap:.1%}" if abs(gap) > 1e-6 else "-"
+        lines.append(f"{row.plan:<14}{row.share:>10.1%}{row.loss:>9.4f}{closed:>12}")
+    return "\n".join(lines) + "\n"
+
+
+def train_router(run: str | Path, options: Options, *, overwrite: bool = False) -> tuple[list[Row], Path | None]:
+    """Train, calibrate, compare and write a router. Collective: all data-parallel ranks call it.
+
+    Returns:
+        Held-out losses, and the file on rank 0 (None on the others).
+
+    Raises:
+        ConfigError: a model with one mode only.
+        DataError, CheckpointError: what cannot be read; a file in the way that is not a router.
+    """
+    from oryx_megatron import parallel
+    from oryx_megatron.checkpoint import find_checkpoint
+    from oryx_megatron.data.files import check_output
+    from oryx_megatron.eval.generation import load_for_inference
+    from oryx_megatron.hf.router import is_router, router_of, save_router
+    from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
+
+    path = router_of(find_checkpoint(run))
+    check_output(path, ours=is_router, overwrite=overwrite)
+    model = load_for_inference(run)
+    if not model.run.model.takes_plans:
+        raise ConfigError(f"{run}: no layer of the model reads a mode plan: there is nothing to route")
+    import torch
+
+    from oryx_megatron import platform
+
+    training, held_out = (collect(model, part, count) for part, count in texts_of(model, options))
+    generator = torch.Generator().manual_seed(options.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        shape = RouterShape(model.run.model.vocab_size, options.width, options.layers, options.heads)
+        router = OryxRouter(shape)
+        router.start_from(_embedding(model))
+    router.to(platform.device())
+    fit(router, training, options, generator)
+    router.eval()
+    with torch.no_grad():
+        scores = torch.cat([router(part)[0] for part in held_out.tokens.to(platform.device()).split(4)])
+    router.calibrate(_everywhere(scores[held_out.counted.to(scores.device)]))
+    rows = compare(model, router, held_out)
+    if not parallel.is_main_rank():
+        return rows, None
+    about = {
+        "checkpoint": model.folder.name,
+        "iteration": model.manifest.iteration,
+        "options": dataclasses.asdict(options),
+        "held_out": [dataclasses.asdict(row) for row in rows],
+    }
+    save_router(router, path, about)
+    return rows, path
+
+
+def texts_of(model: LoadedModel, options: Options) -> Iterator[tuple[Any, int]]:
+    """This rank's streams of training and validation texts, and how many texts to take of each."""
+    from megatron.core import parallel_state
+
+    from oryx_megatron.data.loader import build_datasets
+    from oryx_megatron.data.stream import SampleStream
+    from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(model.run.data.tokenizer)
+    check_tokenizer(tokenizer, model.manifest.tokenizer, str(model.folder))
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    wanted = {"train": options.texts, "valid": options.held_out}
+    blends = build_datasets(model.run, tokenizer, {name: -(-n // size) * size for name, n in wanted.items()})
+    for name, count in wanted.items():
+        if name not in blends:
+            raise ConfigError(f"the run has no {name} texts (data.split); a router needs training and validation texts")
+        stream = SampleStream(
+            blends[name],
+            micro_batch_size=1,
+            microbatches=1,
+            data_rank=rank,
+            data_size=size,
+            eod=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+        try:
+            yield stream, max(1, count // size)
+        finally:
+            stream.close()
+
+
+def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
+    """Both losses of so many texts."""
+    import torch
+
+    from oryx_megatron.modes import Mode, ModePlan
+
+    tokens, counted, losses = [], [], []
+    for _ in range(count):
+        (batch,) = stream.next_batches()
+        length = batch["tokens"].shape[1]
+        uniform = (ModePlan.uniform(mode, length) for mode in (Mode.ATTENTION, Mode.RECURRENT))
+        losses.append(torch.stack([losses_of(model, batch["tokens"], batch["labels"], plan) for plan in uniform]))
+        tokens.append(batch["tokens"])
+        counted.append(batch["loss_mask"] > 0)
+    both = torch.cat(losses, 1)
+    return Gains(torch.cat(tokens), both[1] - both[0], torch.cat(counted), both)
+
+
+def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Any) -> Tensor:
+    """Nats per token [b, s] of texts under a plan, on the host."""
+    import torch
+
+    from oryx_megatron import platform
+    from oryx_megatron.model import SequenceInfo
+
+    with torch.inference_mode():
+        info = SequenceInfo.build(plan, device=platform.device())
+        on_device = (platform.to_device(x) for x in (tokens, labels))
+        tokens, labels = on_device
+        return model.chunk(tokens, None, None, labels=labels, packed_seq_params=info).float().cpu()
+
+
+def fit(router: OryxRouter, gains: Gains, options: Options, generator: Any) -> None:
+    """Train a router to predict gains: the mean of what is to come, by which a budget is spent best.
+
+    All ranks hold equal weights and average their gradients.
+    """
+    import torch
+
+    from oryx_megatron import platform
+
+    device, count = platform.device(), len(gains.tokens)
+    targets = gains.gains.clamp(-CLIP, CLIP)
+    steps = options.epochs * -(-count // options.batch_size)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=steps + 1, pct_start=min(0.1, 20 / steps), anneal_strategy="cos"
+    )
+    router.train()
+    shown = 0.0
+    for epoch in range(options.epochs):
+        for rows in torch.randperm(count, generator=generator).split(options.batch_size):
+            scores, _ = router(gains.tokens[rows].to(device))
+            weights = gains.counted[rows].to(device).float()
+            loss = ((scores - targets[rows].to(device)).square() * weights).sum() / weights.sum().clamp_min(1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            _average(router)
+            torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            shown = float(loss.detach())
+        log.info("router: epoch %d of %d, squared error %.4f", epoch + 1, options.epochs, shown)
+
+
+def compare(model: LoadedModel, router: OryxRouter, held_out: Gains) -> list[Row]:
+    """Held-out loss under all attention, all recurrence, evenly spread chunks, and the router, at some shares."""
+    import torch
+
+    from oryx_megatron.eval.routed import Plans
+
+    plans = Plans(model.run.modes.chunk, router)
+    specs = ["attention", "recurrent", *(f"{kind}:{share:g}" for kind in ("ratio", "router") for share in SHARES)]
+    labels = torch.cat((held_out.tokens[:, 1:], held_out.tokens[:, -1:]), 1)
+    counted = held_out.counted.clone()
+    counted[:, -1] = False  # the label of the last token is not among the tokens
+    rows = []
+    for spec in specs:
+        loss, share = torch.zeros((), dtype=torch.float64), 0.0
+        for i, text in enumerate(held_out.tokens):
+            if spec in ("attention", "recurrent"):
+                found, attends = held_out.losses[int(spec == "recurrent"), i], float(spec == "attention")
+            else:
+                plan = plans.of(spec, text)
+                found, attends = losses_of(model, text[None], labels[i : i + 1], plan)[0], plan.attention_share
+            loss += (found * counted[i]).sum(dtype=torch.float64)
+            share += attends
+        sums = torch.tensor([float(loss), float(counted.sum()), share, len(held_out.tokens)], dtype=torch.float64)
+        total = _summed(sums)
+        rows.append(Row(spec, float(total[2] / total[3]), float(total[0] / total[1])))
+    return rows
+
+
+def _embedding(model: LoadedModel) -> Tensor:
+    from megatron.core.utils import unwrap_model
+
+    return unwrap_model(model.chunk).embedding.word_embeddings.weight.detach().float().cpu()
+
+
+def _average(router: OryxRouter) -> None:
+    import torch
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for parameter in router.parameters():
+            assert parameter.grad is not None  # every part of a router takes part in every score
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()
+
+
+def _summed(values: Tensor) -> Tensor:
+    import torch
+
+    from oryx_megatron import platform
+
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return values
+    there = values.to(platform.device())
+    torch.distributed.all_reduce(there)
+    return there.cpu()
+
+
+def _everywhere(scores: Tensor) -> Tensor:
+    """Scores of all ranks, each [n] of its own length."""
+    import torch
+
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return scores
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, scores.cpu())
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The router as its users meet it: trained from a run on several ranks, evaluated under every layout, decoded."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oryx_megatron import router
+from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.eval.routed import Plans
+from oryx_megatron.hf.convert import export, import_
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.hf.router import NAME, load_router
+from oryx_megatron.testing import run_distributed
+
+SPEC = "router:0.3"
+OPTIONS = router.Options(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
+LAYOUTS = (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2))
+
+
+def train_and_evaluate(run: Path) -> dict[str, Any]:
+    """On two ranks: a router, then perplexity under its plan with every layout."""
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    rows, path = router.train_router(run, OPTIONS)
+    parallel_state.destroy_model_parallel()
+    found = []
+    for layout in LAYOUTS:
+        dp = 2 // (layout.tensor * layout.pipeline * layout.context)
+        batches = 4 // (dp * layout.pipeline)
+        done = evaluate_checkpoint(run, (SPEC, "attention"), batches=batches, layout=layout, world_size=2)
+        found.append([(r.plan, r.loss, r.attention_share, r.tokens) for r in done.results])
+        parallel_state.destroy_model_parallel()
+    return {"rows": [(row.plan, row.share, row.loss) for row in rows], "path": path, "found": found}
+
+
+def decode(run: Path) -> dict[str, Any]:
+    """One rank: validation texts token by token, each decision before the layers see the token; a text written."""
+    warnings.simplefilter("ignore")
+    from oryx_megatron.eval.generation import generate, load_for_inference, logits_of
+
+    model = load_for_inference(run)
+    held = router.Options(texts=1, held_out=4, width=16)
+    streams = router.texts_of(model, held)
+    next(streams)
+    stream, count = next(streams)
+    plans = Plans.of_checkpoint(model.folder, model.run.modes.chunk, (SPEC,))
+    losses, attended, tokens = 0.0, 0, 0
+    for _ in range(count):
+        (batch,) = stream.next_batches()
+        states: dict[int, Any] = {}
+        follow = plans.follow(SPEC)
+        for i, token in enumerate(batch["tokens"][0].split(1)):
+            plan = follow(token)
+            logits = logits_of(model.chunk, token[None], plan, states, i)[0, 0].float()
+            losses -= float(logits.log_softmax(-1)[batch["labels"][0, i]] * batch["loss_mask"][0, i])
+            attended, tokens = attended + plan.attention_tokens, tokens + 1
+    written = generate(model, batch["tokens"][0, :9].tolist(), 12, plan=SPEC, temperature=0)
+    return {"loss": losses / tokens, "share": attended / tokens, "written": written}
+
+
+@pytest.fixture(scope="module")
+def trained(hf_project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    run = tmp_path_factory.mktemp("router") / "run"
+    shutil.copytree(hf_project.parent / "gdn tp2", run)
+    return run, run_distributed(train_and_evaluate, 2, run)
+
+
+def test_a_run_gets_a_router(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, (first, second) = trained
+    assert (first["path"], second["path"]) == (run / NAME, None)
+    assert first["rows"] == second["rows"]
+    shares = {plan: share for plan, share, _ in first["rows"]}
+    assert (shares["attention"], shares["recurrent"]) == (1, 0)
+    assert shares["router:0.25"] == pytest.approx(0.25, abs=0.02)  # of the very texts that the thresholds are from
+    made, about = load_router(run / NAME)
+    assert made.shape.width == 16
+    assert about["held_out"][0]["plan"] == "attention"
+    assert {"iteration", "checkpoint", "options"} < set(about)
+
+
+def test_one_pass_is_what_decoding_does(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Loss and share of one pass under every layout, of whole texts, against one token at a time."""
+    run, (first, second) = trained
+    (alone,) = run_distributed(decode, 1, run)
+    assert first["found"] == second["found"]
+    for layout, ((spec, loss, share, tokens), (_, attention, whole, _)) in zip(LAYOUTS, first["found"]):
+        assert (spec, whole, tokens) == (SPEC, 1.0, 4 * 48), layout
+        assert share == pytest.approx(alone["share"], abs=1e-9), layout
+        assert 0.1 < share < 0.6
+        assert loss == pytest.approx(alone["loss"], rel=2e-3), layout  # bf16
+        assert loss != pytest.approx(attention, rel=1e-5)
+    assert len(alone["written"]) == 12
+
+
+def test_errors(hf_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = hf_project.parent / "gdn tp2"
+    found = sorted((run / "checkpoints").iterdir())[-1]
+    with pytest.raises(ConfigError, match=rf"plan router:0\.1: {run}/{NAME} is missing; train a router: oryx router"):
+        Plans.of_checkpoint(found, 8, ("attention", "router:0.1"))
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / NAME).write_text("mine")
+    assert router.main([str(copied)]) == 2
+    assert f"{copied}/{NAME}" in capsys.readouterr().err
+    assert (copied / NAME).read_text() == "mine"
+    with pytest.raises(DataError):
+        router.train_router(copied, OPTIONS, overwrite=True)
+    assert router.main(["/nowhere"]) == 2
+    assert "/nowhere does not exist" in capsys.readouterr().err
+
+
+def test_table() -> None:
+    rows = [router.Row("attention", 1.0, 2.0), router.Row("recurrent", 0.0, 3.0), router.Row("router:0.1", 0.1, 2.4)]
+    assert router.table(rows).splitlines() == [
+        "plan           attention     loss  of the gap",
+        "attention         100.0%   2.0000      100.0%",
+        "recurrent           0.0%   3.0000        0.0%",
+        "router:0.1         10.0%   2.4000       60.0%",
+    ]
+    equal = [router.Row("attention", 1.0, 2.0), router.Row("recurrent", 0.0, 2.0)]
+    assert router.table(equal).splitlines()[1].endswith(" -")
+
+
+def test_it_travels_with_an_export(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """To Hugging Face and back, unchanged; the export's plan is the run's."""
+    run, _ = trained
+    export(run, tmp_path / "hf", dtype="fp32")
+    made, of_run = load_router(run / NAME)
+    model = OryxForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    for name, tensor in model.model.mode_router.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[name]), name  # fp32, whatever the model's format
+    text = torch.randint(5, 300, (40,), generator=torch.Generator().manual_seed(0))
+    plan = Plans(8, made).of(SPEC, text)
+    assert model.model.route(0.3, text[None])[0].tolist() == plan.is_attention().tolist()
+    assert 0 < plan.attention_tokens < 40
+    import_(tmp_path / "hf", tmp_path / "back")
+    back, about = load_router(tmp_path / "back" / NAME)
+    assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), back.state_dict().values()))
+    assert about["iteration"] == of_run["iteration"]

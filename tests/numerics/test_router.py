@@ -1,0 +1,173 @@
+"""The router: causal, in one pass as token by token, deaf to padding; what it learns; its thresholds and file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from oryx_megatron.errors import CheckpointError, ConfigError
+from oryx_megatron.eval.routed import Plans
+from oryx_megatron.hf.plans_oryx import routed_share
+from oryx_megatron.hf.router import NAME, load_router, save_router
+from oryx_megatron.hf.router_oryx import (
+    FEATURES,
+    GRAMS,
+    PADDING,
+    OryxRouter,
+    RouterShape,
+    repetitions,
+)
+from oryx_megatron.router import Gains, Options, fit
+
+VOCABULARY = 97
+
+
+def router(seed: int = 0, heads: int = 2) -> OryxRouter:
+    torch.manual_seed(seed)
+    made = OryxRouter(RouterShape(VOCABULARY, 32, 2, heads), 101).double()
+    torch.nn.init.normal_(made.score.weight)
+    return made.eval()
+
+
+def texts(rows: int = 3, length: int = 83) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 83, (40, 1, 1, 41), (3, 80)])
+def test_in_parts_as_at_once(cuts: tuple[int, ...]) -> None:
+    made, tokens, state, parts = router(), texts(), None, []
+    for part in tokens.split(list(cuts), 1):
+        scores, state = made(part, state)
+        parts.append(scores)
+    torch.testing.assert_close(torch.cat(parts, 1), made(tokens)[0], rtol=0, atol=1e-6)
+
+
+def test_a_score_depends_on_the_past_alone() -> None:
+    made, tokens = router(), texts()
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % VOCABULARY
+    before, after = made(tokens)[0], made(changed)[0]
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert (before[:, 40:] != after[:, 40:]).all(1).any()
+
+
+def test_repetitions_are_counted_by_hand() -> None:
+    """Against a loop over all earlier places, with padding, at once and in parts."""
+    tokens = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(3))
+    tokens[0, :6] = PADDING
+    expected = torch.zeros(3, 40, FEATURES)
+    for row in range(3):
+        for i in range(40):
+            for n in range(GRAMS):
+                run = tokens[row, max(i - n, 0) : i + 1].tolist()
+                if len(run) <= n or PADDING in run:
+                    continue
+                ends = [j for j in range(n, i) if tokens[row, j - n : j + 1].tolist() == run]
+                if ends:
+                    expected[row, i, 2 * n] = 1
+                    expected[row, i, 2 * n + 1] = math.log(i - ends[-1]) / 8
+    empty = tokens[:, :0]
+    torch.testing.assert_close(repetitions(empty, tokens), expected)
+    parts = [repetitions(tokens[:, :a], tokens[:, a:b]) for a, b in ((0, 1), (1, 20), (20, 21), (21, 22), (22, 40))]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_padding_leaves_no_trace() -> None:
+    """On the left, as generation pads."""
+    made, tokens = router(), texts()
+    padded = torch.cat((torch.full((3, 7), 5), tokens), 1)
+    valid = torch.arange(padded.shape[1]).expand(3, -1) >= 7
+    torch.testing.assert_close(made(padded, valid=valid)[0][:, 7:], made(tokens)[0], rtol=0, atol=1e-6)
+    head, state = made(padded[:, :30], valid=valid[:, :30])
+    tail, _ = made(padded[:, 30:], state)
+    torch.testing.assert_close(torch.cat((head, tail), 1)[:, 7:], made(tokens)[0], rtol=0, atol=1e-6)
+
+
+def test_thresholds_give_the_share_that_was_asked() -> None:
+    made = router()
+    scores = made(texts(8, 500))[0]
+    made.calibrate(scores)
+    for share in (0.02, 0.1, 0.255, 0.5):
+        assert (scores > made.threshold(share)).double().mean().item() == pytest.approx(share, abs=0.003)
+    assert (made.threshold(0.0), made.threshold(1.0)) == (math.inf, -math.inf)
+
+
+def repeats(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Texts [n, s] of random tokens with 20 of them from elsewhere in the text again; where those are."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (rows, 80), generator=generator)
+    again = torch.zeros_like(tokens, dtype=torch.bool)
+    for row in range(rows):
+        place = int(torch.randint(20, 60, (), generator=generator))
+        source = int(torch.randint(0, place - 19, (), generator=generator))
+        tokens[row, place : place + 20] = tokens[row, source : source + 20]
+        again[row, place : place + 20] = True
+    return tokens, again
+
+
+def test_it_learns_where_attention_gains() -> None:
+    """A token whose predecessor and self stood in the text before is found, in texts never seen."""
+    tokens, again = repeats(256, 0)
+    gains = torch.where(again, 3.0, -0.1) + 0.3 * torch.randn(again.shape, generator=torch.Generator().manual_seed(2))
+    counted = torch.ones_like(again)
+    torch.manual_seed(0)
+    made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2))
+    options = Options(epochs=16, batch_size=16, lr=1e-2)
+    fit(made, Gains(tokens, gains, counted, torch.zeros(2, *gains.shape)), options, torch.Generator().manual_seed(0))
+    fresh, there = repeats(32, 7)
+    with torch.no_grad():
+        scores = made.eval()(fresh)[0]
+    chosen = scores >= scores.flatten().quantile(1 - 0.2)
+    assert there[chosen].double().mean() > 0.8  # by chance: 0.25
+
+
+def test_file(tmp_path: Path) -> None:
+    made = router()
+    made.calibrate(torch.randn(1000))
+    path = tmp_path / NAME
+    save_router(made, path, {"iteration": 7})
+    back, about = load_router(path)
+    assert about == {"iteration": 7}
+    assert all(torch.equal(a.float(), b) for a, b in zip(made.state_dict().values(), back.state_dict().values()))
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"router\.safetensors: damaged router"):
+        load_router(path)
+    (tmp_path / "other").write_text("x")
+    with pytest.raises(CheckpointError, match="damaged router"):
+        load_router(tmp_path / "other")
+
+
+def test_plans_of_texts() -> None:
+    made = router()
+    made.calibrate(made(texts(8, 500))[0])
+    plans, (text,) = Plans(16, made), texts(1, 200)
+    whole = plans.of("router:0.3", text)
+    assert 0.1 < whole.attention_share < 0.5
+    follow, parts = plans.follow("router:0.3"), [text[:50], *text[50:].split(1)]
+    assert [bit for part in parts for bit in follow(part).is_attention()] == list(whole.is_attention())
+    assert plans.of("ratio:0.5", text).attention_share == pytest.approx(0.5, abs=0.05)
+    assert plans.of("router:0", text).attention_tokens == 0
+    assert plans.of("router:1", text).attention_tokens == 200
+    for spec in ("router", "router:", "router:1.5", "router:x", "router:nan"):
+        with pytest.raises(ConfigError, match=r"is not a number from 0 to 1; a plan is one of attention"):
+            plans.of(spec, text)
+    with pytest.raises(ConfigError, match=r"plan router:0\.1: there is no router here; train one: oryx router RUN"):
+        Plans(16).of("router:0.1", text)
+
+
+@pytest.mark.parametrize(("spec", "share"), [("router:0.1", 0.1), (" router: .5 ", 0.5), ("ratio:0.1", None)])
+def test_routed_share(spec: str, share: float | None) -> None:
+    assert routed_share(spec) == share
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ConfigError, match="--width: 33 should be a multiple of --heads 2"):
+        Options(width=33)
+    with pytest.raises(ConfigError, match="--held-out: 0 should be at least 1"):
+        Options(held_out=0)
+    with pytest.raises(ConfigError, match="--lr: nan should be above 0"):
+        Options(lr=math.nan)
