@@ -59,7 +59,7 @@ class MixerWeights(MegatronModule):
         super().__init__(config)
         if config.oryx is None:
             raise ValueError("a mixer needs config.oryx, the architecture")
-        modes = config.oryx.layer_modes[layer_number - 1]
+        modes = config.oryx.layer_modes[layer_number - 1] if config.oryx.pattern else config.oryx.modes
         self.model = model = config.oryx.with_modes(modes) if config.oryx.pattern else config.oryx
         self.fixed = None if config.oryx.single_mode or modes == "both" else Mode[modes.upper()]
         """Mode of all tokens in this layer of a hybrid, whatever the plan."""
