@@ -22,8 +22,8 @@ STEPS, WINDOW = 200, 20
 WIDE = {
     "model__hidden_size": 256,
     "model__ffn_hidden_size": 512,
-    "model__key_width": 128,
-    "model__value_width": 128,
+    "model__qk_head_dim": 128,
+    "model__v_head_dim": 128,
     "model__num_heads": 4,
     "model__num_kv_heads": 4,
     "model__num_layers": 4,
