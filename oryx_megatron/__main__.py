@@ -36,6 +36,7 @@ COMMANDS = {
     "arch": ("oryx_megatron.arch", "parameters and FLOPs of a model"),
     "config": ("oryx_megatron.config.__main__", "every field of a run"),
     "router": ("oryx_megatron.router", "train the router, which chooses modes by itself"),
+    "explain": ("oryx_megatron.tools.explain_modes", "which tokens attend, and what it gains"),
     "doctor": ("oryx_megatron.doctor", "what this machine has, and what is missing"),
     "health": ("oryx_megatron.health", "check the nodes of a job, name the bad one"),
     "warmup": ("oryx_megatron.warmup", "compile the kernels of a run ahead"),

@@ -14,6 +14,7 @@ Policies, token by token and without looking ahead:
 - seen+entropy: of those, the least certain;
 - learned: where a linear model expects most of attention, from the token, the two before it, whether each occurred
   before, and the entropy; fitted to what attention gained over recurrence at the answers of other texts;
+- router: the router of the product (`oryx router`), trained on the same gains of ROUTER_TEXTS texts;
 - random, ratio: the same shares without looking at the text;
 - asked: exactly the tokens whose answers count, which only the examiner knows.
 """
@@ -25,6 +26,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,11 @@ from oryx_megatron import parallel
 from oryx_megatron.cli import main_guard
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch, score
+from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
+from oryx_megatron.router import Gains, Options, fit
 
+ROUTER_TEXTS = 2048
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Of attention tokens, where a policy can be given one."""
 Chooser = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -83,7 +88,8 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
         entropies, calibration = entropy(training, texts.tokens), entropy(training, others.tokens)
         rows = []
         learned = Learned(others.tokens.numpy(), calibration, gains(training, others))
-        for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length, learned):
+        routed = router_of(training, training.task.sample(length, ROUTER_TEXTS, 2), others.tokens)
+        for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length, learned, routed):
             plans = [
                 ModePlan.from_mask(choose(*parts))
                 for parts in zip(texts.tokens.numpy(), entropies, texts.labels.numpy(), strict=True)
@@ -104,7 +110,7 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
 
 
 def policies(
-    tokens: np.ndarray, entropies: np.ndarray, length: int, learned: Learned
+    tokens: np.ndarray, entropies: np.ndarray, length: int, learned: Learned, routed: OryxRouter
 ) -> list[tuple[str, float | None, Chooser]]:
     """Name, wanted share (None: the policy's own) and rule; thresholds from these other texts, both [n, s]."""
     repeated = np.stack([seen(text) for text in tokens])
@@ -130,11 +136,38 @@ def policies(
         rules.append(
             ("learned", share, lambda text, entropy, labels, gain=gain: learned.expected_gain(text, entropy) > gain)
         )
+        rules.append(("router", share, partial(routes, routed, share)))
         rng = np.random.default_rng(7)
         rules.append(("random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share))
         evenly = parse_plan(f"ratio:{share}", length, chunk=1).is_attention()
         rules.append(("ratio", share, lambda text, entropy, labels, evenly=evenly: evenly))
     return rules
+
+
+def router_of(training: Training, texts: RetrievalBatch, others: Tensor) -> OryxRouter:
+    """The product's router, trained on what attention gains in texts, with thresholds from others."""
+    gained = torch.from_numpy(np.concatenate([gains(training, part) for part in _split(texts, 256)])).float()
+    torch.manual_seed(0)
+    router = OryxRouter(RouterShape(int(texts.tokens.max()) + 1))
+    known = Gains(texts.tokens, gained, torch.ones_like(gained, dtype=torch.bool), torch.zeros(2, *gained.shape))
+    fit(router, known, Options(epochs=8, batch_size=32), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        router.calibrate(router.eval()(others.clamp(max=router.shape.vocab_size - 1))[0])
+    return router
+
+
+def _split(texts: RetrievalBatch, size: int) -> list[RetrievalBatch]:
+    return [
+        RetrievalBatch(texts.tokens[i : i + size], texts.labels[i : i + size], texts.answers)
+        for i in range(0, len(texts.tokens), size)
+    ]
+
+
+@torch.no_grad()
+def routes(router: OryxRouter, share: float, text: np.ndarray, entropy: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A Chooser by a router."""
+    scores, _ = router(torch.from_numpy(text)[None].clamp(max=router.shape.vocab_size - 1))
+    return (scores[0] > router.threshold(share)).numpy()
 
 
 def seen(text: np.ndarray) -> np.ndarray:

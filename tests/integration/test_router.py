@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -147,3 +148,38 @@ def test_it_travels_with_an_export(trained: tuple[Path, list[dict[str, Any]]], t
     back, about = load_router(tmp_path / "back" / NAME)
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), back.state_dict().values()))
     assert about["iteration"] == of_run["iteration"]
+
+
+def explained(run: Path, folder: Path) -> list[int]:
+    """Exit codes of the tool: a page, again without --overwrite, with it, and of a fixed plan."""
+    from oryx_megatron.tools import explain_modes
+
+    text = folder / "text.txt"
+    text.write_text("<b>&amp;</b>\nétat, été: maan rolit maan rolit " * 3, encoding="utf-8")
+    page, fixed = folder / "page.html", folder / "fixed.html"
+    common = [str(run), str(text), "--plan", SPEC, "--output", str(page)]
+    codes = [explain_modes.main(common), explain_modes.main(common), explain_modes.main([*common, "--overwrite"])]
+    codes.append(explain_modes.main([str(run), str(text), "--plan", "ratio:0.5", "--output", str(fixed)]))
+    codes.append(explain_modes.main([str(run), str(folder / "none.txt"), "--output", str(folder / "none.html")]))
+    return codes
+
+
+def test_modes_explained(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    run, _ = trained
+    (codes,) = run_distributed(explained, 1, run, tmp_path)
+    assert codes == [0, 2, 0, 0, 2]
+    found = json.loads((tmp_path / "page.json").read_text())
+    text = (tmp_path / "text.txt").read_text()
+    assert "".join(token["text"] for token in found["tokens"]).strip() == text.strip()
+    assert found["tokens"][-1]["gain"] is None
+    gains = [token["gain"] for token in found["tokens"][:-1]]
+    assert sum(gains) / len(gains) == pytest.approx(found["loss"]["recurrent"] - found["loss"]["attention"], abs=1e-4)
+    attended = [token["attends"] for token in found["tokens"]]
+    assert found["attention_share"] == pytest.approx(sum(attended) / len(attended))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<span class="a" style') == sum(attended)
+    assert "<b>&amp;</b>" not in page  # what the text holds is text, not markup
+    assert "http" not in page
+    assert "<script" not in page
+    assert json.loads((tmp_path / "fixed.json").read_text())["attention_share"] == pytest.approx(0.5, abs=0.1)
+    assert not (tmp_path / "none.html").exists()
