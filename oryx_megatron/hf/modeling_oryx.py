@@ -49,7 +49,7 @@ from .layers_oryx import (
 from .modes_oryx import FirstSlots, ModePlan, TokenModes, plan_mask
 from .plans_oryx import FORMS, parse_runs, routed_share
 from .recurrences_oryx import wide
-from .router_oryx import OryxRouter, shape_of
+from .router_oryx import OryxRouter, Routed, shape_of
 
 logger = logging.get_logger(__name__)
 
@@ -146,7 +146,7 @@ class OryxPreTrainedModel(PreTrainedModel):
                 init.ones_(module.d_skip)
 
 
-class OryxModel(OryxPreTrainedModel):
+class OryxModel(OryxPreTrainedModel, Routed):
     """Embedding, blocks and final norm."""
 
     def __init__(self, config: OryxConfig) -> None:
@@ -234,7 +234,7 @@ class OryxModel(OryxPreTrainedModel):
                 if counted[1] is None:  # lm-eval scores so: modes, and scores, would depend on the batch size
                     raise ValueError(why)
                 logger.warning_once(why)
-        if (share := self._routed_share(mode_plan)) is not None:
+        if (share := self.routed_share(mode_plan)) is not None:
             mode_plan = self.route(share, input_ids, valid, cache)
         modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
         of_layers = self._of_layers(modes, s)
@@ -275,36 +275,6 @@ class OryxModel(OryxPreTrainedModel):
         own = {"attention": TokenModes.uniform(True, s), "recurrent": TokenModes.uniform(False, s)}
         return {kind: own.get(kind, modes) for kind in sorted(self.config.kinds)}
 
-    def _routed_share(self, plan: Any) -> float | None:
-        """Share of a plan that is the router's; None for other plans."""
-        plan = self.config.default_plan if plan is None else plan
-        return routed_share(plan) if isinstance(plan, str) else None
-
-    @torch.no_grad()
-    def route(
-        self, share: float, tokens: Tensor | None, valid: Tensor | None = None, cache: OryxCache | None = None
-    ) -> Tensor:
-        """Which of this call's tokens [b, s] attend under `router:SHARE`, CPU bool [b, s]; the cache keeps its state.
-
-        `valid` [b, s] is false at padding. Raises ValueError without a router, without token numbers, and behind a
-        cache whose tokens were read under another plan.
-        """
-        plan = f"mode plan `router:{share:g}`"
-        if self.config.router is None:
-            raise ValueError(f"{plan}: this model has no router; train one (oryx router RUN) and export it again")
-        if tokens is None:
-            raise ValueError(f"{plan}: a router reads input_ids, and inputs_embeds were given")
-        state = None if cache is None else cache.router
-        if cache is not None and cache.started and state is None:
-            raise ValueError(f"{plan}: the cache holds tokens read under another plan; start from an empty one")
-        if valid is not None and tokens.shape[1] != valid.shape[1]:
-            valid = valid[:, -tokens.shape[1] :]
-        scores, state = self.mode_router(tokens, state, valid)
-        if cache is not None:
-            cache.router = state
-        attends = scores > self.mode_router.threshold(share)
-        return (attends if valid is None else attends & valid).cpu()
-
     def _forward_packed(
         self,
         x: Tensor,
@@ -324,7 +294,7 @@ class OryxModel(OryxPreTrainedModel):
         rows = x.new_zeros(*shape, x.shape[-1]).index_put((document, offset), x.flatten(0, 1))
         valid = torch.zeros(shape, dtype=torch.bool, device=x.device)
         valid[document, offset] = True
-        if (share := self._routed_share(plan)) is not None:
+        if (share := self.routed_share(plan)) is not None:
             if input_ids is not None:
                 input_ids = input_ids.new_zeros(shape).index_put((document, offset), input_ids.flatten())
             plan = self.route(share, input_ids, valid)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plans_oryx import routed_share
 from .recurrences_oryx import delta_gates, gated_delta_rule, unit
 
 TAPS = 4
@@ -203,6 +204,39 @@ class OryxRouter(nn.Module):
         low = place.long()
         high = (low + 1).clamp(max=len(ordered) - 1)
         self.quantiles.copy_(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+class Routed:
+    """What a model with a router does: `config.router` has its sizes, `mode_router` is the module."""
+
+    config: Any
+    mode_router: OryxRouter
+
+    def routed_share(self, plan: Any) -> float | None:
+        """Share of a plan that is the router's; None for other plans. None stands for the default plan."""
+        plan = self.config.default_plan if plan is None else plan
+        return routed_share(plan) if isinstance(plan, str) else None
+
+    @torch.no_grad()
+    def route(self, share: float, tokens: Tensor | None, valid: Tensor | None = None, cache: Any = None) -> Tensor:
+        """Which of a call's tokens [b, s] attend under `router:SHARE`, CPU bool [b, s]; the cache keeps the state.
+
+        `valid` [b, s] is false at padding. Raises ValueError without a router, without token numbers, and behind a
+        cache whose tokens were read under another plan.
+        """
+        plan = f"mode plan `router:{share:g}`"
+        if self.config.router is None:
+            raise ValueError(f"{plan}: this model has no router; train one (oryx router RUN) and export it again")
+        if tokens is None:
+            raise ValueError(f"{plan}: a router reads input_ids, and inputs_embeds were given")
+        state = None if cache is None else cache.router
+        if cache is not None and cache.started and state is None:
+            raise ValueError(f"{plan}: the cache holds tokens read under another plan; start from an empty one")
+        scores, state = self.mode_router(tokens, state, valid)
+        if cache is not None:
+            cache.router = state
+        attends = scores > self.mode_router.threshold(share)
+        return (attends if valid is None else attends & valid).cpu()
 
 
 def shape_of(fields: dict[str, Any]) -> RouterShape:
