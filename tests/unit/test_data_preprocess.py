@@ -169,7 +169,7 @@ def test_long_documents_in_parts_give_the_same_bytes(tmp_path: Path, monkeypatch
     preprocess(job(tmp_path / "in"), tmp_path / "whole")
     monkeypatch.setattr(corpus, "PIECE", 300)
     monkeypatch.setattr(corpus, "BLOCK", 128)
-    monkeypatch.setattr("oryx_megatron.data.preprocess.BATCH_BYTES", 1000)
+    monkeypatch.setattr("oryx_megatron.data.preprocess_work.BATCH_BYTES", 1000)
     manifest = preprocess(job(tmp_path / "in"), tmp_path / "parts")
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
     assert manifest["documents"] == 2
