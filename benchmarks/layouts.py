@@ -94,7 +94,9 @@ def parse_layout(text: str, world: int) -> ParallelConfig:
 
 
 def run_config(model: ModelConfig, layout: ParallelConfig, graphs: bool, arguments: argparse.Namespace) -> RunConfig:
-    run = tiny_run(parallel=layout, optimizer=OptimizerConfig(lr=1e-5, cpu_offload=arguments.cpu_offload))
+    run = tiny_run(
+        parallel=layout, optimizer=OptimizerConfig(lr=1e-5, name=arguments.optimizer, cpu_offload=arguments.cpu_offload)
+    )
     return dataclasses.replace(
         run,
         model=model,
@@ -202,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="sequences per step over all GPUs")
     parser.add_argument("--micro", type=int, default=8, help="sequences per microbatch")
     parser.add_argument("--plan", default="ratio:0.5", help="mode plan of every microbatch")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--cpu-offload", action="store_true", help="optimizer.cpu_offload: its state on the host")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")

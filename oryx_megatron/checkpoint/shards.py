@@ -27,6 +27,7 @@ from oryx_megatron.errors import CheckpointError
 
 FORM = "fully_reshardable"
 """megatron-core's name for what is in the checkpoint."""
+PREFIX = "optimizer.state."
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -91,7 +92,7 @@ def sharded_optimizer_state(
     state = optimizer.state_dict()
     if loading:  # as megatron-core does: allocates what is not there yet
         optimizer.load_state_dict(optimizer.state_dict())
-    sharded = _by_parameter(model_state)
+    sharded = by_parameter(model_state)
     parameters: dict[int, Any] = {}
     for i, (parameter, start, stop) in enumerate(_ranges(optimizer)):
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
@@ -129,7 +130,52 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Paramete
                     yield parameter, ranges["param"].start, ranges["param"].end
 
 
-def _by_parameter(model_state: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+def frozen_layers(
+    optimizer_state: Any, models: list[Any], model_states: list[Any], *, in_ranges: bool
+) -> dict[str, ShardedTensor]:
+    """Zeros in the place of the optimizer state that frozen layers do not have; collective.
+
+    A checkpoint holds the tensors of all layers as one, which must not have holes where some of the layers are frozen.
+
+    Args:
+        optimizer_state: Sharded, of this rank.
+        models: Its model chunks.
+        model_states: Their sharded state.
+        in_ranges: The optimizer's tensors are described by this module, not by megatron-core.
+    """
+    own = {part.key for entry in nested_values(optimizer_state) for part in _built(entry)}
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, own)
+    kinds: dict[str, set[str]] = {}
+    for key in set().union(*ranks):
+        if key.startswith(PREFIX):
+            kind, _, name = key.removeprefix(PREFIX).partition(".")
+            kinds.setdefault(name, set()).add(kind)
+    found = {}
+    for model, model_state in zip(models, model_states, strict=True):
+        sharded = by_parameter(model_state)
+        for parameter in model.parameters():
+            for part in _built(sharded[parameter]) if not parameter.requires_grad else ():
+                for kind in kinds.get(part.key, ()):
+                    zeros = torch.zeros_like(part.data, dtype=torch.float32)
+                    piece = replace(part, key=f"{PREFIX}{kind}.{part.key}", data=zeros, dtype=torch.float32)
+                    if in_ranges:
+                        shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+                        grid = {"axis_fragmentations": None, "prepend_axis_num": 0}  # as in `_pieces`
+                        piece = replace(piece, data=zeros.view(shape), local_shape=shape, **grid)
+                    found[f"{kind}.{part.key}.{part.global_offset}"] = piece
+    return found
+
+
+def _built(entry: Any) -> list[ShardedTensor]:
+    """The tensors that an entry of a sharded state is stored as."""
+    if isinstance(entry, ShardedTensorFactory):
+        entry = entry.build()
+    return [part for part in nested_values({"": entry}) if isinstance(part, ShardedTensor)]
+
+
+def by_parameter(model_state: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    """The entries of a model's sharded state, by the parameter that each holds."""
     sharded, _ = extract_sharded_tensors_and_factories(model_state)
     return {entry.data: entry for entry in nested_values(sharded)}
 
@@ -185,4 +231,4 @@ def _parts(sharded: ShardedTensor | ShardedTensorFactory, parameter: Tensor) -> 
 
 
 def _named(piece: ShardedTensor, name: str, data: Tensor | None) -> ShardedTensor:
-    return replace(piece, key=f"optimizer.state.{name}.{piece.key}", data=data)
+    return replace(piece, key=f"{PREFIX}{name}.{piece.key}", data=data)

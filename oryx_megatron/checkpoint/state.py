@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron import compat
-from oryx_megatron.checkpoint import safe, scales, shards
+from oryx_megatron.checkpoint import safe, scales, shards, whole
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
@@ -41,12 +41,18 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
         if singles := shards.own_shards(optimizer):
             parts = [shards.sharded_optimizer_state(single, model_state, loading=loading) for single in singles]
             state["optimizer"] = parts[0] if len(parts) == 1 else dict(enumerate(parts))
+        elif whole.owns_whole(optimizer):
+            state["optimizer"] = whole.sharded_optimizer_state(optimizer, model_state)
         else:
             with compat.megatron.numbering_all_parameters(optimizer):
                 own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
             for part in _parts(own):
                 compat.megatron.keep_groups(part)
             state["optimizer"] = compat.megatron.without_classes(own)
+        if models[0].config.freezes:
+            model_states = [state[_name(i)] for i in range(len(models))]
+            in_ranges = bool(shards.own_shards(optimizer))
+            state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=in_ranges)
     return state
 
 
@@ -182,6 +188,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 
 
 def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    if whole.owns_whole(optimizer):
+        whole.fill(optimizer, state)
+        return
     singles = shards.own_shards(optimizer)
     if not singles:
         for part in _parts(state):

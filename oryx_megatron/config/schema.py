@@ -59,6 +59,8 @@ class MoEConfig:
     """Tokens over which that loss balances the load."""
     bias_update_rate: NotNegative = 0.0
     """Step of the per-expert bias that balances load without a loss (arXiv 2408.15664), sigmoid only; 0: no bias."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (`*`, `?`) of parameters that do not train; `!PATTERN` trains what an earlier one freezes."""
     z_loss: NotNegative = 0.0
     """Coefficient of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0: none."""
     capacity_factor: Positive | None = None
@@ -277,6 +279,8 @@ class TrainConfig:
     """Batch sizes that replace `global_batch_size` in training from given iterations on (ramp-up)."""
     micro_batch_size: Count = 1
     """Sequences per forward pass on a rank."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (`*`, `?`) of parameters that do not train; `!PATTERN` trains what an earlier one freezes."""
     z_loss: NotNegative = 0.0
     """Weight of log² Z beside the loss (Z: normaliser of the softmax), e.g. 1e-4; 0: off."""
     exit_after: Count | None = None

@@ -272,11 +272,6 @@ def _check_faults(faults: FaultsConfig) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
-    if optimizer.name == "muon" and parallel.distributed_optimizer:
-        raise ConfigError(
-            "optimizer.name: muon orthogonalises whole matrices, which a sharded optimizer state does not hold; set "
-            "parallel.distributed_optimizer: false"
-        )
     if optimizer.name == "muon" and optimizer.cpu_offload:
         raise ConfigError("optimizer.cpu_offload: offloads AdamW's state only; set it to false, or use adamw")
     if optimizer.cpu_offload and not parallel.distributed_optimizer:
@@ -474,6 +469,8 @@ def _check_engine(run: RunConfig) -> None:
         ("optimizer.cpu_offload", run.optimizer.cpu_offload, "use deepspeed.offload"),
         ("parallel.distributed_optimizer", not run.parallel.distributed_optimizer, "ZeRO always shards; leave it true"),
         ("precision.fp8", run.precision.fp8 != "none", "use none"),
+        ("train.freeze", bool(run.train.freeze), "remove it"),
+        ("model.mup_base_hidden_size", run.model.width_multiplier != 1, "remove it"),
         ("checkpoint.asynchronous", run.checkpoint.asynchronous, "DeepSpeed saves in the foreground; set it to false"),
         ("output_dir", is_url(run.output_dir), "DeepSpeed writes local files; give a folder"),
     ):

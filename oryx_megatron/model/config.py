@@ -25,6 +25,8 @@ class OryxTransformerConfig(TransformerConfig):
     """Recompute what happens between the mixer's projections in the backward pass."""
     fused_mixer: bool = False
     """Mixers are fused: tokens lie sorted by mode through the whole model (ops/layout.py)."""
+    freezes: bool = False
+    """Some parameters do not train (train/freeze.py)."""
     z_loss: float = 0.0
     """Weight of log² Z beside the loss in training (model/logits.py)."""
     te_linears: bool = False

@@ -25,6 +25,7 @@ from oryx_megatron.model import build_model
 from oryx_megatron.model.experts import routers
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.paths import is_url
+from oryx_megatron.train.freeze import freeze
 from oryx_megatron.train.graphs import MicrobatchGraphs
 from oryx_megatron.train.guard import bad_step
 from oryx_megatron.train.optimizer import (
@@ -103,6 +104,7 @@ class MegatronEngine:
         if launched is None:
             platform.leave_default_stream()
         built = model or build_model(run.model, run.parallel, run.precision, seed=run.seed, z_loss=run.train.z_loss)
+        self.frozen = freeze(run, built)
         self.chunks: list[Any] = wrap(run, built)
         if launched is None and program is None and not get_model_config(self.chunks[0]).fused_mixer:
             launched = "kernels.mixer is not fused"  # the kernels of separate steps depend on the plan
@@ -110,7 +112,7 @@ class MegatronEngine:
         if platform.has_gpu():
             log.info("graphs: %s", f"off, {launched}" if launched else "microbatches are captured as shapes come")
         warm(run, self.chunks)
-        self.optimizer = build_optimizer(run, self.chunks)
+        self.optimizer = build_optimizer(run, self.chunks, self.frozen)
         self.schedule = Schedule(run, self.optimizer)
         connect(run, self.chunks, self.optimizer)
         self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
@@ -134,6 +136,7 @@ class MegatronEngine:
             self.graphs.begin(len(batches))
             step = self.graphs.forward_step
         self._totals = forward_backward(self.chunks, batches, forward_only=False, forward_step=step)
+        self.frozen.zero_gradients()
         return self._totals
 
     def gradient_norm(self) -> Tensor:

@@ -249,6 +249,8 @@ def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
             f"written with parallel.distributed_optimizer {to_text(sharded)}, whose state the other optimizer cannot "
             "read"
         )
+    if then.train.freeze != now.train.freeze:
+        return f"written with train.freeze {list(then.train.freeze)}, which decides what has optimizer state"
     return None
 
 

@@ -17,12 +17,15 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, unwrap_model
 
 from oryx_megatron import compat, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.train import mup, overlap
+from oryx_megatron.train.freeze import Frozen
+from oryx_megatron.train.layerwise import LayerWise
 from oryx_megatron.train.muon import Matrix, Muon, matrices
 
 BUCKET = 40_000_000
@@ -34,8 +37,8 @@ def wrap(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=run.parallel.overlap,
-        overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap and _in_ranges(run),
+        use_distributed_optimizer=_in_ranges(run),
         fp8_param_gather=run.precision.fp8_params,
         # An own bucket for all parameters unless communication overlaps with the backward pass.
         bucket_size=None if not run.parallel.overlap else BUCKET,
@@ -64,11 +67,13 @@ def connect(run: RunConfig, chunks: list[DistributedDataParallel], optimizer: An
         config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
         if len(chunks) > 1:
             config.grad_sync_func = [c.start_grad_sync for c in chunks]
-        if run.parallel.distributed_optimizer and len(chunks) > 1:
+        if _in_ranges(run) and len(chunks) > 1:
             config.param_sync_func = [c.start_param_sync for c in chunks]
 
 
-def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(
+    run: RunConfig, chunks: list[DistributedDataParallel], frozen: Frozen | None = None
+) -> MegatronOptimizer:
     """AdamW or Muon with fp32 master weights; vectors (norms, a_log, dt_bias, d) get no weight decay."""
     settings = run.optimizer
     bf16 = run.precision.dtype == "bf16"
@@ -85,13 +90,13 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         clip_grad=settings.clip_grad,
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap and run.parallel.distributed_optimizer,
+        use_distributed_optimizer=_in_ranges(run),
+        overlap_param_gather=run.parallel.overlap and _in_ranges(run),
         optimizer_cpu_offload=settings.cpu_offload,
         use_precision_aware_optimizer=settings.cpu_offload,
         optimizer_offload_fraction=1.0 if settings.cpu_offload else 0.0,
     )
-    overrides = get_standard_config_overrides(config)
+    overrides = get_standard_config_overrides(config) | (frozen or Frozen()).overrides()
     compat.megatron.fp32_apart(overrides, ("*.a_log", "*.dt_bias", "*.self_attention.d"))
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
@@ -103,6 +108,11 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
         return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=platform.has_gpu())
 
 
+def _in_ranges(run: RunConfig) -> bool:
+    """Whether data-parallel ranks own ranges of megatron-core's flat buffers; Muon's own whole parameters."""
+    return run.parallel.distributed_optimizer and run.optimizer.name == "adamw"
+
+
 def _use_own_cores() -> None:
     """A thread for each core of this rank's part of the node: AdamW runs there, and torchrun allows a single one."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -110,7 +120,7 @@ def _use_own_cores() -> None:
 
 
 def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], overrides: Any) -> MegatronOptimizer:
-    """`Muon` inside megatron-core's wrapper for whole (not sharded) optimizer state."""
+    """`Muon` inside megatron-core's wrappers: sharded by whole parameters, or not at all."""
     settings = run.optimizer
     known: dict[torch.Tensor, Matrix] = {}
     for chunk in chunks:
@@ -131,15 +141,21 @@ def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], over
     def allocate(optimizer: Muon, unused: Any = None) -> None:
         optimizer.allocate()
 
-    if config.bf16:
+    sharded: LayerWise | None = None
+    if run.parallel.distributed_optimizer:
+        plain = inner if config.bf16 else FP32Optimizer(inner, config, allocate)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        sharded = LayerWise([plain], config, groups, [allocate])
+        (wrapped,) = sharded.chained_optimizers
+    elif config.bf16:
         wrapped = Float16OptimizerWithFloat16Params(inner, config, None, allocate)
-        # `inner` now holds the fp32 masters instead of the weights.
-        for weights, masters in zip(wrapped.float16_groups, wrapped.fp32_from_float16_groups):
-            known.update({master: known[weight] for weight, master in zip(weights, masters) if weight in known})
     else:
         wrapped = FP32Optimizer(inner, config, allocate)
+    if config.bf16:  # `inner` now holds the fp32 masters instead of the weights
+        for weights, masters in zip(wrapped.float16_groups, wrapped.fp32_from_float16_groups):
+            known.update({master: known[weight] for weight, master in zip(weights, masters) if weight in known})
     wrapped.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
-    return wrapped
+    return sharded or wrapped
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

@@ -33,7 +33,7 @@ def _gather_whole_mixers(chunk: DistributedDataParallel) -> None:
     """Let each mixer wait for all of its weights, also of those that no module call reads (convolution, head norms)."""
 
     def wait(mixer: OryxMixer, unused: Any) -> None:
-        for parameter in mixer.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, mixer.parameters()):
             chunk.param_to_bucket_group[parameter].finish_param_sync()
 
     for module in chunk.modules():

@@ -84,8 +84,7 @@ def test_parts_are_matrices_of_their_own() -> None:
 
 
 def test_config_errors() -> None:
-    with pytest.raises(ConfigError, match=r"optimizer.name: muon .* parallel.distributed_optimizer: false"):
-        validate(tiny_run(optimizer__name="muon"), 1)
+    validate(tiny_run(optimizer__name="muon"), 1)
     whole = ParallelConfig(distributed_optimizer=False)
     with pytest.raises(ConfigError, match=r"optimizer.cpu_offload: offloads AdamW's state only"):
         validate(tiny_run(parallel=whole, optimizer__name="muon", optimizer__cpu_offload=True), 1)

@@ -1,0 +1,69 @@
+"""State of an optimizer whose data-parallel ranks own whole parameters (train/layerwise.py), for any other layout.
+
+megatron-core's description of it holds for the same number of data-parallel ranks only: it numbers the parameters that
+a rank owns. Here each tensor has the name of its weight; what is no tensor is the number of updates, the same for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+from oryx_megatron.checkpoint.shards import PREFIX, by_parameter
+
+STEP = "step"
+
+
+def owns_whole(optimizer: Any) -> bool:
+    """Whether this module describes an optimizer."""
+    return isinstance(optimizer, LayerWiseDistributedOptimizer)
+
+
+def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Sharded state of such an optimizer; `model_state` says where its weights lie in the whole tensors."""
+    sharded = by_parameter(model_state)
+    parameters = {
+        i: {
+            name: _owned(make_sharded_optimizer_tensor(sharded[weight], tensor, f"{PREFIX}{name}"))
+            for name, tensor in tensors.items()
+        }
+        for i, (weight, tensors) in enumerate(_tensors(optimizer))
+    }
+    return {"param_state": parameters, STEP: max((int(state[STEP]) for state in _states(optimizer)), default=0)}
+
+
+@torch.no_grad()
+def fill(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Copy what was read for `sharded_optimizer_state` into the optimizer, and tell the other ranks its weights."""
+    for i, (weight, tensors) in enumerate(_tensors(optimizer)):
+        for name, tensor in tensors.items():
+            tensor.copy_(loaded["param_state"][i][name])
+        weight.copy_(tensors["param"])
+    for state in _states(optimizer):
+        state[STEP] = loaded[STEP]
+    optimizer.allgather_params()
+
+
+def _tensors(optimizer: Any) -> list[tuple[Any, dict[str, torch.Tensor]]]:
+    """This rank's weights, each with its state and, as `param`, its fp32 master or itself."""
+    (single,) = optimizer.chained_optimizers
+    single.optimizer.allocate()
+    found = []
+    for weight, master in optimizer.weights():
+        state = {name: tensor for name, tensor in single.optimizer.state[master].items() if name != STEP}
+        found.append((weight, state | {"param": master.detach()}))
+    return found
+
+
+def _states(optimizer: Any) -> list[dict[str, Any]]:
+    (single,) = optimizer.chained_optimizers
+    return list(single.optimizer.state.values())
+
+
+def _owned(entry: Any) -> Any:
+    """A sharded tensor of which there is no copy on other data-parallel ranks."""
+    return replace(entry, replica_id=(*entry.replica_id[:2], 0))

@@ -1,0 +1,145 @@
+"""Parameters that do not train: `train.freeze`, patterns over names that no layout changes.
+
+A weight that is fused of several matrices is named by its parts (`…in_proj.weight.query_recurrent`). Where only some
+parts of a weight are frozen, the weight stays with the optimizer: the frozen rows' gradients are zeroed before their
+norm is taken, and it gets no weight decay. A weight that is frozen as a whole has no gradients and no optimizer state.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.utils import get_model_config, unwrap_model
+from torch import Tensor
+
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.model.mixer import OryxMixer
+
+log = logging.getLogger(__name__)
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Frozen rows of weights of which other rows train."""
+
+    rows: list[tuple[torch.nn.Parameter, list[slice]]] = field(default_factory=list)
+
+    def zero_gradients(self) -> None:
+        """After gradients are reduced, before anything reads them."""
+        for parameter, rows in self.rows:
+            for part in rows:
+                parameter.main_grad[part].zero_()  # type: ignore[attr-defined]
+
+    def overrides(self) -> dict[ParamKey, dict[str, Any]]:
+        """megatron-core's overrides of parameter groups: no weight decay, which would move frozen rows too."""
+        if not self.rows:
+            return {}
+        own = {parameter for parameter, _ in self.rows}
+        return {ParamKey(predicate=ParamPredicate(name="partly frozen", fn=own.__contains__)): {"wd_mult": 0.0}}
+
+
+def is_frozen(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the last pattern that matches a name freezes it; `!PATTERN` leaves what it matches to train."""
+    decided = False
+    for pattern in patterns:
+        if fnmatchcase(name, pattern.removeprefix("!")):
+            decided = not pattern.startswith("!")
+    return decided
+
+
+def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
+    """Freeze parameters of model chunks, before they are wrapped; collective. Logs how many.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    patterns = run.train.freeze
+    if not patterns:
+        return Frozen()
+    found: list[tuple[torch.nn.Parameter, dict[str, slice]]] = []
+    for chunk in chunks:
+        found += _named(unwrap_model(chunk), tied=run.model.tie_embeddings)
+    sizes = _sizes(found)
+    for i, pattern in enumerate(patterns):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in sizes):
+            examples = ", ".join(sorted({_general(name) for name in sizes})[:4])
+            raise ConfigError(f"train.freeze[{i}]: {pattern!r} matches no parameter; names are like {examples}, …")
+    frozen = sum(size for name, size in sizes.items() if is_frozen(name, patterns))
+    whole = sum(sizes.values())
+    if frozen == whole:
+        raise ConfigError("train.freeze: freezes every parameter; leave some out, e.g. by a last pattern `!*a_log`")
+    kinds = sorted({_general(name) for name in sizes if not is_frozen(name, patterns)})
+    log.info("train.freeze: %s of %s parameters are frozen; trained: %s", f"{frozen:,}", f"{whole:,}", ", ".join(kinds))
+    get_model_config(chunks[0]).freezes = True
+    partly = []
+    for parameter, parts in found:
+        rows = [part for name, part in parts.items() if is_frozen(name, patterns)]
+        if len(rows) == len(parts):
+            parameter.requires_grad_(False)
+        elif rows:
+            partly.append((parameter, rows))
+    return Frozen(partly)
+
+
+def _named(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str, slice]]]:
+    """Parameters with the names of their parts and the rows of each; layers are numbered over all pipeline stages."""
+    names: dict[int, str] = {}
+    parts: dict[int, dict[str, int]] = {}
+    for layer in model.decoder.layers:
+        prefix = f"decoder.layers.{layer.layer_number - 1}."
+        names |= {id(parameter): prefix + name for name, parameter in layer.named_parameters()}
+        mixer: OryxMixer = layer.self_attention
+        parts[id(mixer.in_proj.weight)] = dict(mixer.in_proj_rows)
+        for part, linear in mixer.query_projections().items():  # on a GPU; rows of in_proj elsewhere
+            weight: Any = linear.weight
+            names[id(weight)] = f"{prefix}self_attention.in_proj.weight"
+            parts[id(weight)] = {part: weight.shape[0]}
+        if (convolution := getattr(mixer, "conv", None)) is not None and mixer.conv_parts:
+            parts[id(convolution.weight)] = dict(mixer.conv_parts)
+    named = []
+    for name, parameter in model.named_parameters():
+        own = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
+        own = names.get(id(parameter), own)
+        rows, start = {}, 0
+        for part, count in parts.get(id(parameter), {}).items():
+            rows[f"{own}.{part}"] = slice(start, start + count)
+            start += count
+        named.append((parameter, rows or {own: ALL}))
+    return named
+
+
+def _sizes(found: list[tuple[torch.nn.Parameter, dict[str, slice]]]) -> dict[str, int]:
+    """Elements of every named part of the whole model; collective."""
+    own: dict[str, int] = {}
+    for parameter, parts in found:
+        expert = not getattr(parameter, "allreduce", True)
+        shards = parallel_state.get_expert_model_parallel_world_size() if expert else 1
+        if getattr(parameter, "tensor_model_parallel", False):
+            shards *= (
+                parallel_state.get_expert_tensor_parallel_world_size()
+                if expert
+                else parallel_state.get_tensor_model_parallel_world_size()
+            )
+        own |= {name: _count(parameter, rows) * shards for name, rows in parts.items()}
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, own)
+    return {name: size for rank in ranks for name, size in rank.items()}
+
+
+def _count(parameter: Tensor, rows: slice) -> int:
+    return len(range(*rows.indices(parameter.shape[0]))) * (parameter.numel() // parameter.shape[0])
+
+
+def _general(name: str) -> str:
+    """A name without the number of its layer."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

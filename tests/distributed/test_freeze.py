@@ -1,0 +1,136 @@
+"""Frozen parameters stay bit for bit, the others train alike under every layout, and a resume is exact."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.arch import parameter_counts
+from oryx_megatron.config.schema import ParallelConfig, RunConfig
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.testing import run_distributed
+from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
+from oryx_megatron.train import optimizer
+from oryx_megatron.train.freeze import is_frozen
+
+RECURRENT = ("*", "!*query_recurrent", "!*decay_proj.weight", "!*a_log", "!*dt_bias", "!*self_attention.d")
+"""The recurrent path alone, as of an imported Transformer: part of in_proj trains, the rest of it does not."""
+FIRST_STAGE = ("embedding.*", "decoder.layers.[01].*")
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "one": (1, ParallelConfig()),
+    "tensor": (2, ParallelConfig(tensor=2)),
+    "pipeline": (2, ParallelConfig(pipeline=2)),
+    "data": (2, ParallelConfig()),
+    "overlap": (2, ParallelConfig(overlap=True)),
+    "unsharded": (2, ParallelConfig(distributed_optimizer=False)),
+}
+
+
+def run_of(patterns: tuple[str, ...], parallel: ParallelConfig, **changes: Any) -> RunConfig:
+    return tiny_run("mamba2", parallel=parallel, train__freeze=patterns, **changes)
+
+
+def under_layouts() -> dict[str, dict[str, list[Any]]]:
+    worlds, found = Worlds(), {}
+    optimizer.BUCKET = 3000
+    for size in (2, 1):
+        cases = [
+            (patterns, name)
+            for patterns in (RECURRENT, FIRST_STAGE)
+            for name, (ranks, _) in LAYOUTS.items()
+            if ranks == size
+        ]
+        for number, (patterns, name) in enumerate(worlds.share(size, cases)):
+            with worlds.of(size, f"{size} {number}"):
+                run = run_of(patterns, LAYOUTS[name][1], optimizer__weight_decay=0.5)
+                if size == 2 and name == "data":
+                    root = [tempfile.mkdtemp()]
+                    torch.distributed.broadcast_object_list(root)
+                    found[f"resume {patterns[0]}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
+                with session(run) as opened:
+                    before = rows_of(opened)
+                    steps = opened.steps(4)
+                    moved = {key: not torch.equal(rows, before[key]) for key, rows in rows_of(opened).items()}
+                    states = sum(
+                        tensor.numel()
+                        for single in getattr(opened.optimizer, "chained_optimizers", [opened.optimizer])
+                        for state in single.optimizer.state.values()
+                        for tensor in state.values()
+                        if torch.is_tensor(tensor) and tensor.dim()
+                    )
+                    found[f"{name} {patterns[0]}"] = [steps, moved, states]
+    return found
+
+
+def rows_of(opened: Any) -> dict[str, torch.Tensor]:
+    """Parts of this rank's weights by name."""
+    from megatron.core.utils import unwrap_model
+
+    from oryx_megatron.train.freeze import _named
+
+    return {
+        name: parameter.detach()[rows].clone()
+        for chunk in opened.chunks
+        for parameter, parts in _named(unwrap_model(chunk), tied=True)
+        for name, rows in parts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[list[Any]]]:
+    results: dict[str, list[Any]] = {}
+    for rank in run_distributed(under_layouts, 2, timeout=400):
+        for name, value in rank.items():
+            results.setdefault(name, []).append(value)
+    return results
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("patterns", [RECURRENT, FIRST_STAGE], ids=("recurrent path", "first stage"))
+def test_layouts(found: dict[str, list[list[Any]]], patterns: tuple[str, ...]) -> None:
+    (((expected, _, states),),) = (found[f"one {patterns[0]}"],)
+    assert min(norm for _, norm in expected) > 0
+    for name in LAYOUTS:
+        for steps, moved, _ in found[f"{name} {patterns[0]}"]:
+            assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-4), name
+            assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3), name
+            assert {part for part, moves in moved.items() if moves} == {
+                part for part in moved if not is_frozen(part, patterns)
+            }, name
+    assert sum(states for _, _, states in found[f"data {patterns[0]}"]) == states  # none for what is frozen
+    ((going, resumed), *_) = found[f"resume {patterns[0]}"]
+    assert going[2:] == resumed
+
+
+def test_state_of_the_recurrent_path_alone(found: dict[str, list[list[Any]]]) -> None:
+    """Two moments of in_proj, of whose rows some train, and of the small parameters: nothing of MLPs or tables."""
+    ((_, _, states),) = found["one *"]
+    model = run_of(RECURRENT, ParallelConfig()).model
+    in_proj = 352 * model.hidden_size
+    small = model.num_heads * model.hidden_size + 3 * model.num_heads
+    assert states == 2 * model.num_layers * (in_proj + small)
+
+
+def test_messages(caplog: pytest.LogCaptureFixture) -> None:
+    platform.install()
+    whole = parameter_counts(run_of((), ParallelConfig()).model).total
+    caplog.set_level(logging.INFO, "oryx_megatron")
+    with session(run_of(RECURRENT, ParallelConfig())) as opened:
+        opened.step()
+    trained = 4 * (64 * 32 + 8 * 32 + 3 * 8)  # in each layer queries, steps, and three vectors of the heads
+    assert f"train.freeze: {whole - trained:,} of {whole:,} parameters are frozen; trained: " in caplog.text
+    assert "decoder.layers.*.self_attention.in_proj.weight.query_recurrent" in caplog.text
+    for patterns, message in (
+        (("*", "!*nothing*"), r"train.freeze\[1\]: '!\*nothing\*' matches no parameter; names are like decoder"),
+        (("*",), "train.freeze: freezes every parameter"),
+    ):
+        run = run_of(patterns, ParallelConfig())
+        with pytest.raises(ConfigError, match=message), session(run):
+            pass
+        parallel.release()
