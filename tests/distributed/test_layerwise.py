@@ -31,8 +31,12 @@ def run_of(name: str, dtype: str) -> RunConfig:
     """Without clipping in bf16, so that the order in which a norm is summed changes no digit of a weight."""
     clip = 1.0 if dtype == "fp32" else 0.0
     return tiny_run(
-        "gdn", parallel=LAYOUTS[name][1], optimizer__name="muon", optimizer__clip_grad=clip, precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
-    )  # fmt: skip
+        "gdn",
+        parallel=LAYOUTS[name][1],
+        precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
+        optimizer__name="muon",
+        optimizer__clip_grad=clip,
+    )
 
 
 def state_elements(optimizer: Any) -> int:
