@@ -32,6 +32,16 @@ def share_of(run: RunConfig) -> RunConfig:
         num_kv_heads=model.kv_heads // tensor,
         ffn_hidden_size=model.ffn_hidden_size // tensor,
         vocab_size=128,
+        moe=None
+        if model.moe is None
+        else dataclasses.replace(
+            model.moe,
+            experts=1,
+            top_k=1,
+            shared_ffn_hidden_size=model.moe.shared_ffn_hidden_size // tensor,
+            first_dense=0,
+            frequency=1,
+        ),
     )
     return dataclasses.replace(run, model=share, parallel=ParallelConfig())
 

@@ -76,3 +76,14 @@ def check_expert_run(run: RunConfig) -> None:
         raise ConfigError("optimizer.name: muon does not know the matrices of experts (model.moe); use adamw")
     if run.optimizer.cpu_offload:
         raise ConfigError("optimizer.cpu_offload: not with experts (model.moe); set it to false")
+
+
+def expert_widths(moe: MoEConfig | None, tensor: int) -> dict[str, int]:
+    """Widths of the products of experts on a rank, by what the config calls them."""
+    if moe is None:
+        return {}
+    shared = moe.shared_ffn_hidden_size
+    return {
+        "model.moe.ffn_hidden_size": moe.ffn_hidden_size,
+        f"model.moe.shared_ffn_hidden_size {shared} / tensor {tensor}": shared // tensor,
+    }

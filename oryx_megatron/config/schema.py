@@ -385,8 +385,10 @@ class PrecisionConfig:
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Format of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
-    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """FP8 recipe of TransformerEngine for the linear layers."""
+    fp4: Literal["none", "nvfp4"] = "none"
+    """FP4 recipe of TransformerEngine for the linear layers instead, from Blackwell on, as mxfp8 of FP8."""
     fp8_params: bool = False
     """Keep the linear weights in FP8 between steps."""
     fp8_attention: bool = False

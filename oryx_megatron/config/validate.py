@@ -16,7 +16,13 @@ from pathlib import Path
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
-from oryx_megatron.config.moe import check_expert_layout, check_expert_run, check_expert_stages, check_experts
+from oryx_megatron.config.moe import (
+    check_expert_layout,
+    check_expert_run,
+    check_expert_stages,
+    check_experts,
+    expert_widths,
+)
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
@@ -27,6 +33,7 @@ from oryx_megatron.config.schema import (
     ModesConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -36,6 +43,8 @@ from oryx_megatron.paths import is_url
 
 FP8_MULTIPLE = 16
 """TransformerEngine's FP8 products need every matrix dimension to be a multiple of this."""
+BLOCK_MULTIPLE = 32
+"""Those of mxfp8, whose blocks share a scale, and of nvfp4, whose operands are aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -399,21 +408,34 @@ def _input_widths(model: ModelConfig) -> list[int]:
     return [keys + values + gate + count * model.num_heads * model.qk_head_dim for count in queries]
 
 
+def multiple_of(precision: PrecisionConfig) -> int:
+    """What every dimension of a product in this FP8 or FP4 recipe must be a multiple of; 1 in bf16 and fp32."""
+    if precision.fp4 != "none" or precision.fp8 == "mxfp8":
+        return BLOCK_MULTIPLE
+    return 1 if precision.fp8 == "none" else FP8_MULTIPLE
+
+
 def _check_precision(run: RunConfig) -> None:
     precision, model, tp = run.precision, run.model, run.parallel.tensor
-    if precision.fp8 == "none":
-        for name in ("fp8_params", "fp8_attention", "bf16_first_layers", "bf16_last_layers"):
-            if getattr(precision, name):
-                raise ConfigError(
-                    f"precision.{name}: has no effect without precision.fp8; choose a recipe or remove it"
-                )
+    if precision.fp8 != "none" and precision.fp4 != "none":
+        raise ConfigError(
+            f"precision.fp4: {precision.fp4} and precision.fp8 {precision.fp8} exclude each other; set one to none"
+        )
+    field, recipe = ("fp4", precision.fp4) if precision.fp4 != "none" else ("fp8", precision.fp8)
+    for name in ("fp8_params", "fp8_attention", "bf16_first_layers", "bf16_last_layers"):
+        if getattr(precision, name) and (recipe == "none" or (field == "fp4" and name.startswith("fp8"))):
+            raise ConfigError(f"precision.{name}: has no effect without precision.fp8; choose a recipe or remove it")
+    if recipe == "none":
         return
+    for name in ("fp8_params", "fp8_attention"):
+        if getattr(precision, name) and recipe == "mxfp8":
+            raise ConfigError(f"precision.{name}: not with precision.fp8 mxfp8; set it to false")
     if precision.dtype == "fp32":
-        raise ConfigError(f"precision.fp8: {precision.fp8} needs precision.dtype bf16, not fp32")
+        raise ConfigError(f"precision.{field}: {recipe} needs precision.dtype bf16, not fp32")
     if precision.bf16_first_layers + precision.bf16_last_layers >= model.num_layers:
         raise ConfigError(
             f"precision.bf16_first_layers {precision.bf16_first_layers} + bf16_last_layers "
-            f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in FP8"
+            f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in {field.upper()}"
         )
     widths = {
         "model.hidden_size": model.hidden_size,
@@ -422,15 +444,19 @@ def _check_precision(run: RunConfig) -> None:
         f"the mixer's output width {model.num_heads * model.v_head_dim} / tensor {tp}": (
             model.num_heads * model.v_head_dim // tp
         ),
+        **expert_widths(model.moe, tp),
     }
+    multiple, what = multiple_of(precision), recipe if recipe in ("mxfp8", "nvfp4") else "FP8"
     for name, width in widths.items():
-        if width % FP8_MULTIPLE:
-            raise ConfigError(f"precision.fp8: {name} = {width} is not a multiple of {FP8_MULTIPLE}, which FP8 needs")
+        if width % multiple:
+            raise ConfigError(
+                f"precision.{field}: {name} = {width} is not a multiple of {multiple}, which {what} needs"
+            )
     tokens = run.data.sequence_length // run.parallel.context * run.train.micro_batch_size
-    if tokens % FP8_MULTIPLE:
+    if tokens % multiple:
         raise ConfigError(
-            f"precision.fp8: {tokens} tokens per rank and microbatch (data.sequence_length / context × "
-            f"train.micro_batch_size) are not a multiple of {FP8_MULTIPLE}, which FP8 needs"
+            f"precision.{field}: {tokens} tokens per rank and microbatch (data.sequence_length / context × "
+            f"train.micro_batch_size) are not a multiple of {multiple}, which {what} needs"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from oryx_megatron import arch
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.config.schema import BlendEntry, ModelConfig
+from oryx_megatron.config.schema import BlendEntry, ModelConfig, RunConfig
 from oryx_megatron.display import code, markdown
 
 USAGE = """```python
@@ -37,7 +37,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ("trained on", f"{tokens:,} tokens: {manifest.iteration:,} steps of {train.global_batch_size} × "
                        f"{run.data.sequence_length}"),
         ("mode mix", _mix(run)),
-        ("precision", run.precision.dtype + ("" if run.precision.fp8 == "none" else f", fp8 {run.precision.fp8}")),
+        ("precision", _precision(run)),
     ]  # fmt: skip
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- oryx\n"
@@ -66,6 +66,11 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _precision(run: RunConfig) -> str:
+    recipes = (f", {name} {recipe}" for name in ("fp8", "fp4") if (recipe := getattr(run.precision, name)) != "none")
+    return run.precision.dtype + "".join(recipes)
 
 
 def _parameters(model: ModelConfig) -> str:

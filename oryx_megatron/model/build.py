@@ -48,12 +48,12 @@ def build_model(
     Raises:
         ConfigError: its share of the weights is more than all of this machine's memory.
     """
-    count = parameter_counts(model).total
+    counts = parameter_counts(model)
+    experts = sum(part.count for part in counts.parts if part.name == "experts")
+    own = (counts.total - experts) // parallel.tensor + experts // parallel.expert
     memory.check(
-        f"model {model.name}: its {count:,} parameters",
-        count
-        * (4 if precision.dtype == "fp32" else 1 if precision.fp8_params else 2)
-        // (parallel.tensor * parallel.pipeline),
+        f"model {model.name}: its {counts.total:,} parameters",
+        own * (4 if precision.dtype == "fp32" else 1 if precision.fp8_params else 2) // parallel.pipeline,
         memory.device_bytes(),
         "use a smaller model, or more ranks of parallel.tensor or parallel.pipeline",
     )

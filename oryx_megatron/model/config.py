@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.validate import multiple_of
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.model.experts import moe_fields
 from oryx_megatron.ops import fused
@@ -31,6 +32,8 @@ class OryxTransformerConfig(TransformerConfig):
     """Weight of log² Z beside the loss in training (model/logits.py)."""
     te_linears: bool = False
     """Linears and norms are TransformerEngine's."""
+    row_multiple: int = 1
+    """Of the rows of a product: 16 in FP8, 32 in mxfp8 and nvfp4."""
 
 
 def transformer_config(
@@ -91,9 +94,15 @@ def transformer_config(
         "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32
     }
     fields |= moe_fields(model, parallel, grouped=fields["te_linears"])
+    fields["row_multiple"] = multiple_of(precision)
+    if precision.fp4 != "none":
+        _check_blackwell("fp4", precision.fp4, te_missing)
+        fields |= {"fp4": "e2m1", "fp4_recipe": precision.fp4} | _kept_in_bf16(precision)
     if precision.fp8 != "none":
         if te_missing is not None:
             raise ConfigError(f"precision.fp8: {precision.fp8} needs TransformerEngine: {te_missing}")
+        if precision.fp8 == "mxfp8":
+            _check_blackwell("fp8", precision.fp8, te_missing)
         if precision.fp8_attention and not sorts:
             raise ConfigError("precision.fp8_attention: needs kernels.mixer fused; set it to false")
         current = precision.fp8 == "tensorwise" and platform.capability() >= (10, 0)  # from Blackwell on
@@ -110,15 +119,40 @@ def transformer_config(
 
 def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
     """megatron-core's fields of an FP8 recipe: e4m3 forward and e5m2 for gradients, in blocks e4m3 for both."""
-    kept = precision.bf16_first_layers or precision.bf16_last_layers
     return {
-        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
+        "fp8": "e4m3" if precision.fp8 in ("blockwise", "mxfp8") else "hybrid",
         "fp8_recipe": precision.fp8,
         "fp8_param": precision.fp8_params,
         "fp8_dot_product_attention": precision.fp8_attention,
         "fp8_amax_history_len": 1024 if precision.fp8 == "delayed" else 1,
         "fp8_amax_compute_algo": "max" if precision.fp8 == "delayed" else "most_recent",
-        "first_last_layers_bf16": bool(kept),
+        **_kept_in_bf16(precision),
+    }
+
+
+def _kept_in_bf16(precision: PrecisionConfig) -> dict[str, Any]:
+    return {
+        "first_last_layers_bf16": bool(precision.bf16_first_layers or precision.bf16_last_layers),
         "num_layers_at_start_in_bf16": precision.bf16_first_layers,
         "num_layers_at_end_in_bf16": precision.bf16_last_layers,
     }
+
+
+BLACKWELL = (10, 0)
+TRANSFORMER_ENGINE = {"mxfp8": (2, 1), "nvfp4": (2, 7)}
+"""First version of TransformerEngine with a recipe, as megatron-core asks for it."""
+
+
+def _check_blackwell(field: str, recipe: str, te_missing: str | None) -> None:
+    """Raise ConfigError where the GPU or the packages have no such recipe. Neither was run on a GPU that has it."""
+    if te_missing is not None:
+        raise ConfigError(f"precision.{field}: {recipe} needs TransformerEngine: {te_missing}")
+    found, wanted = platform.version("transformer_engine"), TRANSFORMER_ENGINE[recipe]
+    if found < wanted:
+        have, need = (".".join(map(str, numbers)) for numbers in (found, wanted))
+        raise ConfigError(f"precision.{field}: {recipe} needs TransformerEngine {need}, not {have}; upgrade it")
+    if (own := platform.capability()) < BLACKWELL:
+        raise ConfigError(
+            f"precision.{field}: {recipe} needs a GPU of compute capability 10.0 (Blackwell), this one has "
+            f"{own[0]}.{own[1]}; set precision.fp8 to tensorwise, delayed or blockwise"
+        )

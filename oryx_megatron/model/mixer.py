@@ -35,9 +35,6 @@ from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.fused import KeysValues
 from oryx_megatron.parallel import heads_to_sequence, sequence_to_heads
 
-FP8_ROWS = 16
-"""TransformerEngine's FP8 products take rows in multiples of this."""
-
 
 class Parts(NamedTuple):
     """A microbatch's projections; None for what no token needs."""
@@ -337,11 +334,10 @@ class FusedSteps:
     def _query_rows(self, length: int, batch: int) -> tuple[int, int]:
         """How many of the first rows need an attention query, and from which on a recurrent one is needed.
 
-        In FP8 both counts are rounded outwards to what its products take.
+        In FP8 and FP4 both counts are rounded outwards to what their products take.
         """
-        if not self.mixer.config.fp8:
-            return self.own, self.own
-        multiple = FP8_ROWS // math.gcd(FP8_ROWS, batch)
+        rows = self.mixer.config.row_multiple
+        multiple = rows // math.gcd(rows, batch)
         return min(-(-self.own // multiple) * multiple, length), self.own // multiple * multiple
 
     def exchange(self, parts: Parts) -> Parts:

@@ -22,6 +22,6 @@ class FusedMLP(MLP):
         x, _ = self.linear_fc1(hidden_states)
         y = self.activation_func(x)
         output, bias = self.linear_fc2(y)
-        if output.requires_grad and not self.config.fp8:
+        if output.requires_grad and not self.config.fp8 and not self.config.fp4:
             fused.discard_swiglu(y, x, output)
         return output, bias

@@ -46,8 +46,12 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
             for layout in layouts:
                 _step(mixer, layout, batch)
     if fused_mixers:
-        width = 2 * model.ffn_hidden_size // run.parallel.tensor
-        _backward(fused.SwiGLU()(x := _random(length, batch, width, like=fused_mixers[0])), [x])
+        tensor, moe = run.parallel.tensor, model.moe
+        widths = {model.ffn_hidden_size // tensor}
+        if moe is not None:
+            widths |= {moe.ffn_hidden_size, moe.shared_ffn_hidden_size // tensor} - {0}
+        for width in sorted(widths):
+            _backward(fused.SwiGLU()(x := _random(length, batch, 2 * width, like=fused_mixers[0])), [x])
         platform.synchronize()
     return time.perf_counter() - begun
 

@@ -526,6 +526,8 @@ def discard_swiglu(y: Tensor, x: Tensor, output: Tensor) -> None:
 
 
 def _swiglu(x: Tensor, y: Tensor) -> None:
+    if not y.numel():  # no token came to this rank's experts
+        return
     _, kernels = _kernels()
     width = y.shape[-1]
     kernels.swiglu_forward[(y.numel() // width, -(-width // _SWIGLU["BLOCK"]))](x, y, WIDTH=width, **_SWIGLU)
@@ -545,6 +547,8 @@ class _SwiGLU(torch.autograd.Function):
         _, kernels = _kernels()
         (x,) = ctx.saved_tensors
         dy, dx = grads[0].contiguous(), torch.empty_like(x)
+        if not dy.numel():
+            return (dx,)
         width = x.shape[-1] // 2
         grid = (dy.numel() // width, -(-width // _SWIGLU["BLOCK"]))
         kernels.swiglu_backward[grid](x, dy, dx, WIDTH=width, **_SWIGLU)

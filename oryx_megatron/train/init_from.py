@@ -25,7 +25,7 @@ from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
-from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 SHAPES = (
     *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "qk_head_dim"),
-    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
+    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings", "moe"),
 )
 """Fields of a model that decide which parameters it has, and their shapes."""
 NOT_LISTED = (
@@ -234,10 +234,22 @@ def check_shapes(then: ModelConfig, now: ModelConfig, path: str) -> None:
 
 
 def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
-    """Fields of two models that differ, with both values; `num_kv_heads: null` is as many as heads."""
-    then, now = (dataclasses.replace(model, num_kv_heads=model.kv_heads) for model in (then, now))
+    """Fields of two models that differ, with both values; `num_kv_heads: null` is as many as heads.
+
+    Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change.
+    """
+    then, now = (
+        dataclasses.replace(model, num_kv_heads=model.kv_heads, moe=_architecture(model.moe)) for model in (then, now)
+    )
     pairs = ((name, getattr(then, name), getattr(now, name)) for name in names)
     return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def _architecture(moe: MoEConfig | None) -> MoEConfig | None:
+    if moe is None:
+        return None
+    same = {"aux_loss": 0.0, "aux_loss_over": "microbatch", "z_loss": 0.0, "capacity_factor": None}
+    return dataclasses.replace(moe, **same, bias_update_rate=float(moe.bias_update_rate > 0))  # type: ignore[arg-type]
 
 
 def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:

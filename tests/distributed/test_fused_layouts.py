@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig
 from oryx_megatron.model import build
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import compile_kernels
@@ -29,22 +29,30 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "hybrid-pp2-cp2": ("hybrid gdn", 4, {"pipeline": 2, "context": 2}),
     "mixed": ("mixed mamba2", 1, {}),
     "mixed-tp2-cp2": ("mixed mamba2", 4, {"tensor": 2, "context": 2}),
+    "ep2-experts": ("experts gdn", 2, {"expert": 2}),
+    "tp2-cp2-ep2-experts": ("experts gdn", 4, {"tensor": 2, "context": 2, "expert": 2, "overlap": True}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
 
-PATTERNS = {"hybrid": ("recurrent*3", "attention"), "mixed": ("both", "recurrent", "attention", "both")}
+EXPERTS = MoEConfig(experts=4, ffn_hidden_size=24, shared_ffn_hidden_size=16, first_dense=1, z_loss=0.01)
+PATTERNS = {
+    "experts": ("both*2", "recurrent", "both"),
+    "hybrid": ("recurrent*3", "attention"),
+    "mixed": ("both", "recurrent", "attention", "both"),
+}
 
 
 def _run(name: str, layout: dict[str, Any], documents: str):
     kind, mixer = name.split()[0], name.split()[-1]
-    fields = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
+    fields: dict[str, Any] = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
+    fields["model__moe"] = EXPERTS if kind == "experts" else None
     return tiny_run(mixer, parallel=ParallelConfig(**layout), **fields)
 
 
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
-    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2")
+    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)
