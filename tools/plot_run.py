@@ -1,4 +1,4 @@
-"""Plot the training loss of runs and their loss under every evaluation plan, as PNG, SVG, PDF or HTML."""
+"""Plot the training loss of runs, their loss under every evaluation plan and the load of experts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from oryx_megatron.train import metrics
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")  # Okabe and Ito
 LINES = ("-", "--", ":", "-.")
+LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert", "dropped_share": "share dropped"}
 MARKERS = ("o", "s", "^", "D", "v")
 SMOOTH = 50  # the smoothed curve averages over a fiftieth of the run
 
@@ -40,6 +41,10 @@ class Curves:
     """Position and training loss of every step with a finite loss."""
     evaluations: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
     """Position and loss by validation set and plan."""
+    load: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Position and figure of every step of a run with experts: busiest and idlest expert, share dropped."""
+    by_expert: list[list[float]] = field(default_factory=list)
+    """Latest load by layer and expert, over an even share."""
 
 
 @main_guard
@@ -98,6 +103,11 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
             positions[line["iteration"]] = tokens if x == "tokens" else line["iteration"]
             if math.isfinite(line["loss"]):
                 curves.steps.append((positions[line["iteration"]], line["loss"]))
+            for figure in LOADS:
+                if math.isfinite(value := line.get(figure, math.nan)):
+                    curves.load.setdefault(figure, []).append((positions[line["iteration"]], value))
+        elif line["kind"] == "routing":
+            curves.by_expert = line["expert_load"]
     for line in lines:
         if line["kind"] == "evaluation" and line["iteration"] in positions and math.isfinite(line["loss"]):
             plans = curves.evaluations.setdefault(shown(line["dataset"]), {})
@@ -110,7 +120,8 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
 def draw(runs: list[Curves], x: str) -> Any:
     """A matplotlib figure: one panel for a single run, else one for training and one per validation set.
 
-    With one run a colour is a plan; with several a colour is a run and a line style a plan.
+    With one run a colour is a plan; with several a colour is a run and a line style a plan. Runs with experts have one
+    more for their load, and a single one another for that of every expert.
     """
     import matplotlib as mpl
 
@@ -120,8 +131,16 @@ def draw(runs: list[Curves], x: str) -> Any:
     sets = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     single = len(runs) == 1 and len(sets) <= 1
     panels = 1 if single else 1 + len(sets)
-    figure, grid = plt.subplots(1, panels, figsize=(8 if single else 6.5 * panels, 4.8), squeeze=False)
-    axes = grid[0]
+    routed = [run for run in runs if run.load]
+    tables = [run for run in routed if run.by_expert] if len(runs) == 1 else []
+    more = bool(routed) + len(tables)
+    width = (8 if single else 6.5 * panels) + 6.5 * more
+    figure, grid = plt.subplots(1, panels + more, figsize=(width, 4.8), squeeze=False)
+    axes = grid[0][:panels]
+    if routed:
+        _draw_load(grid[0][panels], routed, x)
+    for run, ax in zip(tables, grid[0][panels + 1 :]):
+        _draw_experts(figure, ax, run)
     legends: list[list[tuple[Any, str]]] = [[] for _ in axes]  # not by label: matplotlib hides those that begin with _
     for i, run in enumerate(runs):
         colour = "#444444" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
@@ -153,6 +172,31 @@ def draw(runs: list[Curves], x: str) -> Any:
     plain_texts(figure)
     figure.tight_layout()
     return figure
+
+
+def _draw_load(ax: Any, runs: list[Curves], x: str) -> None:
+    """Busiest and idlest expert and the share dropped; a colour is a figure, with several runs a run."""
+    lines = []
+    for i, run in enumerate(runs):
+        for j, (name, points) in enumerate(run.load.items()):
+            several = len(runs) > 1
+            if name == "dropped_share" and not any(share for _, share in points):
+                continue
+            colour = COLOURS[(i if several else j) % len(COLOURS)]
+            (line,) = ax.plot(*zip(*smooth(points)), color=colour, linestyle=LINES[j] if several else "-")
+            lines.append((line, f"{run.name}, {LOADS[name]}" if several else LOADS[name]))
+    ax.axhline(1.0, color="#888888", linewidth=0.8)
+    ax.set(title="load of experts", xlabel=x, ylabel="tokens over an even share")
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(*zip(*lines), frameon=False, fontsize=9)
+
+
+def _draw_experts(figure: Any, ax: Any, run: Curves) -> None:
+    """Latest load of every expert by layer."""
+    image = ax.imshow(run.by_expert, aspect="auto", cmap="viridis", vmin=0.0)
+    figure.colorbar(image, ax=ax, label="tokens over an even share")
+    ax.set(title="latest load by expert", xlabel="expert", ylabel="layer with experts")
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ from oryx_megatron.train.records import (
     is_amount,
     is_flag,
     is_number,
+    is_table,
     is_text,
     is_whole,
     parse_record,
@@ -25,6 +26,7 @@ _NEEDS: dict[str, Check] = {"kind": is_text, "iteration": is_whole}
 _KINDS: dict[str, dict[str, Check]] = {
     "step": {"loss": is_number, "tokens": is_whole},
     "evaluation": {"dataset": is_text, "plan": is_text, "loss": is_number},
+    "routing": {"expert_load": is_table},
 }
 """What a line of a kind has in any case; lines of other kinds are left alone."""
 _MAY: dict[str, Check] = {
@@ -41,6 +43,12 @@ _MAY: dict[str, Check] = {
     "logit_z_loss": is_number,
     "bits_per_byte": is_number,
     "perplexity": is_number,
+    "load_balancing_loss": is_number,
+    "z_loss": is_number,
+    "router_entropy": is_number,
+    "expert_load_max": is_number,
+    "expert_load_min": is_number,
+    "dropped_share": is_number,
 }
 
 

@@ -85,6 +85,15 @@ def is_amount(value: Any) -> bool:
     return is_number(value) and math.isfinite(value) and value >= 0
 
 
+def is_table(value: Any) -> bool:
+    """Rows of one length of numbers."""
+    return (
+        isinstance(value, list)
+        and len({len(row) if isinstance(row, list) and row else 0 for row in value} | {0}) == 2
+        and all(isinstance(row, list) and row and all(map(is_number, row)) for row in value)
+    )
+
+
 def is_flag(value: Any) -> bool:
     """True or false."""
     return isinstance(value, bool)

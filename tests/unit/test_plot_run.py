@@ -110,6 +110,30 @@ def test_names_are_shown_as_given(tmp_path: Path, capsys, name: str, several: bo
     assert f"<td>{html.escape(given)}</td>" in out.read_text()
 
 
+def test_load_of_experts(runs, tmp_path) -> None:
+    """A panel for runs with experts, and for one alone a table of its latest load; damaged tables are left out."""
+    path = Path(runs[0]) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[:10]:
+        line |= {"expert_load_max": 2.0 - line["iteration"] / 20, "expert_load_min": 0.5, "dropped_share": 0.0}
+    tables = ([[1.5, 0.5], [1.0, 1.0]], [[1.25, 0.75], [1.0, 1.0]], [[1.0], [1.0, 2.0]], [[]], "none", [["a", 1.0]])
+    lines += [{"kind": "routing", "iteration": n, "expert_load": table} for n, table in enumerate(tables)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = [plot_run.read_curves(Path(run) / "metrics.jsonl", "iteration", run) for run in runs]
+    assert curves[0].load["expert_load_max"][0] == (1, 1.95)
+    assert curves[0].by_expert == tables[1]
+    assert curves[1].load == {}
+    alone, both = plot_run.draw(curves[:1], "iteration"), plot_run.draw(curves, "iteration")
+    titles = [[ax.get_title() for ax in figure.axes] for figure in (alone, both)]
+    assert {"load of experts", "latest load by expert"} <= set(titles[0])
+    assert "load of experts" in titles[1]
+    assert "latest load by expert" not in titles[1]
+    (panel,) = (ax for ax in alone.axes if ax.get_title() == "load of experts")
+    shown_lines = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert shown_lines == ["busiest expert", "idlest expert"]  # nothing was dropped
+    assert plot_run.main([runs[0], "--out", str(tmp_path / "load.png")]) in (0, None)
+
+
 def test_damaged_lines_are_left_out_and_said_once(runs, tmp_path, caplog) -> None:
     path = Path(runs[0], "metrics.jsonl")
     good = plot_run.read_curves(path, "tokens", "first")
