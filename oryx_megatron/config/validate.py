@@ -68,6 +68,10 @@ class Layout:
     ep: int = 1
     """Expert-parallel size, within tp × cp × dp."""
 
+    def __str__(self) -> str:
+        expert = f", expert {self.ep} of them" if self.ep > 1 else ""
+        return f"tensor {self.tp} × pipeline {self.pp} × context {self.cp} × data {self.dp}{expert}"
+
     @property
     def world_size(self) -> int:
         """Ranks in all."""

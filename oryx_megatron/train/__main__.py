@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     layout = validate(run, world_size)
     if arguments.dry_run:
         sys.stdout.write(
-            f"{arguments.config} is valid for {layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × "
-            f"context {layout.cp} × data {layout.dp}, {layout.microbatches} microbatches per step\n"
+            f"{arguments.config} is valid for {layout.world_size} ranks: {layout}, "
+            f"{layout.microbatches} microbatches per step\n"
         )
         if run.train.batch_schedule:
             count = SampleCount.of(run.train)

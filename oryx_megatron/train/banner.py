@@ -9,9 +9,15 @@ import textwrap
 from oryx_megatron import arch, platform
 from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config.batch_sizes import SampleCount
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.ops import backends
+
+
+def _parameters(model: ModelConfig) -> str:
+    counts = arch.parameter_counts(model)
+    active = f", {counts.active:,} active" if model.moe is not None else ""
+    return f"{counts.total:,} parameters{active}"
 
 
 def reproduction(run: RunConfig, layout: Layout) -> list[str]:
@@ -22,9 +28,8 @@ def reproduction(run: RunConfig, layout: Layout) -> list[str]:
         "command": " ".join(sys.argv),
         "code": f"commit {platform.git_commit() or 'unknown'}",
         "versions": versions,
-        "model": f"{run.model.name}, {arch.parameter_counts(run.model).total:,} parameters, {run.precision.dtype}",
-        "layout": f"{layout.world_size} ranks: tensor {layout.tp} × pipeline {layout.pp} × context {layout.cp} × data "
-        f"{layout.dp}, {layout.microbatches} microbatches per step",
+        "model": f"{run.model.name}, {_parameters(run.model)}, {run.precision.dtype}",
+        "layout": f"{layout.world_size} ranks: {layout}, {layout.microbatches} microbatches per step",
         **({"batch sizes": str(SampleCount.of(run.train))} if run.train.batch_schedule else {}),
         "host": f"{socket.gethostname()}, {platform.describe()}",
         "kernels": backends.describe(backends.Workload(run.model, run.precision.dtype)),

@@ -53,7 +53,9 @@ def make(
         iteration=iteration,
         consumed_samples=samples + guard["skipped_samples"],
         config=to_dict(run),
-        layout={"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp},
+        layout={
+            name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp", *(["ep"] if layout.ep > 1 else []))
+        },
         rng={"seed": run.seed, "state": "none: every draw is a function of seed, iteration, microbatch"},
         data={"train": stream, "tokenizer": tokenizer},
         evaluations=evaluations,
