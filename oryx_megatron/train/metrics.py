@@ -44,7 +44,7 @@ _MAY: dict[str, Check] = {
     "bits_per_byte": is_number,
     "perplexity": is_number,
     "load_balancing_loss": is_number,
-    "z_loss": is_number,
+    "router_z_loss": is_number,
     "router_entropy": is_number,
     "expert_load_max": is_number,
     "expert_load_min": is_number,

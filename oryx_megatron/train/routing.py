@@ -14,7 +14,7 @@ class Routing:
 
     load_balancing_loss: float
     """Mean over layers and microbatches, without its coefficient; 1 when even, 0 where it is not asked for."""
-    z_loss: float
+    router_z_loss: float
     """Mean over layers and tokens of the squared logsumexp of the router's logits, without its coefficient."""
     router_entropy: float
     """Mean over layers and tokens of the entropy of the scores over all experts, nats; at most log of their number."""
@@ -60,7 +60,7 @@ def routing_of(rows: list[list[float]], model: ModelConfig, microbatches: int) -
         dropped, chosen = dropped + lost, chosen + tokens * top_k
     return Routing(
         load_balancing_loss=losses,
-        z_loss=squares,
+        router_z_loss=squares,
         router_entropy=entropies,
         expert_load_max=max(map(max, load)),
         expert_load_min=min(map(min, load)),

@@ -183,6 +183,6 @@ def test_figures_of_the_router() -> None:
     assert figures.dropped_share == pytest.approx(1 - taken.sum().item() / (tokens * 2))
     assert 0 < figures.dropped_share < 0.6
     assert figures.router_entropy == pytest.approx(-(scores * scores.log()).sum(-1).mean().item(), rel=1e-4)
-    assert figures.z_loss == pytest.approx(logits.logsumexp(-1).square().mean().item(), rel=1e-4)
+    assert figures.router_z_loss == pytest.approx(logits.logsumexp(-1).square().mean().item(), rel=1e-4)
     balance = 5 * (chosen.mean(0) / 2 * scores.mean(0)).sum().item()
     assert figures.load_balancing_loss == pytest.approx(balance, rel=1e-4)
