@@ -65,8 +65,8 @@ def check_expert_run(run: RunConfig) -> None:
     """What experts do not work with; one ConfigError line each."""
     if run.model.moe is None:
         return
-    if run.engine == "deepspeed":
-        raise ConfigError("model.moe: not with engine deepspeed; set engine: megatron")
+    if run.engine != "megatron":
+        raise ConfigError(f"model.moe: not with engine {run.engine}; set engine: megatron")
     if run.model.mup_base_hidden_size:
         raise ConfigError(
             "model.mup_base_hidden_size: muP has no rules for routers and experts (model.moe); set it to null"

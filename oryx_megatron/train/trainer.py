@@ -26,7 +26,7 @@ from oryx_megatron.train.bad_steps import BadSteps
 from oryx_megatron.train.batches import open_stream, training_batches
 from oryx_megatron.train.callbacks import Callbacks, StepRecord, check_installed, reporters
 from oryx_megatron.train.clock import Clock, Updates
-from oryx_megatron.train.engine import build_engine, run_step
+from oryx_megatron.train.engine import Taken, build_engine, run_step
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged
 from oryx_megatron.train.routing import routing_of
@@ -204,7 +204,6 @@ class Trainer:
             self.guard.good(taken.totals.mean_loss)
         self.iteration += 1
         tokens = (self.stream.consumed - consumed) * run.data.sequence_length
-        flops = 3 * sum(arch.flops_per_token(run.model, run.data.sequence_length, share).values())
         seconds = self.clock.step(
             data=self.stream.wait_seconds - waited,
             forward_backward=platform.seconds_between(taken.begun, taken.reduced),
@@ -213,9 +212,6 @@ class Trainer:
         )
         return StepRecord(
             iteration=self.iteration,
-            loss=taken.totals.mean_loss,
-            grad_norm=taken.grad_norm,
-            lr=taken.lr,
             attention_share=share,
             tokens=tokens,
             consumed_samples=self.stream.consumed,
@@ -223,10 +219,8 @@ class Trainer:
             data_seconds=seconds["data"],
             forward_backward_seconds=seconds["forward_backward"],
             optimizer_seconds=seconds["optimizer"],
-            model_flops=flops * tokens,
-            skipped=taken.bad,
-            routing=routing_of(taken.totals.routed, run.model, len(batches) * self.layout.dp),
-            logit_z_loss=taken.totals.mean_z_loss if run.train.z_loss else None,
+            model_flops=tokens * arch.training_flops_per_token(run.model, run.data.sequence_length, share),
+            **_outcome(taken, run, len(batches) * self.layout.dp),
         )
 
     def evaluate(self) -> list[Evaluation]:
@@ -351,3 +345,15 @@ class Trainer:
 def _due(iteration: int, interval: int, *ends: int) -> bool:
     """Every `interval`, and where a decay of the learning rate ends."""
     return iteration in ends or (interval > 0 and iteration % interval == 0)
+
+
+def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:
+    """Fields of StepRecord that a step alone decides; `microbatches` over all data-parallel ranks."""
+    return {
+        "loss": taken.totals.mean_loss,
+        "grad_norm": taken.grad_norm,
+        "lr": taken.lr,
+        "skipped": taken.bad,
+        "routing": routing_of(taken.totals.routed, run.model, microbatches),
+        "logit_z_loss": taken.totals.mean_z_loss if run.train.z_loss else None,
+    }

@@ -10,11 +10,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.callbacks import StepRecord, TensorBoard
+from oryx_megatron.train.routing import Routing
+
+LOADS = {"expert_load_max": 2.0, "expert_load_min": 0.5, "dropped_share": 0.0, "load": ((2.0, 0.5, 0.5),)}
 
 
 def _record(iteration: int) -> StepRecord:
     numbers = {field.name: 1.0 for field in dataclasses.fields(StepRecord)}
-    return StepRecord(**(numbers | {"iteration": iteration, "skipped": False}))  # type: ignore[arg-type]
+    routing = Routing(**dict.fromkeys(("load_balancing_loss", "router_z_loss", "router_entropy"), 1.0), **LOADS)
+    own = {"iteration": iteration, "skipped": False, "routing": routing}
+    return StepRecord(**(numbers | own))  # type: ignore[arg-type]
 
 
 def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
