@@ -35,7 +35,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-EXPERTS = MoEConfig(experts=4, ffn_hidden_size=24, shared_ffn_hidden_size=16, first_dense=1, z_loss=0.01)
+EXPERTS = MoEConfig(experts=4, top_k=4, ffn_hidden_size=24, shared_ffn_hidden_size=16, first_dense=1, z_loss=0.01)
+"""A token goes to all: in another order of sums, one near the edge between two would soon choose the other."""
 PATTERNS = {
     "experts": ("both*2", "recurrent", "both"),
     "hybrid": ("recurrent*3", "attention"),
