@@ -3,8 +3,11 @@
 
     python tests/structure.py docs/images/structure.svg
     python tests/structure.py before.svg --package ../an-older-checkout/oryx_megatron
+    python tests/structure.py --way
 
 Reads the code's own imports, by the rules of tests/unit/test_imports.py. A part stands above all that it imports.
+`--way` follows tokens instead: it makes a dataset, trains two steps and exports, and lists the files of the package
+with a function that was given or gave an array meanwhile.
 """
 
 from __future__ import annotations
@@ -111,13 +114,69 @@ def draw(package: Path, output: Path) -> None:
     figure.savefig(output)
 
 
+def way() -> dict[str, list[str]]:
+    """File of the package → its functions that were given or gave an array, from corpus to export."""
+    import tempfile
+    import threading
+
+    import numpy as np
+    import torch
+
+    from oryx_megatron.testing.project import tiny_project
+    from oryx_megatron.tools import convert_to_hf, preprocess_data
+    from oryx_megatron.train import __main__ as train
+
+    found: dict[str, set[str]] = {}
+
+    def holds(value: Any, depth: int = 0) -> bool:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return True
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return depth < 2 and any(holds(entry, depth + 1) for entry in list(inner)[:6])
+
+    def follow(frame: Any, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if not code.co_filename.startswith(str(PACKAGE)) or code.co_name == "<module>":
+            return
+        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if (event == "call" and any(holds(frame.f_locals.get(name)) for name in given)) or (
+            event == "return" and holds(arg)
+        ):
+            found.setdefault(str(Path(code.co_filename).relative_to(PACKAGE)), set()).add(code.co_name)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run = tiny_project(folder)
+        (folder / "text.txt").write_text("maan rolit " * 4000, encoding="utf-8")
+        threading.setprofile(follow)
+        sys.setprofile(follow)
+        try:
+            text, data = ("--input", str(folder / "text.txt")), ("--output", str(folder / "tokens"))
+            preprocess_data.main(
+                [*text, *data, "--tokenizer", str(folder / "tokenizer"), "--processes", "1", "--quiet"]
+            )
+            changes = [f"data.blend=[{folder}/tokens]", "train.iterations=2", f"output_dir={folder}/out"]
+            train.main([str(run), *changes, "data.split=[100,0,0]", "evaluation.plans=[attention]"])
+            convert_to_hf.main([str(folder / "out"), str(folder / "hf")])
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)  # type: ignore[arg-type]
+    return {name: sorted(functions) for name, functions in sorted(found.items())}
+
+
 def main() -> int:
     """Parse and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="picture to write (.svg, .png)")
+    parser.add_argument("output", type=Path, nargs="?", help="picture to write (.svg, .png)")
+    parser.add_argument("--way", action="store_true", help="list the files that tokens pass")
     parser.add_argument("--package", type=Path, default=PACKAGE, help="package folder (default: this checkout's)")
     arguments = parser.parse_args()
-    draw(arguments.package.resolve(), arguments.output)
+    if arguments.way:
+        found = way()
+        sys.stdout.write("".join(f"{name}: {', '.join(names)}\n" for name, names in found.items()))
+        sys.stdout.write(f"{len(found)} files\n")
+    if arguments.output is not None:
+        draw(arguments.package.resolve(), arguments.output)
     return 0
 
 
