@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.remote import RemoteCheckpoints
@@ -333,6 +332,8 @@ class CheckpointManager(Checkpoints):
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         """What goes on beside training: reading files for their digests, and rank 0's last steps."""
         safe.install()
+        compat.megatron.keep_common_failures()
+        compat.megatron.keep_causes()
         renew_reports()
         self._strategy = SaveStrategy()
         self._pending: _Pending | None = None
@@ -361,12 +362,10 @@ class CheckpointManager(Checkpoints):
         state = sharded_state(self.chunks, self.optimizer)
         failure: BaseException | None = None
         try:
-            request = dist_checkpointing.save(
-                state, str(folder), self._strategy, async_sharded_save=True, validate_access_integrity=iteration <= 1
-            )
+            request = compat.megatron.save(state, folder, self._strategy, validate=iteration <= 1)
             # Its last step, rank 0 writing metadata.json, is done in `_settle`, where a failure is every rank's.
             request.finalize_fns.pop()
-            failure = safe.common_save.failure
+            failure = compat.megatron.common_failure()
             if failure is None:
                 self._queue.schedule_async_request(request)
         except (CheckpointException, CheckpointingException) as error:  # raised on all ranks

@@ -1,8 +1,9 @@
-"""Reading checkpoint files without running code from them, and writing those of rank 0 so that all hear of a failure.
+"""Reading checkpoint files without running code from them.
 
 Three places of a distributed checkpoint are pickled: `.metadata` (torch reads it with pickle), small objects inside
-*.distcp (torch.load with weights_only=False) and common.pt. `install` makes megatron-core read all three by rules that
-build only the classes named here; anything else is a CheckpointError. Tensors are read with weights_only by torch.
+*.distcp (torch.load with weights_only=False) and common.pt, which is such an object since megatron-core 0.19. `install`
+makes megatron-core read all three by rules that build only the classes named here; anything else is a CheckpointError.
+Tensors are read with weights_only by torch.
 
 The extra state of a TransformerEngine layer (FP8 scales) is a pickle inside such an object, which TransformerEngine
 opens itself: it is checked before it is handed on.
@@ -10,29 +11,24 @@ opens itself: it is checked before it is handed on.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-from megatron.core.dist_checkpointing.strategies.common import (
-    COMMON_STATE_FNAME,
-    TorchCommonLoadStrategy,
-    TorchCommonSaveStrategy,
-)
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from oryx_megatron import compat
 from oryx_megatron.errors import CheckpointError, first_line
 
 _DCP = "torch.distributed.checkpoint"
@@ -57,10 +53,13 @@ METADATA_CLASSES = {
 }
 """What torch's and megatron-core's `.metadata` is made of; data types such as torch.float32 come on top."""
 
+STORAGES = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+"""By which a pickle in a pickle names the reading of a tensor; megatron-core 0.19 puts its own in place of torch's."""
+
 EXTRA_STATE_CLASSES = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.storage", "_load_from_bytes"),
+    *STORAGES,
     *(("transformer_engine.common.recipe", name) for name in (
         "Format", "_FormatHelper", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
         "MXFP8BlockScaling", "NVFP4BlockScaling", "QParams", "MMParams", "Recipe",
@@ -81,7 +80,7 @@ class _Restricted(pickle.Unpickler):
             return found
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in STORAGES:
             return _storage
         if module.split(".")[0] in ("transformer_engine", "megatron"):
             return _Recipe  # checked only, and also where TransformerEngine is not installed
@@ -155,53 +154,56 @@ class SafeReader(FileSystemReader):
         return self._metadata
 
 
-class CommonLoad(TorchCommonLoadStrategy):
-    """common.pt with weights_only, whatever the environment says."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """See megatron-core.
-
-        Raises:
-            CheckpointError: missing, damaged or hostile.
-        """
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
-            raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
+COMMON = "common.pt"
+"""Since megatron-core 0.19 the common state is an object in *.distcp instead."""
+COMMON_OBJECT = "common_state/shard_0_1"
 
 
-class CommonSave(TorchCommonSaveStrategy):
-    """Writes common.pt on rank 0, and keeps what failed there until all ranks can hear of it.
+class _ObjectPlanner(DefaultLoadPlanner):
+    """torch's planner for objects, each read by `load_object`."""
 
-    megatron-core would raise on rank 0 alone, between two collectives, and leave the others waiting in the second.
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """See torch."""
+        _load_bytes(self, read_item, value)
+
+
+def read_common(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors and objects of layers: settings and steps of the optimizer.
+
+    Raises:
+        CheckpointError: missing, damaged or hostile.
+        CheckpointingException: the same, of an object in *.distcp.
     """
-
-    def __init__(self) -> None:
-        super().__init__("torch", 1)
-        self.failure: Exception | None = None
-
-    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """See megatron-core; leaves an OSError in `failure` (torch.save makes some RuntimeErrors of them)."""
-        self.failure = None
-        try:
-            super().save_common(common_state_dict, checkpoint_dir)
-            if torch.distributed.get_rank() == 0:
-                with open(os.path.join(checkpoint_dir, COMMON_STATE_FNAME), "rb") as file:
-                    os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            self.failure = error
+    path = Path(folder) / COMMON
+    if not path.exists() and COMMON_OBJECT in read_metadata(folder).state_dict_metadata:
+        state: dict[str, Any] = {COMMON_OBJECT: io.BytesIO()}
+        torch.distributed.checkpoint.load(
+            state, storage_reader=SafeReader(folder), planner=_ObjectPlanner(), no_dist=True
+        )
+        return state[COMMON_OBJECT][0]
+    try:
+        with _only():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
+        raise CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint") from None
 
 
-common_save = CommonSave()
+@contextlib.contextmanager
+def _only(*classes: type) -> Iterator[None]:
+    """Let torch's weights_only build these classes beside tensors; none of those that other packages have allowed."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(classes))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
 
 
 def install() -> None:
-    """Let megatron-core read and write checkpoints by the rules above, process-wide."""
-    megatron_torch._get_filesystem_reader = _reader
-    megatron_torch.MCoreLoadPlanner.load_bytes = _load_bytes
-    register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, CommonLoad())
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, common_save)
+    """Let megatron-core read checkpoints by the rules above, process-wide."""
+    compat.megatron.read_checkpoints_by(SafeReader, _load_bytes, read_common)
 
 
 def load_object(data: io.BytesIO, name: str) -> Any:
@@ -211,7 +213,7 @@ def load_object(data: io.BytesIO, name: str) -> Any:
         CheckpointingException: it holds anything else.
     """
     try:
-        with torch.serialization.safe_globals([bytes]):  # b"" is pickled as a call of it
+        with _only(bytes, io.BytesIO):  # b"" is pickled as a call of it
             value = torch.load(data, map_location="cpu", weights_only=True)
         for part in value if isinstance(value, (list, tuple)) else [value]:
             check_extra_state(part)
@@ -227,7 +229,7 @@ def load_file(path: str | os.PathLike[str], map_location: Any, classes: list[typ
         CheckpointError: damaged, or holding anything else, also inside of a layer's extra state.
     """
     try:
-        with torch.serialization.safe_globals([bytes, *classes]):
+        with _only(bytes, io.BytesIO, *classes):
             content = torch.load(path, map_location=map_location, weights_only=True)
         module = content.get("module") if isinstance(content, dict) else None
         for name, value in module.items() if isinstance(module, dict) else ():
@@ -249,13 +251,10 @@ def check_extra_state(value: Any) -> None:
     else:
         return
     if content.startswith(b"PK"):  # torch.save's
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with _only():
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     elif content:
         _Restricted(io.BytesIO(content), EXTRA_STATE_CLASSES).load()
-
-
-def _reader(folder: str | Path, cache_metadata: bool = False) -> FileSystemReader:
-    return SafeReader(folder)
 
 
 def _load_bytes(planner: Any, item: ReadItem, data: io.BytesIO) -> None:
@@ -269,7 +268,8 @@ def _load_bytes(planner: Any, item: ReadItem, data: io.BytesIO) -> None:
 
 def _storage(data: bytes) -> Any:
     """In place of torch.storage._load_from_bytes, which would run what the inner pickle asks for."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with _only():
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 _DAMAGE = (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)

@@ -24,14 +24,13 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.platform.processes import SIGNALLED, how_it_ended
 
 GRACE = 20.0
@@ -93,7 +92,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         """Make the next plan anew, on all ranks: after a save that may have ended differently on each."""
         self._structure = None
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *writers: str) -> AsyncRequest:
         """See megatron-core."""
         entries = list(nested_values(sharded_state_dict))
         structure = [_structure(entry) for entry in entries]
@@ -112,9 +111,9 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
                 if i not in self._copies:
                     self._copies[i] = torch.empty(entry.data.shape, dtype=entry.dtype)
                 entry.data = self._copies[i].copy_(entry.data.detach())
-        return super().async_save(sharded_state_dict, checkpoint_dir)
+        return super().async_save(sharded_state_dict, checkpoint_dir, *writers)
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *writers: str) -> AsyncRequest:
         self.describe = lambda: None
         finish = writer.finish
 
@@ -122,7 +121,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             self.describe = lambda: finish(metadata, results)
 
         writer.finish = keep
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *writers)
         if request.async_fn is None:  # nothing of this rank's to write
             return request
         return request._replace(async_fn=functools.partial(_watched, request.async_fn))
@@ -163,9 +162,7 @@ def look_at(callers: Iterable[Any]) -> tuple[bool, str]:
 
 def renew_reports() -> None:
     """Give the next saves a queue that no earlier writer can report to."""
-    if isinstance(filesystem_async._results_queue, ReportQueue):
-        filesystem_async._results_queue.close()
-    filesystem_async._results_queue = ReportQueue()
+    compat.megatron.report_to(ReportQueue)
 
 
 def end_writers(callers: Iterable[Any]) -> None:

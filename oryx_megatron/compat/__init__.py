@@ -10,5 +10,6 @@ from oryx_megatron.compat import deepspeed, hook, megatron, torch, transformer_e
 from oryx_megatron.compat.hook import late
 
 hook.install({**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND})
+megatron.quiet()
 
 __all__ = ["deepspeed", "late", "megatron", "torch", "transformer_engine"]

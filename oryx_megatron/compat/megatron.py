@@ -1,10 +1,15 @@
-"""megatron-core (0.16.1): what it loads in vain, and what of its optimizers and checkpoints does not hold here.
+"""megatron-core 0.16.1 and 0.19.2: what it loads in vain, what does not hold here, and what differs between the two.
+
+0.16.1 is the last version for Python 3.11; requirements.txt chooses by the version of Python. Training is bit-equal
+under both, and each reads the other's checkpoints (docs/operations.md).
 
 | patch | why |
 |---|---|
 | `AROUND`: megatron.core.jit's `jit_fuser` is torch.compile | loads dynamo and inductor; put off to the first call of a fused function beside a GPU, on a CPU they run as written |
+| `AROUND`: moe.router (0.19) compiles a method of inference | put off to its first call |
 | `AROUND`: megatron.core.timers loads torch's TensorBoard writer | never used: our own writes TensorBoard's files |
-| `AROUND`: nccl_allocator and unified_memory load torch's C++ builder | put off to a build (compat/torch.py) |
+| `AROUND`: kv_block_allocator (0.19) has an invalid escape sequence | Python would warn of it at the first start |
+| `AROUND`: nccl_allocator, unified_memory and (0.19) tensor_parallel.random load torch's C++ builder | put off to a build (compat/torch.py) |
 | `AROUND`: moe_utils lacks `te_general_gemm` without TransformerEngine | every router asks for it |
 | `AROUND`: moe_utils leaves sizes of an exchange between CPUs in tensors | torch takes numbers |
 | `numbering_all_parameters` | saving an optimizer that is not sharded looks parameters up by their number among those in bf16 |
@@ -15,9 +20,16 @@
 | `without_classes` | groups of the offloading optimizer hold classes, which no safe reader builds |
 | `count_fp32_as_copied` | the offloading optimizer does not load what it saved of parameters in fp32 |
 | `without_gradients` | with them, views of fp32 parameters are no leaves, and the offloading optimizer takes no others |
-| `quiet_layers` | TransformerLayer warns of an MLP of another class than its own, once for every layer |
+| `quiet` | it warns of an MLP of another class than its own for every layer, and (0.19) of every model that is no HybridModel |
+| `identify_groups` | 0.19 finds the optimizer's groups in a checkpoint by their learning rates, too: a run that resumes with another raises KeyError |
 | `InOrder` | gradient buckets are reduced as they are complete, in an order that depends on the mode plan |
 | `destroy_groups` | process groups are only forgotten; each gloo group would keep its threads |
+| `read_checkpoints_by` | three places of a checkpoint are unpickled without weights_only |
+| `keep_common_failures`, `common_failure` | 0.16 raises on rank 0 alone, between two collectives, and leaves the others waiting in the second |
+| `keep_causes` | 0.19 reports the class of what a writer ran into, not the error: nobody would hear of a full disk |
+| `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
+
+Of two forms, by version: `mlp`, `split_tensor_factory`, `save`, `gradients_for_norm`.
 
 On GPUs the fused functions are compiled by the same torch.compile as before.
 """  # noqa: E501
@@ -26,14 +38,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from oryx_megatron.compat.hook import Around, instead, made_on_first_use
 from oryx_megatron.compat.torch import late_builder
+
+
+@functools.cache
+def since(*release: int) -> bool:
+    """Whether the installed megatron-core is of this release or later, e.g. since(0, 19)."""
+    numbers = importlib.metadata.version("megatron-core").split(".")
+    return tuple(int(number) for number in numbers[: len(release)]) >= release
+
 
 # ------------------------------------------------------------------------------------------------------------ imports
 
@@ -83,22 +107,81 @@ def _with_experts_on_cpus(module: ModuleType) -> Iterator[None]:
         dispatcher.maybe_move_tensor_to_cpu = move  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def _with_a_late_torch_compile(module: ModuleType) -> Iterator[None]:
+    """`@torch.compile(…)` in the module compiles at the first call."""
+    import torch
+
+    original = torch.compile
+
+    def compile(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: compile(function, **options)
+        return made_on_first_use(function, lambda: original(function, **options))
+
+    torch.compile = compile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+@contextlib.contextmanager
+def _without_syntax_warnings(module: ModuleType) -> Iterator[None]:
+    """Its docstring has an invalid escape sequence, of which Python warns when it compiles the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        yield
+
+
 AROUND: dict[str, Around] = {
     "megatron.core.transformer.moe.moe_utils": _with_experts_on_cpus,
     "megatron.core.jit": _with_late_compilation,
+    "megatron.core.transformer.moe.router": _with_a_late_torch_compile,
     "megatron.core.timers": _without_tensorboard,
     "megatron.core.nccl_allocator": late_builder,
     "megatron.core.inference.unified_memory": late_builder,
+    "megatron.core.tensor_parallel.random": late_builder,
+    "megatron.core.inference.contexts.kv_block_allocator": _without_syntax_warnings,
 }
 
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
-def quiet_layers() -> None:
-    """No warning for an MLP of another class than megatron-core's own: `params` of its spec give its width."""
-    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-        lambda record: "Unknown MLP type" not in record.getMessage()
-    )
+QUIET = {
+    "transformer.transformer_layer": "Unknown MLP type",
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "distributed.distributed_data_parallel": "full_param_layout not provided",
+    "dist_checkpointing.strategies.torch": "async save is deprecated",
+}
+"""Logger under megatron.core → what it need not say. `params` of an MLP's spec give its width. GPTModel: attention and
+MLP are separate layers in HybridModel, which changes names in checkpoints (docs/architecture.md)."""
+
+
+def quiet() -> None:
+    """Leave out warnings that a user can do nothing about."""
+    for name, text in QUIET.items():
+        logging.getLogger(f"megatron.core.{name}").addFilter(
+            lambda record, text=text: text not in record.getMessage()  # type: ignore[misc]
+        )
+
+
+def mlp(module: Any, submodules: Any, **params: Any) -> Any:
+    """What builds an MLP of class `module` in a layer spec."""
+    if since(0, 19):
+        return functools.partial(module.as_mlp_submodule, submodules=submodules, **params)
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    return ModuleSpec(module=module, submodules=submodules, params=params)
+
+
+def split_tensor_factory(tensor: Any, sections: list[int], names: list[str], dim: int) -> Any:
+    """What stores a ShardedTensor as several, of `sections` rows along `dim`, under names of their own."""
+    if since(0, 19):
+        from megatron.core.ssm.utils import _split_tensor_factory
+    else:
+        from megatron.core.ssm.gated_delta_net import _split_tensor_factory
+    return _split_tensor_factory(tensor, sections, names, dim)
 
 
 # --------------------------------------------------------------------------------------------------------- optimizers
@@ -121,6 +204,22 @@ def fp32_apart(overrides: dict[Any, Any], names: tuple[str, ...]) -> None:
     from megatron.core.optimizer import ParamKey
 
     overrides[ParamKey(name=names)] = {"wd_mult": 0.0, "is_decoupled_lr": True}
+
+
+GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What a group of parameters is; the rest are settings."""
+
+
+def identify_groups() -> None:
+    """Find the groups of an optimizer in a checkpoint by what they are; their settings are the run's own."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    optimizer.param_group_identifier_keys = distrib_optimizer.param_group_identifier_keys = GROUP_KEYS
+
+
+def gradients_for_norm(optimizer: Any) -> list[Any]:
+    """Gradients of a DistributedOptimizer that count for the norm."""
+    return optimizer.get_grads_for_grad_norm() if since(0, 19) else optimizer.get_main_grads_for_grad_norm()
 
 
 def without_gradients() -> contextlib.AbstractContextManager[Any]:
@@ -268,3 +367,112 @@ def destroy_groups() -> None:
     default = distributed_c10d._get_default_group()
     for group in [group for group in distributed_c10d._world.pg_map if group is not default]:
         torch.distributed.destroy_process_group(group)
+
+
+# ----------------------------------------------------------------------------------- reading and writing checkpoints
+
+
+def read_checkpoints_by(
+    reader: Callable[[Any], Any], load_bytes: Callable[..., None], load_common: Callable[[Any], dict[str, Any]]
+) -> None:
+    """Read metadata, objects and common state of a checkpoint by these functions, process-wide.
+
+    Args:
+        reader: Folder → torch's StorageReader.
+        load_bytes: In place of a load planner's method of this name.
+        load_common: Folder → the state that is neither tensor nor sharded.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    def get(folder: Any, *unused: Any, **ignored: Any) -> Any:
+        return reader(folder)
+
+    strategies._get_filesystem_reader = get
+    strategies.MCoreLoadPlanner.load_bytes = load_bytes
+    if since(0, 19):
+        serialization._get_filesystem_reader = get
+        serialization.load_common_state_dict = load_common
+        return
+    from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class CommonLoad(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+            return load_common(checkpoint_dir)
+
+    register_default_strategy(StrategyAction.LOAD_COMMON, "torch", 1, CommonLoad())
+
+
+_common_failures: list[Exception] = []
+
+
+def keep_common_failures() -> None:
+    """Let what fails on rank 0 in writing the common state wait in `common_failure` until all ranks can hear of it.
+
+    Since 0.19 the writers write it with everything else.
+    """
+    if since(0, 19):
+        return
+    import torch
+    from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+
+    class CommonSave(TorchCommonSaveStrategy):
+        def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
+            _common_failures.clear()
+            try:
+                super().save_common(common_state_dict, checkpoint_dir)
+                if torch.distributed.get_rank() == 0:
+                    with open(Path(checkpoint_dir, COMMON_STATE_FNAME), "rb") as file:
+                        os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:  # torch.save makes some RuntimeErrors of OSErrors
+                _common_failures.append(error)
+
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, CommonSave("torch", 1))
+
+
+def common_failure() -> Exception | None:
+    """Why the common state of the save that was just started is not written."""
+    return _common_failures[-1] if _common_failures else None
+
+
+def save(state: dict[str, Any], folder: Path, strategy: Any, *, validate: bool) -> Any:
+    """Start a save by writers that the caller schedules.
+
+    The writers are megatron-core's own: those of nvidia-resiliency-ext, the default since 0.19, are another package.
+    """
+    from megatron.core import dist_checkpointing
+
+    writers = {"async_strategy": "mcore"} if since(0, 19) else {}
+    return dist_checkpointing.save(
+        state, str(folder), strategy, async_sharded_save=True, validate_access_integrity=validate, **writers
+    )
+
+
+def report_to(make: Callable[[], Any]) -> None:
+    """Give the next saves a new queue for their writers' reports."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if hasattr(filesystem_async._results_queue, "close"):
+        filesystem_async._results_queue.close()
+    filesystem_async._results_queue = make()
+
+
+def keep_causes() -> None:
+    """Let a writer's report say what it ran into; harmless when called again."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    plain = FileSystemWriterAsync.write_preloaded_data
+    if not since(0, 19) or hasattr(plain, "raises"):
+        return
+
+    @functools.wraps(plain)
+    def write(*arguments: Any, **keywords: Any) -> Any:
+        output = plain(*arguments, **keywords)
+        if keywords.get("results_queue") is None and output is not None and isinstance(output[1], Exception):
+            raise output[1]  # else its caller asserts that it is a list, and reports that
+        return output
+
+    write.raises = True  # type: ignore[attr-defined]
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)

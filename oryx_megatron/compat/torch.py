@@ -219,7 +219,7 @@ def _builder(name: str) -> Any:
 
     if name == "load_inline":
         return lambda *args, **kwargs: getattr(importlib.import_module(BUILDER), name)(*args, **kwargs)
-    if name == "CUDA_HOME" and torch.version.cuda is None:
+    if name == "CUDA_HOME" and (torch.version.cuda is None or not torch.cuda.is_available()):
         return None
     sys.modules.pop(BUILDER, None)
     return getattr(importlib.import_module(BUILDER), name)

@@ -25,8 +25,6 @@ from oryx_megatron.model.norm import RMSNorm
 from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules
 from oryx_megatron.ops import fused
 
-compat.megatron.quiet_layers()
-
 NORM_NAMES = {
     "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -84,7 +82,7 @@ def _layer_spec(
     input_layernorm: type,
     pre_mlp_layernorm: type,
     mixer: dict[str, Any],
-    mlp: ModuleSpec,
+    mlp: Any,
     **layer: Any,
 ) -> ModuleSpec:
     decay_proj = LocalLinear if "query_proj" in mixer else ColumnParallelLinear
@@ -109,12 +107,12 @@ def _activation(config: OryxTransformerConfig) -> type | None:
     return fused.SwiGLU if config.use_te_activation_func else None
 
 
-def _mlp_spec(config: OryxTransformerConfig, fc1: type, fc2: type) -> ModuleSpec:
+def _mlp_spec(config: OryxTransformerConfig, fc1: type, fc2: type) -> Any:
     activation = _activation(config)
-    return ModuleSpec(
-        module=FusedMLP if activation else MLP,
-        submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation),
-        params={"ffn_hidden_size": config.ffn_hidden_size} if activation else {},
+    return compat.megatron.mlp(
+        FusedMLP if activation else MLP,
+        MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation),
+        **({"ffn_hidden_size": config.ffn_hidden_size} if activation else {}),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import _split_tensor_factory
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -20,7 +19,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.norm import HeadNorm
 from oryx_megatron.model.parts import (
@@ -43,7 +42,7 @@ class MixerWeights(MegatronModule):
         submodules: The linear layers.
         layer_number: 1-based number over the whole model.
         pg_collection: Tensor- and context-parallel groups.
-        cp_comm_type: Ignored; megatron-core passes it under context parallelism.
+        cp_comm_type, name: Ignored; megatron-core passes the first under context parallelism, the second since 0.19.
     """
 
     config: OryxTransformerConfig
@@ -55,6 +54,7 @@ class MixerWeights(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config)
         if config.oryx is None:
@@ -230,7 +230,7 @@ class MixerWeights(MegatronModule):
         for name, parts in fused:
             if parts:
                 key = f"{prefix}{name}.weight"
-                result[key] = _split_tensor_factory(result[key], list(parts.values()), list(parts), 0)
+                result[key] = compat.megatron.split_tensor_factory(result[key], list(parts.values()), list(parts), 0)
         for name in self.query_projections():  # the names of rows of in_proj: both kinds load into each other
             result[f"{prefix}{name}.weight"].key = f"{prefix}in_proj.weight.{name}"
         return result

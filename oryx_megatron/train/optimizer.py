@@ -98,6 +98,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config) | (frozen or Frozen()).overrides()
     compat.megatron.fp32_apart(overrides, ("*.a_log", "*.dt_bias", "*.self_attention.d"))
+    compat.megatron.identify_groups()
     if settings.name == "muon":
         return _build_muon(run, config, chunks, overrides)
     overrides |= mup.overrides(run)

@@ -66,7 +66,7 @@ class FusedUpdate:
         total = torch.zeros((), device=platform.device())
         for part in self._parts:
             part.prepare_grads()
-            gradients = part.get_main_grads_for_grad_norm()
+            gradients = compat.megatron.gradients_for_norm(part)
             if gradients:
                 own, _ = multi_tensor_applier(multi_tensor_l2norm, self._unused, [gradients], False)
                 square = own.square().view(())

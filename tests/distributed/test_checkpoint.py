@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from tiny_runs import BF16_HALF, CHANGED, CONSUMED, HALF, RESUMED, STEPS, VARIANTS, Runs
 
-from oryx_megatron import parallel
+from oryx_megatron import compat, parallel
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ParallelConfig
@@ -27,6 +27,7 @@ from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(1000)  # whichever test is first makes all runs
+WRITE_ALL = "write_preloaded_data_multithread" if compat.megatron.since(0, 19) else "write_preloaded_data_multiproc"
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -71,14 +72,15 @@ def test_manifest(runs: Runs, variant: str) -> None:
     assert run == load_run(runs.root / f"{variant} 2x1x1" / "config.yaml")
     assert manifest.layout == {"tp": 2, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
     assert manifest.rng["seed"] == run.seed
-    assert manifest.versions["torch"] == torch.__version__
+    assert manifest.versions["torch"] == importlib.metadata.version("torch")  # without a wheel's +cu130
     assert {"python", "megatron-core", "numpy"} <= set(manifest.versions)
     assert manifest.commit is None or len(manifest.commit.removesuffix("+changes")) == 40
     assert manifest.data["train"]["consumed"] == CONSUMED[variant]
     assert manifest.data["tokenizer"]["vocab_size"] == run.model.vocab_size
     assert {e["plan"]: e["loss"] for e in manifest.evaluations} == runs.evaluations(f"{variant} 2x1x1", HALF)
     assert set(manifest.files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"} <= set(manifest.files)
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"} <= set(manifest.files)
+    assert ("common.pt" in manifest.files) == (not compat.megatron.since(0, 19))
     assert store.damaged_files(folder, manifest) == []
 
 
@@ -163,8 +165,8 @@ def test_damaged_checkpoints(trainer: Callable[..., Trainer], caplog: pytest.Log
     resumed(2, "iteration_0000003 is damaged", "manifest.json")
     (three / "manifest.json").unlink()
     resumed(2, "iteration_0000003", "no manifest.json")
-    (two / "common.pt").unlink()
-    resumed(1, "iteration_0000002 is damaged (common.pt)")
+    (two / "metadata.json").unlink()
+    resumed(1, "iteration_0000002 is damaged (metadata.json)")
     os.truncate(one / ".metadata", 10)
     with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(.*3, .*2, .*1\); restore one") as error:
         trainer()
@@ -262,11 +264,11 @@ def test_writer_fails(
     opened = trainer("checkpoint.interval=1", f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=0")
     written = FileSystemWriterAsync.write_preloaded_data
 
-    def broken(*arguments: object, **keywords: object) -> None:
+    def broken(*arguments: object, **keywords: object) -> object:
         path = Path(keywords["write_bucket"][0])  # type: ignore[index]
         if path.parent.name != ".writing_0000001":
             path.parent.joinpath(path.name).mkdir()  # open() fails
-        written(*arguments, **keywords)
+        return written(*arguments, **keywords)
 
     monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(broken))
     with pytest.raises(CheckpointError, match=r"writing_0000003: a writer failed \(.*Is a directory") as error:
@@ -280,7 +282,7 @@ def test_writer_fails(
     assert trainer().iteration == 1
 
 
-@pytest.mark.parametrize("function", ["write_preloaded_data", "write_preloaded_data_multiproc"])
+@pytest.mark.parametrize("function", ["write_preloaded_data", WRITE_ALL])
 def test_writer_killed(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, function: str
 ) -> None:
@@ -288,10 +290,10 @@ def test_writer_killed(
     opened = trainer("checkpoint.interval=1", "checkpoint.keep=0")
     written = getattr(FileSystemWriterAsync, function)
 
-    def killed(*arguments: object, **keywords: object) -> None:
+    def killed(*arguments: object, **keywords: object) -> object:
         if (opened.checkpoints.root / ".writing_0000002").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        written(*arguments, **keywords)
+        return written(*arguments, **keywords)
 
     monkeypatch.setattr(FileSystemWriterAsync, function, staticmethod(killed))
     started = time.monotonic()
@@ -308,14 +310,14 @@ def test_writer_hangs(trainer: Callable[..., Trainer], monkeypatch: pytest.Monke
     """A save that takes longer than its timeout is given up, and does not spoil the next."""
     opened = trainer("checkpoint.timeout=0.5")
     opened.callbacks.clear()
-    written = FileSystemWriterAsync.write_preloaded_data_multiproc
+    written = getattr(FileSystemWriterAsync, WRITE_ALL)
 
     def late(*arguments: object) -> None:
         written(*arguments)  # its result is in the queue already
         time.sleep(60)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(late))
+        patched.setattr(FileSystemWriterAsync, WRITE_ALL, staticmethod(late))
         opened.step()
         opened.save()
     assert "not written within checkpoint.timeout = 0.5 s" in str(opened.saver.error)

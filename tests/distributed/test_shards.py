@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 
-from oryx_megatron import parallel
+from oryx_megatron import compat, parallel
 from oryx_megatron.checkpoint import safe, shards
 from oryx_megatron.checkpoint.state import load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, renew_reports
@@ -127,7 +127,7 @@ def _saves(root: Path) -> list[tuple[bool, dict[str, list[int]]]]:
         if rank == 0:
             folder.mkdir()
         torch.distributed.barrier()
-        request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True)
+        request = compat.megatron.save(state, folder, strategy, validate=True)
         kept = strategy.validated_cache_reuse
         for tensor in values.values():
             tensor.zero_()  # after the call, the state may change

@@ -95,13 +95,13 @@ def train_with_broken_writer(config: Path) -> None:
 
     written = FileSystemWriterAsync.write_preloaded_data
 
-    def broken(*arguments: Any, **keywords: Any) -> None:
+    def broken(*arguments: Any, **keywords: Any) -> Any:
         path = Path(keywords["write_bucket"][0])
         if path.parent.name == ".writing_0000002" and torch.distributed.get_rank() == 1:
             path.mkdir()  # so that it cannot be opened
         if path.parent.name == ".writing_0000004" and torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        written(*arguments, **keywords)
+        return written(*arguments, **keywords)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(broken)
     try:

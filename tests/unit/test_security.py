@@ -104,7 +104,7 @@ def test_common_file(checkpoint: Path, marker: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # not even then
     torch.save({"optimizer": Bomb(marker)}, checkpoint / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt is damaged or hostile \(it names posix\.mkdir"):
-        safe.CommonLoad().load_common(checkpoint)
+        safe.read_common(checkpoint)
     assert not marker.exists()
 
 
