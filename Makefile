@@ -1,6 +1,7 @@
 # make quickstart   train a tiny Oryx model on this machine, from nothing to a sample of its text
 # make install      the environment .venv, which `source .venv/bin/activate` enters
 # make test         lint, type check, tests (within 25 minutes on 2 cores)
+# make python-3.12  tests of what depends on the version of megatron-core or torch, under Python 3.12
 # make soak         the slow tests too
 # make wheel        the package for elsewhere, in dist/
 # make hf-suite     transformers' own model tests with Oryx plugged in, both mixers, three mode plans (fetches them)
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 # First and last version of transformers that an export runs with; the environment's own lies between.
 ENDS := 5.14 5.24
 
-.PHONY: quickstart install test soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
+.PHONY: quickstart install test python-3.12 soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
@@ -24,6 +25,9 @@ install: $(READY)
 # Files as they are collected, the long ones first, so that no worker ends alone.
 test: lint types $(ENDS:%=transformers-%)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+python-3.12: $(READY)
+	.ci/python-3.12
 
 soak: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 7200
@@ -53,7 +57,7 @@ $(VENV)/transformers-%/.ready: tests/transformers-%.txt $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/shellcheck -x launch/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh .ci/*
 
 types: $(READY)
 	$(BIN)/mypy
