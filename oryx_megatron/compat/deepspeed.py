@@ -57,9 +57,9 @@ def import_deepspeed() -> Any:
     with _quiet_linker():
         import deepspeed
 
+        # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Between CPU ranks it would compile an all-reduce through shared memory, for inference, at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
