@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from oryx_megatron import compat
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 
 SUMS = ("tokens", "dropped", "entropy", "z", "balance")
@@ -32,9 +33,7 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
     moe = model.moe
     if moe is None:
         return {}
-    # megatron-core 0.16.1 weighs this loss by the tokens of a rank and divides by those of all ranks that share a
-    # microbatch, which would make it the weaker the more ranks share it (0.19 multiplies by their number too).
-    share = parallel.tensor * parallel.context
+    share = compat.megatron.z_loss_factor(parallel.tensor * parallel.context)
     layers = [int(moe.in_layer(i)) for i in range(model.num_layers)]
     return {
         "num_moe_experts": moe.experts,

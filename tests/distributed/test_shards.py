@@ -31,8 +31,7 @@ def _run() -> RunConfig:
 
 
 def _single(opened: Session) -> DistributedOptimizer:
-    single = shards.own_shards(opened.optimizer)
-    assert single is not None
+    (single,) = shards.own_shards(opened.optimizer)
     return single
 
 
