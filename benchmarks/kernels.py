@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oryx_megatron.data.files import replacing
 from oryx_megatron.modes import parse_plan
-from oryx_megatron.ops import TokenLayout, attend, backends, fused, scans
+from oryx_megatron.ops import Rope, TokenLayout, attend, backends, fused, scans
 from oryx_megatron.ops.ssd import ssd
 
 HEADS, WIDTH, CHUNK = 16, 128, 256
@@ -126,7 +126,7 @@ def step_parts(sequence: int, batch: int) -> dict[str, Make]:
             layout = layout_of(spec)
             projected = tensor(sequence, batch, 3 * HEADS * WIDTH)
             conv, norm = tensor(2 * HEADS * WIDTH, 4, scale=0.5), tensor(WIDTH)
-            steps = fused.HeadSteps(silu=True, norm=True, rope_theta=1e4, l2=True, epsilon=1e-5)
+            steps = fused.HeadSteps(silu=True, norm=True, rope=Rope(1e4), l2=True, epsilon=1e-5)
 
             def run() -> list[Tensor]:
                 widths = (WIDTH, WIDTH)
@@ -141,7 +141,7 @@ def step_parts(sequence: int, batch: int) -> dict[str, Make]:
         def make() -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
             layout = layout_of(mode)
             x, norm = tensor(sequence, batch, HEADS * WIDTH), tensor(WIDTH)
-            steps = fused.HeadSteps(silu=True, norm=True, rope_theta=1e4, l2=True, epsilon=1e-5)
+            steps = fused.HeadSteps(silu=True, norm=True, rope=Rope(1e4), l2=True, epsilon=1e-5)
             if mode == "attention":
                 return lambda: [fused.attention_query(x, WIDTH, norm, layout, steps)], [x, norm]
             return lambda: [fused.recurrent_query(x, WIDTH, layout, steps)], [x]

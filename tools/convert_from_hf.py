@@ -7,7 +7,8 @@
 
 The checkpoint lies in RUN/checkpoints and loads under any layout; RUN/config.yaml is the run that resumes from it. An
 export made by convert_to_hf.py knows its run; for others, and for another run, --run (with key=value overrides) gives
-it, its model replaced by the folder's. A run config can also name the folder itself: init_from (docs/operations.md).
+it, its model replaced by the folder's, but for model.rope_theta and model.rope_scaling in overrides. A run config can
+also name the folder itself: init_from (docs/operations.md).
 Of a Llama, the attention path is copied and the recurrent path initialised (our own extension; docs/huggingface.md).
 """
 
@@ -26,6 +27,9 @@ from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError, ConversionError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.storage import named
+
+CHANGEABLE = ("rope_theta", "rope_scaling")
+"""Fields of a model that change none of its weights (hf/fields.py: ROPE)."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _own_fields(overrides: list[str]) -> list[str]:
+    """Fields of the model that overrides set in place of the folder's; ConfigError for those that change weights."""
+    from oryx_megatron.config.schema import RENAMED
+
+    own = []
+    for override in overrides:
+        key, _, field = override.partition("=")[0].strip().partition(".")
+        name = field.partition(".")[0]
+        name = RENAMED["ModelConfig"].get(name, name)
+        if key == "model" and name not in CHANGEABLE:
+            raise ConfigError(
+                f"`{override}` has no effect: the model is the folder's, all but {' and '.join(CHANGEABLE)}; change it "
+                "in a run that starts from the folder (init_from)"
+            )
+        own += [name] if key == "model" else []
+    return own
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
@@ -56,12 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     expand_arguments(arguments, "output", "--run")
     if arguments.overrides and arguments.run is None:
         raise ConfigError(f"`{arguments.overrides[0]}` changes a run config; give it with --run")
-    for override in arguments.overrides:
-        if override.partition("=")[0].partition(".")[0] == "model":
-            raise ConfigError(
-                f"`{override}` has no effect: the model is the folder's; change it in a run that starts from the "
-                "folder (init_from)"
-            )
+    own = _own_fields(arguments.overrides)
+    if own and arguments.verify:
+        raise ConfigError(f"--verify compares equal models; with model.{own[0]} they differ; leave one out")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron.checkpoint.remote import fetch_model
     from oryx_megatron.config import load_run
@@ -86,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             run,
             mixer=arguments.mixer,
             seed=arguments.seed,
+            own=own,
             overwrite=arguments.overwrite,
         )
     else:
@@ -97,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             folder,
             arguments.output,
             run,
+            own=own,
             overwrite=arguments.overwrite,
             check=check if arguments.verify else None,
         )

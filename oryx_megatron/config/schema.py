@@ -72,6 +72,36 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """Rotary frequencies for longer texts, as transformers writes them in config.json (docs/long-context.md)."""
+
+    rope_type: Literal["linear", "yarn", "llama3"]
+    """Positions over `factor` (arXiv 2306.15595), YaRN (arXiv 2309.00071), or Llama 3.1's (arXiv 2407.21783)."""
+    factor: Annotated[float, Range(ge=1)]
+    """How many times longer texts become."""
+    original_max_position_embeddings: Count | None = None
+    """Tokens of a text in pretraining (yarn, llama3)."""
+    rope_theta: Positive | None = None
+    """As in a config.json; equal to model.rope_theta, which null stands for."""
+    beta_fast: Positive | None = None
+    """yarn: frequencies of more turns within the original length stay; null: 32."""
+    beta_slow: Positive | None = None
+    """yarn: frequencies of fewer turns are divided by `factor`; null: 1."""
+    attention_factor: Positive | None = None
+    """yarn: factor of cosines and sines, a temperature of the softmax; null: 0.1 ln(factor) + 1."""
+    mscale: Positive | None = None
+    """yarn: with mscale_all_dim, attention_factor is the ratio of 0.1 m ln(factor) + 1 at the two."""
+    mscale_all_dim: Positive | None = None
+    """yarn: see mscale."""
+    truncate: bool | None = None
+    """yarn: the bounds of the blend are whole dimensions; null: true."""
+    low_freq_factor: Positive | None = None
+    """llama3: frequencies of fewer turns within the original length are divided by `factor`."""
+    high_freq_factor: Positive | None = None
+    """llama3: frequencies of more turns stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of one Oryx model, or of a baseline with one mode only (see `modes`)."""
 
@@ -109,6 +139,8 @@ class ModelConfig:
     """Which mode's queries and keys get rotary position embedding."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary frequencies for texts longer than those of pretraining; null: none."""
     shared_query: bool = False
     """One query projection for both modes (the paper: +0.17 perplexity) instead of one each."""
     tie_embeddings: bool = True

@@ -120,6 +120,7 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.pattern:
         model.layer_modes  # noqa: B018 - raises
+    _check_rope(model)
     if model.shared_query and not model.takes_plans:
         what = "model.pattern" if model.pattern else f"modes={model.modes}"
         raise ConfigError(f"model.shared_query: a model with {what} has one query; leave it false")
@@ -127,6 +128,41 @@ def check_model(model: ModelConfig) -> None:
         if not 0 < low <= high:
             raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
     check_experts(model)
+
+
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "yarn": ("original_max_position_embeddings",),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+"""What each rope_type needs beside `factor`."""
+OF_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+"""What yarn may have."""
+
+
+def _check_rope(model: ModelConfig) -> None:
+    scaling, name = model.rope_scaling, "model.rope_scaling"
+    if scaling is None:
+        return
+    if model.rotary == "none" or not model.has_attention:
+        raise ConfigError(f"{name}: this model has no rotary embedding in attention to scale; remove it")
+    kind = scaling.rope_type
+    allowed = {"rope_type", "factor", "rope_theta", *ROPE_FIELDS[kind], *(OF_YARN if kind == "yarn" else ())}
+    for field in (f.name for f in dataclasses.fields(scaling)):
+        if field in ROPE_FIELDS[kind] and getattr(scaling, field) is None:
+            raise ConfigError(f"{name}.{field}: is missing; rope_type {kind} needs it")
+        if field not in allowed and getattr(scaling, field) is not None:
+            raise ConfigError(f"{name}.{field}: has no effect with rope_type {kind}; remove it")
+    if scaling.rope_theta not in (None, model.rope_theta):
+        raise ConfigError(
+            f"{name}.rope_theta: {scaling.rope_theta:g} is not model.rope_theta {model.rope_theta:g}; set that one"
+        )
+    if (scaling.beta_fast or 32.0) <= (scaling.beta_slow or 1.0):
+        raise ConfigError(f"{name}.beta_fast: should be above beta_slow; unset they are 32 and 1")
+    if (scaling.mscale is None) != (scaling.mscale_all_dim is None):
+        raise ConfigError(f"{name}.mscale: has an effect with mscale_all_dim alone; set both or none")
+    if scaling.low_freq_factor and scaling.high_freq_factor and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ConfigError(f"{name}.low_freq_factor: {scaling.low_freq_factor:g} should be below high_freq_factor")
 
 
 def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:

@@ -22,6 +22,8 @@ def _refuse_other_versions(version: str) -> None:
 _refuse_other_versions(transformers.__version__)
 from transformers import PreTrainedConfig  # noqa: E402
 
+from .rotary_oryx import Rope  # noqa: E402
+
 
 class OryxConfig(PreTrainedConfig):
     """Architecture of an Oryx model (arXiv 2605.28769), or of a baseline with one of its two modes.
@@ -43,7 +45,9 @@ class OryxConfig(PreTrainedConfig):
         conv_width: taps of the causal convolutions over keys and values; 0 for none.
         output_gate: gate the normalised mixer output by SiLU(W_g x).
         qk_norm: RMSNorm per head on the attention query and on the key that attention reads.
-        rotary: whose queries and keys get rotary position embedding, `attention`, `both` or `none`; `rotary_base`.
+        rotary: whose queries and keys get rotary position embedding, `attention`, `both` or `none`.
+        rope_parameters: `rope_theta` and, for longer texts, `rope_type` `linear`, `yarn` or `llama3` with its keys, as
+            transformers has them; a recurrence of rotary `both` takes the frequencies, not the attention factor.
         final_logit_softcapping: c where logits become c · tanh(logits / c); null: they stay as they are.
         shared_query: one query projection for both modes.
         decay_init, dt_init: ranges of exp(a_log), uniform, and of softplus(dt_bias), log-uniform, at initialisation.
@@ -77,7 +81,7 @@ class OryxConfig(PreTrainedConfig):
     output_gate: bool = True
     qk_norm: bool = True
     rotary: str = "attention"
-    rotary_base: float = 10000.0
+    rope_parameters: dict | None = None
     shared_query: bool = False
     tie_word_embeddings: bool = True
     rms_norm_eps: float = 1e-5
@@ -105,6 +109,8 @@ class OryxConfig(PreTrainedConfig):
         self.dt_init = list(self.dt_init)
         if (model_type := kwargs.get("model_type", self.model_type)) != self.model_type:
             raise ValueError(f"this is the config of a model type `{model_type}`, not of `{self.model_type}`")
+        if (base := kwargs.pop("rotary_base", None)) is not None:  # its name in exports of version 0.2
+            kwargs.setdefault("rope_theta", base)
         kwargs.setdefault(
             "auto_map",
             {
@@ -152,6 +158,11 @@ class OryxConfig(PreTrainedConfig):
         if self.mode_plan is not None:
             return self.mode_plan
         return "attention" if self.has_attention else "recurrent"
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary embedding of `rope_parameters`."""
+        return Rope.of(self.rope_parameters or {})
 
     @property
     def layer_types(self) -> list[str]:
@@ -217,6 +228,10 @@ class OryxConfig(PreTrainedConfig):
             )
         if self.rotary != "none" and self.head_dim % 2:
             raise ValueError(f"OryxConfig.head_dim is {self.head_dim}; rotary embedding needs an even width")
+        try:
+            self.rope  # noqa: B018 - it checks
+        except ValueError as error:
+            raise ValueError(f"OryxConfig.rope_parameters: {error}") from None
         if self.layer_modes is not None:
             if self.modes != "both":
                 raise ValueError(f"OryxConfig.modes is `{self.modes}`, but layer_modes has those of each layer")

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
 from oryx_megatron.checkpoint.manifest import file_digest, package_versions, write_manifest
-from oryx_megatron.config import to_dict, to_yaml
+from oryx_megatron.config import check_model, to_dict, to_yaml
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_license
 from oryx_megatron.data.files import appearing
@@ -29,7 +29,7 @@ from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.hf import modeling_oryx
 from oryx_megatron.hf.card import model_card
-from oryx_megatron.hf.fields import to_hf_config
+from oryx_megatron.hf.fields import ROPE, to_hf_config
 from oryx_megatron.hf.folders import MANIFEST, ROUTER, Weights, hf_model_type, hf_shapes, named, open_export
 from oryx_megatron.hf.llama import open_llama
 from oryx_megatron.hf.portable import portable, train_alike
@@ -114,11 +114,12 @@ def export(
     model = run.model
     spoken = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
     router = _router_of(source, manifest, model)
+    longest = _longest(run)
     config = to_hf_config(
         model,
         mode_plan=mode_plan,
         mode_chunk=run.modes.chunk,
-        max_position_embeddings=run.data.sequence_length,
+        max_position_embeddings=longest,
         architectures=["OryxForCausalLM"],
         eos_token_id=manifest.tokenizer["eod"],
         router=None if router is None else router.shape.to_dict(),
@@ -160,7 +161,7 @@ def export(
         for path in model_files():
             shutil.copyfile(path, folder / path.name)
         end = manifest.tokenizer["eod"]
-        pad = end if spoken is None else export_tokenizer(spoken, folder, run.data.sequence_length)
+        pad = end if spoken is None else export_tokenizer(spoken, folder, longest)
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, dataclasses.replace(portable(manifest), files=files), MANIFEST)
@@ -169,6 +170,14 @@ def export(
             check(folder)
     size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
     return Conversion(source, target, len(tensors), size, model)
+
+
+def _longest(run: RunConfig) -> int:
+    """Tokens of a text that an export takes: of the run's samples, or more where YaRN extends the model to more."""
+    scaling, trained = run.model.rope_scaling, run.data.sequence_length
+    if scaling is None or scaling.rope_type != "yarn" or scaling.original_max_position_embeddings is None:
+        return trained
+    return max(trained, round(scaling.factor * scaling.original_max_position_embeddings))
 
 
 def model_files() -> list[Path]:
@@ -207,6 +216,7 @@ def import_(
     target: str | Path,
     run: RunConfig | None = None,
     *,
+    own: Collection[str] = (),
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Conversion:
@@ -218,13 +228,14 @@ def import_(
         run: Run config that the manifest shall hold (its model is replaced); default: the one in the folder's
             oryx_manifest.json, which names no folder of the machine it was trained on. Of the same run, the checkpoint
             keeps iteration and data position; of another one it is at step 0.
+        own: Fields of `run.model` that hold in place of the folder's, of those that change no weights (fields.ROPE).
         overwrite: Replace a folder that an earlier call wrote, and nobody changed since.
         check: Called with the whole run folder before it appears under its name; what it raises leaves none.
 
     Raises:
         ConversionError: not an Oryx folder, damaged, or a tensor is missing, left over or of a wrong shape.
     """
-    weights = open_export(source)
+    weights = _with(open_export(source), run, own)
     kept = weights.kept
     if run is None:
         if kept is None:
@@ -258,6 +269,7 @@ def import_llama(
     *,
     mixer: Literal["gdn", "mamba2"] = "mamba2",
     seed: int = 0,
+    own: Collection[str] = (),
     overwrite: bool = False,
 ) -> Conversion:
     """Start an Oryx model from a Transformer in Llama's layout. This is our own extension, not the paper's.
@@ -271,9 +283,21 @@ def import_llama(
     Args as in `import_`; `seed` of the new gates.
 
     Raises:
-        ConversionError: not a Llama folder, or one with biases, another activation or scaled rotary embedding.
+        ConversionError: not a Llama folder, or one with biases, another activation or a rotary scaling that is not
+            linear, yarn or llama3.
     """
-    return _convert(open_llama(source, mixer=mixer, seed=seed), Path(target), run, None, overwrite)
+    weights = _with(open_llama(source, mixer=mixer, seed=seed), run, own)
+    return _convert(weights, Path(target), run, None, overwrite)
+
+
+def _with(weights: Weights, run: RunConfig | None, own: Collection[str]) -> Weights:
+    """With these fields of the run's model. Raises ConfigError when they do not fit the folder's."""
+    assert set(own) <= set(ROPE)
+    if run is None or not own:
+        return weights
+    model = dataclasses.replace(weights.model, **{name: getattr(run.model, name) for name in own})
+    check_model(model)
+    return dataclasses.replace(weights, model=model)
 
 
 def _convert(

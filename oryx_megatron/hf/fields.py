@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
-from oryx_megatron.config import from_dict
+from oryx_megatron.config import from_dict, to_dict
+from oryx_megatron.config.loading import field_types
 from oryx_megatron.config.pattern import pattern_of
-from oryx_megatron.config.schema import ModelConfig, MoEConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, RopeScalingConfig
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 
 CONFIG = {
@@ -26,7 +31,6 @@ CONFIG = {
     "output_gate": "output_gate",
     "qk_norm": "qk_norm",
     "rotary": "rotary",
-    "rope_theta": "rotary_base",
     "shared_query": "shared_query",
     "tie_embeddings": "tie_word_embeddings",
     "norm_epsilon": "rms_norm_eps",
@@ -38,7 +42,8 @@ CONFIG = {
 }
 """Field of ModelConfig → field of OryxConfig. `name` has no counterpart; it travels in the manifest. `layer_modes`
 has the pattern written out layer by layer."""
-
+ROPE = ("rope_theta", "rope_scaling")
+"""Fields of ModelConfig that are one on the other side, `rope_parameters`. They change no weights."""
 
 EXPERTS = ("experts", "top_k", "ffn_hidden_size", "shared_ffn_hidden_size", "first_dense", "frequency", "score")
 """Fields of MoEConfig that decide what a model computes; the others are of training, and travel in the manifest."""
@@ -55,7 +60,9 @@ def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
     fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
     fields["moe"] = None if model.moe is None else _experts(model.moe)
     fields["layer_modes"] = list(model.layer_modes) if model.pattern else None
-    return OryxConfig(**fields, **more)
+    scaling = {} if model.rope_scaling is None else to_dict(model.rope_scaling)
+    rope = {"rope_type": "default"} | {key: value for key, value in scaling.items() if value is not None}
+    return OryxConfig(**fields, rope_parameters=rope | {"rope_theta": model.rope_theta}, **more)
 
 
 def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
@@ -71,4 +78,25 @@ def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
         fields["moe"] = {name: config.moe[name] for name in EXPERTS}
         fields["moe"]["bias_update_rate"] = BIAS_UPDATE_RATE if config.moe["bias"] else 0.0
     fields["pattern"] = () if config.layer_modes is None else pattern_of(tuple(config.layer_modes))
-    return from_dict(ModelConfig, {"name": name, **fields}, source="config.json")
+    return from_dict(ModelConfig, {"name": name, **fields, **rope_fields(config.rope_parameters)}, source="config.json")
+
+
+def rope_fields(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a ModelConfig, from `rope_parameters` as transformers writes them.
+
+    Raises:
+        ConfigError: a scaling that has no counterpart here, named.
+    """
+    given = {key: value for key, value in (parameters or {}).items() if value is not None}
+    kind = given.pop("type", None)
+    kind = given.pop("rope_type", kind or "default")
+    fields: dict[str, Any] = {"rope_theta": float(given.pop("rope_theta", 10000.0))}
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("rope_parameters.partial_rotary_factor: only the whole head can be rotated")
+    kinds = typing.get_args(field_types(RopeScalingConfig)["rope_type"])
+    if kind not in ("default", *kinds):
+        raise ConfigError(f"rope_parameters.rope_type: {kind!r} has no counterpart; known: default, {', '.join(kinds)}")
+    known = {field.name for field in dataclasses.fields(RopeScalingConfig)}
+    if kind != "default" and (unknown := sorted(given.keys() - known)):
+        raise ConfigError(f"rope_parameters.{unknown[0]}: has no counterpart here")
+    return fields | {"rope_scaling": None if kind == "default" else {"rope_type": kind, **given}}

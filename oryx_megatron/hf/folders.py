@@ -90,7 +90,7 @@ def recognised(source: str | Path) -> dict[str, Any]:
     if (adapter := path.with_name("adapter_config.json")).exists():
         raise ConversionError(f"{adapter}: adapters are not loaded here; merge them (peft: merge_and_unload) and save")
     own = fields.get("model_type") == OryxConfig.model_type
-    known = {*OryxConfig().to_dict(), "torch_dtype"}
+    known = {*OryxConfig().to_dict(), "torch_dtype", "rotary_base"}
     for name in fields:
         if (own and name not in known) or re.search("attn_impl|experts_impl|kernel_|use_kernels|quantization", name):
             raise ConversionError(f"{path}: `{name}` is not a field that is loaded here; remove it")

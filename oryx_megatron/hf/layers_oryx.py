@@ -24,6 +24,7 @@ from .configuration_oryx import OryxConfig
 from .experts_oryx import OryxMoE
 from .modes_oryx import TokenModes
 from .recurrences_oryx import delta_gates, gated_delta_rule, ssd, ssd_gates, unit, wide, with_skip
+from .rotary_oryx import rotate
 from .states_oryx import TwoStates
 
 try:
@@ -52,22 +53,6 @@ class OryxRMSNorm(nn.Module):
         y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
         return (y if gate is None else y * F.silu(gate.to(y.dtype))).to(self.weight.dtype)
-
-
-def rotary_tables(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions [b, s] → cosines and sines [b, s, 1, width] for the rotate-half convention."""
-    index = torch.arange(0, width, 2, device=positions.device, dtype=dtype)
-    angles = positions.unsqueeze(-1).to(dtype) * base ** (-index / width)
-    angles = torch.cat([angles, angles], -1).unsqueeze(2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [b, s, h, N], all N dimensions."""
-    cos, sin = (table.to(device=x.device, dtype=wide(x.dtype)) for table in tables)
-    y = x.to(cos.dtype)
-    left, right = y.chunk(2, -1)
-    return (y * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
 
 
 class OryxShortConv(nn.Module):
@@ -135,6 +120,9 @@ class OryxContext:
     key_counts: tuple[int | None, ...] = ()
     """Keys each run may see, counted from the first; None: all."""
     rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines [b, s, N / 2] of attention's queries and keys."""
+    rotary_recurrent: tuple[Tensor, Tensor] | None = None
+    """The same of the recurrence's, where it is rotated."""
     valid: Tensor | None = None
     """bool [b, s], false for padding; None when there is none."""
     output_attentions: bool = False
@@ -279,8 +267,8 @@ class OryxMixer(nn.Module):
         dtype = v.dtype
         q = self._query(x, "recurrent") if context.modes.recurs else None
         if config.rotary == "both":
-            k = rotate(k, context.rotary)
-            q = None if q is None else rotate(q, context.rotary)
+            k = rotate(k, context.rotary_recurrent)
+            q = None if q is None else rotate(q, context.rotary_recurrent)
         raw = self.decay_proj(x)
         fast = self.kernels and x.is_cuda and x.shape[1] > 1 and dtype in (torch.bfloat16, torch.float16)
         if config.mixer == "mamba2":

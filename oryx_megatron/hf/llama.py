@@ -13,7 +13,7 @@ from torch import Tensor
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConversionError
-from oryx_megatron.hf.fields import to_hf_config
+from oryx_megatron.hf.fields import rope_fields, to_hf_config
 from oryx_megatron.hf.folders import Weights, checked_model, hf_shapes, is_tied, named, read_json
 from oryx_megatron.hf.tables import FP32, check_names
 from oryx_megatron.hf.tensors import SafetensorsReader, Shape
@@ -64,12 +64,10 @@ def open_llama(source: str | Path, *, mixer: Literal["gdn", "mamba2"], seed: int
 def _llama_model(source: Path, theirs: dict[str, Any], mixer: Literal["gdn", "mamba2"]) -> ModelConfig:
     if theirs.get("model_type") != "llama":
         raise ConversionError(f"{source}: model type {theirs.get('model_type')!r}; known: oryx, llama")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     for field, value, wanted in (
         ("hidden_act", theirs.get("hidden_act", "silu"), "silu"),
         ("attention_bias", theirs.get("attention_bias", False), False),
         ("mlp_bias", theirs.get("mlp_bias", False), False),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
     ):
         if value != wanted:
             raise ConversionError(f"{source}: {field} is {value!r}; only {wanted!r} can become an Oryx model")
@@ -90,7 +88,7 @@ def _llama_model(source: Path, theirs: dict[str, Any], mixer: Literal["gdn", "ma
             "conv_width": 4 if mixer == "mamba2" else 0,
             "output_gate": False,
             "qk_norm": False,
-            "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
+            **rope_fields(_rope_parameters(theirs)),
             "tie_embeddings": theirs.get("tie_word_embeddings") or False,
             "norm_epsilon": theirs.get("rms_norm_eps", 1e-6),
             "init_std": theirs.get("initializer_range", 0.02),
@@ -98,6 +96,20 @@ def _llama_model(source: Path, theirs: dict[str, Any], mixer: Literal["gdn", "ma
         return from_dict(ModelConfig, fields, source="config.json")
     except KeyError as error:
         raise ConversionError(f"{source / 'config.json'} lacks {error}") from None
+
+
+def _rope_parameters(theirs: dict[str, Any]) -> dict[str, Any]:
+    """With what transformers fills in from other fields of a Llama's config."""
+    rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
+    if theirs.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", theirs["rope_theta"])
+    longest = theirs.get("max_position_embeddings", 2048)
+    if rope.get("rope_type", rope.get("type")) in ("yarn", "llama3"):
+        if rope.get("original_max_position_embeddings") is None:
+            rope["original_max_position_embeddings"] = longest
+        if rope.get("factor") is None:
+            rope["factor"] = longest / rope["original_max_position_embeddings"]
+    return rope
 
 
 def _new_tensor(name: str, shape: Shape, model: ModelConfig, seed: int) -> Tensor:

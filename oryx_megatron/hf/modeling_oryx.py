@@ -44,7 +44,6 @@ from .layers_oryx import (
     OryxRMSNorm,
     OryxShortConv,
     compiled_block,
-    rotary_tables,
 )
 from .modes_oryx import FirstSlots, ModePlan, TokenModes, plan_mask
 from .plans_oryx import FORMS, parse_runs, routed_share
@@ -248,9 +247,12 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 "torch.export with a dynamic length: the recurrence loops over its chunks as often as the text it is "
                 "exported with needs; export one length, or use_cache=False and mode_plan='attention'"
             )
-        rotary = None
+        rotary = rotary_recurrent = None
         if self.config.rotary != "none":
-            rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rotary_base, wide(x.dtype))
+            rope, width = self.config.rope, self.config.head_dim
+            rotary = rope.tables(position_ids, width, wide(x.dtype))
+            if self.config.rotary == "both":
+                rotary_recurrent = rope.tables(position_ids, width, wide(x.dtype), attention=False)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(
@@ -261,7 +263,9 @@ class OryxModel(OryxPreTrainedModel, Routed):
         contexts = {}
         for kind, own in of_layers.items():
             masks, key_counts = self._masks(own, mask, past, slots, cache, x)
-            contexts[kind] = OryxContext(own, masks, key_counts, rotary, valid, bool(output_attentions))
+            contexts[kind] = OryxContext(
+                own, masks, key_counts, rotary, rotary_recurrent, valid, bool(output_attentions)
+            )
         for i, layer in enumerate(self.layers):
             memory, context = None if cache is None else cache.layers[i], contexts[self.config.modes_of(i)]
             # One compiled block serves all layers of the same modes: nothing in it depends on which layer it is.

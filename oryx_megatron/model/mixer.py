@@ -220,14 +220,14 @@ class ReferenceSteps:
         """Keys or queries [b, s, heads, N], normed and rotated."""
         if self.model.qk_norm:
             x = getattr(self.mixer, norm)(x)
-        return x if self.model.rotary == "none" else self._rotated(x)
+        return x if self.model.rotary == "none" else self._rotated(x, attention=True)
 
     def _as_recurrence_reads(self, x: Tensor) -> Tensor:
-        return self._rotated(x) if self.model.rotary == "both" else x
+        return self._rotated(x, attention=False) if self.model.rotary == "both" else x
 
-    def _rotated(self, x: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, *, attention: bool) -> Tensor:
         assert self.info.positions is not None
-        return ops.rotary(x, self.info.positions, self.model.rope_theta)
+        return ops.rotary(x, self.info.positions, ops.rope_of(self.model), attention=attention)
 
     def attend(self, query: Tensor | None, read: KeysValues) -> Tensor | None:
         """See Steps: [b, s, H, P], zero for recurrent tokens; appends to the KV cache."""

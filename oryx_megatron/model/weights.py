@@ -31,7 +31,7 @@ from oryx_megatron.model.parts import (
     mark_tensor_parallel,
 )
 from oryx_megatron.modes import Mode
-from oryx_megatron.ops import fused
+from oryx_megatron.ops import fused, rope_of
 
 
 class MixerWeights(MegatronModule):
@@ -125,7 +125,7 @@ class MixerWeights(MegatronModule):
         self.head_steps = fused.HeadSteps(
             silu=self.activation == "silu",
             norm=model.qk_norm,
-            rope_theta=None if model.rotary == "none" else model.rope_theta,
+            rope=None if model.rotary == "none" else rope_of(model),
             l2=model.mixer == "gdn",
             epsilon=config.layernorm_epsilon,
         )

@@ -7,11 +7,12 @@ from oryx_megatron.ops.conv import causal_conv
 from oryx_megatron.ops.gated_delta import gated_delta_rule
 from oryx_megatron.ops.layout import TokenLayout
 from oryx_megatron.ops.norm import gated_rms_norm, rms_norm
-from oryx_megatron.ops.rotary import rotary
+from oryx_megatron.ops.rotary import Rope, rope_of, rotary
 from oryx_megatron.ops.scans import delta_scan, ssd_scan
 from oryx_megatron.ops.ssd import ssd
 
 __all__ = [
+    "Rope",
     "TokenLayout",
     "attend",
     "causal_conv",
@@ -22,6 +23,7 @@ __all__ = [
     "mode_attention",
     "packages",
     "rms_norm",
+    "rope_of",
     "rotary",
     "ssd",
     "ssd_scan",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
+from oryx_megatron.hf.rotary_oryx import Rope
 from oryx_megatron.ops import backends
 from oryx_megatron.ops.layout import TokenLayout, around
 
@@ -73,7 +74,7 @@ class HeadSteps:
     """SiLU after the convolution."""
     norm: bool
     """RMSNorm of what attention reads."""
-    rope_theta: float | None
+    rope: Rope | None
     """Rotary of what attention reads; None: none."""
     l2: bool
     """L2 norm of what the recurrence reads."""
@@ -135,7 +136,7 @@ class _KeysValues(torch.autograd.Function):
         split = groups * widths[0]
         taps = (None, None) if conv is None else (conv[:split], conv[split:])
         _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r, 1.0)
-        plain = HeadSteps(steps.silu, norm=False, rope_theta=None, l2=False, epsilon=steps.epsilon)
+        plain = HeadSteps(steps.silu, norm=False, rope=None, l2=False, epsilon=steps.epsilon)
         values = projected[..., split:]
         _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value, 1.0)
         gate = projected[..., split + groups * widths[1] :] if gated else None
@@ -152,7 +153,7 @@ class _KeysValues(torch.autograd.Function):
         if gate is None:
             dx[..., end:] = 0
         shares = []
-        plain = HeadSteps(steps.silu, norm=False, rope_theta=None, l2=False, epsilon=steps.epsilon)
+        plain = HeadSteps(steps.silu, norm=False, rope=None, l2=False, epsilon=steps.epsilon)
         for columns, taps, norm, grad_a, grad_r, how in (
             (slice(0, split), slice(0, split), key_norm, key_a, key_r, steps),
             (slice(split, end), slice(split, end), None, value_a, value_r, plain),
@@ -236,7 +237,7 @@ def _steps_used(steps: HeadSteps, out_a: Any, out_r: Any) -> dict[str, Any]:
     """The flags of one call: a step whose result nobody takes is left out."""
     return {
         "NORM": steps.norm and out_a is not None,
-        "ROTARY": steps.rope_theta is not None and out_a is not None,
+        "ROTARY": steps.rope is not None and out_a is not None,
         "L2": steps.l2 and out_r is not None,
         "OUT_A": out_a is not None,
         "OUT_R": out_r is not None,
@@ -244,7 +245,7 @@ def _steps_used(steps: HeadSteps, out_a: Any, out_r: Any) -> dict[str, Any]:
 
 
 def _angles(steps: HeadSteps, layout: TokenLayout, width: int, used: bool) -> tuple[Tensor | None, Tensor | None]:
-    return layout.rotary(steps.rope_theta, width) if used and steps.rope_theta is not None else (None, None)
+    return layout.rotary(steps.rope, width) if used and steps.rope is not None else (None, None)
 
 
 def _heads_forward(

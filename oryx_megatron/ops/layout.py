@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from oryx_megatron import platform
+from oryx_megatron.hf.rotary_oryx import Rope
 from oryx_megatron.modes import Mode, ModePlan
 
 BLOCK = 128
@@ -52,7 +53,7 @@ class TokenLayout:
     """Whether there is more than one document."""
     ordered: bool
     """Whether the rows lie in the order of the tokens."""
-    _rotary: dict[tuple[float, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _rotary: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _shards: dict[int, TokenLayout] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -145,13 +146,11 @@ class TokenLayout:
             self._shards[size] = TokenLayout.of(plan, device=self.tokens.device)
         return self._shards[size]
 
-    def rotary(self, base: float, width: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, rope: Rope, width: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine [s, width / 2] of each token's angles, fp32; positions restart at every document."""
-        if (base, width) not in self._rotary:
-            exponent = torch.arange(width // 2, dtype=torch.float32, device=self.tokens.device) / (-width // 2)
-            angle = (self.identity - self.starts).float().unsqueeze(-1) * base**exponent
-            self._rotary[base, width] = angle.cos(), angle.sin()
-        return self._rotary[base, width]
+        if (rope, width) not in self._rotary:
+            self._rotary[rope, width] = rope.tables(self.identity - self.starts, width, torch.float32)
+        return self._rotary[rope, width]
 
     @cached_property
     def query_tokens(self) -> Tensor:

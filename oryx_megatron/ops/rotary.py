@@ -1,18 +1,27 @@
-"""Rotary position embedding (arXiv 2104.09864), rotate-half convention: dimension i pairs with i + N/2."""
+"""Rotary position embedding of a model's config; the maths is in hf/rotary_oryx.py."""
 
 from __future__ import annotations
 
-import torch
+import functools
+
 from torch import Tensor
 
+from oryx_megatron.config import to_dict
+from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.hf.recurrences_oryx import wide
+from oryx_megatron.hf.rotary_oryx import Rope, rotate
 
 
-def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotate x [b, s, heads, N] (N even, all of it) by the angles of integer positions [s] or [b, s]."""
-    half, to = x.shape[-1] // 2, wide(x.dtype)
-    inverse = base ** (torch.arange(half, device=x.device, dtype=to) / -half)
-    angle = (positions.to(to).unsqueeze(-1) * inverse).unsqueeze(-2)  # [(b,) s, 1, N/2]
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(to).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+@functools.lru_cache(maxsize=64)
+def rope_of(model: ModelConfig) -> Rope:
+    """Base and scaling of a validated model's rotary embedding."""
+    scaling = {} if model.rope_scaling is None else to_dict(model.rope_scaling)
+    return Rope.of(scaling | {"rope_theta": model.rope_theta})
+
+
+def rotary(x: Tensor, positions: Tensor, rope: Rope, *, attention: bool = True) -> Tensor:
+    """Rotate x [b, s, heads, N] (N even, all of it) by the angles of integer positions [s] or [b, s].
+
+    `attention`: what attention reads, so with the temperature of its softmax, if the scaling has one.
+    """
+    return rotate(x, rope.tables(positions, x.shape[-1], wide(x.dtype), attention=attention))

@@ -116,7 +116,7 @@ def ssd_by_steps(q, k, v, decay, step, d) -> tuple[Tensor, None]:
 
 def _attention(x: Tensor, norm: Tensor | None, tokens: Tensor, layout: TokenLayout, steps: HeadSteps) -> Tensor:
     x = x if norm is None else ops.rms_norm(x, norm, steps.epsilon)
-    return x if steps.rope_theta is None else ops.rotary(x, (tokens - layout.starts[tokens]).long(), steps.rope_theta)
+    return x if steps.rope is None else ops.rotary(x, (tokens - layout.starts[tokens]).long(), steps.rope)
 
 
 def _recurrent(x: Tensor, steps: HeadSteps, scale: float) -> Tensor:

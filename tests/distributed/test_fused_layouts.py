@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig, RopeScalingConfig
 from oryx_megatron.model import build
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import compile_kernels
@@ -31,6 +31,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mixed-tp2-cp2": ("mixed mamba2", 4, {"tensor": 2, "context": 2}),
     "ep2-experts": ("experts gdn", 2, {"expert": 2}),
     "tp2-cp2-ep2-experts": ("experts gdn", 4, {"tensor": 2, "context": 2, "expert": 2, "overlap": True}),
+    "yarn": ("yarn gdn", 1, {}),
+    "yarn-tp2-cp2": ("yarn gdn", 4, {"tensor": 2, "context": 2}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
@@ -48,12 +50,16 @@ def _run(name: str, layout: dict[str, Any], documents: str):
     kind, mixer = name.split()[0], name.split()[-1]
     fields: dict[str, Any] = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
     fields["model__moe"] = EXPERTS if kind == "experts" else None
+    if kind == "yarn":  # documents are about as long as a quarter of a sequence
+        fields["model__rope_scaling"] = RopeScalingConfig(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=1.0, beta_slow=0.01
+        )
     return tiny_run(mixer, parallel=ParallelConfig(**layout), **fields)
 
 
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
-    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn")
+    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "yarn gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)

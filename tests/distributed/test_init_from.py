@@ -18,7 +18,7 @@ from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.checkpoint.manifest import file_digest
 from oryx_megatron.compat.megatron import allocate_torch_state
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RopeScalingConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError
 from oryx_megatron.hf.convert import export
 from oryx_megatron.hf.tensors import CheckpointReader
@@ -285,20 +285,24 @@ def test_a_llama(
             num_key_value_heads=4, head_dim=8, tie_word_embeddings=True,
         )
     ).save_pretrained(tmp_path / "llama")  # fmt: skip
-    with pytest.raises(ConfigError, match="num_kv_heads") as error:
+    with pytest.raises(ConfigError, match="num_kv_heads") as refused:
         trainer(f"init_from={tmp_path / 'llama'}")
-    settings = str(error.value).partition("; set ")[2].split()
+    settings = str(refused.value).partition("; set ")[2].split()
     small = ["model.num_layers=1", f"output_dir={tmp_path / 'new'}", f"init_from={tmp_path / 'llama'}"]
     assert main([str(project), "--dry-run", *small]) == 2
     assert "num_kv_heads (there 4, here 2)" in capsys.readouterr().err
     assert main([str(project), "--dry-run", *small, *settings]) == 0
     assert f"init_from: weights alone of {tmp_path / 'llama'}\n" in capsys.readouterr().out
     convert = [str(tmp_path / "llama"), str(tmp_path / "start"), "--run", str(project)]
-    assert convert_from_hf.main([*convert, "model.rope_theta=5e4"]) == 2
-    assert "`model.rope_theta=5e4` has no effect: the model is the folder's" in capsys.readouterr().err
-    assert convert_from_hf.main([*convert, "train.iterations=1"]) == 0
+    assert convert_from_hf.main([*convert, "model.num_layers=2"]) == 2
+    error = capsys.readouterr().err
+    assert "`model.num_layers=2` has no effect: the model is the folder's, all but rope_theta and rope_scaling" in error
+    scaled = ["model.rope_theta=5e4", "model.rope_scaling={rope_type: linear, factor: 2}"]
+    assert convert_from_hf.main([*convert, "train.iterations=1", *scaled]) == 0
     assert f"train it: python -m oryx_megatron.train {tmp_path / 'start'}/config.yaml" in capsys.readouterr().out
     run = load_run(tmp_path / "start" / "config.yaml")
+    assert run.model.rope_theta == 5e4
+    assert run.model.rope_scaling == RopeScalingConfig(rope_type="linear", factor=2.0)
     with pytest.raises(CheckpointError, match=r"num_kv_heads \(there 4, here 2\).*; train .*start/config.yaml, or"):
         make(project, tmp_path / "start")
     resumed = Trainer(run, validate(run, 1))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from oryx_megatron.config.schema import ParallelConfig, RunConfig
+from oryx_megatron.config.schema import ParallelConfig, RopeScalingConfig, RunConfig
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, tiny_run
 
@@ -49,6 +49,7 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         for mode, p in (("attention", 1.0), ("recurrent", 0.0))
     )  # fmt: skip
     plain = {"model__conv_width": 0, "model__rotary": "both", "model__qk_norm": False, "model__output_gate": False}
+    yarn = {"model__rope_scaling": RopeScalingConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)}
     hybrid, mixed = ({"model__pattern": pattern} for pattern in (HYBRID, MIXED))
     muon = {"optimizer__name": "muon"}
     whole = {"distributed_optimizer": False}
@@ -77,6 +78,7 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         "transformer-tp2-cp2": (_run("gdn", 2, cp=2, **attention), 4),
         "recurrent-only-cp2-dp2": (_run("gdn", cp=2, **recurrent), 4),
         "shared-query-tp2-cp2": (_run("mamba2", 2, cp=2, model__shared_query=True), 4),
+        "yarn-tp2-cp2": (_run("mamba2", 2, cp=2, data__documents="isolated", model__rotary="both", **yarn), 4),
         "plain-projections-tp2-cp2": (_run("gdn", 2, cp=2, **plain), 4),
         "hybrid-tp2-pp2": (_run("gdn", 2, 2, **hybrid), 4),
         "hybrid-cp2-dp2": (_run("mamba2", cp=2, data__documents="isolated", **hybrid), 4),

@@ -34,11 +34,12 @@ BF16 = ("precision.dtype=bf16", f"train.iterations={BF16_STEPS}", f"checkpoint.i
 RAMP = "train.batch_schedule=[{start: 2, global_batch_size: 8}, {start: 4, global_batch_size: 12}]"
 SIZES = (4, 4, 8, 8, 12, 12)
 """Batch sizes of the steps of that ramp; a run is stopped in the middle of its second stage."""
+YARN = "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 12}"
 FIELDS = {
     "gdn": ("train.z_loss=1e-2", "model.logit_softcap=4.0"),
-    "mamba2": ("model.mixer=mamba2", "data.documents=isolated", RAMP),
+    "mamba2": ("model.mixer=mamba2", "data.documents=isolated", RAMP, YARN),
 }
-"""The variants differ in more than their mixer: the same runs cover both kinds of documents, losses, and a ramp."""
+"""The variants differ in more than their mixer: the same runs cover kinds of documents, losses, a ramp and YaRN."""
 CONSUMED = {"gdn": 4 * HALF, "mamba2": sum(SIZES[:HALF])}
 """Samples read half-way."""
 SPECIAL = {"gdn": "2x1x1 whole sequence", "mamba2": "1x1x2 whole optimizer"}

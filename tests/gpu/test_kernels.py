@@ -225,7 +225,7 @@ def test_fused_steps(plan, isolated, dtype, tolerance):
     order, n = layout.tokens.long(), layout.attention
     attends = torch.from_numpy(modes.is_attention()).to(DEVICE)[None, :, None, None]
     positions = layout.identity - layout.starts
-    steps = fused.HeadSteps(silu=True, norm=True, rope_theta=1e4, l2=True, epsilon=eps)
+    steps = fused.HeadSteps(silu=True, norm=True, rope=ops.Rope(1e4), l2=True, epsilon=eps)
     kv, split = 2 * groups * width, groups * width
     inputs = [
         leaf(s, b, kv + heads * width, dtype=dtype),
@@ -240,7 +240,7 @@ def test_fused_steps(plan, isolated, dtype, tolerance):
         y, _ = ops.causal_conv.__wrapped__(x[..., :kv].transpose(0, 1), conv, activation="silu", documents=documents)
         k, v = (part.unflatten(-1, (groups, width)) for part in y.split(split, -1))
         l2 = lambda t: t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPSILON)  # noqa: E731
-        norm = lambda t, w: ops.rotary(F.rms_norm(t, w.shape, w, eps), positions, 1e4)  # noqa: E731
+        norm = lambda t, w: ops.rotary(F.rms_norm(t, w.shape, w, eps), positions, ops.Rope(1e4))  # noqa: E731
         q_a, q_r = (t.transpose(0, 1).unflatten(-1, (heads, width)) for t in (x_a, x_r))
         gate = x[..., kv:].unflatten(-1, (heads, width))
         o = torch.where(attends, o_a, o_r).transpose(0, 1)

@@ -9,22 +9,45 @@ from pathlib import Path
 import torch
 
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RopeScalingConfig, RunConfig
 from oryx_megatron.data.tokenizer import load_tokenizer
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+"""For texts of 64 tokens: the model's samples have 48, what both sides are compared on has more."""
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 20}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 CASES = {
     "gdn tp2": ({}, ParallelConfig(tensor=2), "bf16"),
     "mamba2 pp2": (
-        {"mixer": "mamba2", "tie_embeddings": False, "num_kv_heads": None, "v_head_dim": 12, "qk_norm": False},
+        {
+            "mixer": "mamba2",
+            "tie_embeddings": False,
+            "num_kv_heads": None,
+            "v_head_dim": 12,
+            "qk_norm": False,
+            "rope_scaling": RopeScalingConfig(**YARN),
+        },
         ParallelConfig(pipeline=2),
         "fp32",
     ),
     "shared tp2": (
-        {"shared_query": True, "rotary": "both", "conv_width": 0, "output_gate": False, "logit_softcap": 0.5},
+        {
+            "shared_query": True,
+            "rotary": "both",
+            "conv_width": 0,
+            "output_gate": False,
+            "logit_softcap": 0.5,
+            "rope_scaling": RopeScalingConfig(attention_factor=1.5, **YARN),
+        },
         ParallelConfig(tensor=2, sequence=False),
         "fp32",
     ),
-    "attention pp2": ({"modes": "attention"}, ParallelConfig(pipeline=2), "bf16"),
+    "attention pp2": (
+        {"modes": "attention", "rope_scaling": RopeScalingConfig(**LLAMA3), "rope_theta": 500.0},
+        ParallelConfig(pipeline=2),
+        "bf16",
+    ),
     "hybrid pp2": ({"pattern": ("recurrent*2", "recurrent", "attention")}, ParallelConfig(pipeline=2), "bf16"),
     "mixed tp2": ({"pattern": ("both", "recurrent"), "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
     "experts ep2": (

@@ -13,18 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hf_checkpoints import CASES, resave, run_of
+from hf_checkpoints import CASES, LLAMA3, YARN, resave, run_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.checkpoint.manifest import write_manifest as write_checkpoint_manifest
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import BlendEntry, DataStage, InitFromConfig, ModelConfig, MoEConfig, ParallelConfig
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    DataStage,
+    InitFromConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RopeScalingConfig,
+)
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export, import_, import_llama
-from oryx_megatron.hf.fields import BIAS_UPDATE_RATE, CONFIG, EXPERTS, from_hf_config, to_hf_config
+from oryx_megatron.hf.fields import BIAS_UPDATE_RATE, CONFIG, EXPERTS, ROPE, from_hf_config, to_hf_config
+from oryx_megatron.hf.folders import open_export
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.portable import portable
 from oryx_megatron.hf.tensors import CheckpointReader
@@ -113,7 +122,7 @@ def test_formats_and_shards(project: Path, tmp_path: Path) -> None:
 
 def test_config_table_holds_every_field() -> None:
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert fields - set(CONFIG) == {"name"}
+    assert fields - set(CONFIG) == {"name", "pattern", "moe", *ROPE}
     assert len(set(CONFIG.values())) == len(CONFIG)
     model = ModelConfig(
         name="m", mixer="mamba2", modes="both", num_layers=3, hidden_size=40, ffn_hidden_size=72, num_heads=6,
@@ -132,6 +141,31 @@ def test_config_table_holds_every_field() -> None:
     )  # fmt: skip
     assert set(EXPERTS) <= {field.name for field in dataclasses.fields(MoEConfig)}
     assert from_hf_config(to_hf_config(dataclasses.replace(model, moe=moe)), "m").moe == moe
+    for scaling in (None, YARN, LLAMA3, {"rope_type": "linear", "factor": 2.0}):
+        scaled = dataclasses.replace(model, rope_scaling=scaling and RopeScalingConfig(**scaling))
+        assert from_hf_config(to_hf_config(scaled), "m") == scaled
+
+
+def test_exports_of_version_0_2_load(exported: Path, tmp_path: Path) -> None:
+    """Their config.json had the rotary base under a name of its own; commands and transformers read it."""
+    rewrite(exported, rotary_base=5000.0)
+    config = json.loads((exported / "config.json").read_text())
+    del config["rope_parameters"]
+    (exported / "config.json").write_text(json.dumps(config))
+    assert OryxForCausalLM.from_pretrained(exported).config.rope.rope_theta == 5000.0
+    (exported / "oryx_manifest.json").unlink()  # whose checksum config.json no longer has
+    assert open_export(exported).model.rope_theta == 5000.0
+
+
+def test_length_and_scaling_of_an_export(project: Path, tmp_path: Path) -> None:
+    """As transformers writes them, and lm-eval reads them: what YaRN extends the model to, else the run's samples."""
+    for case, longest in (("mamba2 pp2", 64), ("attention pp2", 48)):
+        export(project.parent / case, tmp_path / case)
+        config = json.loads((tmp_path / case / "config.json").read_text())
+        assert config["max_position_embeddings"] == longest
+        scaling = YARN | {"rope_theta": 10000.0} if case == "mamba2 pp2" else LLAMA3 | {"rope_theta": 500.0}
+        assert config["rope_parameters"] == scaling
+        assert AutoTokenizer.from_pretrained(tmp_path / case).model_max_length == longest
 
 
 def test_model_card_is_filled_from_the_manifest(exported: Path) -> None:
@@ -280,7 +314,8 @@ def test_a_llama_becomes_an_oryx_that_attends_to_the_same(mixer: str, project: P
             rms_norm_eps=1e-5,
             initializer_range=0.3,
             tie_word_embeddings=mixer == "gdn",
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            rope_parameters=(LLAMA3 if mixer == "gdn" else YARN) | {"rope_theta": 5000.0},
+            max_position_embeddings=64,
         )
     ).eval()
     llama.save_pretrained(tmp_path / "llama")
@@ -291,7 +326,7 @@ def test_a_llama_becomes_an_oryx_that_attends_to_the_same(mixer: str, project: P
     export(tmp_path / "start", tmp_path / "hf")
     verify(tmp_path / "start", tmp_path / "hf", plans=1, length=40)
     oryx = OryxForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ids = torch.randint(0, 320, (2, 20))
+    ids = torch.randint(0, 320, (2, 50))  # beyond the original length of both scalings
     with torch.no_grad():
         assert torch.isfinite(oryx(ids, mode_plan="recurrent").logits).all()
         for layer in oryx.model.layers:
@@ -301,6 +336,27 @@ def test_a_llama_becomes_an_oryx_that_attends_to_the_same(mixer: str, project: P
     rewrite(tmp_path / "llama", hidden_act="gelu")
     with pytest.raises(ConversionError, match="hidden_act is 'gelu'"):
         import_llama(tmp_path / "llama", tmp_path / "start", run, mixer=mixer)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type: 'dynamic' has no counterpart; known: default, linear,"),
+        ({"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "rope_type: 'longrope' has no counterpart"),
+        (YARN | {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: only the whole head"),
+        (YARN | {"sharpness": 2}, "rope_parameters.sharpness: has no counterpart"),
+        (YARN | {"factor": 0.5}, "rope_scaling.factor: 0.5 should be at least 1"),
+        ({"rope_type": "llama3", "factor": 2.0}, "rope_scaling.low_freq_factor: is missing; rope_type llama3 needs it"),
+    ],
+)
+def test_rotary_scalings_without_counterpart(rope: dict, message: str, project: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes)).save_pretrained(tmp_path / "llama")
+    rewrite(tmp_path / "llama", rope_parameters=rope)
+    with pytest.raises(ConversionError) as refused:
+        import_llama(tmp_path / "llama", tmp_path / "start", load_run(project, []))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 class Passing(torch.nn.Module):

@@ -57,7 +57,7 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
     def rope(x: torch.Tensor, position: int) -> torch.Tensor:  # [h, n]
         y = x.clone()
         for i in range(n // 2):
-            angle = torch.tensor(position / config.rotary_base ** (2 * i / n), dtype=torch.float64)
+            angle = torch.tensor(position / config.rope_parameters["rope_theta"] ** (2 * i / n), dtype=torch.float64)
             y[:, i] = x[:, i] * angle.cos() - x[:, i + n // 2] * angle.sin()
             y[:, i + n // 2] = x[:, i + n // 2] * angle.cos() + x[:, i] * angle.sin()
         return y

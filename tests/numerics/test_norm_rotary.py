@@ -7,7 +7,7 @@ import cmath
 import pytest
 import torch
 
-from oryx_megatron.ops import gated_rms_norm, rms_norm, rotary
+from oryx_megatron.ops import Rope, gated_rms_norm, rms_norm, rotary
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -56,7 +56,7 @@ def test_norms_of_zero_are_finite():
 def test_rotary_turns_pairs_of_both_halves():
     x, base = random(2, 5, 3, 8), 100.0
     positions = torch.tensor([0, 1, 2, 7, 1000])
-    got = rotary(x, positions, base)
+    got = rotary(x, positions, Rope(base))
     for t, position in enumerate(positions.tolist()):
         for i in range(4):
             turn = cmath.exp(1j * position * base ** (-i / 4))
@@ -69,7 +69,7 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = random(1, 1, 2, 16), random(1, 1, 2, 16, seed=1)
 
     def score(i: int, j: int) -> torch.Tensor:
-        return (rotary(q, torch.tensor([i]), 1e4) * rotary(k, torch.tensor([j]), 1e4)).sum(-1)
+        return (rotary(q, torch.tensor([i]), Rope(1e4)) * rotary(k, torch.tensor([j]), Rope(1e4))).sum(-1)
 
     torch.testing.assert_close(score(9, 4), score(1009, 1004))
     assert (score(9, 4) - score(9, 5)).abs().min() > 1e-3
@@ -78,16 +78,16 @@ def test_rotary_scores_depend_on_distance_alone():
 def test_rotary_positions_per_row():
     x = random(2, 4, 3, 8)
     positions = torch.tensor([[0, 1, 2, 3], [5, 0, 1, 2]])
-    got = rotary(x, positions, 1e4)
+    got = rotary(x, positions, Rope(1e4))
     for row in range(2):
-        torch.testing.assert_close(got[row], rotary(x[row : row + 1], positions[row], 1e4)[0])
-    assert torch.autograd.gradcheck(lambda y: rotary(y, positions, 1e4), (x,))
+        torch.testing.assert_close(got[row], rotary(x[row : row + 1], positions[row], Rope(1e4))[0])
+    assert torch.autograd.gradcheck(lambda y: rotary(y, positions, Rope(1e4)), (x,))
 
 
 def test_rotary_keeps_the_format_and_computes_in_fp32():
     x = random(1, 6, 2, 8).detach()
     positions = torch.arange(6) + 4000
-    want = rotary(x.bfloat16().double(), positions, 1e4)
-    got = rotary(x.bfloat16(), positions, 1e4)
+    want = rotary(x.bfloat16().double(), positions, Rope(1e4))
+    got = rotary(x.bfloat16(), positions, Rope(1e4))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-3)

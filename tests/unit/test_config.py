@@ -435,6 +435,46 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["model.num_kv_heads=3"], "model.num_kv_heads 3 does not divide model.num_heads 8"),
         (["model.conv_width=1"], "model.conv_width: 1 should be 0 (no convolution) or at least 2"),
         (["model.qk_head_dim=15"], "model.qk_head_dim 15 should be even for rotary embedding"),
+        (["model.rope_scaling={rope_type: dynamic, factor: 4}"], "rope_scaling.rope_type: expected one of linear"),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4}"],
+            "original_max_position_embeddings: is missing; rope_type",
+        ),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 0.5}"],
+            "model.rope_scaling.factor: 0.5 should be at least 1",
+        ),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 2, mscale: 1}"],
+            "mscale: has no effect with rope_type linear",
+        ),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4, low_freq_factor: 1}"],
+            "low_freq_factor: has no effect with rope_type",
+        ),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64, rope_theta: 5e5}"],
+            "rope_scaling.rope_theta: 500000 is not model.rope_theta 10000; set that one",
+        ),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64, beta_fast: 1}"],
+            "beta_fast: should be above beta_slow; unset they are 32 and 1",
+        ),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64, mscale: 1}"],
+            "mscale: has an effect with mscale_all_dim alone; set both or none",
+        ),
+        (
+            [
+                "model.rotary=none",
+                "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64}",
+            ],
+            "model.rope_scaling: this model has no rotary embedding in attention",
+        ),
+        (
+            ["model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64, type: yarn}"],
+            "unknown key `model.rope_scaling.type`; did you mean",
+        ),
         (
             ["model.shared_query=true", "model.modes=attention"],
             "model.shared_query: a model with modes=attention has one",
