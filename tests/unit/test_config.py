@@ -449,7 +449,7 @@ def test_layouts(run_file, world_size, overrides, layout):
             "mscale: has no effect with rope_type linear",
         ),
         (
-            ["model.rope_scaling={rope_type: yarn, factor: 4, low_freq_factor: 1}"],
+            ["model.rope_scaling={rope_type: linear, factor: 2, low_freq_factor: 1}"],
             "low_freq_factor: has no effect with rope_type",
         ),
         (
