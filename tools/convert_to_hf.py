@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="compare logits and generation first; OUTPUT appears if they agree"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    parser.add_argument("--push", metavar="REPO", help="then upload OUTPUT to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make a new REPO private")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and the export in REPO")
     return parser
 
 
@@ -54,7 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     expand_arguments(arguments, "--tokenizer")
     if arguments.shard_gb <= 0:
         raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
+    if arguments.private and arguments.push is None:
+        raise ConfigError("--private: has no effect without --push")
+    if arguments.push is not None and is_url(arguments.output):
+        raise ConfigError(f"--push: OUTPUT {arguments.output} is no local folder; export to one")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    if arguments.push is not None:
+        from oryx_megatron.hf.hub import check_push
+
+        check_push(arguments.push, overwrite=arguments.overwrite)
     from oryx_megatron.hf.convert import export
     from oryx_megatron.hf.remote import check_free, publish
     from oryx_megatron.hf.verify import verify, verify_generation
@@ -91,6 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{shown(what)}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
     for line in lines:
         print(line)
+    if arguments.push is not None:
+        from oryx_megatron.hf.hub import push
+
+        print(f"pushed: {push(done.target, arguments.push, private=arguments.private)}")
     return 0
 
 
