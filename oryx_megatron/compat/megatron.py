@@ -1,7 +1,7 @@
 """megatron-core 0.16.1 and 0.19.2: what it loads in vain, what does not hold here, and what differs between the two.
 
 0.16.1 is the last version for Python 3.11; requirements.txt chooses by the version of Python. Training is bit-equal
-under both, and each reads the other's checkpoints (docs/operations.md).
+under both, and each reads the other's checkpoints (docs/architecture.md).
 
 | patch | why |
 |---|---|
