@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from oryx_megatron.config.plans import PlanRuns, chunk_runs, merge_runs, parse_runs
+from oryx_megatron.config.plans import PlanRuns, chunk_runs, merge_runs, parse_runs, read_plan
 from oryx_megatron.config.schema import ModesConfig
 
 
@@ -138,27 +138,58 @@ def parse_plan(spec: str, length: int, *, chunk: int, prompt: int | None = None)
     return ModePlan._of(parse_runs(spec, length, chunk=chunk, prompt=prompt))
 
 
-def draw_plan(modes: ModesConfig, *, seed: int, iteration: int, microbatch: int, length: int) -> ModePlan:
+def draw_plan(
+    modes: ModesConfig,
+    *,
+    seed: int,
+    iteration: int,
+    microbatch: int,
+    length: int,
+    documents: Sequence[int] | None = None,
+) -> ModePlan:
     """Training plan of one microbatch: a pure function of its arguments, so equal on all ranks and after a resume.
 
     `microbatch` counts over the whole global batch: microbatch m of data-parallel rank r of dp is number m · dp + r,
     the place of its samples in the batch. So the plan belongs to the samples, and is the same under any layout.
 
-    All attention with probability p_attention, all recurrent with p_recurrent, else ρ ~ U(0, 1) is drawn and every
-    chunk attends with probability ρ (mixed training, arXiv 2605.28769; the three-way draw is this project's).
+    All attention with probability p_attention, all recurrent with p_recurrent; with p_prompt each text is split at a
+    chunk drawn for it, and `modes.prompt` gives the plans before and after; else ρ ~ U(0, 1) is drawn and every chunk
+    attends with probability ρ (mixed training, arXiv 2605.28769; the other draws are this project's). Chunks count
+    from the start of every text: the sequence, or each of `documents`, the cumulative starts [0, …, length].
     `modes.schedule` replaces the probabilities from its stages' iterations on; `modes.fixed` replaces the draw.
     """
+    bounds = [0, length] if documents is None else list(documents)
+    texts = [stop - start for start, stop in itertools.pairwise(bounds)]
+    short = documents is not None  # than the tokens that a plan names
     if modes.fixed is not None:
-        return parse_plan(modes.fixed, length, chunk=modes.chunk)
-    p_attention, p_recurrent = modes.p_attention, modes.p_recurrent
+        return _joined([parse_runs(modes.fixed, n, chunk=modes.chunk, shorter=short) for n in texts], bounds)
+    p_attention, p_recurrent, p_prompt = modes.p_attention, modes.p_recurrent, modes.p_prompt
     for stage in modes.schedule:
         if stage.start <= iteration:
-            p_attention, p_recurrent = stage.p_attention, stage.p_recurrent
+            p_attention, p_recurrent, p_prompt = stage.p_attention, stage.p_recurrent, stage.p_prompt
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, microbatch))))
     u = rng.random()
     if u < p_attention:
         return ModePlan.uniform(Mode.ATTENTION, length)
     if u < p_attention + p_recurrent:
         return ModePlan.uniform(Mode.RECURRENT, length)
+    chunks = [-(-n // modes.chunk) for n in texts]
+    if u < p_attention + p_recurrent + p_prompt:
+        cuts = [
+            min(int(draw * (count + 1)) * modes.chunk, n)
+            for draw, count, n in zip(rng.random(len(texts)), chunks, texts)
+        ]
+        spec = read_plan(modes.prompt)
+        return _joined(
+            [parse_runs(spec, n, chunk=modes.chunk, prompt=cut, shorter=True) for n, cut in zip(texts, cuts)], bounds
+        )
     ratio = rng.random()
-    return ModePlan.from_chunks(rng.random(-(-length // modes.chunk)) < ratio, modes.chunk, length)
+    attends = rng.random(sum(chunks)) < ratio
+    parts = np.split(attends, np.cumsum(chunks)[:-1])
+    return _joined([chunk_runs(part.tolist(), modes.chunk, n) for part, n in zip(parts, texts)], bounds)
+
+
+def _joined(texts: Sequence[PlanRuns], bounds: Sequence[int]) -> ModePlan:
+    """The plan of texts that follow each other and begin at `bounds`."""
+    runs = ((a + start, b + start, attends) for start, text in zip(bounds, texts) for a, b, attends in text)
+    return ModePlan._of(merge_runs(runs))

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         from oryx_megatron.hf.hub import check_push
 
         check_push(arguments.push, overwrite=arguments.overwrite)
+    from oryx_megatron.config.plans import read_plan
     from oryx_megatron.hf.convert import export
     from oryx_megatron.hf.remote import check_free, publish
     from oryx_megatron.hf.verify import verify, verify_generation
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         target,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.shard_gb * 1e9),
-        mode_plan=arguments.mode_plan,
+        mode_plan=None if arguments.mode_plan is None else read_plan(arguments.mode_plan),
         tokenizer=arguments.tokenizer,
         with_tokenizer=not arguments.no_tokenizer,
         license=arguments.license,

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from oryx_megatron import resources
+from oryx_megatron.config.plans import read_plan
 from oryx_megatron.config.schema import NAME, PATH, RENAMED, URL, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
@@ -342,4 +343,19 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _override(data, override)
     if "model" in data:
         data["model"] = _model_data(data["model"], source, path.parent)
-    return expand_paths(from_dict(RunConfig, data, source=source), source)
+    return _with_plans(expand_paths(from_dict(RunConfig, data, source=source), source), source)
+
+
+def _with_plans(run: RunConfig, source: str) -> RunConfig:
+    """A run whose plans in files are written out: what a checkpoint records of it depends on no file."""
+
+    def read(spec: str, name: str) -> str:
+        try:
+            return read_plan(spec)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {name}: {error}") from None
+
+    fixed = None if run.modes.fixed is None else read(run.modes.fixed, "modes.fixed")
+    modes = dataclasses.replace(run.modes, fixed=fixed, prompt=read(run.modes.prompt, "modes.prompt"))
+    plans = tuple(read(spec, f"evaluation.plans[{i}]") for i, spec in enumerate(run.evaluation.plans))
+    return dataclasses.replace(run, modes=modes, evaluation=dataclasses.replace(run.evaluation, plans=plans))

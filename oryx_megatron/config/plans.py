@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import re
+
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf import plans_oryx
 from oryx_megatron.hf.plans_oryx import FORMS, PlanRuns, chunk_runs, merge_runs
+from oryx_megatron.paths import expand
+from oryx_megatron.reading import read_text, reason
 
-__all__ = ["FORMS", "PlanRuns", "chunk_runs", "merge_runs", "parse_runs"]
+__all__ = ["FORMS", "PlanRuns", "chunk_runs", "merge_runs", "parse_runs", "read_plan"]
+
+_RUNS = re.compile(r"[ar]\d+-\d+(\s*,\s*[ar]\d+-\d+)*,?")
 
 
-def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None) -> PlanRuns:
-    """`plans_oryx.parse_runs`; raises ConfigError."""
+def read_plan(spec: str) -> str:
+    """The plan that a file holds, of `file:PATH`; any other spec as it is.
+
+    The file is text: one plan, or runs such as `a0-256`, one a line or between commas. `#` begins a comment.
+    Raises ConfigError for a file that cannot be read or holds no plan.
+    """
+    kind, _, path = spec.strip().partition(":")
+    if kind.strip() != "file":
+        return spec
+    path = expand(path.strip(), f"mode plan `{spec}`")
     try:
-        return plans_oryx.parse_runs(spec, length, chunk=chunk, prompt=prompt)
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"mode plan `{spec}`: {path} cannot be read: {reason(error)}") from None
+    found = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
+    lines = {number: line for number, line in found if line}
+    if not lines:
+        raise ConfigError(f"mode plan `{spec}`: {path} holds no plan; write one, or runs such as a0-256, one a line")
+    first = next(iter(lines.values()))
+    if len(lines) == 1 and not _RUNS.fullmatch(first):
+        if first.startswith("file:"):
+            raise ConfigError(f"mode plan `{spec}`: {path} names another file; write the plan itself")
+        return first
+    for number, line in lines.items():
+        if not _RUNS.fullmatch(line):
+            raise ConfigError(f"mode plan `{spec}`: {path}:{number}: `{line:.60}` is no run like a0-256 or r256-512")
+    return "runs:" + ",".join(line.rstrip(",") for line in lines.values())
+
+
+def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> PlanRuns:
+    """`plans_oryx.parse_runs` of a spec or of `file:PATH`; raises ConfigError."""
+    try:
+        return plans_oryx.parse_runs(read_plan(spec), length, chunk=chunk, prompt=prompt, shorter=shorter)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -271,6 +271,8 @@ class MixStage:
     """Probability that a whole microbatch is in attention mode."""
     p_recurrent: Probability
     """Probability that a whole microbatch is in recurrent mode."""
+    p_prompt: Probability = 0.0
+    """Probability that the texts of a microbatch are split as `modes.prompt` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,10 +285,16 @@ class ModesConfig:
     """Probability that a whole microbatch is in attention mode."""
     p_recurrent: Probability = 0.25
     """Probability that a whole microbatch is in recurrent mode; else a ratio ~ U(0, 1) is drawn per microbatch."""
+    p_prompt: Probability = 0.0
+    """Probability that each text of a microbatch has the plan `prompt`, split at a chunk that is drawn for it."""
+    prompt: str = "prompt:attention,new:recurrent"
+    """What `p_prompt` draws: a plan for the beginning of a text, and one for the rest."""
+    align: Literal["sequence", "documents"] = "sequence"
+    """What counts as a text: a whole sequence, or each document in it (with data.documents: isolated)."""
     schedule: tuple[MixStage, ...] = ()
-    """Probabilities that replace the two above from given iterations on."""
+    """Probabilities that replace the three above from given iterations on."""
     fixed: str | None = None
-    """A plan for every microbatch instead of drawing, e.g. `ratio:0.5` (benchmarks, ablations)."""
+    """A plan for every text instead of drawing, e.g. `ratio:0.5`; `file:PATH` reads it, here and in all plans."""
 
 
 @dataclass(frozen=True, kw_only=True)

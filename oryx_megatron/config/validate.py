@@ -186,11 +186,14 @@ def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, le
 def _check_modes(run: RunConfig) -> None:
     model, modes, length = run.model, run.modes, run.data.sequence_length
     _divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
-    stages = [("modes", modes.p_attention, modes.p_recurrent)]
-    stages += [(f"modes.schedule[{i}]", s.p_attention, s.p_recurrent) for i, s in enumerate(modes.schedule)]
-    for name, p_attention, p_recurrent in stages:
-        if p_attention + p_recurrent > 1 + 1e-9:
-            raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent} is more than 1")
+    if modes.align == "documents" and run.data.documents != "isolated":
+        raise ConfigError("modes.align: documents needs data.documents: isolated")
+    stages = [("modes", modes.p_attention, modes.p_recurrent, modes.p_prompt)]
+    stages += [(f"modes.schedule[{i}]", s.p_attention, s.p_recurrent, s.p_prompt) for i, s in enumerate(modes.schedule)]
+    for name, p_attention, p_recurrent, p_prompt in stages:
+        if p_attention + p_recurrent + p_prompt > 1 + 1e-9:
+            prompt = f" + p_prompt {p_prompt}" if p_prompt else ""
+            raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent}{prompt} is more than 1")
         only = {None: None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.single_mode]
         if modes.fixed is None and only is not None and (p_attention, p_recurrent) != only:
             raise ConfigError(
@@ -202,6 +205,15 @@ def _check_modes(run: RunConfig) -> None:
         if modes.schedule:
             raise ConfigError("modes.fixed: a fixed plan and modes.schedule exclude each other; remove one")
         _check_plan("modes.fixed", modes.fixed, model, modes, length)
+        if modes.align == "documents" and modes.fixed.strip().startswith("runs:"):
+            raise ConfigError("modes.fixed: runs end at one place, documents do not; set modes.align: sequence")
+    elif any(p_prompt for *_, p_prompt in stages):
+        if not modes.prompt.strip().startswith("prompt:"):
+            raise ConfigError(f"modes.prompt: `{modes.prompt}` is no prompt:PLAN,new:PLAN")
+        try:
+            parse_runs(modes.prompt, length, chunk=modes.chunk, prompt=0, shorter=True)
+        except ConfigError as error:
+            raise ConfigError(f"modes.prompt: {error}") from None
     for i, spec in enumerate(run.evaluation.plans):
         _check_plan(f"evaluation.plans[{i}]", spec, model, modes, length)
     if len(set(run.evaluation.plans)) != len(run.evaluation.plans):

@@ -114,10 +114,12 @@ def _mix(run: Any) -> str:
     modes = run.modes
     if modes.fixed is not None:
         return f"every microbatch {code(modes.fixed)}"
-    rest = 1 - modes.p_attention - modes.p_recurrent
+    rest = round(1 - modes.p_attention - modes.p_recurrent - modes.p_prompt, 6)
+    split = f"{modes.p_prompt:g} {code(modes.prompt)}, " if modes.p_prompt else ""
+    text = "" if modes.align == "sequence" else " that count from the start of every document"
     return (
-        f"{modes.p_attention:g} all attention, {modes.p_recurrent:g} all recurrent, {rest:g} mixed in chunks of "
-        f"{modes.chunk}"
+        f"{modes.p_attention:g} all attention, {modes.p_recurrent:g} all recurrent, {split}{rest:g} mixed in chunks of "
+        f"{modes.chunk}{text}"
     )
 
 

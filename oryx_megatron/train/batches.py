@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,17 +52,16 @@ def training_batches(
     samples: Sequence[Batch], modes: ModesConfig, *, seed: int, iteration: int, data_rank: int, data_size: int
 ) -> list[Microbatch]:
     """The microbatches of one step of this data-parallel rank, each with its drawn plan."""
-    plans = (
-        draw_plan(
-            modes,
-            seed=seed,
-            iteration=iteration,
-            microbatch=m * data_size + data_rank,
-            length=batch["tokens"].shape[1],
-        )
-        for m, batch in enumerate(samples)
-    )
-    return [_microbatch(batch, plan) for batch, plan in zip(samples, plans)]
+
+    def drawn(number: int, batch: Batch) -> Microbatch:
+        rows, length = batch["tokens"].shape
+        draw = partial(draw_plan, modes, seed=seed, iteration=iteration, microbatch=number)
+        if modes.align == "sequence" or batch["documents"] is None:
+            return _microbatch(batch, draw(length=length))
+        starts = join_documents(batch["documents"], length)
+        return _microbatch(batch, draw(length=rows * length, documents=starts.tolist()))
+
+    return [drawn(m * data_size + data_rank, batch) for m, batch in enumerate(samples)]
 
 
 TextPlan = Callable[[Tensor], ModePlan]
@@ -111,7 +111,7 @@ def _microbatch(batch: Batch, plan: ModePlan, text_bytes: float = 0.0) -> Microb
         return Microbatch(tokens, labels, mask, plan, text_bytes=text_bytes)
     # Rows end documents at different places; laid end to end they are one row of isolated documents.
     rows, length = tokens.shape
-    tiled = ModePlan.from_mask(np.tile(plan.is_attention(), rows))
+    tiled = plan if plan.length == rows * length else ModePlan.from_mask(np.tile(plan.is_attention(), rows))
     tokens, labels, mask = (t.reshape(1, -1) for t in (tokens, labels, mask))
     return Microbatch(tokens, labels, mask, tiled, join_documents(documents, length), text_bytes)
 

@@ -34,10 +34,11 @@ BF16 = ("precision.dtype=bf16", f"train.iterations={BF16_STEPS}", f"checkpoint.i
 RAMP = "train.batch_schedule=[{start: 2, global_batch_size: 8}, {start: 4, global_batch_size: 12}]"
 SIZES = (4, 4, 8, 8, 12, 12)
 """Batch sizes of the steps of that ramp; a run is stopped in the middle of its second stage."""
+BY_DOCUMENT = ("data.documents=isolated", "modes.align=documents", "modes.p_prompt=0.3")
 YARN = "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 12}"
 FIELDS = {
     "gdn": ("train.z_loss=1e-2", "model.logit_softcap=4.0"),
-    "mamba2": ("model.mixer=mamba2", "data.documents=isolated", RAMP, YARN),
+    "mamba2": ("model.mixer=mamba2", *BY_DOCUMENT, RAMP, YARN),
 }
 """The variants differ in more than their mixer: the same runs cover kinds of documents, losses, a ramp and YaRN."""
 CONSUMED = {"gdn": 4 * HALF, "mamba2": sum(SIZES[:HALF])}

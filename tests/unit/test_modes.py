@@ -1,13 +1,17 @@
 """Mode plans: the type, the grammar, the training draw."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
+from oryx_megatron.config import load_run, to_yaml, validate
+from oryx_megatron.config.plans import read_plan
 from oryx_megatron.config.schema import MixStage, ModesConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import Mode, ModePlan, Run, draw_plan, parse_plan
+from oryx_megatron.testing.layouts import tiny_run
 
 A, R = Mode.ATTENTION, Mode.RECURRENT
 
@@ -201,3 +205,132 @@ def test_draw_schedule():
 def test_draw_fixed():
     modes = ModesConfig(chunk=128, p_attention=1.0, fixed="ratio:0.5")
     assert {str(plan) for plan in draws(modes, 5)} == {"runs:r0-128,a128-256,r256-384,a384-512"}
+
+
+def test_draw_of_prompts():
+    """Each text is split at a chunk that is drawn for it, anywhere from nothing to all of it."""
+    plans = draws(ModesConfig(chunk=64, p_attention=0.0, p_recurrent=0.0, p_prompt=1.0))
+    cuts = [plan.attention_tokens for plan in plans]
+    assert all(plan == parse_plan(f"prefix:{cut}", 512, chunk=64) for plan, cut in zip(plans, cuts, strict=True))
+    assert {cut // 64: cuts.count(cut) for cut in cuts}.keys() == set(range(9))
+    assert all(cut % 64 == 0 for cut in cuts)
+    assert all(30 < cuts.count(cut) < 110 for cut in set(cuts))  # 600 / 9, ± 5 standard deviations
+    turned = draws(
+        ModesConfig(chunk=64, p_attention=0, p_recurrent=0, p_prompt=1, prompt="prompt:recurrent,new:every:2")
+    )
+    assert {str(plan) for plan in turned} >= {str(parse_plan("every:2", 512, chunk=64)), "recurrent"}
+
+
+def test_draw_is_unchanged_by_what_is_not_used():
+    """Runs of versions without prompts and documents resume with the plans that they had."""
+    old, new = ModesConfig(chunk=8), ModesConfig(chunk=8, prompt="prompt:recurrent,new:attention")
+    assert draws(old, 50) == draws(new, 50)
+    for plan, number in zip(draws(old, 50), range(50), strict=True):
+        again = draw_plan(old, seed=7, iteration=0, microbatch=number, length=512, documents=[0, 512])
+        assert plan == again
+
+
+def test_draw_by_documents():
+    """Chunks and splits count from the start of every document."""
+    documents = [0, 5, 5 + 16, 40, 41, 100]
+    base = {"seed": 3, "iteration": 1, "length": 100, "documents": documents}
+    edges = {start + i for start, stop in itertools.pairwise(documents) for i in range(0, stop - start, 8)}
+    shares = set()
+    for number in range(60):
+        plan = draw_plan(ModesConfig(chunk=8, p_attention=0.0, p_recurrent=0.0), microbatch=number, **base)
+        assert plan.length == 100
+        assert {run.start for run in plan.runs} <= edges
+        shares.add(plan.attention_share)
+        split = draw_plan(ModesConfig(chunk=8, p_attention=0, p_recurrent=0, p_prompt=1), microbatch=number, **base)
+        for start, stop in itertools.pairwise(documents):
+            part = split.slice(start, stop)
+            assert part == parse_plan(f"prefix:{part.attention_tokens}", stop - start, chunk=8)
+            assert part.attention_tokens % 8 == 0 or part.attention_tokens == stop - start
+    assert len(shares) > 30
+    fixed = draw_plan(ModesConfig(chunk=8, fixed="prefix:6"), microbatch=0, **base)
+    assert str(fixed) == "runs:a0-11,r11-21,a21-27,r27-40,a40-47,r47-100"
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("ratio:0.25\n", "ratio:0.25"),
+        ("# ours\n\n  prompt:attention,new:every:2  # spread\n", "prompt:attention,new:every:2"),
+        ("a0-4\nr4-8  # here\n\na8-16\n", "runs:a0-4,r4-8,a8-16"),
+        ("a0-4, r4-8,\na8-16", "runs:a0-4, r4-8,a8-16"),
+        ("a0-16", "runs:a0-16"),
+    ],
+)
+def test_a_plan_in_a_file(tmp_path, monkeypatch, text, spec):
+    (tmp_path / "plan.txt").write_text(text)
+    monkeypatch.setenv("PLANS", str(tmp_path))
+    assert read_plan("file:$PLANS/plan.txt") == spec
+    assert parse_plan(f"file: {tmp_path}/plan.txt", 16, chunk=4, prompt=8) == parse_plan(spec, 16, chunk=4, prompt=8)
+    assert read_plan(spec) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "plan.txt cannot be read: No such file"),
+        ("", "holds no plan; write one, or runs such as a0-256, one a line"),
+        ("# a\n", "holds no plan"),
+        ("a0-4\nratio:0.5\n", "plan.txt:2: `ratio:0.5` is no run like a0-256"),
+        ("file:other", "names another file; write the plan itself"),
+        ("prefix:99", "99 tokens are more than the 16"),
+        ("a0-4\nr5-16", "does not start at 4"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_a_file_without_a_plan(tmp_path, text, expected):
+    path = tmp_path / "plan.txt"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match="mode plan `") as error:
+        parse_plan(f"file:{path}", 16, chunk=4)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_plans_of_a_run_are_written_out(tmp_path):
+    """The config that a checkpoint records depends on no file."""
+    (tmp_path / "run.yaml").write_text(to_yaml(tiny_run()))
+    (tmp_path / "plan").write_text("a0-8\nr8-32\n")
+    (tmp_path / "prompt").write_text("prompt:recurrent,new:attention\n")
+    run = load_run(
+        tmp_path / "run.yaml",
+        [
+            f"evaluation.plans=[attention,'file:{tmp_path}/plan']",
+            f"modes.prompt=file:{tmp_path}/prompt",
+            "modes.p_prompt=0.5",
+        ],
+    )
+    assert run.evaluation.plans == ("attention", "runs:a0-8,r8-32")
+    assert run.modes.prompt == "prompt:recurrent,new:attention"
+    validate(run, 1)
+    assert load_run(tmp_path / "run.yaml", [f"modes.fixed=file:{tmp_path}/plan"]).modes.fixed == "runs:a0-8,r8-32"
+    with pytest.raises(ConfigError, match=r"evaluation.plans\[0\]: mode plan `file:gone`: gone cannot be read"):
+        load_run(tmp_path / "run.yaml", ["evaluation.plans=['file:gone']"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"modes__p_prompt": 0.7}, "modes: p_attention 0.2 + p_recurrent 0.2 + p_prompt 0.7 is more than 1"),
+        ({"modes__p_prompt": 0.1, "modes__prompt": "every:2"}, "modes.prompt: `every:2` is no prompt:PLAN,new:PLAN"),
+        ({"modes__p_prompt": 0.1, "modes__prompt": "prompt:x,new:last:1"}, "modes.prompt: mode plan `x`: unknown form"),
+        ({"modes__align": "documents"}, "modes.align: documents needs data.documents: isolated"),
+        (
+            {"modes__align": "documents", "data__documents": "isolated", "modes__fixed": "runs:a0-8,r8-32"},
+            "modes.fixed: runs end at one place, documents do not",
+        ),
+        (
+            {"modes__schedule": (MixStage(start=1, p_attention=0.5, p_recurrent=0.5, p_prompt=0.5),)},
+            "modes.schedule[0]: p_attention 0.5 + p_recurrent 0.5 + p_prompt 0.5 is more than 1",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(changes, expected):
+    with pytest.raises(ConfigError) as error:
+        validate(tiny_run(**changes), 1)
+    assert str(error.value).startswith(expected)
