@@ -151,12 +151,14 @@ class RemoteCheckpoints:
 def mirror(url: str, root: Path) -> None:
     """Make `root` hold the manifest of every complete checkpoint in the folder `url`, and no other checkpoint."""
     remote = Remote(url)
-    complete = {name for name, files in _folders(remote.files()).items() if NAME in files}
+    complete = {name: files[NAME] for name, files in _folders(remote.files()).items() if NAME in files}
     for folder in root.glob(f"{PREFIX}*"):
         if folder.name not in complete and is_checkpoint_name(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
-    for name in complete:
-        (remote / name / NAME).download(root / name / NAME)
+    for name, size in complete.items():
+        copy = root / name / NAME
+        if not copy.is_file() or copy.stat().st_size != size:  # it is brought again when the checkpoint is loaded
+            (remote / name / NAME).download(copy)
 
 
 def fetch_checkpoint(url: str, *, only: Collection[str] | None = None) -> Path:

@@ -41,9 +41,9 @@ APART = ("checkpoints", lock.NAME)
 
 def run_folder(run: RunConfig) -> Path:
     """Where this machine has the files of a run: output_dir, or the folder from which they are copied there."""
+    storage.use_cache(run.storage.cache_dir, run.storage.cache_gb)  # for datasets and init_from, too
     if not is_url(run.output_dir):
         return Path(run.output_dir)
-    storage.use_cache(run.storage.cache_dir, run.storage.cache_gb)
     # Of this machine alone, also where machines share the cache.
     return storage.entry("runs", run.output_dir) / socket.gethostname() / Remote(run.output_dir).name
 

@@ -97,7 +97,10 @@ def test_a_run(
     """Stopped, resumed on another machine, bit for bit the run on a disk; then read by every command."""
     base = request.getfixturevalue("s3") if scheme == "s3" else f"memory://runs-{os.getpid()}"
     url = f"{base}/a run/é"
-    common = [str(project), *SMALL, f"output_dir={url}", "checkpoint.interval=2", "checkpoint.keep=2"]
+    for end in ("bin", "idx"):
+        Remote(f"{base}/data.{end}").upload(project.parent / f"data.{end}")
+    data = (f"data.blend=[{base}/data]", "data.num_workers=1")
+    common = [str(project), *SMALL, *data, f"output_dir={url}", "checkpoint.interval=2", "checkpoint.keep=2"]
     assert train.main([*common, "--dry-run"]) == 0
     assert Remote(url).files() == {}
     assert train.main([*common, "train.exit_after=3"]) == 0
