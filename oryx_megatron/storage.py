@@ -505,9 +505,9 @@ class Ranges:
             temporary.write_bytes(block + zlib.crc32(block).to_bytes(4, "little"))
             os.replace(temporary, self.folder / f"{number:08x}")
         _unchecked += len(block)
-        if _unchecked > cache_bytes() // 64:
+        if _unchecked > cache_bytes() // 512:  # each process looks by itself: together they may be over by some percent
             _unchecked = 0
-            make_room(0)
+            make_room(cache_bytes() // 20)  # room for a while: a look at all blocks takes a moment
 
 
 def sha256_is(sums: dict[str, str | None]) -> Callable[[Path, str], bool]:
