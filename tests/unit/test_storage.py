@@ -74,12 +74,11 @@ def test_files(bucket: Remote, tmp_path: Path) -> None:
         ("gs://bucket/x", "gs://bucket/x: gs:// needs the package gcsfs: pip install gcsfs"),
         ("abfs://bucket/x", "abfs:// needs the package adlfs: pip install adlfs"),
         ("foo://bucket/x", "foo:// is no storage that fsspec knows"),
-        ("http://127.0.0.1:1/x", "the storage does not answer (.*); check its endpoint and the network"),
     ],
 )
 def test_errors(url: str, said: str) -> None:
     for action in (Remote(url).read, lambda: Remote(url).write(b"")):
-        with pytest.raises(StorageError, match=said.replace("(.*)", r"\(.*\)")) as error:
+        with pytest.raises(StorageError, match=said) as error:
             action()
         assert "\n" not in str(error.value)
     assert isinstance(error.value, OryxError)
