@@ -31,7 +31,6 @@ class Batch(TypedDict):
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
-    positions: torch.Tensor
     documents: list[torch.Tensor] | None
 
 
@@ -193,16 +192,12 @@ class _Collate:
         highest = int(torch.maximum(tokens.max(), labels.max()))
         if highest >= self.vocab_size:
             raise DataError(f"{self.name} data holds token {highest}, outside the vocabulary of {self.vocab_size}")
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         if not self.isolated:
-            return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions, documents=None)
+            return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, documents=None)
         # The first token of a document cannot be told from the end of the one before: no loss there.
         loss_mask = loss_mask * (tokens != self.eod)
         documents = [document_starts(row, self.eod) for row in tokens]
-        begins = torch.stack([torch.repeat_interleave(starts[:-1], starts.diff()) for starts in documents])
-        return Batch(
-            tokens=tokens, labels=labels, loss_mask=loss_mask, positions=positions - begins, documents=documents
-        )
+        return Batch(tokens=tokens, labels=labels, loss_mask=loss_mask, documents=documents)
 
 
 def document_starts(tokens: torch.Tensor, eod: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import json
 import logging
 import multiprocessing
@@ -186,7 +185,7 @@ def test_a_resumed_stream_goes_on_where_it_stopped(paths: dict[str, str], tmp_pa
     resumed = SampleStream(blend, consumed=16, **settings)
     for expected in steps[2:]:
         for ours, theirs in zip(resumed.next_batches(), expected, strict=True):
-            for field in ("tokens", "labels", "loss_mask", "positions"):
+            for field in ("tokens", "labels", "loss_mask"):
                 assert torch.equal(ours[field], theirs[field])  # type: ignore[literal-required]
     assert whole.wait_seconds > 0
     for stream in (whole, resumed):
@@ -240,8 +239,6 @@ def test_isolated_documents(paths: dict[str, str], tmp_path: Path) -> None:
         expected = [0, *(i + 1 for i, token in enumerate(tokens) if token == EOD and i + 1 < SEQUENCE), SEQUENCE]
         assert starts == expected
         assert batch["documents"][row].dtype == torch.int32
-        for begin, end in itertools.pairwise(starts):
-            assert batch["positions"][row, begin:end].tolist() == list(range(end - begin))
         assert batch["loss_mask"][row].tolist() == [float(token != EOD) for token in tokens]
     assert any(len(starts) > 2 for starts in batch["documents"])
 
