@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from gaps import Profile
 from peers import gpt_engine
 
 from oryx_megatron import parallel, platform
@@ -51,6 +50,7 @@ from oryx_megatron.planner import (
 )
 from oryx_megatron.testing.layouts import Session, session, tiny_run
 from oryx_megatron.train.engine import MegatronEngine
+from oryx_megatron.train.traces import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def measure(name: str, layout: ParallelConfig, text: str, graphs: bool, argument
                 raise RuntimeError(f"graphs: {opened.engine.graphs.failed}")
             free, total = torch.cuda.mem_get_info()
             own[:2] = torch.cuda.max_memory_reserved() / GIB, (total - free - torch.cuda.memory_reserved()) / GIB
-            profile = Profile.of(opened.step)
+            profile = Trace.of(opened.step)
             own[2:] = profile.idle / profile.span, profile.exchange / profile.span
             if arguments.profile is not None and parallel.is_main_rank():
                 kind = "graphs" if graphs else "launched"

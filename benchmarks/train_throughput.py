@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gaps import Profile
 from megatron.core.utils import get_model_config
 from peers import finish, gpt_chunks, peer_engine
 from torch import Tensor
@@ -46,6 +45,7 @@ from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import forget_hooks
 from oryx_megatron.train.engine import MegatronEngine, take_step
 from oryx_megatron.train.step import Microbatch
+from oryx_megatron.train.traces import Trace
 
 PEAK_TFLOPS = 989.0
 """Dense bf16 rate of one H100 or H200 (SXM) by its data sheet; MFU is against this, for FP8 too."""
@@ -290,7 +290,7 @@ def measure(case: str, runner: Runner, precision: str, graphs: bool, steps: int,
 
 def write_profile(runner: Runner, plans: list[ModePlan], path: Path | None) -> float:
     """Share of two steps without a kernel; with `path`, their kernels by share of GPU time too."""
-    profile = Profile.of(lambda: runner.time(plans[:2], 2))
+    profile = Trace.of(lambda: runner.time(plans[:2], 2))
     if path is not None:
         path.write_text(profile.report())
     return profile.idle / profile.span

@@ -21,7 +21,7 @@ from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.remote import RemoteCheckpoints
-from oryx_megatron.checkpoint.state import gather_weights, load_sharded_state, sharded_state
+from oryx_megatron.checkpoint.state import gather_weights, has_stepped, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
@@ -215,12 +215,14 @@ class Checkpoints:
             self.remote.publish(folder, mine)
         final = store.commit(folder)
         self._damaged.discard(final.name)
-        keep, keep_every = self.config.keep, self.config.keep_every
+        config = self.config
         try:
+            rules: dict[str, Any] = {"steps": config.steps, "best": config.keep_best}
+            rules |= {"damaged": self._damaged, "told": self._staying}
             if self.remote is not None:
-                self.remote.retain(keep, keep_every, damaged=self._damaged, told=self._staying)
+                self.remote.retain(config.keep, config.keep_every, **rules)
             else:
-                store.apply_retention(self.root, keep, keep_every, damaged=self._damaged, told=self._staying)
+                store.apply_retention(self.root, config.keep, config.keep_every, **rules)
         except OSError as error:  # the new checkpoint is whole all the same
             log.warning("old checkpoints stay: %s", error)
         return final
@@ -359,7 +361,8 @@ class CheckpointManager(Checkpoints):
         """Start the writers of all ranks."""
         started = time.monotonic()
         gather_weights(self.chunks)
-        state = sharded_state(self.chunks, self.optimizer)
+        # An optimizer that never stepped has no state, and starts anew after loading as it does now.
+        state = sharded_state(self.chunks, self.optimizer if has_stepped(self.optimizer) else None)
         failure: BaseException | None = None
         try:
             request = compat.megatron.save(state, folder, self._strategy, validate=iteration <= 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform as python_platform
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -108,6 +110,19 @@ def is_checkpoint_name(name: str) -> bool:
 def iteration_of(folder: Path) -> int:
     """Iteration in a checkpoint's folder name."""
     return int(folder.name.removeprefix(PREFIX))
+
+
+def lowest(manifests: Mapping[str, Manifest], best: str) -> str | None:
+    """Of checkpoints by name, the one with the lowest loss `SET/PLAN` at its iteration; of equal ones the newest."""
+    found = [
+        (result["loss"], -manifest.iteration, name)
+        for name, manifest in manifests.items()
+        for result in manifest.evaluations
+        if f"{result['dataset']}/{result['plan']}" == best
+        and result["iteration"] == manifest.iteration
+        and math.isfinite(result["loss"])
+    ]
+    return min(found)[2] if found else None
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = NAME) -> None:

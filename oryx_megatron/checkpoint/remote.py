@@ -6,6 +6,7 @@ and then the manifest. At load each machine downloads what it lacks and compares
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import logging
@@ -25,6 +26,7 @@ from oryx_megatron.checkpoint.manifest import (
     Manifest,
     is_checkpoint_name,
     iteration_of,
+    lowest,
     read_manifest,
 )
 from oryx_megatron.data.files import LISTING
@@ -94,22 +96,43 @@ class RemoteCheckpoints:
         """Names there that are no checkpoint's."""
         return sorted({name.partition("/")[0] for name in self.remote.files()} - set(self._folders()))
 
-    def retain(self, keep: int, keep_every: int, *, damaged: Collection[str], told: set[str]) -> None:
+    def retain(
+        self,
+        keep: int,
+        keep_every: int,
+        *,
+        steps: Collection[int],
+        best: str | None,
+        damaged: Collection[str],
+        told: set[str],
+    ) -> None:
         """On rank 0: store.apply_retention, there."""
         if keep <= 0:
             return
         whole = 0
+        kept = None if best is None else self._best(best, damaged)
         for name, files in sorted(self._folders().items(), key=lambda item: iteration_of(Path(item[0])), reverse=True):
             if NAME not in files:
                 continue
             if whole < keep:
                 whole += name not in damaged and self._complete(name, files)
+            elif name == kept or iteration_of(Path(name)) in steps:
+                continue
             elif not (keep_every and iteration_of(Path(name)) % keep_every == 0) and (why := self._remove(name, files)):
                 if name not in told:
                     log.warning("the old checkpoint %s stays: %s", self.remote / name, why)
                 told.add(name)
 
     # ------------------------------------------------------------------------------------------------- internals
+
+    def _best(self, best: str, damaged: Collection[str]) -> str | None:
+        """The checkpoint with the lowest of this validation loss."""
+        manifests = {}
+        for name, files in self._folders().items():
+            if NAME in files and name not in damaged and self._complete(name, files):
+                with contextlib.suppress(CheckpointError):
+                    manifests[name] = self._manifest(name)
+        return lowest(manifests, best)
 
     def _target(self, folder: Path) -> Remote:
         return self.remote / f"{PREFIX}{folder.name.rpartition('_')[2].partition('.')[0]}"

@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from oryx_megatron import compat
+from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, scales, shards, whole
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
@@ -101,6 +101,14 @@ def load_sharded_state(
         gather_weights(chunks, always=True)
     elif optimizer is not None:
         optimizer.reload_model_params()
+
+
+def has_stepped(optimizer: MegatronOptimizer) -> bool:
+    """Whether an optimizer holds state on any rank; collective."""
+    own = any(single.optimizer.state for single in compat.megatron.singles(optimizer) if single.optimizer is not None)
+    stepped = platform.to_device(torch.tensor(float(own)))
+    torch.distributed.all_reduce(stepped, torch.distributed.ReduceOp.MAX)
+    return stepped.item() > 0
 
 
 def has_optimizer(written: Iterable[str]) -> bool:

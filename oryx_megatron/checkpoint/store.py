@@ -11,6 +11,7 @@ checkpoint stay. What cannot be removed is a warning.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import itertools
@@ -30,6 +31,7 @@ from oryx_megatron.checkpoint.manifest import (
     file_digest,
     is_checkpoint_name,
     iteration_of,
+    lowest,
     read_manifest,
 )
 from oryx_megatron.checkpoint.remote import fetch_checkpoint
@@ -150,9 +152,16 @@ def _names(path: Path) -> Iterator[Path]:
 
 
 def apply_retention(
-    root: Path, keep: int, keep_every: int, *, damaged: Collection[str] = (), told: set[str] | None = None
+    root: Path,
+    keep: int,
+    keep_every: int,
+    *,
+    steps: Collection[int] = (),
+    best: str | None = None,
+    damaged: Collection[str] = (),
+    told: set[str] | None = None,
 ) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed.
+    """Remove all but the newest `keep` checkpoints and those to be kept for another reason; returns the removed.
 
     Damaged ones (those named, and those with files missing or of another size) do not count as kept. They go like any
     other once `keep` whole newer ones exist. Links, and checkpoints of a newer version, neither count nor go.
@@ -160,7 +169,9 @@ def apply_retention(
     Args:
         root: Folder of the checkpoints.
         keep: 0 keeps all.
-        keep_every: 0 keeps no more.
+        keep_every: Those at multiples of it stay too; 0: none.
+        steps: Those at these iterations stay too.
+        best: So does the one with the lowest of this validation loss, `SET/PLAN` (`best_checkpoint`).
         damaged: Names found damaged at load.
         told: Names of those that stay and of which that was said, for it to be said once.
     """
@@ -169,11 +180,14 @@ def apply_retention(
     told = set() if told is None else told
     removed = []
     whole = 0
+    lowest = None if best is None else best_checkpoint(root, best, damaged=damaged)
     for folder in reversed(list_checkpoints(root)):
         if folder.is_symlink():
             _say_once(told, folder, "it is a link")
         elif whole < keep:
             whole += folder.name not in damaged and _complete(folder)
+        elif folder == lowest or iteration_of(folder) in steps:
+            continue
         elif not (keep_every and iteration_of(folder) % keep_every == 0):
             try:
                 left = _remove(folder)
@@ -184,6 +198,17 @@ def apply_retention(
                 _say_once(told, folder, f"it holds {left[0]}, which is no part of a checkpoint")
             removed.append(folder)
     return removed[::-1]
+
+
+def best_checkpoint(root: Path, best: str, *, damaged: Collection[str] = ()) -> Path | None:
+    """The whole checkpoint whose own evaluation has the lowest of the loss `SET/PLAN`, of equal ones the newest."""
+    manifests = {}
+    for folder in list_checkpoints(root):
+        with contextlib.suppress(CheckpointError):
+            if folder.name not in damaged and _complete(folder):
+                manifests[folder.name] = read_manifest(folder)
+    name = lowest(manifests, best)
+    return None if name is None else root / name
 
 
 def _say_once(told: set[str], folder: Path, reason: str) -> None:

@@ -135,7 +135,8 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
         if value is None or (isinstance(value, str) and value.strip().casefold() in ("none", "null")):
             return None  # `None` is how Python writes it; YAML reads text
         inner = without_null(kind)
-        if not isinstance(value, (str, int, float, bool)) and not dataclasses.is_dataclass(inner):
+        plain = isinstance(value, (str, int, float, bool)) or typing.get_origin(inner) is tuple
+        if not plain and not dataclasses.is_dataclass(inner):
             raise wrong()
         return _convert(inner, value, source, name)
     if dataclasses.is_dataclass(kind):

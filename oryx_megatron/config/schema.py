@@ -449,6 +449,11 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: Index = 0
     """Also keep every checkpoint whose iteration is a multiple of this; 0: none."""
+    steps: tuple[Index, ...] = ()
+    """Also save after these iterations, 0 being before the first, and keep those checkpoints."""
+    keep_best: str | None = None
+    """Also keep the checkpoint with the lowest of this validation loss, `SET/PLAN` as `valid/recurrent`. Every
+    checkpoint is then evaluated before it is saved, unless the run is told to stop. null: off."""
     asynchronous: bool = False
     """Write in the background while training continues."""
     timeout: Positive = 1800.0
@@ -461,8 +466,11 @@ class EvaluationConfig:
 
     interval: Index = 0
     """Iterations between evaluations; 0: only at the end."""
-    batches: Count = 8
-    """Global batches per validation set and plan; fewer where a set holds less: each sample is read once."""
+    steps: tuple[Index, ...] = ()
+    """Also evaluate after these iterations, 0 being before the first."""
+    batches: Count | None = 8
+    """Global batches per validation set and plan; fewer where a set holds less: each sample is read once. null: the
+    whole set, every dataset of it once whatever its weight."""
     plans: tuple[str, ...] = ("attention", "recurrent", "ratio:0.25")
     """Mode plans to evaluate under."""
 
@@ -499,6 +507,10 @@ class LoggingConfig:
     """Write TensorBoard events next to the metrics."""
     wandb_project: str | None = None
     """Weights & Biases project; null: off. Without a key or a network the run says so and continues without it."""
+    profile: tuple[Count, Count] | None = None
+    """First and last step, both included, that torch's profiler traces into RUN/profile; null: off."""
+    profile_ranks: tuple[Index, ...] = (0,)
+    """Ranks that do so."""
 
 
 @dataclass(frozen=True, kw_only=True)

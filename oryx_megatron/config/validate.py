@@ -7,6 +7,7 @@ that a wrong config costs seconds.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 import re
@@ -218,6 +219,26 @@ def _check_modes(run: RunConfig) -> None:
         _check_plan(f"evaluation.plans[{i}]", spec, model, modes, length)
     if len(set(run.evaluation.plans)) != len(run.evaluation.plans):
         raise ConfigError(f"evaluation.plans: a plan is given twice in {', '.join(run.evaluation.plans)}")
+
+
+def _check_moments(run: RunConfig) -> None:
+    """When a run saves, evaluates and is profiled, and which checkpoint is its best."""
+    iterations, best = run.train.iterations, run.checkpoint.keep_best
+    for name, steps in (("checkpoint.steps", run.checkpoint.steps), ("evaluation.steps", run.evaluation.steps)):
+        if late := [step for step in steps if step > iterations]:
+            raise ConfigError(f"{name}: {late[0]} is after train.iterations {iterations}")
+    if best is not None:
+        sets = [*(["valid"] if run.data.split[1] > 0 else []), *run.data.validation]
+        known = [f"{name}/{plan}" for name in sets for plan in run.evaluation.plans]
+        if best not in known:
+            near = difflib.get_close_matches(best, known, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known) or 'none, as there is no set'}"
+            raise ConfigError(f"checkpoint.keep_best: no validation loss is called {best!r}; {hint}")
+    if len(set(run.logging.profile_ranks)) != len(run.logging.profile_ranks):
+        raise ConfigError(f"logging.profile_ranks: {list(run.logging.profile_ranks)} names a rank twice")
+    if run.logging.profile is not None and run.logging.profile[0] > run.logging.profile[1]:
+        first, last = run.logging.profile
+        raise ConfigError(f"logging.profile: the first step {first} is after the last, {last}")
 
 
 def _check_stages(name: str, starts: list[int], iterations: int) -> None:
@@ -619,6 +640,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     _check_data(run.data, run.train.iterations)
     _check_training(run)
     _check_faults(run.faults)
+    _check_moments(run)
     _check_modes(run)
     check_expert_run(run)
     check_license(run.license)
@@ -627,4 +649,6 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     except ConfigError as error:
         raise ConfigError(f"{error}; {_alternatives(run, world_size)}") from None
     _check_precision(run)
+    if run.logging.profile is not None and (absent := [r for r in run.logging.profile_ranks if r >= world_size]):
+        raise ConfigError(f"logging.profile_ranks: there is no rank {absent[0]} among {world_size}, counted from 0")
     return layout

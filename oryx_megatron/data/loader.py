@@ -97,9 +97,18 @@ class _Stage:
     blend: tuple[BlendEntry, ...]
 
 
+EVERY = 0
+"""Instead of a number of samples: all of a validation set, each once."""
+
+
+def evaluation_samples(run: RunConfig) -> int:
+    """Samples of a validation set that an evaluation of this run reads, or EVERY."""
+    return EVERY if run.evaluation.batches is None else run.evaluation.batches * run.train.global_batch_size
+
+
 def sample_counts(run: RunConfig, count: SampleCount | None = None) -> dict[str, int]:
     """Samples a run needs: `train`, `valid` when the split has a validation part, and each further validation set."""
-    evaluation = run.evaluation.batches * run.train.global_batch_size
+    evaluation = evaluation_samples(run)
     counts = {"train": (count or SampleCount.of(run.train)).samples_at(run.train.iterations)}
     if run.data.split[1] > 0:
         counts["valid"] = evaluation
@@ -205,6 +214,8 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
                 part = (stage.stop - stage.start) * (entry.weight / whole if len(stage.blend) > 1 else 1.0)
                 wanted[entry.path] = wanted.get(entry.path, 0.0) + part
         _, tokens = _parts(list(wanted), opened, share, split)
+        if name != "train" and stages[-1].stop == EVERY:
+            wanted = {path: float(_held(tokens[path], run)) for path in wanted}
         found[name] = tuple(
             Part(path, round(part), part * run.data.sequence_length / tokens[path]) for path, part in wanted.items()
         )
@@ -367,8 +378,13 @@ def _blend(
         ],
     }
     bounds, tokens = _parts(paths, opened, share, split)
+    held = [_held(tokens[path], run) for path in paths]
     order = None
-    if len(paths) > 1:
+    if once and size == EVERY:
+        size = sum(held)
+        if len(paths) > 1:
+            order = (np.repeat(np.arange(len(held), dtype=np.int16), held), np.concatenate([*map(np.arange, held)]))
+    elif len(paths) > 1:
         folder = cached(
             (cache or opened[paths[0]].place.folder / ".cache") / "blends",
             {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
@@ -378,7 +394,6 @@ def _blend(
         order = (np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r"))
     counted = size
     if once:
-        held = [max((tokens[path] - 1) // run.data.sequence_length, 1) for path in paths]
         order, counted = _read_once(name, paths, order, held, size)
     counts = {paths[0]: counted}
     if order is not None:
@@ -460,6 +475,11 @@ def _read_once(
             "nothing is read twice", name, counted, size, ", ".join(short[:3]), more,
         )  # fmt: skip
     return order, counted
+
+
+def _held(tokens: int, run: RunConfig) -> int:
+    """Samples in so many tokens."""
+    return max((tokens - 1) // run.data.sequence_length, 1)
 
 
 def _bounds(share: tuple[float, float, float], split: Split, sequences: int) -> tuple[int, int]:

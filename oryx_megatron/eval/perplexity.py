@@ -14,7 +14,7 @@ from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, loa
 from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig
 from oryx_megatron.config.validate import Layout, validate
 from oryx_megatron.data.indexed import open_dataset
-from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.loader import build_datasets, evaluation_samples
 from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.routed import Plans, routes
@@ -93,7 +93,7 @@ def evaluate_checkpoint(
     from megatron.core import parallel_state
 
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
-    asked = {name: run.evaluation.batches * run.train.global_batch_size}
+    asked = {name: evaluation_samples(run)}
     datasets = build_datasets(run, spoken, asked, once=True)
     chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
     load_model_weights(folder, chunks)

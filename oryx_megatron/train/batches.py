@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -74,6 +75,9 @@ def evaluation_batches(
     """The microbatches of one evaluation step, all under `plan`; `token_bytes` [vocabulary] makes bits per byte.
 
     Where the plan depends on the text every row is a microbatch of its own.
+
+    Labels are grouped by the mode of the token before them and by its position: group `mode · n + i` for recurrent
+    (0) and attention mode (1), where i is the first of the n `position_bounds` above the position.
     """
     sizes = torch.from_numpy(token_bytes)
     if callable(plan):
@@ -81,10 +85,35 @@ def evaluation_batches(
         planned = [(row, _plan_of_documents(plan, row)) for row in rows]
     else:
         planned = [(batch, plan) for batch in samples]
-    return [
-        _microbatch(batch, own, float((sizes[batch["labels"]] * batch["loss_mask"]).sum(dtype=torch.float64)))
-        for batch, own in planned
-    ]
+    found = []
+    for batch, own in planned:
+        made = _microbatch(batch, own, float((sizes[batch["labels"]] * batch["loss_mask"]).sum(dtype=torch.float64)))
+        bounds = position_bounds(batch["tokens"].shape[1])
+        positions = _positions(batch).reshape(made.tokens.shape).contiguous()
+        places = torch.bucketize(positions, torch.tensor(bounds), right=True)
+        modes = torch.from_numpy(made.plan.is_attention().astype(np.int64))
+        found.append(dataclasses.replace(made, groups=modes * len(bounds) + places, group_count=2 * len(bounds)))
+    return found
+
+
+def position_bounds(length: int) -> list[int]:
+    """Positions at which the groups of an evaluation end: `length`, its half, and so on, at most twelve."""
+    bounds = [length]
+    while bounds[0] >= 2 * SHORTEST and len(bounds) < MOST_GROUPS:
+        bounds.insert(0, bounds[0] // 2)
+    return bounds
+
+
+SHORTEST, MOST_GROUPS = 16, 12
+
+
+def _positions(batch: Batch) -> Tensor:
+    """[b, s]: tokens that each token may look back at, in its document where documents are isolated."""
+    positions = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
+    if batch["documents"] is None:
+        return positions
+    begins = [torch.repeat_interleave(starts[:-1], starts.diff()) for starts in batch["documents"]]
+    return positions - torch.stack(begins)
 
 
 def _rows(batch: Batch) -> list[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
 from oryx_megatron.modes import ModePlan, parse_plan
-from oryx_megatron.train.batches import TextPlan, evaluation_batches, open_stream
+from oryx_megatron.train.batches import TextPlan, evaluation_batches, open_stream, position_bounds
 from oryx_megatron.train.step import REPORTED, Totals, forward_backward
 
 
@@ -33,6 +33,10 @@ class Evaluation:
     tokens: int
     attention_share: float
     """Share of the tokens in attention mode."""
+    modes: dict[str, float] = field(default_factory=dict)
+    """Loss of the labels after tokens in each mode: `attention`, `recurrent`."""
+    positions: dict[str, float] = field(default_factory=dict)
+    """Loss by position (in the document where isolated): the bound below which a group's positions are, its loss."""
 
     @property
     def perplexity(self) -> float:
@@ -56,7 +60,7 @@ def evaluate(
     progress: Callable[[], None] = lambda: None,
     text_plans: Mapping[str, TextPlan] | None = None,
 ) -> list[Evaluation]:
-    """Evaluate every dataset under every plan on the same `evaluation.batches` global batches.
+    """Evaluate every dataset under every plan on the same `evaluation.batches` global batches (null: on all).
 
     Args:
         run: The run's config; `plans` replaces its evaluation.plans.
@@ -80,7 +84,8 @@ def evaluate(
                 plan = (text_plans or {}).get(spec) or parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
                 totals, share = _run(run, layout, chunks, dataset, tokenizer, token_bytes, plan, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
-                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share))
+                apart = _apart(totals, position_bounds(run.data.sequence_length))
+                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share, *apart))
     finally:
         for chunk, mode in zip(chunks, training):
             chunk.train(mode)
@@ -105,7 +110,8 @@ def _run(
     sums = []
     attention = tokens = 0
     try:
-        for _ in range(min(run.evaluation.batches, len(dataset) // run.train.global_batch_size)):
+        held = len(dataset) // run.train.global_batch_size
+        for _ in range(held if run.evaluation.batches is None else min(run.evaluation.batches, held)):
             batches = evaluation_batches(stream.next_batches(), plan, token_bytes)
             sums.append(forward_backward(chunks, batches, forward_only=True).sums)
             attention += sum(batch.plan.attention_tokens for batch in batches)
@@ -113,7 +119,8 @@ def _run(
             progress()
     finally:
         stream.close()
-    totals = Totals(torch.stack(sums).sum(0) if sums else torch.zeros(REPORTED, dtype=torch.float64))
+    empty = torch.zeros(REPORTED + 4 * len(position_bounds(run.data.sequence_length)), dtype=torch.float64)
+    totals = Totals(torch.stack(sums).sum(0) if sums else empty)
     if not callable(plan):
         return totals, plan.attention_share
     return totals, _share_over_ranks(attention, tokens)
@@ -125,3 +132,15 @@ def _share_over_ranks(attention: int, tokens: int) -> float:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
     return float(counts[0] / counts[1].clamp_min(1))
+
+
+def _apart(totals: Totals, bounds: list[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean loss by mode and by position, of `evaluation_batches`' groups; without those that hold no label."""
+    groups = np.array(totals.groups).reshape(2, len(bounds), 2)  # mode, position, loss and labels
+    modes = dict(zip(("recurrent", "attention"), groups.sum(1), strict=True))
+    positions = dict(zip(map(str, bounds), groups.sum(0), strict=True))
+    return _means(modes), _means(positions)
+
+
+def _means(sums: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(loss / labels) for name, (loss, labels) in sums.items() if labels}

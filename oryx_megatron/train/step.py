@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -37,6 +38,9 @@ class Microbatch:
     """int32 cumulative document starts, or None when documents are joined."""
     text_bytes: float = 0.0
     """UTF-8 bytes that the counted labels stand for; known in evaluation only."""
+    groups: Tensor | None = None
+    """int64 [b, s]: the group of each label, whose losses are summed apart too; in evaluation only."""
+    group_count: int = 0
 
 
 ForwardStep = Callable[[Iterator[Microbatch], torch.nn.Module], tuple[Tensor, Any]]
@@ -71,6 +75,8 @@ class Placed:
     loss_mask: Tensor
     info: SequenceInfo
     text_bytes: float
+    groups: Tensor | None = None
+    group_count: int = 0
 
 
 class OryxProgram:
@@ -109,7 +115,8 @@ class OryxProgram:
         if layout is not None and ranks > 1:
             layout.shard(ranks)  # its tables come from the host too
         tokens, labels, mask = (platform.to_device(x) for x in _texts(batch))
-        return Placed(tokens, labels, mask, info, text_bytes)
+        groups = None if batch.groups is None else platform.to_device(batch.groups)
+        return Placed(tokens, labels, mask, info, text_bytes, groups, batch.group_count)
 
     def refill(self, placed: Placed, batch: Microbatch) -> None:
         """See Program."""
@@ -133,7 +140,10 @@ class OryxProgram:
             labels=labels,
             packed_seq_params=info,
         )
-        return output, partial(sum_loss, mask, placed.text_bytes)
+        if placed.groups is None:
+            return output, partial(sum_loss, mask, placed.text_bytes)
+        groups = info.arrange(placed.groups)[:, local]
+        return output, partial(_sum_groups, mask, placed.text_bytes, groups, placed.group_count)
 
 
 def _texts(batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +171,24 @@ def sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, T
     return total, tokens.to(torch.int), {"totals": report}
 
 
+def _sum_groups(
+    mask: Tensor, text_bytes: float, groups: Tensor, count: int, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`sum_loss`, with the loss and the number of labels of every group in the report too."""
+    total, tokens, report = sum_loss(mask, text_bytes, losses)
+    own = losses[0] if losses.dim() > mask.dim() else losses
+    apart = torch.zeros(2, count, dtype=torch.float64, device=mask.device)
+    apart.index_add_(1, groups.reshape(-1), torch.stack((own.float() * mask, mask)).double().reshape(2, -1))
+    return total, tokens, {"totals": torch.cat((report["totals"].double(), apart.reshape(-1)))}
+
+
 def _context_slice(length: int) -> slice:
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     return slice(rank * length // size, (rank + 1) * length // size)
 
 
 REPORTED = 4
-"""Sums of a microbatch: `Totals.sums`."""
+"""Sums of a microbatch: `Totals.sums`, without groups."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +196,10 @@ class Totals:
     """Sums over a global batch, the same on every rank. Reading a number waits for the device."""
 
     sums: Tensor
-    """[4] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training), z-loss."""
+    """[4] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training), z-loss.
+
+    With groups [4 + 2 groups]: then the loss of each group, and the counted labels of each.
+    """
     local: Tensor | None = field(default=None, repr=False, compare=False)
     """[microbatches, 4] the same of every microbatch of this rank, on the last pipeline stage."""
     routing: Tensor | None = field(default=None, repr=False, compare=False)
@@ -189,14 +213,14 @@ class Totals:
         """Wait once for these sums and for other numbers (of any shape), which are returned."""
         routing = () if self.routing is None else (self.routing,)
         parts = [other.double().reshape(-1) for other in (self.sums, *others, *routing)]
-        numbers = torch.cat(parts).tolist()
-        self.__dict__["_numbers"] = numbers[:REPORTED]
+        numbers, own = torch.cat(parts).tolist(), len(self.sums)
+        self.__dict__["_numbers"] = numbers[:own]
         if self.routing is not None:
             width = self.routing.shape[1]
             first = len(numbers) - self.routing.numel()
             self.__dict__["routed"] = [numbers[i : i + width] for i in range(first, len(numbers), width)]
             numbers = numbers[:first]
-        return numbers[REPORTED:]
+        return numbers[own:]
 
     @cached_property
     def routed(self) -> list[list[float]]:
@@ -222,6 +246,12 @@ class Totals:
     def mean_z_loss(self) -> float:
         """Weighted, per token; 0 where it is off and in evaluation."""
         return self._numbers[3] / max(self.tokens, 1.0)
+
+    @property
+    def groups(self) -> list[tuple[float, float]]:
+        """Loss in nats and counted labels of each group of labels."""
+        losses, counts = np.array(self._numbers[REPORTED:]).reshape(2, -1)
+        return list(zip(losses.tolist(), counts.tolist(), strict=True))
 
     @property
     def mean(self) -> Tensor:
@@ -263,7 +293,8 @@ def forward_backward(
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
-    return _reduce([report["totals"] for report in reports], None if forward_only else _routing(chunks))
+    routing = None if forward_only else _routing(chunks)
+    return _reduce([report["totals"] for report in reports], routing, groups=batches[0].group_count)
 
 
 def _routing(chunks: list[Any]) -> Tensor | None:
@@ -281,9 +312,9 @@ def _routing(chunks: list[Any]) -> Tensor | None:
     return table
 
 
-def _reduce(reports: list[Tensor], routing: Tensor | None = None) -> Totals:
+def _reduce(reports: list[Tensor], routing: Tensor | None = None, *, groups: int = 0) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
-    total = torch.zeros(REPORTED, dtype=torch.float64, device=platform.device())
+    total = torch.zeros(REPORTED + 2 * groups, dtype=torch.float64, device=platform.device())
     local = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         local = torch.stack(reports)

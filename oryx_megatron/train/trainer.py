@@ -24,11 +24,12 @@ from oryx_megatron.train import banner, init_from, manifests, remote, resume, si
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
 from oryx_megatron.train.batches import open_stream, training_batches
-from oryx_megatron.train.callbacks import Callbacks, StepRecord, check_installed, reporters
+from oryx_megatron.train.callbacks import Callbacks, StepRecord, check_installed, profiler, reporters
 from oryx_megatron.train.clock import Clock, Updates
 from oryx_megatron.train.engine import Taken, build_engine, run_step
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged
+from oryx_megatron.train.moments import Moments
 from oryx_megatron.train.routing import routing_of
 from oryx_megatron.train.saving import Saver
 from oryx_megatron.train.sizes import check_sizes
@@ -100,6 +101,7 @@ class Trainer:
         self.stragglers = Stragglers(self.chunks, run.faults.slow_rank)
         self.watchdog = Watchdog(self.folder, run.faults.hang_timeout)
         self.saver = Saver(self.checkpoints, run.checkpoint.timeout, self.clock, self.watchdog, self.callbacks)
+        self.moments = Moments(run)
         self.iteration = 0
         self.evaluations: list[dict[str, Any]] = []
         if manifest := self._load(before):
@@ -109,6 +111,8 @@ class Trainer:
         self.stream = self.open_stream()
         if self.main:
             self.callbacks.extend([*reporters(run, layout, self.clock, self.folder), *files])
+        if reports:
+            self.callbacks.extend(profiler(run, torch.distributed.get_rank(), self.folder))
 
     def fit(self) -> signals.Stop | None:
         """Train until train.iterations (or train.exit_after), evaluating and saving on the way and at the end.
@@ -140,16 +144,19 @@ class Trainer:
         stop.look()
         if self._missed_evaluation():
             self.evaluate()
+        if self.iteration in run.checkpoint.steps and stop.reason is None:
+            self.save()
         while self.iteration < last and stop.reason is None:
+            self.callbacks.call("before_step", self.iteration + 1)
             record = self.step()
             self.callbacks.call("on_step", record)
             self._compare_ranks()
             if record.skipped and self._rolled_back():
                 continue
-            if self._evaluation_due() and stop.reason is None:
+            saving = self.moments.save(self.iteration, last) and (not self.guard.row or self.iteration == last)
+            if self.moments.evaluate(self.iteration, saving=saving) and stop.reason is None:
                 self.evaluate()
-            due = _due(self.iteration, run.checkpoint.interval, last, *run.schedule.restarts)
-            if due and (not self.guard.row or self.iteration == last):
+            if saving:
                 self.save()
             self.saver.poll()
 
@@ -327,12 +334,9 @@ class Trainer:
 
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""
+        due = self.moments.evaluate(self.iteration)
         missed = all(result["iteration"] != self.iteration for result in self.evaluations)
-        return self.iteration > 0 and self._evaluation_due() and missed and len(self.datasets) > 1
-
-    def _evaluation_due(self) -> bool:
-        run = self.run
-        return _due(self.iteration, run.evaluation.interval, run.train.iterations, *run.schedule.restarts)
+        return due and missed and len(self.datasets) > 1
 
     def _next_samples(self) -> list[Batch]:
         try:
@@ -340,11 +344,6 @@ class Trainer:
         except DataError as error:
             error.rank_local = True  # only this rank read the sample at fault
             raise
-
-
-def _due(iteration: int, interval: int, *ends: int) -> bool:
-    """Every `interval`, and where a decay of the learning rate ends."""
-    return iteration in ends or (interval > 0 and iteration % interval == 0)
 
 
 def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Hooks into the training loop, and what calls them.
 
 A callback sees finished facts and never communicates between ranks, so that an error in one cannot leave other ranks
-waiting. Reporting callbacks exist on rank 0 only.
+waiting. Callbacks that report exist on rank 0 only, the profiler's on ranks that it is asked for.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ class Callback:
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
         """Before the first step; `iteration` steps were done by earlier processes."""
+
+    def before_step(self, iteration: int) -> None:
+        """Before step number `iteration`, from 1."""
 
     def on_step(self, record: StepRecord) -> None:
         """After every step."""

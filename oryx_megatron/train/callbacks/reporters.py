@@ -17,6 +17,7 @@ from oryx_megatron.train.callbacks.base import Callback, Callbacks
 from oryx_megatron.train.callbacks.display import Display
 from oryx_megatron.train.callbacks.events import History
 from oryx_megatron.train.callbacks.metrics_file import MetricsFile
+from oryx_megatron.train.callbacks.profile import Profile
 from oryx_megatron.train.callbacks.tensorboard import TensorBoard
 from oryx_megatron.train.callbacks.weights_and_biases import WeightsAndBiases
 from oryx_megatron.train.clock import Clock
@@ -32,6 +33,14 @@ def check_installed(logging: LoggingConfig) -> None:
             raise ConfigError(
                 f"logging.{field}: {package} is not installed; `pip install {package}`, or set it to {off}"
             )
+
+
+def profiler(run: RunConfig, rank: int, folder: Path) -> Callbacks:
+    """What profiles this rank into `folder`, if it is to be."""
+    window, ranks = run.logging.profile, run.logging.profile_ranks
+    if window is None or rank not in ranks:
+        return Callbacks()
+    return Callbacks([Profile(folder, *window, out=sys.stdout if rank == min(ranks) else None)])
 
 
 def reporters(run: RunConfig, layout: Layout, clock: Clock, folder: Path) -> Callbacks:

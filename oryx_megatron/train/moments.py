@@ -1,0 +1,46 @@
+"""When a run evaluates and saves. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from oryx_megatron.config.schema import RunConfig
+
+
+class Moments:
+    """Of one run; iterations are steps done, 0 before the first."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def evaluate(self, iteration: int, *, saving: bool = False) -> bool:
+        """Whether an evaluation is due; `saving`: a save is, before which checkpoint.keep_best needs one."""
+        run = self.run
+        due = _due(iteration, run.evaluation.interval, self._listed(run.evaluation.steps), run.train.iterations)
+        return due or (run.checkpoint.keep_best is not None and (saving or iteration in run.checkpoint.steps))
+
+    def save(self, iteration: int, last: int) -> bool:
+        """Whether a save is due in a run that ends, for now, at `last`."""
+        return _due(iteration, self.run.checkpoint.interval, self._listed(self.run.checkpoint.steps), last)
+
+    def left(self, iteration: int, last: int) -> tuple[int, int]:
+        """Evaluations and saves from after `iteration` to `last`."""
+        run, best = self.run, self.run.checkpoint.keep_best is not None
+        saving, evaluating = self._listed(run.checkpoint.steps), self._listed(run.evaluation.steps)
+        saves = _moments(iteration, last, run.checkpoint.interval, saving, last)
+        evaluations = _moments(iteration, last, run.evaluation.interval, evaluating, run.train.iterations)
+        return len(evaluations | saves if best else evaluations), len(saves)
+
+    def _listed(self, steps: Collection[int]) -> tuple[int, ...]:
+        """Those, and where a decay of the learning rate ends."""
+        return (*steps, *self.run.schedule.restarts)
+
+
+def _due(iteration: int, interval: int, steps: Collection[int], end: int) -> bool:
+    return iteration in steps or (iteration > 0 and (iteration == end or (interval > 0 and iteration % interval == 0)))
+
+
+def _moments(after: int, last: int, interval: int, steps: Collection[int], end: int) -> set[int]:
+    """Iterations from after `after` to `last` at which something is due."""
+    regular = range(after - after % interval + interval, last + 1, interval) if interval else ()
+    return {step for step in {*regular, *steps, end} if after < step <= last}
