@@ -1,5 +1,7 @@
 """The errors a user can cause or fix. Each is shown as one line and ends the process with exit code 2."""
 
+USER_ERROR = 2
+"""Exit code of every command after one of these."""
 REQUEUE_EXIT_CODE = 75
 """Exit code (EX_TEMPFAIL) of a run stopped by a signal or by its time limit, with everything saved: start it again."""
 HANG_EXIT_CODE = 70

@@ -17,14 +17,15 @@ from oryx_megatron import storage
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.loading import config_text, from_dict
-from oryx_megatron.config.schema import TrainConfig
+from oryx_megatron.config.schema import RunConfig, TrainConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.reading import open_regular
 from oryx_megatron.train import metrics
-from oryx_megatron.train.history import EVENTS, duration, parse_event, short
+from oryx_megatron.train.history import EVENTS, duration, final_loss, named_steps, parse_event, short
+from oryx_megatron.train.moments import last_step, mean_seconds, seconds_left
 from oryx_megatron.train.records import is_whole, read_records
 from oryx_megatron.train.signals import MARKER
 
@@ -36,6 +37,8 @@ FIELDS = {"loss", "grad_norm", "lr", "tokens", "seconds", "skipped"}
 """What is shown of a step."""
 FILES = (metrics.NAME, EVENTS, "config.yaml", MARKER)
 """What is read of a run."""
+ENDED = ("done", "stopped")
+"""States in which a loss is the final one."""
 WIDTH = 80
 CLEAR = "\x1b[H\x1b[J"
 
@@ -88,6 +91,8 @@ class Followed:
     iterations: int | None = None
     count: SampleCount | None = None
     """Samples by iteration, as config.yaml has them."""
+    run: RunConfig | None = None
+    """The whole of config.yaml, where this version can read it."""
     changed: float | None = None
     """Unix time of the latest line."""
     _place: tuple[int, int] = (0, 0)
@@ -115,17 +120,30 @@ class Followed:
         self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
         self._look_at_events()
         if self.iterations is None:
-            self.iterations, self.count = _length(self.folder)
+            self.iterations, self.count, self.run = _length(self.folder)
+
+    def final(self) -> tuple[float, int, int] | None:
+        """The final training loss as the run's summary has it, and its first and last step."""
+        return final_loss(list(self.steps), 1 if self.run is None else self.run.logging.interval)
 
     def left(self) -> float | None:
-        """Seconds that the steps to come take, at the speed of the latest ones; None while the length is unknown."""
+        """Seconds to the end at the speed of the latest steps; None while the length is unknown.
+
+        Evaluations and saves count where config.yaml tells when they are due and events.jsonl what they take.
+        """
         if self.iterations is None or not self.steps:
             return None
         seconds, last = sum(step["seconds"] for step in self.steps), self.steps[-1]["iteration"]
         read = 0 if self.count is None else sum(self.count.batch_at(max(s["iteration"] - 1, 0)) for s in self.steps)
         if self.count is None or read < 1:
             return (self.iterations - last) * seconds / len(self.steps)
-        return (self.count.samples_at(self.iterations) - self.count.samples_at(last)) * seconds / read
+        if self.run is None:
+            return (self.count.samples_at(self.iterations) - self.count.samples_at(last)) * seconds / read
+        took = {kind: mean_seconds(self.events, kind) for kind in ("evaluation", "checkpoint")}
+        end = last_step(self.run)
+        return seconds_left(
+            self.run, last, end, sample=seconds / read, evaluation=took["evaluation"], save=took["checkpoint"]
+        )
 
     def state(self, now: float) -> str:
         """What the run is doing, in a word or two."""
@@ -183,6 +201,8 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
         seconds = sum(step["seconds"] for step in steps)
         loss = sum(finite) / len(finite) if finite else math.nan
         counter = f"{last['iteration']}/{run.iterations or '?'}"
+        if run.state(now) in ENDED and (final := run.final()) is not None:
+            loss = final[0]
         left = ""
         if run.state(now) == "running" and (remaining := run.left()) is not None:
             left = duration(remaining)
@@ -195,7 +215,10 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
         (run,) = runs
         if run.steps:
             skipped = f", {run.skipped} steps skipped" if run.skipped else ""
-            lines.append(f"{short(run.tokens)} tokens{skipped}; loss and speed over the last {len(run.steps)} steps")
+            over = f"loss and speed over the last {len(run.steps)} steps"
+            if run.state(now) in ENDED and (final := run.final()) is not None:
+                over = f"final training loss {final[0]:.4f} {named_steps(*final[1:])}"
+            lines.append(f"{short(run.tokens)} tokens{skipped}; {over}"[:WIDTH])
         for (dataset, plan), line in run.evaluations.items():
             name = shown(f"{dataset}, {plan}")
             lines.append(f"  {name}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])
@@ -220,18 +243,22 @@ def _fact(value: object) -> str:
     return "…" if isinstance(value, (list, dict)) else str(value)
 
 
-def _length(folder: Path) -> tuple[int | None, SampleCount | None]:
-    """Iterations of a run, and its samples by iteration, as far as its config.yaml says."""
+def _length(folder: Path) -> tuple[int | None, SampleCount | None, RunConfig | None]:
+    """Iterations of a run, its samples by iteration, and its whole config, as far as its config.yaml says."""
     try:
         config = parse_yaml(config_text(folder / "config.yaml"), str(folder / "config.yaml"))
         value = config["train"]["iterations"]
     except (ConfigError, KeyError, TypeError):
-        return None, None
+        return None, None, None
     try:
         count = SampleCount.of(from_dict(TrainConfig, config["train"]))
     except ConfigError:
         count = None
-    return (value, count) if is_whole(value) else (None, None)
+    try:
+        run = from_dict(RunConfig, config)
+    except ConfigError:
+        run = None
+    return (value, count, run) if is_whole(value) else (None, None, None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -7,6 +7,7 @@
 | `AROUND`: torch.distributed.tensor loads sympy for five names of symbolic_shapes | put off to a tensor of unknown shape |
 | `AROUND`: torch.optim loads dynamo (and inductor) to say what it must not trace | nothing traces where dynamo is not loaded |
 | `late_builder`: torch's C++ builder loads setuptools | put off to a build |
+| `never_restart` | torchrun's agent restarts ranks whatever they exited with, and reports each of their ends in some 30 lines |
 | `store_of_start` | torchrun's agent keeps one store over all restarts (PyTorch issue 135712) |
 
 Nothing of `install_cpu` is touched when a GPU is present, so no GPU run can depend on it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -301,3 +303,30 @@ def store_of_start(start: str, timeout: timedelta) -> Store | None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timeout)
     return PrefixStore(f"start {start}", store)
+
+
+# ----------------------------------------------------------------------------------------------------- torchrun's agent
+
+
+def never_restart(code: int) -> None:
+    """Let torchrun's agents of this process end when a rank exited with `code`, whatever restarts are left.
+
+    Of that exit, and of the ends that it brings to other ranks, nothing is logged: such a rank has said what is wrong.
+    """
+    from torch.distributed.launcher import api
+
+    class Agent(api.LocalElasticAgent):
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if result.is_failed() and any(failure.exitcode == code for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (
+            text.startswith(f"failed (exitcode: {code}) ") or "closing signal" in text or " via signal " in text
+        )
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(wanted)

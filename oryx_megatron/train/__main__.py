@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             _look(run, layout)
         return 0
     _quiet()
-    stop = StopRequest()
+    launch = ranks.read()
+    stop = StopRequest(main=launch is None or launch.rank == 0)
     # Everything below needs torch and megatron-core: a config error above costs no import.
     from oryx_megatron import platform
 

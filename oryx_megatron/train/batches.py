@@ -15,6 +15,7 @@ from oryx_megatron.config.schema import ModesConfig, RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.stream import Batch, SampleStream
+from oryx_megatron.errors import DataError
 from oryx_megatron.modes import ModePlan, draw_plan
 from oryx_megatron.train.step import Microbatch
 
@@ -47,6 +48,15 @@ def open_stream(
         vocab_size=vocab_size,
         num_workers=num_workers,
     )
+
+
+def next_samples(stream: SampleStream) -> list[Batch]:
+    """The samples of a step; DataError of this rank alone, which read the one at fault."""
+    try:
+        return stream.next_batches()
+    except DataError as error:
+        error.rank_local = True
+        raise
 
 
 def training_batches(

@@ -8,16 +8,19 @@ Events, one JSON object a line with `event`, `time` (unix) and `iteration`:
     skip        a bad step was skipped (reason)
     rollback    back to an older checkpoint (to, samples: skipped so far); `return` in older files
     slow        a rank lags behind its peers (rank, host, times)
-    stop        asked to stop, everything saved (reason)
+    change      resumed with another value than the checkpoint's (field, before, after)
+    stop        ended before train.iterations (reason; saved: iteration of the newest checkpoint)
     end         all steps done
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,22 @@ def parse_event(text: bytes) -> dict[str, Any] | None:
     return parse_record(text, {"event": is_text, "time": is_amount, "iteration": is_whole}, {"seconds": is_amount})
 
 
-def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any]:
+def final_loss(steps: Sequence[dict[str, Any]], interval: int) -> tuple[float, int, int] | None:
+    """Mean training loss of the steps behind the last line on the terminal, and the first and last of them.
+
+    Args:
+        steps: Lines of metrics.jsonl, ascending; bad steps do not count.
+        interval: logging.interval.
+    """
+    if not steps:
+        return None
+    last = steps[-1]["iteration"]
+    first = (last - 1) // interval * interval + 1
+    losses = [step["loss"] for step in steps if step["iteration"] >= first and not step.get("skipped")]
+    return (sum(losses) / len(losses), first, last) if losses else None
+
+
+def summarize(folder: Path, *, peak_flops: float | None = None, interval: int = 1) -> dict[str, Any]:
     """Totals of a run from its metrics.jsonl and events.jsonl.
 
     Each step counts once, however often it was done: `goodput` is the share of the running time, over all starts, that
@@ -84,6 +102,7 @@ def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any
     Args:
         folder: RUN.
         peak_flops: Peak FLOP/s of all ranks together, for `mfu` (model FLOPs utilisation over the step time).
+        interval: logging.interval, which tells how many steps `loss` is the mean of.
     """
     steps = [line for line in metrics.read_lines(folder / metrics.NAME) if line["kind"] == "step"]
     events = read_events(folder)
@@ -112,19 +131,27 @@ def summarize(folder: Path, *, peak_flops: float | None = None) -> dict[str, Any
         "evaluation": spent("evaluation"),
     }
     running = max(running, sum(split.values()))
-    starts = sum(event["event"] == "start" for event in events)
+    starts = [before["event"] for before, event in itertools.pairwise(events) if event["event"] == "start"]
+    final = final_loss(steps, interval)
     return {
         "iterations": steps[-1]["iteration"] if steps else 0,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": final and final[0],
+        "loss_steps": final and list(final[1:]),
         "tokens": int(total("tokens")),
         "tokens_per_second": total("tokens") / stepping if stepping else None,
         "mfu": total("model_flops") / stepping / peak_flops if stepping and peak_flops else None,
         "seconds": {"running": running, **split, "other": running - sum(split.values())},
         "goodput": useful / running if running else None,
-        "restarts": max(starts - 1, 0),
+        "resumes": sum(before != "lost" for before in starts),
+        "restarts": sum(before == "lost" for before in starts),
         "skipped_steps": sum(event["event"] == "skip" for event in events),
         "rollbacks": sum(event["event"] in ("rollback", "return") for event in events),
     }
+
+
+def named_steps(first: int, last: int) -> str:
+    """Which steps a final loss is of, in words."""
+    return f"(step {last})" if first == last else f"(mean of steps {first}–{last})"
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -141,9 +168,11 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"{summary['iterations']} steps, {short(summary['tokens'])} tokens{speed}"
         + ("" if mfu is None else f", MFU {mfu:.1%}"),
-        f"{duration(seconds['running'])} running, goodput {goodput or 0:.1%}, restarts {summary['restarts']}, "
-        f"skipped steps {summary['skipped_steps']}, rollbacks {summary['rollbacks']}",
+        f"{duration(seconds['running'])} running, goodput {goodput or 0:.1%}, resumes {summary['resumes']}, "
+        f"restarts {summary['restarts']}, skipped {summary['skipped_steps']}, rollbacks {summary['rollbacks']}",
     ]
+    if summary["loss"] is not None:
+        lines.insert(1, f"final training loss {summary['loss']:.4f} {named_steps(*summary['loss_steps'])}")
     for part in ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "other"):
         name = part.replace("_", "-")
         lines.append(f"  {name:<18} {duration(seconds[part]):>10} {seconds[part] / running:7.1%}")

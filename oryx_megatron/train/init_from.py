@@ -23,7 +23,6 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
-from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
@@ -43,6 +42,7 @@ from oryx_megatron.storage import StorageError, named
 from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.remote import run_folder
+from oryx_megatron.train.resume import to_text
 
 if TYPE_CHECKING:
     from oryx_megatron.hf.folders import Weights
@@ -59,8 +59,6 @@ NOT_LISTED = (
     *("engine", *(name for name in ENGINES if name != "megatron"), "train.exit_after"),
 )
 """Parts of a run that change nothing of what it learns."""
-LISTED = 60
-"""Characters of a value in the list of differences."""
 
 
 @dataclass
@@ -428,32 +426,7 @@ def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[st
 def _differences(then: Any, now: Any) -> list[str]:
     """`field before → after` for everything that differs, of runs or of models."""
     prefix = "model." if isinstance(now, ModelConfig) else ""
-    if isinstance(now, RunConfig):
-        then, now = (
-            dataclasses.replace(run, model=dataclasses.replace(run.model, num_kv_heads=run.model.kv_heads))
-            for run in (then, now)
-        )
-    else:
-        then, now = (dataclasses.replace(model, num_kv_heads=model.kv_heads) for model in (then, now))
-    before, after = dict(_leaves(to_dict(then))), dict(_leaves(to_dict(now)))
     return [
-        f"init_from: {prefix}{name} {to_text(before.get(name))} → {to_text(after.get(name))}"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not {name, name.split(".")[0]} & set(NOT_LISTED)
+        f"init_from: {prefix}{name} {to_text(before)} → {to_text(after)}"
+        for name, before, after in resume.differences(then, now, NOT_LISTED)
     ]
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def to_text(value: Any) -> str:
-    """A value as a config file has it, in short."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= LISTED else text[: LISTED - 1] + "…"

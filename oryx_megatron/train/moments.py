@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 
 
@@ -34,6 +36,28 @@ class Moments:
     def _listed(self, steps: Collection[int]) -> tuple[int, ...]:
         """Those, and where a decay of the learning rate ends."""
         return (*steps, *self.run.schedule.restarts)
+
+
+def seconds_left(run: RunConfig, iteration: int, last: int, *, sample: float, evaluation: float, save: float) -> float:
+    """Time from step `iteration` to `last`, evaluations and saves included, from the seconds that one of each takes.
+
+    Steps to come may be of other sizes: they are reckoned from the seconds of a `sample`.
+    """
+    count = SampleCount.of(run.train)
+    evaluations, saves = Moments(run).left(iteration, last)
+    stepping = (count.samples_at(last) - count.samples_at(iteration)) * sample
+    return stepping + evaluations * evaluation + saves * save
+
+
+def mean_seconds(events: Sequence[dict[str, Any]], kind: str) -> float:
+    """What an `evaluation` or a `checkpoint` took on average, by the events of a run; 0 where there was none."""
+    seconds = [event["seconds"] for event in events if event["event"] == kind and "seconds" in event]
+    return sum(seconds) / len(seconds) if seconds else 0.0
+
+
+def last_step(run: RunConfig) -> int:
+    """Step after which a run ends, for good or for now."""
+    return min(run.train.iterations, run.train.exit_after or run.train.iterations)
 
 
 def _due(iteration: int, interval: int, steps: Collection[int], end: int) -> bool:

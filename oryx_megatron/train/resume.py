@@ -1,22 +1,33 @@
-"""What a resumed run should be told before it trains: nothing left to do, or a learning rate that jumps."""
+"""What a resumed run should be told before it trains: nothing left to do, changed fields, a jump of lr."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
+LISTED = 60
+"""Characters of a value in a list of differences."""
+NOT_TOLD = (
+    *("output_dir", "init_from", "license", "checkpoint", "evaluation", "logging", "kernels.cache_dir"),
+    "train.exit_after",
+)
+"""Of a resumed run: what changes nothing of what it computes."""
 JUMP = 0.01
 """Relative change of the learning rate that is told."""
 
 
-def tell(manifest: Manifest, run: RunConfig, root: str) -> None:
-    """Log how a run resumes from a checkpoint of `root`."""
+def tell(manifest: Manifest, run: RunConfig, root: str) -> list[tuple[str, Any, Any]]:
+    """Log how a run resumes from a checkpoint of `root`; returns the fields that changed, with both values."""
     done, train = manifest.iteration, run.train
     log.info("resumed from iteration %d of %s", done, root)
     then, now = manifest.count(), sample_count(manifest, run)
@@ -33,6 +44,12 @@ def tell(manifest: Manifest, run: RunConfig, root: str) -> None:
         )
     elif manifest.data["train"] is not None and (text := jump(manifest.run(), run, done)):
         log.warning("%s", text)
+    if manifest.data["train"] is None:  # a conversion
+        return []
+    found = changes(manifest.run(), run)
+    for name, before, after in found:
+        log.info("changed since the checkpoint: %s %s → %s", name, to_text(before), to_text(after))
+    return found
 
 
 def sample_count(manifest: Manifest, run: RunConfig) -> SampleCount:
@@ -45,6 +62,44 @@ def sample_count(manifest: Manifest, run: RunConfig) -> SampleCount:
     if planned(manifest.run().train) == planned(run.train):
         return count
     return count.continued(manifest.iteration, planned(run.train))
+
+
+def changes(then: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Fields of what a run computes that differ from those of its checkpoint: name, value there, value here."""
+    return differences(then, now, NOT_TOLD)
+
+
+def differences(then: Any, now: Any, hidden: Collection[str]) -> list[tuple[str, Any, Any]]:
+    """Fields in which two runs, or two models, differ, with both values; without those, or sections, in `hidden`."""
+    before, after = (dict(_leaves(to_dict(_with_kv_heads(config)))) for config in (then, now))
+    return [
+        (name, before.get(name), after.get(name))
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name) and not {name, name.split(".")[0]} & set(hidden)
+    ]
+
+
+def to_text(value: Any) -> str:
+    """A value as a config file has it, in short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LISTED else text[: LISTED - 1] + "…"
+
+
+def _with_kv_heads(config: Any) -> Any:
+    """`num_kv_heads: null` is as many as heads."""
+    if isinstance(config, RunConfig):
+        return dataclasses.replace(config, model=_with_kv_heads(config.model))
+    return dataclasses.replace(config, num_kv_heads=config.kv_heads)
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def jump(then: RunConfig, now: RunConfig, done: int) -> str:

@@ -35,8 +35,14 @@ class Saver:
         self.clock, self.watchdog, self.callbacks = clock, watchdog, callbacks
         self.saved: int | None = None
         """Iteration of the last save that began, or of the checkpoint that was loaded."""
+        self.whole: int | None = None
+        """Iteration of the newest checkpoint that is complete."""
         self.error: CheckpointError | None = None
         """Why the last save failed."""
+
+    def loaded(self, iteration: int) -> None:
+        """The run is at a checkpoint that is there."""
+        self.saved = self.whole = iteration
 
     def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
         """Write a checkpoint, or begin to, unless that of `iteration` is there."""
@@ -74,5 +80,5 @@ class Saver:
             self.error = error
             return
         if path is not None:
-            self.error = None
+            self.error, self.whole = None, self.saved
             self.callbacks.call("on_checkpoint", f"{self.checkpoints.name}/{path.name}")

@@ -1,11 +1,11 @@
 """Stopping a run from outside so that it can be started again: signals, the time limit of a job, the marker file.
 
-SIGTERM, SIGUSR1, SIGINT and SIGHUP only leave a note. At the end of every step all ranks add up their notes (in the
-all-reduce that makes the attention share), so that all stop after the same step, save, and leave. A second SIGINT, at
-least a second after the first, ends the process at once: a terminal and torchrun may both deliver the first. Where
-SIGHUP was ignored from the start, as under nohup, it stays so: the terminal may close.
+SIGTERM, SIGUSR1, SIGINT and SIGHUP only leave a note; rank 0 says at once what follows. At the end of every step all
+ranks add up their notes (in the all-reduce that makes the attention share), so that all stop after the same step, save,
+and leave. A second SIGINT, at least a second after the first, ends the process at once: a terminal and torchrun may
+both deliver the first. Where SIGHUP was ignored from the start, as under nohup, it stays so: the terminal may close.
 
-How the outside learns that the run wants to go on:
+How the outside learns that the run wants to resume:
 - rank 0 writes RUN/requeue (JSON: code, reason, iteration, time) when the checkpoint is complete, and removes it when a
   run starts. It is there if, and only if, the run stopped with everything saved and has steps left.
 - without torchrun the process exits with errors.REQUEUE_EXIT_CODE.
@@ -22,6 +22,7 @@ the agent alone. Under nohup torchrun still takes SIGHUP; oryx_megatron.agent do
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -62,12 +63,17 @@ class Stop:
 
 
 class StopRequest:
-    """This rank's notes of why the run should stop."""
+    """This rank's notes of why the run should stop.
 
-    def __init__(self) -> None:
+    Args:
+        main: Whether this rank says so when the first signal comes.
+    """
+
+    def __init__(self, *, main: bool = False) -> None:
         self._signals = [0.0] * len(SIGNALS)
         self._interrupted = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self._told = not main
         self._limit: float | None = None
         self._margin = 0.0
 
@@ -116,6 +122,12 @@ class StopRequest:
             if self._interrupted and now - self._interrupted > ECHO:
                 raise KeyboardInterrupt
             self._interrupted = self._interrupted or now
+        if not self._told:
+            self._told = True
+            again = "; Ctrl-C again ends at once, without saving" if number == signal.SIGINT else ""
+            text = f"{signal.Signals(number).name}: finishing what is under way, then saving a checkpoint{again}\n"
+            with contextlib.suppress(OSError):  # no print: the signal may have come in the middle of one
+                os.write(2, text.encode())
 
 
 def decide(votes: Sequence[float]) -> str | None:

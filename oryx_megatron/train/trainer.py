@@ -16,20 +16,20 @@ from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import build_datasets
-from oryx_megatron.data.stream import Batch, SampleStream
+from oryx_megatron.data.stream import SampleStream
 from oryx_megatron.data.tokenizer import load_tokenizer
-from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
 from oryx_megatron.train import banner, init_from, manifests, remote, resume, signals
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
-from oryx_megatron.train.batches import open_stream, training_batches
+from oryx_megatron.train.batches import next_samples, open_stream, training_batches
 from oryx_megatron.train.callbacks import Callbacks, StepRecord, check_installed, profiler, reporters
 from oryx_megatron.train.clock import Clock, Updates
 from oryx_megatron.train.engine import Taken, build_engine, run_step
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged
-from oryx_megatron.train.moments import Moments
+from oryx_megatron.train.moments import Moments, last_step
 from oryx_megatron.train.routing import routing_of
 from oryx_megatron.train.saving import Saver
 from oryx_megatron.train.sizes import check_sizes
@@ -101,11 +101,12 @@ class Trainer:
         self.stragglers = Stragglers(self.chunks, run.faults.slow_rank)
         self.watchdog = Watchdog(self.folder, run.faults.hang_timeout)
         self.saver = Saver(self.checkpoints, run.checkpoint.timeout, self.clock, self.watchdog, self.callbacks)
-        self.moments = Moments(run)
-        self.iteration = 0
+        self.moments, self.iteration = Moments(run), 0
         self.evaluations: list[dict[str, Any]] = []
+        self.changes: list[tuple[str, Any, Any]] = []
+        """Fields that differ from those of the checkpoint: name, value there, value here."""
         if manifest := self._load(before):
-            resume.tell(manifest, run, self.checkpoints.name)
+            self.changes = resume.tell(manifest, run, self.checkpoints.name)
         else:
             self._start()
         self.stream = self.open_stream()
@@ -125,8 +126,10 @@ class Trainer:
             TrainingError: bad steps without end.
         """
         run = self.run
-        last = min(run.train.iterations, run.train.exit_after or run.train.iterations)
+        last = last_step(run)
         self.callbacks.call("on_start", run, self.iteration)
+        if self.changes:
+            self.callbacks.call("on_change", self.iteration, self.changes)
         with self.watchdog:
             try:
                 self._loop(last)
@@ -150,7 +153,8 @@ class Trainer:
             self.callbacks.call("before_step", self.iteration + 1)
             record = self.step()
             self.callbacks.call("on_step", record)
-            self._compare_ranks()
+            if self.iteration % run.logging.interval == 0 and (text := self.stragglers.compare()) is not None:
+                self.callbacks.call("on_slow", self.iteration, text)
             if record.skipped and self._rolled_back():
                 continue
             saving = self.moments.save(self.iteration, last) and (not self.guard.row or self.iteration == last)
@@ -172,7 +176,8 @@ class Trainer:
         if stopped and self.main:
             with self.callbacks.writing("the marker for requeueing"):
                 signals.write_marker(self.folder, stopped)
-        self.callbacks.call("on_finish", self.iteration, stop.reason)
+        paused = "train.exit_after" if last < self.run.train.iterations else None
+        self.callbacks.call("on_finish", self.iteration, stop.reason or paused, self.saver.whole)
         return stopped
 
     def step(self) -> StepRecord:
@@ -182,7 +187,7 @@ class Trainer:
         self.stragglers.start()
         waited, consumed = self.stream.wait_seconds, self.stream.consumed
         batches = training_batches(
-            self._next_samples(),
+            next_samples(self.stream),
             run.modes,
             seed=run.seed,
             iteration=self.iteration,
@@ -301,7 +306,8 @@ class Trainer:
         manifest = self.checkpoints.load(self._check, before=before)
         if manifest is None:
             return None
-        self.iteration = self.saver.saved = manifest.iteration
+        self.iteration = manifest.iteration
+        self.saver.loaded(manifest.iteration)
         self.engine.rewind(manifest.iteration)
         self.evaluations = manifest.evaluations
         self.guard.load_state(manifest.guard)
@@ -326,24 +332,10 @@ class Trainer:
         self.stream = self.open_stream()
         return True
 
-    def _compare_ranks(self) -> None:
-        """Name a rank that lags behind; collective."""
-        if self.iteration % self.run.logging.interval == 0 and (text := self.stragglers.compare()) is not None:
-            log.warning("step %d: %s", self.iteration, text)
-            self.callbacks.call("on_slow", self.iteration, text)
-
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""
-        due = self.moments.evaluate(self.iteration)
-        missed = all(result["iteration"] != self.iteration for result in self.evaluations)
-        return due and missed and len(self.datasets) > 1
-
-    def _next_samples(self) -> list[Batch]:
-        try:
-            return self.stream.next_batches()
-        except DataError as error:
-            error.rank_local = True  # only this rank read the sample at fault
-            raise
+        done = any(result["iteration"] == self.iteration for result in self.evaluations)
+        return self.moments.evaluate(self.iteration) and not done and len(self.datasets) > 1
 
 
 def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:

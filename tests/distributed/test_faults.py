@@ -227,7 +227,7 @@ def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal
     assert resumed.fit() is None
     assert steps(tmp_path, "iteration") == [1, 2, 3, 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["restarts"], summary["iterations"]) == (1, 4)
+    assert (summary["resumes"], summary["restarts"], summary["iterations"]) == (1, 0, 4)
 
 
 def test_another_run_in_the_folder(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
@@ -273,6 +273,63 @@ def test_what_is_told_on_resume(trainer: Callable[..., Trainer], caplog: pytest.
     caplog.clear()
     trainer("train.iterations=5", *settings).fit()
     assert "already at train.iterations=5; increase it to continue" in caplog.text
+
+
+def test_exit_after_and_changes(
+    trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run that pauses has stopped, not ended; what differs at the next start is told and kept; losses agree."""
+    caplog.set_level("INFO", "oryx_megatron")
+    settings = ("train.iterations=5", "checkpoint.interval=0", "logging.interval=4")
+    assert trainer(*settings, "train.exit_after=3").fit() is None
+    shown = capsys.readouterr().out
+    assert "stopped after step 3 (train.exit_after); checkpoint saved; increase or remove it to continue" in shown
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "checkpoint", "stop"]
+    assert not (tmp_path / "requeue").exists()
+    trainer(*settings, "optimizer.lr=1e-3", "optimizer.clip_grad=0.5").fit()
+    assert "changed since the checkpoint: optimizer.lr 0.005 → 0.001" in caplog.text
+    events = [event for event in read_events(tmp_path) if event["event"] == "change"]
+    assert [(event["iteration"], event["field"], event["before"], event["after"]) for event in events] == [
+        (3, "optimizer.lr", 0.005, 0.001),
+        (3, "optimizer.clip_grad", 1.0, 0.5),
+    ]
+    shown = capsys.readouterr().out
+    losses = steps(tmp_path, "loss")
+    lines = [line for line in shown.splitlines() if "/5 " in line]
+    assert (
+        [float(line.split()[1]) for line in lines]
+        == [  # the first with the steps before the resume
+            pytest.approx(sum(losses[:4]) / 4, abs=5e-5),
+            pytest.approx(losses[4], abs=5e-5),
+        ]
+    )
+    assert f"final training loss {losses[4]:.4f} (step 5)" in shown
+    assert json.loads((tmp_path / "summary.json").read_text())["loss"] == losses[4]
+
+
+def test_ctrl_c_answers_at_once(
+    trainer: Callable[..., Trainer], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What will follow is told when the signal comes; before the first step nothing is saved."""
+    stop = signals.StopRequest(main=True).install()
+    try:
+        opened = trainer("train.iterations=3", stop=stop)
+        capfd.readouterr()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == (
+            "SIGINT: finishing what is under way, then saving a checkpoint; Ctrl-C again ends at once, without saving\n"
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert opened.fit() == signals.Stop("SIGTERM and SIGINT", 0)
+    finally:
+        stop.restore()
+    told = capfd.readouterr()
+    assert "finishing" not in told.err
+    assert "stopped after step 0 (SIGTERM and SIGINT); nothing is saved; rerun the command to resume" in told.out
+    assert not list_checkpoints(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("iterations", [2, 5, 9, 12, 19, 30])

@@ -67,7 +67,7 @@ def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
         assert "rank 1 (" in text.splitlines()[1]
         assert "gives no sign of life" in text.splitlines()[1]
         # The stack of the main thread: the step, what all agree on, or the poll of a checkpoint in the background.
-        assert any(f" in {name}\n" in text for name in ("forward_backward", "_agree", "_complete_save"))
+        assert any(f" in {name}\n" in text for name in ("forward_backward", "exchange", "_complete"))
         assert f"ending with {HANG_EXIT_CODE}" in job.log()
 
         # Preempted: one rank gets the signal, all stop after the same step.
@@ -84,7 +84,8 @@ def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     assert not (folder / "requeue").exists()
     assert losses(folder) == expected
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["restarts"] >= 4  # all but the one killed before it began
+    assert summary["restarts"] >= 3  # all but the one killed before it began
+    assert summary["resumes"] == 1
     assert summary["iterations"] == 30
     events = [event["event"] for event in read_events(folder)]
     assert events.count("stop") == events.count("end") == 1
@@ -118,6 +119,8 @@ def test_fifty_kills(project: Path, tmp_path: Path, seed: int) -> None:
 def test_hang_ends_within_a_bound(project: Path, tmp_path: Path) -> None:
     """A rank that never answers again is killed by torchrun, and the job goes on."""
     settings = ("train.iterations=20", "checkpoint.interval=2", "faults.hang_timeout=5")
+    # On top of hang_timeout where the rank stops during a save: by default half an hour.
+    settings += ("checkpoint.timeout=30",)
     expected = undisturbed(project, tmp_path / "whole", settings[0])
     folder = tmp_path / "run"
     with Job(project, folder, *settings, restarts=1) as job:

@@ -67,15 +67,30 @@ def test_steps_from_zero_on(trainer: Callable[..., Trainer], tmp_path: Path) -> 
     assert lines(tmp_path, "evaluation") == evaluations
 
 
-def test_the_best_checkpoint_stays(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    """Every saved step is evaluated; a learning rate that is far too high makes an early one the best."""
+def test_the_best_checkpoint_stays(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every saved step is evaluated, and the one with the lowest loss outlives newer ones, also over a resume."""
+    from oryx_megatron.train import trainer as module
+
+    wanted = {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0, 5: 2.0, 6: 3.5}
+    evaluated: list[int] = []
+
+    def pretend(*arguments: Any, **keywords: Any) -> list[evaluate.Evaluation]:
+        evaluated.append(current[0].iteration)
+        losses = {"recurrent": wanted[evaluated[-1]], "attention": 9.0 - evaluated[-1]}
+        return [evaluate.Evaluation("valid", plan, loss, loss, 1) for plan, loss in losses.items()]
+
+    monkeypatch.setattr(module, "evaluate", pretend)
     settings = ("checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.keep_best=valid/recurrent")
-    trainer(*settings, "optimizer.lr=0.5", "train.iterations=6").fit()
-    losses = {x["iteration"]: x["loss"] for x in lines(tmp_path, "evaluation") if x["plan"] == "recurrent"}
-    assert list(losses) == [1, 2, 3, 4, 5, 6]
-    best = min(losses, key=lambda iteration: losses[iteration])
-    assert best < 6
-    assert saved(tmp_path) == [best, 6]
+    settings += ("train.iterations=6",)
+    current = [trainer(*settings, "train.exit_after=4")]
+    current[0].fit()
+    assert saved(tmp_path) == [2, 4]
+    current[0] = trainer(*settings)
+    current[0].fit()
+    assert evaluated == [1, 2, 3, 4, 5, 6]
+    assert saved(tmp_path) == [5, 6]
 
 
 @pytest.mark.parametrize("documents", ["joined", "isolated"])

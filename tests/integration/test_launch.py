@@ -467,6 +467,23 @@ def test_agents_that_count_restarts_differently(tmp_path) -> None:
     assert "sum 2 restarts 1" in texts[1]
 
 
+def test_an_error_of_the_user_is_told_once(tmp_path) -> None:
+    """Exit code 2 is not restarted, by no agent of ours, and torchrun's own report is left out."""
+    config = tmp_path / "run.yaml"
+    config.write_text("model: there-is-no-such-model\n")
+    command = [
+        *(sys.executable, "-m", "oryx_megatron.agent", "--nproc-per-node=2", "--max-restarts=3"),
+        *("--rdzv-backend=oryx", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=x", "--local-addr=127.0.0.1"),
+        *("--rdzv-conf=is_host=true", "--monitor-interval=0.1", "-m", "oryx_megatron.train", str(config)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode == 2
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert line.startswith("error: ")
+    assert "there-is-no-such-model" in line
+
+
 def test_local_refuses_in_one_line(tmp_path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     command = ["bash", str(LAUNCH / "local.sh"), "--ranks", "3", str(REPOSITORY / "configs/run/quickstart.yaml")]

@@ -295,7 +295,7 @@ def test_time_limit(slurm, project, expected) -> None:
     number = project.submit("faults.time_margin=1200", "train.exit_after=5")["pretrain"]  # all of the job's 20 minutes
     job = project.finish(number)
     assert job["Restarts"] == "2"
-    assert project.log().count("(time limit); everything is saved") == 2
+    assert project.log().count("(time limit); checkpoint saved") == 2
     assert project.losses() == pytest.approx({i: expected[i] for i in range(1, 6)}, abs=1e-4)
 
 

@@ -1,5 +1,6 @@
 """The monitor and the summary, from files that grow, break off, are replaced, or are not there."""
 
+import dataclasses
 import io
 import json
 import os
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 
 from oryx_megatron import monitor
+from oryx_megatron.config import to_yaml
 from oryx_megatron.monitor import Followed, table
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.callbacks import MetricsFile
 from oryx_megatron.train.clock import PARTS
 from oryx_megatron.train.history import Events, read_events, summarize, summary_lines
+from oryx_megatron.train.moments import Moments, seconds_left
 from oryx_megatron.train.signals import Stop, write_marker
 from oryx_megatron.train.stragglers import slowest
 
@@ -232,6 +235,51 @@ def test_summary(tmp_path: Path) -> None:
     assert max(map(len, text)) <= 80
     assert text[0] == "10 steps, 10.0k tokens, 500 tokens/s while stepping, MFU 25.0%"
     assert all(any(part.replace("_", "-") in line for line in text) for part in PARTS)
+
+
+def test_final_loss_is_one_number(tmp_path: Path) -> None:
+    """Mean of the steps behind the last line on the terminal, without bad ones: in the summary and in the monitor."""
+    write(tmp_path, *(step(i) for i in range(1, 21)), step(21, loss=3.0), step(22, loss=9.0, skipped=True),
+          step(23, loss=2.0))  # fmt: skip
+    summary = summarize(tmp_path, interval=10)
+    assert (summary["loss"], summary["loss_steps"]) == (2.5, [21, 23])
+    assert "final training loss 2.5000 (mean of steps 21–23)" in summary_lines(summary)
+    events = Events(tmp_path)
+    events.start(0)
+    events.add("stop", 23, reason="train.exit_after", saved=23)
+    run = tiny_run(train__iterations=30, logging__interval=10)
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    out = io.StringIO()
+    assert monitor.main([str(tmp_path), "--once"], out) == 0
+    head, row, told, *_ = out.getvalue().splitlines()
+    assert head.split()[2] == "loss"
+    assert row.split()[2] == "2.5000"
+    assert row.split()[-1] == "stopped"
+    assert told.endswith("final training loss 2.5000 (mean of steps 21–23)")
+
+
+def test_resumes_and_restarts(tmp_path: Path) -> None:
+    kinds = ("start", "lost", "start", "stop", "start", "end", "start")
+    lines = [{"event": kind, "time": 1000.0 + i, "iteration": i} for i, kind in enumerate(kinds)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarize(tmp_path)
+    assert (summary["resumes"], summary["restarts"]) == (2, 1)
+
+
+def test_time_left_counts_evaluations_and_saves() -> None:
+    """From step 5 on: evaluations after 6, 8, 9 and 12, saves after 10 and 12, of which the last is the end."""
+    run = tiny_run(
+        train__iterations=12, train__global_batch_size=2, evaluation__interval=3, evaluation__steps=(0, 8, 40),
+        checkpoint__interval=10,
+    )  # fmt: skip
+    moments = Moments(run)
+    assert [i for i in range(13) if moments.evaluate(i)] == [0, 3, 6, 8, 9, 12]
+    assert [i for i in range(13) if moments.save(i, 12)] == [10, 12]
+    assert moments.left(5, 12) == (4, 2)
+    assert seconds_left(run, 5, 12, sample=0.5, evaluation=100.0, save=1000.0) == 7 * 2 * 0.5 + 400.0 + 2000.0
+    best = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, keep_best="valid/recurrent"))
+    assert Moments(best).left(5, 12) == (5, 2)
+    assert Moments(run).left(5, 7) == (1, 1)  # train.exit_after=7: saved there, not evaluated
 
 
 def test_nothing_to_sum_up(tmp_path: Path) -> None:

@@ -68,6 +68,9 @@ class Callback:
     def on_start(self, run: RunConfig, iteration: int) -> None:
         """Before the first step; `iteration` steps were done by earlier processes."""
 
+    def on_change(self, iteration: int, changes: list[tuple[str, Any, Any]]) -> None:
+        """After `on_start` of a run that resumes with other values: name, value in the checkpoint, value now."""
+
     def before_step(self, iteration: int) -> None:
         """Before step number `iteration`, from 1."""
 
@@ -89,8 +92,8 @@ class Callback:
     def on_checkpoint(self, path: str) -> None:
         """When a checkpoint is complete; `path` may be a URL."""
 
-    def on_finish(self, iteration: int, reason: str | None) -> None:
-        """When the loop ended well and all is saved; `reason` when it was asked to stop before the end."""
+    def on_finish(self, iteration: int, reason: str | None, saved: int | None) -> None:
+        """When the loop ended well; `reason` when that is before train.iterations; `saved`: the newest checkpoint."""
 
     def on_end(self) -> None:
         """After the last step, or when the loop is left by an error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +12,8 @@ from oryx_megatron.train.callbacks.base import Callback, StepRecord
 from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.evaluate import Evaluation
 from oryx_megatron.train.history import Events, summarize, summary_lines, write_summary
+
+log = logging.getLogger(__name__)
 
 
 class History(Callback):
@@ -31,10 +34,15 @@ class History(Callback):
         self._events = Events(folder)
         self._told = dict(clock.seconds)
         self._iteration = 0
+        self._interval = 1
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
-        self._iteration = iteration
+        self._iteration, self._interval = iteration, run.logging.interval
         self._events.start(iteration, **self.facts)
+
+    def on_change(self, iteration: int, changes: list[tuple[str, Any, Any]]) -> None:
+        for field, before, after in changes:
+            self._events.add("change", iteration, field=field, before=before, after=after)
 
     def on_step(self, record: StepRecord) -> None:
         self._iteration = record.iteration
@@ -46,6 +54,7 @@ class History(Callback):
         self._events.add("rollback", iteration, to=to, samples=skipped)
 
     def on_slow(self, iteration: int, text: str) -> None:
+        log.warning("step %d: %s", iteration, text)
         self._events.add("slow", iteration, text=text)
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
@@ -54,14 +63,14 @@ class History(Callback):
     def on_checkpoint(self, path: str) -> None:
         self._events.add("checkpoint", self._iteration, seconds=self._since("checkpoint"), path=Path(path).name)
 
-    def on_finish(self, iteration: int, reason: str | None) -> None:
+    def on_finish(self, iteration: int, reason: str | None, saved: int | None) -> None:
         if (seconds := self._since("checkpoint")) > 1e-3:  # polls since the last one was complete
             self._events.add("checkpoint", iteration, seconds=seconds)
         if reason is None:
             self._events.add("end", iteration)
         else:
-            self._events.add("stop", iteration, reason=reason)
-        summary = summarize(self.folder, peak_flops=self.peak_flops)
+            self._events.add("stop", iteration, reason=reason, saved=saved)
+        summary = summarize(self.folder, peak_flops=self.peak_flops, interval=self._interval)
         write_summary(self.folder, summary)
         self.out.write("".join(f"{line}\n" for line in summary_lines(summary)))
         self.out.flush()

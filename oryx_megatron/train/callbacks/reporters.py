@@ -53,7 +53,7 @@ def reporters(run: RunConfig, layout: Layout, clock: Clock, folder: Path) -> Cal
         # first: it looks at when the others last wrote, before they do
         History(folder, clock, peak_flops=peak and peak * layout.world_size, facts=facts),
         MetricsFile(folder / "metrics.jsonl"),
-        Display(run.logging.interval, run.train.iterations),
+        Display(folder, clock, run.logging.interval, run.train.iterations),
     ]
     if run.logging.tensorboard:
         found.append(TensorBoard(folder / "tensorboard"))
