@@ -188,7 +188,7 @@ class Followed:
 def table(runs: Sequence[Followed], now: float) -> list[str]:
     """Lines of at most 80 columns: one for each run; below, the latest evaluations and events of a single run."""
     names = [shown(run.name) for run in runs]
-    width = min(max(map(len, names)), 20)
+    width = min(max(map(len, names)), 18)
     lines = [f"{'run':<{width}} {'step':>13} {'loss':>7} {'grad':>6} {'lr':>7} {'tok/s':>6} {'left':>8} state"]
     for run, name in zip(runs, names, strict=True):
         steps = list(run.steps)

@@ -23,6 +23,7 @@ from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.reading import reason
 from oryx_megatron.train import metrics
+from oryx_megatron.train.records import is_amount
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")  # Okabe and Ito
@@ -45,6 +46,8 @@ class Curves:
     """Position and figure of every step of a run with experts: busiest and idlest expert, share dropped."""
     by_expert: list[list[float]] = field(default_factory=list)
     """Latest load by layer and expert, over an even share."""
+    shares: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    """Attention share and loss by validation set and plan, of the last evaluation."""
 
 
 @main_guard
@@ -54,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the config's output_dir) or metrics.jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture of this command")
-    parser.add_argument("--x", choices=("iteration", "tokens"), default="iteration", help="horizontal axis")
+    parser.add_argument(
+        "--x",
+        choices=("iteration", "tokens", "share"),
+        default="iteration",
+        help="horizontal axis; share: the last evaluation's losses against the plans' attention share",
+    )
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "runs", urls=True)
     expand_arguments(arguments, "--out")
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     check_output(out, ours=is_marked, overwrite=arguments.overwrite, inputs=arguments.runs)
     paths = [_curves_of(run) for run in arguments.runs]
     runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
-    _write(out, draw(runs, arguments.x), runs)
+    _write(out, draw_shares(runs) if arguments.x == "share" else draw(runs, arguments.x), runs)
     print(shown(out))
     return 0
 
@@ -91,7 +99,7 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a run folder (the config's output_dir)")
     curves = Curves(name)
-    positions: dict[int, float] = {}
+    positions: dict[int, float] = {0: 0}
     tokens = 0
     try:
         lines = metrics.read_lines(path)
@@ -112,6 +120,9 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
         if line["kind"] == "evaluation" and line["iteration"] in positions and math.isfinite(line["loss"]):
             plans = curves.evaluations.setdefault(shown(line["dataset"]), {})
             plans.setdefault(shown(line["plan"]), []).append((positions[line["iteration"]], line["loss"]))
+            share: Any = line.get("attention_share")
+            if is_amount(share) and share <= 1:
+                curves.shares.setdefault(shown(line["dataset"]), {})[shown(line["plan"])] = (share, line["loss"])
     if not curves.steps:
         raise DataError(f"{path} holds no step yet")
     return curves
@@ -197,6 +208,49 @@ def _draw_experts(figure: Any, ax: Any, run: Curves) -> None:
     image = ax.imshow(run.by_expert, aspect="auto", cmap="viridis", vmin=0.0)
     figure.colorbar(image, ax=ax, label="tokens over an even share")
     ax.set(title="latest load by expert", xlabel="expert", ylabel="layer with experts")
+
+
+def draw_shares(runs: list[Curves]) -> Any:
+    """A matplotlib figure: loss of the last evaluation against the attention share of its plans, a panel for each set.
+
+    Raises:
+        DataError: no set was evaluated under plans of two shares or more.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = [
+        name
+        for name in dict.fromkeys(name for run in runs for name in run.shares)
+        if any(len({share for share, _ in run.shares.get(name, {}).values()}) > 1 for run in runs)
+    ]
+    if not sets:
+        raise DataError(
+            "no validation set was evaluated under plans of several attention shares; set evaluation.plans to "
+            "[recurrent, 'ratio:0.25', 'ratio:0.5', attention], for instance"
+        )
+    figure, grid = plt.subplots(1, len(sets), figsize=(7 if len(sets) == 1 else 6 * len(sets), 4.8), squeeze=False)
+    for ax, name in zip(grid[0], sets, strict=True):
+        legend = []
+        for i, run in enumerate(run for run in runs if name in run.shares):
+            points = sorted(run.shares[name].values())
+            (line,) = ax.plot(
+                *zip(*points),
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=LINES[i // len(COLOURS) % len(LINES)],
+                marker=MARKERS[i % len(MARKERS)],
+            )
+            legend.append((line, run.name))
+        ax.set(title=name, xlabel="share of tokens in attention mode", ylabel="loss (nats per token)")
+        ax.xaxis.set_major_formatter("{x:.0%}")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(*zip(*legend), frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14))
+    plain_texts(figure)
+    figure.tight_layout()
+    return figure
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from tiny_runs import BF16_STEPS, SIZES, SPECIAL, STEPS, VARIANTS, Runs
@@ -34,6 +35,22 @@ def test_losses_do_not_depend_on_the_layout(runs: Runs, variant: str, layout: st
         assert min(penalties) > 1e-3
         assert runs.steps(other, "logit_z_loss") == pytest.approx(penalties, rel=1e-4)
     assert set(runs.evaluations(one)) == {"attention", "recurrent", "ratio:0.25"}
+
+
+@pytest.mark.parametrize(("variant", "layout"), itertools.product(VARIANTS, ("2x1x1", "1x1x2")))
+def test_a_session_takes_the_trainers_steps(runs: Runs, variant: str, layout: str) -> None:
+    """testing/layouts.py, by which layouts and benchmarks are tested, computes what users' runs compute, bit by bit."""
+    name = f"{variant} {layout}"
+    steps = json.loads((runs.root / name / "session.json").read_text())
+    assert steps == [list(pair) for pair in zip(runs.losses(name), runs.steps(name, "grad_norm"), strict=True)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_by_mode_and_position_do_not_depend_on_the_layout(runs: Runs, variant: str) -> None:
+    one = runs.apart(f"{variant} 1x1x1")
+    assert {name for name, _ in one} == {"modes", "positions"}
+    for layout in ("2x1x1", "1x2x1", "1x1x2", "2x2x1"):
+        assert runs.apart(f"{variant} {layout}") == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

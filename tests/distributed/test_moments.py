@@ -79,7 +79,7 @@ def test_the_best_checkpoint_stays(
     def pretend(*arguments: Any, **keywords: Any) -> list[evaluate.Evaluation]:
         evaluated.append(current[0].iteration)
         losses = {"recurrent": wanted[evaluated[-1]], "attention": 9.0 - evaluated[-1]}
-        return [evaluate.Evaluation("valid", plan, loss, loss, 1) for plan, loss in losses.items()]
+        return [evaluate.Evaluation("valid", plan, loss, loss, 1, 0.5) for plan, loss in losses.items()]
 
     monkeypatch.setattr(module, "evaluate", pretend)
     settings = ("checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.keep_best=valid/recurrent")

@@ -74,6 +74,32 @@ def train(config: Path, name: str, *overrides: str) -> None:
         gc.collect()
 
 
+def take_steps(config: Path, name: str, *overrides: str) -> None:
+    """The steps of `train` by a Session on the run's own data: loss and gradient norm of each into session.json."""
+    from oryx_megatron.data.loader import build_datasets
+    from oryx_megatron.data.tokenizer import load_tokenizer
+    from oryx_megatron.testing.layouts import session
+    from oryx_megatron.train.batches import open_stream
+
+    run = load_run(config, ["model.num_layers=2", *overrides, f"output_dir={config.parent / name}"])
+    with session(run) as opened:
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        dataset = build_datasets(run, tokenizer)["train"]
+        opened.stream.close()
+        opened.stream = open_stream(
+            run,
+            opened.layout,
+            dataset,
+            data_rank=opened.data_rank,
+            eod=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+            microbatches=opened.layout.microbatches_from(0, opened.count, run.train),
+        )
+        steps = opened.steps(run.train.iterations)
+    if torch.distributed.get_rank() == 0:
+        (config.parent / name / "session.json").write_text(json.dumps(steps))
+
+
 def close(trainer: Any) -> None:
     """Let go of a trainer's model, under either engine, so that another can follow in this process."""
     if trainer.run.engine == "deepspeed":
@@ -124,6 +150,8 @@ def train_all(config: Path) -> None:
         for name in ("2x1x1", "1x2x1", "1x1x2", SPECIAL[variant]):
             half = (f"checkpoint.interval={HALF}", f"evaluation.interval={HALF}")
             train(config, f"{variant} {name}", *fields, *LAYOUTS[name], *half)
+            if name in ("2x1x1", "1x1x2"):
+                take_steps(config, f"{variant} {name}", *fields, *LAYOUTS[name])
         half = (*fields, *LAYOUTS[RESUMED[variant]], "checkpoint.asynchronous=true")
         train(config, f"{variant} resumed", *half, f"train.exit_after={HALF}")
         train(config, f"{variant} resumed", *half)
@@ -166,6 +194,15 @@ class Runs:
         lines = [line for line in self._lines(name, "evaluation") if line["iteration"] == iteration]
         assert len(lines) == 3
         return {line["plan"]: line["loss"] for line in lines}
+
+    def apart(self, name: str) -> dict[tuple[str, str], float]:
+        """Validation loss under ratio:0.25 at the end, by mode and by position."""
+        (line,) = (
+            line
+            for line in self._lines(name, "evaluation")
+            if line["iteration"] == STEPS and line["plan"] == "ratio:0.25"
+        )
+        return {(kind, group): loss for kind in ("modes", "positions") for group, loss in line[kind].items()}
 
     def loaded(self, name: str) -> dict[str, float]:
         """Validation loss by plan right after loading a checkpoint."""

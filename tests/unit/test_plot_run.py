@@ -56,6 +56,30 @@ def test_pictures(runs, tmp_path, suffix, magic) -> None:
     assert out.read_bytes().startswith(magic)
 
 
+def test_loss_against_attention_share(tmp_path, capsys) -> None:
+    """The last evaluation of every plan; a run without plans of several shares is told so."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [{"kind": "step", "iteration": n, "tokens": 100, "loss": 5.0} for n in (1, 2)]
+    plans = {"recurrent": 0.0, "ratio:0.25": 0.25, "attention": 1.0}
+    lines += [
+        {"kind": "evaluation", "iteration": n, "dataset": "valid", "plan": plan, "attention_share": share,
+         "loss": 4.0 - share - n / 10}
+        for n in (0, 2) for plan, share in plans.items()
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = plot_run.read_curves(folder / "metrics.jsonl", "share", "run")
+    assert curves.shares == {"valid": {"recurrent": (0.0, 3.8), "ratio:0.25": (0.25, 3.55), "attention": (1.0, 2.8)}}
+    (line,) = plot_run.draw_shares([curves]).axes[0].lines
+    assert list(zip(*line.get_data())) == [(0.0, 3.8), (0.25, 3.55), (1.0, 2.8)]
+    out = tmp_path / "share.png"
+    assert plot_run.main([str(folder), "--x", "share", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert plot_run.main([str(folder), "--x", "share", "--out", str(tmp_path / "none.png")]) == 2
+    assert "no validation set was evaluated under plans of several attention shares" in capsys.readouterr().err
+
+
 def test_curves(runs) -> None:
     """A step without a finite loss is left out, and counts as tokens."""
     curves = plot_run.read_curves(Path(runs[0], "metrics.jsonl"), "tokens", "first")

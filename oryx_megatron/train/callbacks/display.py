@@ -30,11 +30,12 @@ class Display(Callback):
         clock: The trainer's, which says how long saves and evaluations take.
         interval: logging.interval.
         iterations: train.iterations.
-        out: Terminal.
+        out: Terminal; None: standard output.
     """
 
-    def __init__(self, folder: Path, clock: Clock, interval: int, iterations: int, out: TextIO = sys.stdout) -> None:
-        self.folder, self.clock, self.interval, self.iterations, self.out = folder, clock, interval, iterations, out
+    def __init__(self, folder: Path, clock: Clock, interval: int, iterations: int, out: TextIO | None = None) -> None:
+        self.folder, self.clock, self.interval, self.iterations = folder, clock, interval, iterations
+        self.out = out or sys.stdout
         self._since: list[StepRecord] = []
         self._losses: list[float] = []
         """Of the steps behind the last line, those before a resume included: the last line is the final loss."""

@@ -24,13 +24,20 @@ class History(Callback):
         clock: The trainer's, which says how long saves and evaluations took.
         peak_flops: Peak FLOP/s of all ranks together, where known.
         facts: What the start event says of this process group.
-        out: Terminal.
+        out: Terminal; None: standard output.
     """
 
     def __init__(
-        self, folder: Path, clock: Clock, *, peak_flops: float | None, facts: dict[str, Any], out: TextIO = sys.stdout
+        self,
+        folder: Path,
+        clock: Clock,
+        *,
+        peak_flops: float | None,
+        facts: dict[str, Any],
+        out: TextIO | None = None,
     ) -> None:
-        self.folder, self.clock, self.peak_flops, self.facts, self.out = folder, clock, peak_flops, facts, out
+        self.folder, self.clock, self.peak_flops, self.facts = folder, clock, peak_flops, facts
+        self.out = out or sys.stdout
         self._events = Events(folder)
         self._told = dict(clock.seconds)
         self._iteration = 0
