@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.model.experts import routers
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Session, Worlds, session, stop_and_go_on, tiny_run
@@ -118,6 +119,10 @@ def _everything(root: str) -> dict[str, Any]:
             model, _, layout = LAYOUTS[name]
             with worlds.of(size, f"{name} resumed"):
                 results["resumed"] = stop_and_go_on(_run(model, layout), Path(root) / "resumed", before=2, after=2)
+            layout = {"tensor": 2, "expert": 2, "distributed_optimizer": False}
+            run = dataclasses.replace(_run(model, layout), precision=PrecisionConfig(dtype="bf16"))
+            with worlds.of(size, f"{name} in bf16"):
+                results["resumed bf16"] = stop_and_go_on(run, Path(root) / "bf16", before=2, after=2)
     return results
 
 
@@ -149,6 +154,9 @@ def test_resume_is_exact(trained: dict[str, Any]) -> None:
     going, resumed = trained["resumed"]
     assert going[2:] == resumed
     assert going == [step[0] for step in trained["expert 2, overlap"]]
+    going, resumed = trained["resumed bf16"]
+    assert going[2:] == resumed
+    assert going == pytest.approx([step[0] for step in trained["bias one"]], rel=5e-3)
 
 
 def test_a_dropped_step_leaves_no_trace_in_the_biases(trained: dict[str, Any]) -> None:
