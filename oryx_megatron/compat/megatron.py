@@ -29,7 +29,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `keep_causes` | 0.19 reports the class of what a writer ran into, not the error: nobody would hear of a full disk |
 | `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
 
-Of two forms, by version: `mlp`, `z_loss_factor`, `split_tensor_factory`, `save`, `gradients_for_norm`.
+Of two forms, by version: `mlp`, `router_loss_factor`, `split_tensor_factory`, `save`, `gradients_for_norm`.
 
 On GPUs the fused functions are compiled by the same torch.compile as before.
 """  # noqa: E501
@@ -175,11 +175,11 @@ def mlp(module: Any, submodules: Any, **params: Any) -> Any:
     return ModuleSpec(module=module, submodules=submodules, params=params)
 
 
-def z_loss_factor(ranks: int) -> int:
-    """By what the coefficient of a router's z-loss is to be multiplied, where `ranks` share a microbatch.
+def router_loss_factor(ranks: int) -> int:
+    """By what a router's z-loss and load-balancing loss are to be multiplied, where `ranks` share a microbatch.
 
-    0.16 weighs the loss by the tokens of a rank and divides by those of all that share the microbatch, which would
-    make it the weaker the more ranks share it; 0.19 multiplies by their number itself.
+    0.16 weighs them by the tokens of a rank and divides by those of all that share the microbatch, which would
+    make them the weaker the more ranks share it; 0.19 multiplies by their number itself.
     """
     return 1 if since(0, 19) else ranks
 

@@ -33,7 +33,7 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
     moe = model.moe
     if moe is None:
         return {}
-    share = compat.megatron.z_loss_factor(parallel.tensor * parallel.context)
+    share = compat.megatron.router_loss_factor(parallel.tensor * parallel.context)
     layers = [int(moe.in_layer(i)) for i in range(model.num_layers)]
     return {
         "num_moe_experts": moe.experts,
@@ -117,7 +117,8 @@ class OryxRouter(TopKRouter):
         or of one of the ranks that share it.
         """
         self._own_sums(activation.device)[-1] += aux_loss.detach().double() / aux_loss_coeff
-        keywords["valid_token_count"] = activation.shape[0] * self.tp_cp_group.size()
+        factor = compat.megatron.router_loss_factor(self.tp_cp_group.size())
+        keywords["valid_token_count"] = activation.shape[0] * factor
         return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **keywords)
 
     def take_sums(self) -> Tensor | None:
