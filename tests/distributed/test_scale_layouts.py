@@ -83,7 +83,7 @@ def _options() -> dict[str, tuple[RunConfig, int]]:
         "hybrid-tp2-pp2": (_run("gdn", 2, 2, **hybrid), 4),
         "hybrid-cp2-dp2": (_run("mamba2", cp=2, data__documents="isolated", **hybrid), 4),
         "hybrid-pp2-vpp2-overlap-dp2": (_run("gdn", pp=2, vpp=2, options={"overlap": True}, **hybrid), 4),
-        "hybrid-muon-tp2-dp2": (_run("gdn", 2, options=whole, **muon, **hybrid), 4),
+        "hybrid-muon-tp2-dp2": (_run("mamba2", 2, options=whole, **muon, **hybrid), 4),
         "mixed-pp4": (_run("mamba2", pp=4, **mixed), 4),
         "mixed-tp2-cp2": (_run("gdn", 2, cp=2, data__documents="isolated", **mixed), 4),
         "mixed-pp2-vpp2-recompute": (_run("gdn", pp=2, vpp=2, options={"recompute": "mixer"}, **mixed), 2),
