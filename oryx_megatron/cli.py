@@ -14,10 +14,14 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 
 from oryx_megatron.display import shown
 from oryx_megatron.errors import OryxError, first_line
+
+PATIENCE = 10.0
+"""Seconds that a rank waits under torchrun for rank 0 to tell their common error and to end."""
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -35,6 +39,8 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
                 print(f"error: {shown(error)}", file=sys.stderr, flush=True)
             elif getattr(error, "rank_local", False):
                 print(f"error on rank {rank}: {shown(error)}", file=sys.stderr, flush=True)
+            elif "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(PATIENCE)  # the first rank to end has the others killed: rank 0 must have spoken
             return 2
         except BrokenPipeError:  # who reads our output has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
