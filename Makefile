@@ -4,6 +4,7 @@
 # make python-3.12  tests of what depends on the version of megatron-core or torch, under Python 3.12
 # make soak         the slow tests too
 # make wheel        the package for elsewhere, in dist/
+# make docs         the site of docs/ and the docstrings, in site/; a broken link ends it
 # make hf-suite     transformers' own model tests with Oryx plugged in, both mixers, three mode plans (fetches them)
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 # First and last version of transformers that an export runs with; the environment's own lies between.
 ENDS := 5.14 5.24
 
-.PHONY: quickstart install test python-3.12 soak hf-suite lint types wheel clean $(ENDS:%=transformers-%)
+.PHONY: quickstart install test python-3.12 soak hf-suite lint types wheel docs clean $(ENDS:%=transformers-%)
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
@@ -67,6 +68,16 @@ wheel: $(READY)
 	rm -rf build/lib
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
+# Strict: a link to a page, heading or file that is not there is an error (mkdocs.yml).
+docs: $(VENV)/docs/.ready
+	PYTHONPATH=$(abspath $(VENV)/docs) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'site/index.html'
+
+$(VENV)/docs/.ready: requirements-docs.txt $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(@D) -r $<
+	@touch $@
+
 # A virtual environment with all that is needed, made anew when a pin changes.
 $(READY): requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=…" >&2; exit 2; }
@@ -76,4 +87,4 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -7,10 +7,12 @@ what it provides.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import platform as host
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from oryx_megatron import platform
+from oryx_megatron import environment, platform, resources
 from oryx_megatron.cli import main_guard
 
-State = Literal["ok", "absent", "wrong"]
+State = Literal["ok", "absent", "other", "wrong"]
+"""`other`: not the version that was tested."""
 IMPORT_SECONDS = 180
 """Longest that one package may take to import; TransformerEngine takes half a minute on a cold disk."""
 
@@ -77,12 +80,62 @@ def examine() -> Iterator[Finding]:
     What the kernels compute is not checked here: `pytest tests/gpu` compares each with its reference.
     """
     yield from _machine()
+    required = set()
     for package in PACKAGES:
-        yield _package(package)
+        found = _package(package)
+        yield found
+        required |= {found.state} if package.required else set()
+    yield _tested()
     for check in (_torch_and_driver, _triton, _apex, _shared_memory):
         if (finding := check()) is not None:
             yield finding
-    yield from _kernels()
+    if "wrong" not in required:  # nothing computes without them
+        yield from _kernels()
+
+
+def _has_gpu() -> bool:
+    """Whether torch sees a GPU; False without a torch that loads."""
+    return _torch_loads() and platform.has_gpu()
+
+
+@functools.cache
+def _torch_loads() -> bool:
+    return platform.installed("torch") and _import_error("torch") is None
+
+
+def tested_set() -> Path:
+    """Constraints of the supported set that this machine belongs to; of a machine without a GPU requirements.txt."""
+    if os.environ.get("NVIDIA_PYTORCH_VERSION"):
+        return resources.folder("configs") / "install" / "ngc.txt"
+    if _has_gpu():
+        return resources.folder("configs") / "install" / "cuda13.txt"
+    return resources.folder("configs").parent / "requirements.txt"
+
+
+def _tested() -> Finding:
+    """Versions beside those that were tested together."""
+    path = tested_set()
+    if not path.is_file():
+        return Finding("ok", "tested set", "none for this machine: a checkout's requirements.txt has the CPU's")
+    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s#]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    found = {name: _version(name) for name in pins}
+    # What follows a `+` is the build, as 2.11.0+cu130.
+    others = [
+        f"{name} {version} (tested: {pins[name]})"
+        for name, version in found.items()
+        if version is not None and version.partition("+")[0] != pins[name]
+    ]
+    count = sum(version is not None for version in found.values())
+    text = f"{path.name}: {count - len(others)} of the {count} packages here as tested"
+    return Finding("other" if others else "ok", "tested set", text, ", ".join(others))
+
+
+def _version(name: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _machine() -> Iterator[Finding]:
@@ -91,7 +144,7 @@ def _machine() -> Iterator[Finding]:
     yield Finding(state, "python", host.python_version(), "" if state == "ok" else "needs Python 3.11 or later")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Finding("ok", "machine", f"{host.node()}, {os.cpu_count()} cores, {memory:.0f} GiB")
-    if not platform.has_gpu():
+    if not _has_gpu():
         yield Finding("absent", "gpu", "none", "runs on the CPU: reference kernels, gloo")
         return
     for name, count in platform.gpu_names().items():
@@ -100,15 +153,12 @@ def _machine() -> Iterator[Finding]:
 
 def _package(package: Package) -> Finding:
     name = package.distribution
-    if not platform.installed(package.module):
+    if not (platform.installed(package.module) and (not package.required or environment.found(package.module))):
         state: State = "wrong" if package.required else "absent"
         advice = f"pip install {name}: {package.buys}" if package.required else f"optional: provides {package.buys}"
         return Finding(state, name, "not installed", advice)
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = "installed, version unknown"
-    if package.gpu and not platform.has_gpu():
+    version = _version(name) or "installed, version unknown"
+    if package.gpu and not _has_gpu():
         return Finding("ok", name, version, "not tried: there is no GPU")
     # GPU packages link against torch's libraries, and some expect to find them loaded.
     if error := _import_error(f"torch, {package.module}" if package.gpu else package.module):
@@ -130,8 +180,10 @@ def _import_error(modules: str) -> str | None:
 
 
 def _torch_and_driver() -> Finding | None:
-    if platform.has_gpu():
+    if _has_gpu():
         return Finding("ok", "cuda", platform.cuda_versions())
+    if not _torch_loads():
+        return None  # told above
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         return Finding(
             "wrong", "cuda", platform.cuda_versions(),
@@ -171,16 +223,16 @@ def _kernels() -> Iterator[Finding]:
     from oryx_megatron.config.schema import KernelsConfig
     from oryx_megatron.ops import backends
 
-    dtype = "bf16" if platform.has_gpu() else "fp32"
+    dtype = "bf16" if _has_gpu() else "fp32"
     for mixer in ("gdn", "mamba2"):
         work = backends.Workload(load_model(f"1.4b-{mixer}"), dtype)
         backends.select(KernelsConfig(), work)
-        slow = platform.has_gpu() and "reference" in (backends.selected("attend"), backends.mixer_steps())
+        slow = _has_gpu() and "reference" in (backends.selected("attend"), backends.mixer_steps())
         advice = "plain torch takes part: install what is absent above" if slow else ""
         yield Finding("ok", f"kernels, {mixer}", backends.describe(work), advice)
 
 
-MARKS = {"ok": "ok", "absent": "-", "wrong": "WRONG"}
+MARKS = {"ok": "ok", "absent": "-", "other": "other", "wrong": "WRONG"}
 
 
 def show(finding: Finding) -> str:

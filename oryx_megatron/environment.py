@@ -14,10 +14,11 @@ CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def missing() -> list[str]:
     """Needed modules that this Python has not, looked up without importing them."""
-    return [name for name in NEEDED if not _found(name)]
+    return [name for name in NEEDED if not found(name)]
 
 
-def _found(name: str) -> bool:
+def found(name: str) -> bool:
+    """Whether this Python has a module, looked up without importing it."""
     parent, _, own = name.rpartition(".")
     spec = importlib.util.find_spec(parent or own)
     if parent:  # `megatron` is a mere folder: what is in it is found without importing it

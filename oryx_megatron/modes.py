@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import enum
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,6 +78,15 @@ class ModePlan:
             raise ValueError(f"{len(attention)} chunks of {chunk} do not make {length} tokens")
         return cls._of(chunk_runs((bool(a) for a in attention), chunk, length))
 
+    @classmethod
+    def parse(cls, spec: str, length: int, *, chunk: int = 256, prompt: int | None = None) -> ModePlan:
+        """The plan that a spec such as `ratio:0.25` gives to `length` tokens, the first `prompt` of them given.
+
+        Raises:
+            ConfigError: no plan, or none for a text of this length; with the list of forms.
+        """
+        return parse_plan(spec, length, chunk=chunk, prompt=prompt)
+
     @property
     def length(self) -> int:
         """Tokens in all."""
@@ -130,12 +139,19 @@ class ModePlan:
         return self.runs[0].mode.name.lower() if self.runs else "recurrent"
 
 
-def parse_plan(spec: str, length: int, *, chunk: int, prompt: int | None = None) -> ModePlan:
+def parse_plan(
+    spec: str,
+    length: int,
+    *,
+    chunk: int,
+    prompt: int | None = None,
+    characters: Callable[[int], int] | None = None,
+) -> ModePlan:
     """The plan that `spec` gives to a text of `length` tokens, of which the first `prompt` were given.
 
     Forms and meaning: `config.plans.parse_runs`. Raises ConfigError with the spec and the list of forms.
     """
-    return ModePlan._of(parse_runs(spec, length, chunk=chunk, prompt=prompt))
+    return ModePlan._of(parse_runs(spec, length, chunk=chunk, prompt=prompt, characters=characters))
 
 
 def draw_plan(

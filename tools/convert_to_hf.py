@@ -21,6 +21,7 @@ from pathlib import Path
 
 from oryx_megatron import storage
 from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="format of the weights (default: %(default)s)"
     )
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)g)")
-    parser.add_argument("--mode-plan", help="plan used where a caller gives none (default: attention)")
+    parser.add_argument("--mode-plan", help=f"used where a caller gives none (default: attention); {PLAN}")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--license", metavar="ID", help="of the weights, as apache-2.0 (default: the run's `license`)")

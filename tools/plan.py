@@ -4,10 +4,12 @@ bubble of each, best first.
 
 Examples:
     python tools/plan.py 1.4b-gdn --gpus 8 --sequence 4096 --batch 256
+    python tools/plan.py configs/run/pretrain-1.4b-gdn.yaml --gpus 64 \\
+        --card h100 --price 2.50
     python tools/plan.py 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 \\
         --picture schedule.png
     python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 \\
-        --sequence 32768 --batch 64 --json
+        --sequence 32768 --batch 64 --tokens 100e9 --json
 
 On paper: times come from an H200's measured speeds, memory from the shapes of
 what is kept. Take the first few layouts as those to measure, not as promises.
@@ -21,13 +23,18 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import textwrap
 from pathlib import Path
 
+from oryx_megatron import resources
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.config import load_model
+from oryx_megatron.config import load_model, load_run
+from oryx_megatron.config.batch_sizes import SampleCount
+from oryx_megatron.config.loading import config_text
 from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
@@ -54,13 +61,18 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, plan and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     defaults = Cluster(1)
-    parser.add_argument("model", help="preset or YAML file")
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="preset, model YAML, or run YAML (RUN.yaml)")
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--sequence", type=int, required=True, help="tokens per sample")
+    parser.add_argument("--sequence", type=int, help="tokens per sample (default: the run's)")
     parser.add_argument(
-        "--batch", type=int, required=True, nargs="+", metavar="N",
-        help="samples per step over all GPUs; of a ramp all its sizes: layouts take all, and are compared at the last",
+        "--batch", type=int, nargs="+", metavar="N",
+        help="samples per step over all GPUs (default: the run's); of a ramp all its sizes: layouts take all, and are "
+        "compared at the last",
     )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=float, metavar="N", help="to train on, as 29e9: adds hours and GPU-hours (default: the run's)"
+    )
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour: adds the cost, in the same currency")
     parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
     parser.add_argument("--card", choices=sorted(MEMORY_GIB), default="h200", help="memory and its speed")
     parser.add_argument("--memory", type=float, help="GiB per GPU (default: the card's)")
@@ -81,29 +93,97 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(argv)
     expand_arguments(a, "--picture")
-    for name in ("gpus", "sequence", "batch", "memory", "gpus_per_node", "nvlink", "network", "tflops", "top"):
+    for name in (
+        "gpus",
+        "sequence",
+        "batch",
+        "memory",
+        "gpus_per_node",
+        "nvlink",
+        "network",
+        "tflops",
+        "top",
+        "tokens",
+        "price",
+    ):
         value = getattr(a, name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not number > 0:
+            if number is not None and not 0 < number < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')}: {number} should be above 0")
     if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
         raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
     if a.picture:
         check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
-    model = load_model(a.model)
+    model = _of_run(a) if _is_run(a.model) else load_model(a.model)
+    for name in ("sequence", "batch"):
+        if getattr(a, name) is None:
+            raise ConfigError(f"--{name} is missing: {a.model} is a model, which has none; give it, or a run's YAML")
+    if a.price is not None and a.tokens is None:
+        raise ConfigError("--price needs --tokens, or a run's YAML")
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
     work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])))
     found = plan(model, cluster, work, a.cpu_offload)
     if a.json:
-        sys.stdout.write(json.dumps([_plain(e) for e in found[: a.top]], indent=1) + "\n")
+        plain = [_plain(e) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
+        sys.stdout.write(json.dumps(plain, indent=1) + "\n")
     else:
         ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload)
-        sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, ramp)))
+        bill = _bill_lines(_bill(found[0], cluster, work, a.tokens, a.price), cluster, a.price)
+        sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, [*ramp, *bill])))
     if a.picture:
         draw(found[0], a.picture)
         sys.stderr.write(f"wrote {shown(a.picture)}\n")
     return 0
+
+
+def _is_run(name: str) -> bool:
+    """Whether a name is a run's YAML: one with `train:` or `model:`."""
+    path = resources.shipped(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return False
+    data = parse_yaml(config_text(path), str(path))
+    return isinstance(data, dict) and bool({"train", "model", "data"} & data.keys())
+
+
+def _of_run(a: argparse.Namespace) -> ModelConfig:
+    """The model of a run, whose settings take the place of what was not given."""
+    run = load_run(a.model)
+    count = SampleCount.of(run.train)
+    if a.sequence is None:
+        a.sequence = run.data.sequence_length
+    if a.batch is None:
+        a.batch = [size for _, size in count.sizes]
+        if a.tokens is None:
+            a.tokens = float(count.samples_at(run.train.iterations) * run.data.sequence_length)
+    elif a.tokens is None:
+        a.tokens = float(run.train.iterations * a.batch[-1] * a.sequence)
+    if a.attention_share is None and run.model.single_mode is None and run.modes.fixed is None:
+        a.attention_share = run.modes.p_attention + (1 - run.modes.p_attention - run.modes.p_recurrent) / 2
+    a.cpu_offload = a.cpu_offload or run.optimizer.cpu_offload
+    return run.model
+
+
+def _bill(e: Estimate, cluster: Cluster, work: Work, tokens: float | None, price: float | None) -> dict[str, float]:
+    """What training on so many tokens takes at this layout's speed, steps alone; nothing where no number is known."""
+    if tokens is None:
+        return {}
+    steps = tokens / (work.batch * work.sequence)
+    hours = steps * e.step_seconds / 3600
+    bill = {"tokens": tokens, "steps": steps, "hours": hours, "gpu_hours": hours * cluster.gpus}
+    return bill if price is None else bill | {"cost": bill["gpu_hours"] * price}
+
+
+def _bill_lines(bill: dict[str, float], cluster: Cluster, price: float | None) -> list[str]:
+    if not bill:
+        return []
+    lines = [
+        f"{bill['tokens'] / 1e9:,.1f} B tokens: {bill['steps']:,.0f} steps, {bill['hours']:,.1f} hours, "
+        f"{bill['gpu_hours']:,.0f} GPU-hours"
+    ]
+    if "cost" in bill:
+        lines[0] += f", {bill['cost']:,.0f} at {price:g} an hour"
+    return ["", *lines, "steps alone: evaluations, saves, restarts and what fails come on top"]
 
 
 def _share(model: ModelConfig, asked: float | None) -> float:

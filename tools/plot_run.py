@@ -1,4 +1,11 @@
-"""Plot the training loss of runs, their loss under every evaluation plan and the load of experts."""
+"""Draw runs: training loss, loss under every evaluation plan, loss of each mode, loss against attention share.
+
+    python tools/plot_run.py runs/mine --out mine.png
+    python tools/plot_run.py runs/a runs/b --names small large --out both.svg
+    python tools/plot_run.py runs/code runs/copies --beside --smooth 20 --out two.html
+
+PNG, SVG, PDF, or an HTML page that needs no other file.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +13,47 @@ if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
 import argparse
+import contextlib
+import functools
 import html
 import importlib.util
 import io
+import logging
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from oryx_megatron import storage
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.config import load_run
+from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.data.files import MARK, check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown
-from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.errors import ConfigError, DataError, OryxError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.reading import reason
 from oryx_megatron.train import metrics
 from oryx_megatron.train.records import is_amount
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#666666")  # Okabe and Ito
+GREY = "#8a8a8a"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#8c510a")  # Okabe and Ito
 LINES = ("-", "--", ":", "-.")
 LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert", "dropped_share": "share dropped"}
-MARKERS = ("o", "s", "^", "D", "v")
-SMOOTH = 50  # the smoothed curve averages over a fiftieth of the run
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""Two curves of one panel differ in colour, or in line and marker: 4 and 7 give 28 pairs for each colour."""
+SMOOTH = 50
+"""The smoothed curve averages over a fiftieth of the run."""
+MODES = ("attention", "recurrent", "mixed")
+PANELS = ("plans", "modes", "share", "experts")
+"""Training loss and plans; training loss by mode; loss against attention share; load of experts."""
+ROW = 3
+"""Panels of a row."""
+LATEST = 10
+"""The last tenth of a run's steps are drawn against their attention share."""
 
 
 @dataclass
@@ -46,6 +69,12 @@ class Curves:
     """Position and figure of every step of a run with experts: busiest and idlest expert, share dropped."""
     by_expert: list[list[float]] = field(default_factory=list)
     """Latest load by layer and expert, over an even share."""
+    by_mode: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Position and training loss of the main rank's microbatches in one mode, or in both (`mixed`)."""
+    drawn: list[tuple[float, float]] = field(default_factory=list)
+    """Attention share and training loss of every step."""
+    plan_shares: dict[str, float] = field(default_factory=dict)
+    """Attention share of the plans of which it is known."""
     shares: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     """Attention share and loss by validation set and plan, of the last evaluation."""
 
@@ -53,7 +82,7 @@ class Curves:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Draw; see --help."""
-    parser = argparse.ArgumentParser(prog="plot_run.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the config's output_dir) or metrics.jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture of this command")
@@ -63,9 +92,29 @@ def main(argv: list[str] | None = None) -> int:
         default="iteration",
         help="horizontal axis; share: the last evaluation's losses against the plans' attention share",
     )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="of the runs, in their order (default: the folders')"
+    )
+    parser.add_argument(
+        "--smooth", type=int, metavar="N", help="steps that the training curves average over; 1: none (default: a 50th)"
+    )
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        default=list(PANELS),
+        help="what to draw (default: all that the runs have)",
+    )
+    parser.add_argument("--beside", action="store_true", help="a panel for each run, not one over the other")
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "runs", urls=True)
     expand_arguments(arguments, "--out")
+    if arguments.smooth is not None and arguments.smooth < 1:
+        raise ConfigError(f"--smooth {arguments.smooth}: give a number of steps of at least 1")
+    if arguments.names and len(arguments.names) != len(arguments.runs):
+        raise ConfigError(f"--names: {len(arguments.names)} names for {len(arguments.runs)} runs; give one for each")
+    if arguments.names and len(set(arguments.names)) != len(arguments.names):
+        raise ConfigError("--names: two runs have one name; give each its own")
     out = Path(arguments.out)
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: the name must end in one of {', '.join(SUFFIXES)}")
@@ -73,8 +122,14 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("plots need matplotlib; `pip install oryx-megatron[plots]`")
     check_output(out, ours=is_marked, overwrite=arguments.overwrite, inputs=arguments.runs)
     paths = [_curves_of(run) for run in arguments.runs]
-    runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, _names(paths), strict=True)]
-    _write(out, draw_shares(runs) if arguments.x == "share" else draw(runs, arguments.x), runs)
+    names = [shown(name) for name in arguments.names] if arguments.names else _names(paths)
+    runs = [read_curves(path, arguments.x, name) for path, name in zip(paths, names, strict=True)]
+    if arguments.x == "share":
+        _write(out, draw_shares(runs), runs)
+        print(shown(out))
+        return 0
+    figure = draw(runs, arguments.x, smooth=arguments.smooth, beside=arguments.beside, wanted=arguments.panels)
+    _write(out, figure, runs)
     print(shown(out))
     return 0
 
@@ -99,7 +154,7 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a run folder (the config's output_dir)")
     curves = Curves(name)
-    positions: dict[int, float] = {0: 0}
+    positions: dict[int, float] = {}
     tokens = 0
     try:
         lines = metrics.read_lines(path)
@@ -111,6 +166,11 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
             positions[line["iteration"]] = tokens if x == "tokens" else line["iteration"]
             if math.isfinite(line["loss"]):
                 curves.steps.append((positions[line["iteration"]], line["loss"]))
+                if "attention_share" in line:
+                    curves.drawn.append((line["attention_share"], line["loss"]))
+            for mode, loss in line.get("loss_by_mode", {}).items():
+                if mode in MODES and math.isfinite(loss):
+                    curves.by_mode.setdefault(mode, []).append((positions[line["iteration"]], loss))
             for figure in LOADS:
                 if math.isfinite(value := line.get(figure, math.nan)):
                     curves.load.setdefault(figure, []).append((positions[line["iteration"]], value))
@@ -125,89 +185,194 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
                 curves.shares.setdefault(shown(line["dataset"]), {})[shown(line["plan"])] = (share, line["loss"])
     if not curves.steps:
         raise DataError(f"{path} holds no step yet")
+    curves.plan_shares = _shares(
+        path.parent / "config.yaml", {plan for plans in curves.evaluations.values() for plan in plans}
+    )
+    curves.plan_shares |= {plan: share for plans in curves.shares.values() for plan, (share, _) in plans.items()}
     return curves
 
 
-def draw(runs: list[Curves], x: str) -> Any:
-    """A matplotlib figure: one panel for a single run, else one for training and one per validation set.
+def _shares(config: Path, plans: set[str]) -> dict[str, float]:
+    """Attention share of plans at the run's sequence length; without a config to read, of whole modes alone."""
+    found = {"attention": 1.0, "recurrent": 0.0}
+    logging.getLogger("oryx_megatron.config").setLevel(logging.ERROR)  # names of older versions are no matter here
+    with contextlib.suppress(OryxError):
+        run = load_run(config)
+        for plan in plans:
+            with contextlib.suppress(OryxError):
+                runs = parse_runs(plan, run.data.sequence_length, chunk=run.modes.chunk)
+                found[plan] = sum(stop - start for start, stop, attends in runs if attends) / run.data.sequence_length
+    return {plan: share for plan, share in found.items() if plan in plans}
 
-    With one run a colour is a plan; with several a colour is a run and a line style a plan. Runs with experts have one
-    more for their load, and a single one another for that of every expert.
+
+def draw(
+    runs: list[Curves],
+    x: str,
+    *,
+    smooth: int | None = None,
+    beside: bool = False,
+    wanted: Sequence[str] = PANELS,
+) -> Any:
+    """A matplotlib figure.
+
+    One run, or `beside`: for each run a panel of its training loss and plans for every validation set, and where it
+    knows them one of the loss of each mode. Else: a panel of all training losses, and one for each validation set.
+    Last, in both, loss against attention share. Legends lie below their panels.
+
+    Args:
+        runs: What `read_curves` gave.
+        x: Name of the horizontal axis.
+        smooth: Steps to average over; None: a fiftieth of each run.
+        beside: See above.
+        wanted: Kinds of panels, of PANELS.
+
+    Raises:
+        ConfigError: the runs have none of the panels wanted.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    panels: list[tuple[str, Callable[[Any], list[tuple[Any, str]]]]] = []
     sets = list(dict.fromkeys(name for run in runs for name in run.evaluations))
-    single = len(runs) == 1 and len(sets) <= 1
-    panels = 1 if single else 1 + len(sets)
-    routed = [run for run in runs if run.load]
-    tables = [run for run in routed if run.by_expert] if len(runs) == 1 else []
-    more = bool(routed) + len(tables)
-    width = (8 if single else 6.5 * panels) + 6.5 * more
-    figure, grid = plt.subplots(1, panels + more, figsize=(width, 4.8), squeeze=False)
-    axes = grid[0][:panels]
-    if routed:
-        _draw_load(grid[0][panels], routed, x)
-    for run, ax in zip(tables, grid[0][panels + 1 :]):
-        _draw_experts(figure, ax, run)
-    legends: list[list[tuple[Any, str]]] = [[] for _ in axes]  # not by label: matplotlib hides those that begin with _
-    for i, run in enumerate(runs):
-        colour = "#444444" if len(runs) == 1 else COLOURS[i % len(COLOURS)]
-        axes[0].plot(*zip(*run.steps), color=colour, alpha=0.25, linewidth=0.8)
-        label = "training, drawn plans" if len(runs) == 1 else run.name
-        line = axes[0].plot(*zip(*smooth(run.steps)), color=colour, linewidth=1.6)
-        legends[0].append((line[0], label))
-    for i, run in enumerate(runs):
-        for name, plans in run.evaluations.items():
-            panel = 0 if single else 1 + sets.index(name)
-            for j, (plan, points) in enumerate(plans.items()):
-                several = len(runs) > 1
-                line = axes[panel].plot(
-                    *zip(*points),
-                    color=COLOURS[(i if several else j) % len(COLOURS)],
-                    linestyle=LINES[j % len(LINES)] if several else "-",
-                    marker=MARKERS[j % len(MARKERS)],
-                    markersize=6,
-                    markerfacecolor="none",  # plans may be as good as equal: one must not hide another
-                )
-                legends[panel].append((line[0], f"{run.name if several else name}, {plan}"))
-    titles = [runs[0].name] if single else ["training", *sets]
-    for ax, title, legend in zip(axes, titles, legends, strict=True):
+    plans = list(dict.fromkeys(plan for run in runs for found in run.evaluations.values() for plan in found))
+    if len(runs) == 1 or beside:
+        for run in runs:
+            for name in (list(run.evaluations) or [""]) if "plans" in wanted else ():
+                title = f"{run.name}: {name}" if name and len(run.evaluations) > 1 else run.name
+                panels.append((title, functools.partial(_plans, run=run, name=name, plans=plans, smooth=smooth)))
+            if len(run.by_mode) > 1 and "modes" in wanted:
+                title = f"{run.name}: training by mode"
+                panels.append((title, functools.partial(_modes, run=run, smooth=smooth)))
+    elif "plans" in wanted:
+        panels.append(("training", functools.partial(_training, runs=runs, smooth=smooth)))
+        panels += [(name, functools.partial(_set, runs=runs, name=name)) for name in sets]
+    if any(len(run.plan_shares) > 1 for run in runs) and "share" in wanted:
+        panels.append(("loss against attention share", functools.partial(_against_share, runs=runs)))
+    if (routed := [run for run in runs if run.load]) and "experts" in wanted:
+        panels.append(("load of experts", functools.partial(_load, runs=routed, alone=len(runs) == 1)))
+        if len(runs) == 1 and runs[0].by_expert:
+            panels.append(("latest load by expert", functools.partial(_experts, run=runs[0])))
+    if not panels:
+        raise ConfigError(f"--panels {' '.join(wanted)}: the runs have nothing of it yet")
+    columns = min(len(panels), ROW)
+    rows = -(-len(panels) // columns)
+    width = 5.6 * columns + 1.4 * (columns == 1)
+    figure, grid = plt.subplots(rows, columns, figsize=(width, 5 * rows), squeeze=False, layout="constrained")
+    for ax in grid.flat[len(panels) :]:
+        ax.remove()
+    tallest = 0
+    for ax, (title, panel) in zip(grid.flat, panels, strict=False):
         ax.set(title=title, xlabel=x, ylabel="loss (nats per token)")
+        legend = panel(ax)  # not by label: matplotlib hides those that begin with _
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if legend:
-            ax.legend(*zip(*legend), frameon=False, fontsize=9)
+            beside_each_other = 1 if max(len(label) for _, label in legend) > 28 else 2
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": beside_each_other}
+            ax.legend(*zip(*legend), frameon=False, fontsize=9, **place)
+            tallest = max(tallest, -(-len(legend) // beside_each_other))
+    figure.set_figheight(rows * (4.3 + 0.21 * tallest))
     plain_texts(figure)
-    figure.tight_layout()
     return figure
 
 
-def _draw_load(ax: Any, runs: list[Curves], x: str) -> None:
+def _style(run: int, curve: int = 0, curves: int = 1) -> dict[str, Any]:
+    """Look of a curve that no other of the panel has: a run has a colour, each of its curves a line and a marker.
+
+    With more runs than colours, those of one colour have other lines and markers.
+    """
+    number = curve + curves * (run // len(COLOURS))
+    return {
+        "color": COLOURS[run % len(COLOURS)],
+        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markerfacecolor": "none",  # plans may be as good as equal: one must not hide another
+        "markersize": 6,
+    }
+
+
+def _smoothed(ax: Any, points: list[tuple[float, float]], smooth: int | None, **style: Any) -> Any:
+    """Every step, pale, and the smoothed curve, whose line is returned."""
+    ax.plot(*zip(*points), color=style["color"], alpha=0.2, linewidth=0.7)
+    return ax.plot(*zip(*smoothed(points, smooth)), linewidth=1.6, **style)[0]
+
+
+def _plans(ax: Any, *, run: Curves, name: str, plans: list[str], smooth: int | None) -> list[tuple[Any, str]]:
+    legend = [(_smoothed(ax, run.steps, smooth, color=GREY), "training, drawn plans")]
+    for plan, points in run.evaluations.get(name, {}).items():
+        j = plans.index(plan)  # a plan looks the same in all panels
+        style = _style(j) | {"marker": MARKERS[j % len(MARKERS)]}
+        legend.append((ax.plot(*zip(*points), **style)[0], f"{name}, {plan}"))
+    return legend
+
+
+def _modes(ax: Any, *, run: Curves, smooth: int | None) -> list[tuple[Any, str]]:
+    curves = [(mode, run.by_mode[mode]) for mode in MODES if mode in run.by_mode]
+    return [
+        (_smoothed(ax, points, smooth, color=COLOURS[j], linestyle=LINES[j]), f"microbatches {mode}")
+        for j, (mode, points) in enumerate(curves)
+    ]
+
+
+def _training(ax: Any, *, runs: list[Curves], smooth: int | None) -> list[tuple[Any, str]]:
+    legend = []
+    for i, run in enumerate(runs):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
+        legend.append((_smoothed(ax, run.steps, smooth, **style), run.name))
+    return legend
+
+
+def _set(ax: Any, *, runs: list[Curves], name: str) -> list[tuple[Any, str]]:
+    plans = list(dict.fromkeys(plan for run in runs for plan in run.evaluations.get(name, {})))
+    legend = []
+    for i, run in enumerate(runs):
+        for plan, points in run.evaluations.get(name, {}).items():
+            line = ax.plot(*zip(*points), **_style(i, plans.index(plan), len(plans)))[0]
+            legend.append((line, f"{run.name}, {plan}"))
+    return legend
+
+
+def _against_share(ax: Any, *, runs: list[Curves]) -> list[tuple[Any, str]]:
+    """The last evaluation of each plan; for a single run also its last steps, whose plans were drawn."""
+    ax.set(xlabel="tokens read by attention", xlim=(-0.03, 1.03))
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    legend = []
+    if len(runs) == 1 and (drawn := runs[0].drawn[-max(len(runs[0].drawn) // LATEST, 1) :]):
+        legend.append((ax.scatter(*zip(*drawn), s=10, color=GREY, alpha=0.5), "training, last steps"))
+    for i, run in enumerate(runs):
+        for j, (name, plans) in enumerate(run.evaluations.items()):
+            points = sorted(
+                (run.plan_shares[plan], found[-1][1]) for plan, found in plans.items() if plan in run.plan_shares
+            )
+            if points:
+                label = name if len(runs) == 1 else f"{run.name}, {name}"
+                legend.append((ax.plot(*zip(*points), **_style(i, j, len(run.evaluations)))[0], label))
+    return legend
+
+
+def _load(ax: Any, *, runs: list[Curves], alone: bool) -> list[tuple[Any, str]]:
     """Busiest and idlest expert and the share dropped; a colour is a figure, with several runs a run."""
-    lines = []
+    legend = []
     for i, run in enumerate(runs):
         for j, (name, points) in enumerate(run.load.items()):
-            several = len(runs) > 1
             if name == "dropped_share" and not any(share for _, share in points):
                 continue
-            colour = COLOURS[(i if several else j) % len(COLOURS)]
-            (line,) = ax.plot(*zip(*smooth(points)), color=colour, linestyle=LINES[j] if several else "-")
-            lines.append((line, f"{run.name}, {LOADS[name]}" if several else LOADS[name]))
-    ax.axhline(1.0, color="#888888", linewidth=0.8)
-    ax.set(title="load of experts", xlabel=x, ylabel="tokens over an even share")
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(*zip(*lines), frameon=False, fontsize=9)
+            style = _style(j) if alone else _style(i, j, len(LOADS))
+            line = ax.plot(*zip(*smoothed(points)), color=style["color"], linestyle=style["linestyle"])[0]
+            legend.append((line, LOADS[name] if alone else f"{run.name}, {LOADS[name]}"))
+    ax.axhline(1.0, color=GREY, linewidth=0.8)
+    ax.set(ylabel="tokens over an even share")
+    return legend
 
 
-def _draw_experts(figure: Any, ax: Any, run: Curves) -> None:
+def _experts(ax: Any, *, run: Curves) -> list[tuple[Any, str]]:
     """Latest load of every expert by layer."""
     image = ax.imshow(run.by_expert, aspect="auto", cmap="viridis", vmin=0.0)
-    figure.colorbar(image, ax=ax, label="tokens over an even share")
-    ax.set(title="latest load by expert", xlabel="expert", ylabel="layer with experts")
+    ax.figure.colorbar(image, ax=ax, label="tokens over an even share")
+    ax.set(xlabel="expert", ylabel="layer with experts")
+    return []
 
 
 def draw_shares(runs: list[Curves]) -> Any:
@@ -253,17 +418,17 @@ def draw_shares(runs: list[Curves]) -> Any:
     return figure
 
 
-def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean of each point and those up to a hundredth of the run before and after it, fewer at the ends."""
-    half = len(points) // (2 * SMOOTH)
+def smoothed(points: list[tuple[float, float]], steps: int | None = None) -> list[tuple[float, float]]:
+    """Mean of each point and those around it, `steps` in all (default: a fiftieth of the run), fewer at the ends."""
+    half = len(points) // (2 * SMOOTH) if steps is None else steps // 2
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
-    smoothed = []
+    means = []
     for i, (x, _) in enumerate(points):
         reach = min(half, i, len(points) - 1 - i)
-        smoothed.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
-    return smoothed
+        means.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return means
 
 
 def _write(out: Path, figure: Any, runs: list[Curves]) -> None:

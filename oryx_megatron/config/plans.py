@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf import plans_oryx
@@ -10,9 +11,15 @@ from oryx_megatron.hf.plans_oryx import FORMS, PlanRuns, chunk_runs, merge_runs
 from oryx_megatron.paths import expand
 from oryx_megatron.reading import read_text, reason
 
-__all__ = ["FORMS", "PlanRuns", "chunk_runs", "merge_runs", "parse_runs", "read_plan"]
+__all__ = ["FORMS", "HELP", "PlanRuns", "chunk_runs", "merge_runs", "parse_runs", "read_plan"]
 
-_RUNS = re.compile(r"[ar]\d+-\d+(\s*,\s*[ar]\d+-\d+)*,?")
+_EDGE = r"(?:\d+(?:\.\d+)?%|\d+c?|end)"
+_RUNS = re.compile(rf"[ar]{_EDGE}-{_EDGE}(\s*,\s*[ar]{_EDGE}-{_EDGE})*,?")
+HELP = (
+    "mode plan: attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-end, prompt:PLAN,new:PLAN, "
+    "file:PATH; N in tokens, R a share of the chunks, K-th chunks, runs also as 25%% of the text"
+)
+"""The forms, for --help of options that take one."""
 
 
 def read_plan(spec: str) -> str:
@@ -44,9 +51,18 @@ def read_plan(spec: str) -> str:
     return "runs:" + ",".join(line.rstrip(",") for line in lines.values())
 
 
-def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> PlanRuns:
+def parse_runs(
+    spec: str,
+    length: int,
+    *,
+    chunk: int,
+    prompt: int | None = None,
+    shorter: bool = False,
+    characters: Callable[[int], int] | None = None,
+) -> PlanRuns:
     """`plans_oryx.parse_runs` of a spec or of `file:PATH`; raises ConfigError."""
+    spec = read_plan(spec)
     try:
-        return plans_oryx.parse_runs(read_plan(spec), length, chunk=chunk, prompt=prompt, shorter=shorter)
+        return plans_oryx.parse_runs(spec, length, chunk=chunk, prompt=prompt, shorter=shorter, characters=characters)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -29,8 +29,8 @@ A run is a YAML file; `key.sub=value` on the command line changes single fields,
     model: {preset: 130m-gdn, num_kv_heads: 2}
 
 All other paths are relative to the folder in which the command runs. `~`, `$NAME` and `${NAME}` in paths are
-expanded, here and in the arguments of every command; a variable that is not set is an error, and so is a URL
-(`s3://…`) where only local paths work; `output_dir`, `init_from.path` and datasets may be URLs (docs/storage.md).
+expanded, here and in the arguments of every command. A variable that is not set is an error, and so is a URL
+(`s3://…`) where only local paths work. `output_dir`, `init_from.path` and datasets may be URLs (docs/storage.md).
 `None` in a field that may be null is null. In a blend, a path alone stands for `{path: …, weight: 1}`. Unknown keys,
 keys given twice and wrong types are errors, and fields are checked against each other and against the number of
 processes before anything starts.

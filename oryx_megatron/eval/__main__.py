@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.display import log_lines, shown
 from oryx_megatron.paths import expand_arguments, is_url
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument(
         "--data", help="prefix of an indexed dataset, read whole (default: the run's validation part)"
     )
-    perplexity.add_argument("--plans", nargs="+", help="mode plans (default: the run's evaluation.plans)")
+    perplexity.add_argument("--plans", nargs="+", help=f"{PLAN} (default: the run's evaluation.plans)")
     perplexity.add_argument("--batches", type=int, help="global batches to read (default: all of --data)")
     perplexity.add_argument("--batch-size", type=int, default=1, help="sequences per pass and rank (default: 1)")
     perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the run's)")
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("model", help="run folder, checkpoint or Hugging Face folder")
     retrieval.add_argument("--tasks", nargs="+", default=["mqar", "needle", "phonebook"], help="(default: all three)")
     retrieval.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="tokens (default: %(default)s)")
-    retrieval.add_argument("--plans", nargs="+", default=PLANS, help="mode plans (default: %(default)s)")
+    retrieval.add_argument("--plans", nargs="+", default=PLANS, help=f"{PLAN} (default: %(default)s)")
     retrieval.add_argument("--examples", type=int, default=64, help="texts per task and length (default: 64)")
     retrieval.add_argument("--batch-size", type=int, default=16, help="texts per pass (default: 16)")
     retrieval.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")

@@ -1,11 +1,11 @@
-"""Generate text from a training checkpoint, token by token with both states, under any mode plan."""
+"""Generate tokens, one by one with both states, under any mode plan: from a checkpoint, or any Decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +14,60 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.eval.routed import Plans
+from oryx_megatron.eval.routed import Plans, routes
 from oryx_megatron.model import LayerState, SequenceInfo, build_model
-from oryx_megatron.modes import ModePlan
+from oryx_megatron.modes import ModePlan, parse_plan
 from oryx_megatron.ops import backends
+
+Step = Callable[[Tensor, ModePlan, int], Tensor]
+"""Tokens [1, s], their plan and the number of tokens before them → logits [vocabulary] after the last, fp32."""
+
+
+class Decoder(Protocol):
+    """A model that continues a text."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def modes(self) -> str:
+        """both, attention or recurrent."""
+
+    def plans(self, spec: str) -> Plans:
+        """What makes a plan of a spec; ConfigError where it needs a router and there is none."""
+
+    def begin(self) -> Step:
+        """Steps over a new text: each reads on from the one before."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode with the manifest it came with."""
+    """A model in eval mode with the manifest it came with; a Decoder."""
 
     chunk: Any
     manifest: Manifest
     run: RunConfig
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """See Decoder."""
+        return self.run.model.name
+
+    @property
+    def modes(self) -> str:
+        """See Decoder."""
+        return self.run.model.single_mode or "both"
+
+    def plans(self, spec: str) -> Plans:
+        """See Decoder."""
+        return Plans.of_checkpoint(self.folder, self.run.modes.chunk, (spec,))
+
+    def begin(self) -> Step:
+        """See Decoder."""
+        states: dict[int, LayerState] = {}
+        return lambda tokens, plan, done: logits_of(self.chunk, tokens, plan, states, done)[0, -1].float()
 
 
 def load_for_inference(path: str | Path, *, tensor: int = 1) -> LoadedModel:
@@ -64,13 +104,48 @@ def logits_of(chunk: Any, tokens: Tensor, plan: ModePlan, states: dict[int, Laye
     return chunk(tokens, None, None, packed_seq_params=info, runtime_gather_output=True)
 
 
+Follow = Callable[[Tensor], ModePlan]
+"""The plan of a text that comes in parts, each int64 [s]: called with one part after the other."""
+
+
+def plan_of(
+    model: Decoder, spec: str, prompt: int, new_tokens: int, characters: Callable[[int], int] | None = None
+) -> ModePlan | None:
+    """The plan of `prompt` given and `new_tokens` further tokens; None where a router makes it as it reads them.
+
+    Raises:
+        ConfigError: the spec does not parse at this length, or the model lacks one of its modes, or a router.
+    """
+    plans, total = model.plans(spec), prompt + new_tokens
+    if routes(spec):
+        if plans.router is None:
+            raise ConfigError(f"plan {spec}: {model.name} has no router here; train one: oryx router RUN")
+        return None
+    plan = parse_plan(spec, total, chunk=plans.chunk, prompt=prompt, characters=characters)
+    if model.modes != "both" and plan.attention_tokens != total * (model.modes == "attention"):
+        raise ConfigError(f"plan {spec}: model {model.name} has only the mode {model.modes}")
+    return plan
+
+
+def follow(plan: ModePlan) -> Follow:
+    """The parts of a plan that is known, one after the other."""
+    done = 0
+
+    def part(tokens: Tensor) -> ModePlan:
+        nonlocal done
+        done += len(tokens)
+        return plan.slice(done - len(tokens), done)
+
+    return part
+
+
 @torch.inference_mode()
 def generate(
-    model: LoadedModel,
+    model: Decoder,
     prompt: list[int],
     new_tokens: int,
     *,
-    plan: str,
+    plan: str | Follow,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -80,10 +155,10 @@ def generate(
     """Continue `prompt` by up to `new_tokens` tokens and return those.
 
     Args:
-        model: From `load_for_inference`.
+        model: From `load_for_inference`, or an export.
         prompt: At least one token.
         new_tokens: Most tokens to add.
-        plan: Mode plan over prompt and new tokens, e.g. `prompt:attention,new:recurrent`.
+        plan: Mode plan over prompt and new tokens, e.g. `prompt:attention,new:recurrent`, or its parts as they come.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Sample among the most likely tokens of this total probability.
         seed: Of the sampling.
@@ -93,24 +168,19 @@ def generate(
     Raises:
         ConfigError: the plan does not parse at this length or the model lacks one of its modes.
     """
-    total = len(prompt) + new_tokens
-    plans = Plans.of_checkpoint(model.folder, model.run.modes.chunk, (plan,))
-    routed = plans.follow(plan) if plans.router is not None else None
-    modes = ModePlan(()) if routed else plans.of(plan, torch.zeros(total, dtype=torch.int64), len(prompt))
-    single = model.run.model.single_mode
-    if single is not None and modes.attention_tokens != total * model.run.model.has_attention:
-        raise ConfigError(f"plan {plan}: model {model.run.model.name} has only the mode {single}")
+    if isinstance(plan, str):
+        known = plan_of(model, plan, len(prompt), new_tokens)
+        plan = model.plans(plan).follow(plan) if known is None else follow(known)
     device = platform.device()
     generator = torch.Generator(device).manual_seed(seed)
-    states: dict[int, LayerState] = {}
+    step = model.begin()
     tokens = torch.tensor([prompt], device=device)
     result: list[int] = []
     done = 0
     while len(result) < new_tokens:
-        own = routed(tokens[0]) if routed else modes.slice(done, done + tokens.shape[1])
-        logits = logits_of(model.chunk, tokens, own, states, done)
+        logits = step(tokens, plan(tokens[0]), done)
         done += tokens.shape[1]
-        token = _sample(logits[0, -1].float(), temperature, top_p, generator)
+        token = _sample(logits, temperature, top_p, generator)
         if token == stop:
             break
         result.append(token)

@@ -6,17 +6,18 @@ A spec says which tokens of a text attend and which recur. A run is (start, stop
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 PlanRuns = tuple[tuple[int, int, bool], ...]
 
 FORMS = (
     "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN, router:R "
-    "(N tokens, R from 0 to 1, every K-th chunk)"
+    "(N tokens, R from 0 to 1, every K-th chunk; runs also by share or to the end: runs:a0-25%,r25%-end)"
 )
 
-_RUN = re.compile(r"([ar])(\d+)-(\d+)")
+_EDGE = r"\d+(?:\.\d+)?%|\d+c?|end"
+_RUN = re.compile(rf"([ar])({_EDGE})-({_EDGE})")
 _RATIO = re.compile(r"\d+\.?\d*|\.\d+")
 
 
@@ -53,13 +54,23 @@ def chunk_runs(attends: Iterable[bool], chunk: int, length: int) -> PlanRuns:
     return merge_runs((i * chunk, min((i + 1) * chunk, length), bool(a)) for i, a in enumerate(attends))
 
 
-def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> PlanRuns:
+def parse_runs(
+    spec: str,
+    length: int,
+    *,
+    chunk: int,
+    prompt: int | None = None,
+    shorter: bool = False,
+    characters: Callable[[int], int] | None = None,
+) -> PlanRuns:
     """Runs of the plan that `spec` gives to a text of `length` tokens.
 
     `ratio:R` spreads the attention chunks evenly: chunk i attends when floor((i+1)R) > floor(iR); `every:K` lets
-    every K-th chunk attend, which is `ratio:1/K`. A last chunk may be shorter than `chunk`. `prompt` is the number of
-    tokens given before generation; only `prompt:…,new:…` needs it. `shorter`: the N of `prefix:N` and `last:N` may be
-    more than the text has, for a default plan, which meets texts of any length.
+    every K-th chunk attend, which is `ratio:1/K`. A last chunk may be shorter than `chunk`. Edges of `runs:` are
+    tokens, a share of the text (`25%`, rounded down to whole tokens), its `end`, or characters (`120c`): `characters`
+    gives the number of tokens that the first so many characters of the text make, and only `c` needs it. `prompt` is
+    the number of tokens given before generation; only `prompt:…,new:…` needs it. `shorter`: the N of `prefix:N` and
+    `last:N` may be more than the text has, for a default plan, which meets texts of any length.
     Raises ValueError, with the spec and the list of forms, for what is no plan or does not fit the text.
     """
 
@@ -76,6 +87,21 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None,
         if count > length and not shorter:
             raise wrong(f"{count} tokens are more than the {length} of the text")
         return min(count, length)
+
+    def edge(text: str, before: int) -> int:
+        if text.isdecimal():
+            return whole(text, 0)
+        if text.endswith("%") and (len(text) > DIGITS or Fraction(text[:-1]) > 100):
+            raise wrong(f"`{text}` is more than the whole text")
+        if shorter and not length:  # a default plan and no text: only the form is checked
+            return before
+        if text.endswith("%"):
+            return int(Fraction(text[:-1]) * length / 100)
+        if text.endswith("c"):
+            if characters is None:
+                raise wrong(f"`{text}`: characters count only where there is a text, as in `generate`")
+            return characters(whole(text[:-1], 0))
+        return length
 
     chunks = -(-length // chunk)
     if chunks > CHUNKS and spec.strip().startswith(("ratio", "every")):
@@ -104,12 +130,13 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None,
         runs: list[tuple[int, int, bool]] = []
         for part in value.split(","):
             match = _RUN.fullmatch(part.strip())
-            if match is None or max(len(match[2]), len(match[3])) > DIGITS:
-                raise wrong(f"`{part.strip()}` is no run like a0-256 or r256-512")
-            start, stop = int(match[2]), int(match[3])
-            if stop <= start:
-                raise wrong(f"run `{part.strip()}` is empty")
+            if match is None:
+                raise wrong(f"`{part.strip()}` is no run like a0-256, r25%-end or r256-512")
             expected = runs[-1][1] if runs else 0
+            start = edge(match[2], expected)
+            stop = edge(match[3], start)
+            if stop < start or (stop == start and (match[2] + match[3]).isdecimal()):
+                raise wrong(f"run `{part.strip()}` is empty")
             if start != expected:
                 raise wrong(f"run `{part.strip()}` does not start at {expected}, where the one before it ends")
             runs.append((start, stop, match[1] == "a"))
@@ -128,7 +155,7 @@ def parse_runs(spec: str, length: int, *, chunk: int, prompt: int | None = None,
             raise wrong("there is no prompt here, only generate has one; use one of the other forms")
         if prompt > length:
             raise wrong(f"the prompt of {prompt} tokens is longer than the text of {length}")
-        first = parse_runs(before, prompt, chunk=chunk, shorter=shorter)
+        first = parse_runs(before, prompt, chunk=chunk, shorter=shorter, characters=characters)
         second = parse_runs(after, length - prompt, chunk=chunk, shorter=shorter)
         return merge_runs([*first, *((start + prompt, stop + prompt, attends) for start, stop, attends in second)])
     raise wrong("unknown form")

@@ -1,3 +1,21 @@
-"""Training: step, loop, optimizer and schedule, callbacks, evaluation. `python -m oryx_megatron.train RUN.yaml`."""
+"""Training: step, loop, optimizer and schedule, callbacks, evaluation. `python -m oryx_megatron.train RUN.yaml`.
+
+The package can be called: `oryx_megatron.train(run)` is `oryx_megatron.api.train`.
+"""
+
+import importlib
+import sys
+import types
+from typing import Any
 
 import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+
+
+class _Callable(types.ModuleType):
+    """`from oryx_megatron import train` gives this package once it is imported, and a function is wanted."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return importlib.import_module(f"{__package__.partition('.')[0]}.api").train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -61,27 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     launch = ranks.read()
     stop = StopRequest(main=launch is None or launch.rank == 0)
-    # Everything below needs torch and megatron-core: a config error above costs no import.
-    from oryx_megatron import platform
+    from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
 
-    platform.use_kernel_cache(run.kernels.cache_dir)
-    platform.install()
-    from oryx_megatron import parallel
-
-    try:
-        parallel.initialize(run.parallel, seed=run.seed)
-        stop.install()  # not before: a rank that waits for one that died must end when torchrun tells it to
-        from oryx_megatron.train import lock
-        from oryx_megatron.train.trainer import Trainer
-
-        try:
-            stopped = Trainer(run, layout, stop=stop).fit()
-        finally:
-            lock.release()
-    finally:
-        parallel.destroy()
-        stop.restore()
-    return 0 if stopped is None else exit_code()
+    return 0 if fit(run, layout, stop) is None else exit_code()
 
 
 def _look(run: RunConfig, layout: Layout) -> None:

@@ -196,6 +196,8 @@ class Taken:
     reduced: Any
     updated: Any
     """Moments of the device (platform.mark): before the first microbatch, with reduced gradients, after the update."""
+    by_mode: dict[str, float]
+    """See `loss_by_mode`."""
 
 
 def run_step(
@@ -222,7 +224,9 @@ def run_step(
     reduced = platform.mark()
     norm = engine.gradient_norm()
     found = exchange(bad_step(totals, norm, limit))
-    bad, *exchanged, grad_norm = totals.read(found, norm)  # the one moment at which the host waits for the device
+    local = [] if totals.local is None else [totals.local[:, :2]]
+    bad, *numbers = totals.read(found, norm, *local)  # the one moment at which the host waits for the device
+    exchanged, (grad_norm, *of_batches) = numbers[: found.numel() - 1], numbers[found.numel() - 1 :]
     if bad > 0:
         on_bad(totals, grad_norm)
         engine.discard()
@@ -230,7 +234,23 @@ def run_step(
         engine.update(grad_norm)
     updated = platform.mark()
     engine.advance()
-    return Taken(totals, grad_norm, lr, bad > 0, exchanged, begun, reduced, updated)
+    by_mode = loss_by_mode(batches, of_batches)
+    return Taken(totals, grad_norm, lr, bad > 0, exchanged, begun, reduced, updated, by_mode)
+
+
+def loss_by_mode(batches: list[Microbatch], sums: list[float]) -> dict[str, float]:
+    """Mean loss of this rank's microbatches read by attention, by the recurrence, and by both (`mixed`).
+
+    Args:
+        batches: The microbatches.
+        sums: Loss in nats and counted labels of each, one after the other; none where another pipeline rank has them.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for batch, loss, tokens in zip(batches if sums else (), sums[::2], sums[1::2], strict=True):
+        mode = {1.0: "attention", 0.0: "recurrent"}.get(batch.plan.attention_share, "mixed")
+        before = found.get(mode, (0.0, 0.0))
+        found[mode] = before[0] + loss, before[1] + tokens
+    return {mode: loss / tokens for mode, (loss, tokens) in found.items() if tokens}
 
 
 def take_step(engine: Engine, batches: list[Microbatch]) -> tuple[float, float]:

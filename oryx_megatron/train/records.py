@@ -97,3 +97,8 @@ def is_table(value: Any) -> bool:
 def is_flag(value: Any) -> bool:
     """True or false."""
     return isinstance(value, bool)
+
+
+def is_losses(value: Any) -> bool:
+    """Names with numbers."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))

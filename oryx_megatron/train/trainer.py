@@ -20,6 +20,7 @@ from oryx_megatron.data.stream import SampleStream
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
+from oryx_megatron.platform import memory
 from oryx_megatron.train import banner, init_from, manifests, remote, resume, signals
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
@@ -347,4 +348,6 @@ def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:
         "skipped": taken.bad,
         "routing": routing_of(taken.totals.routed, run.model, microbatches),
         "logit_z_loss": taken.totals.mean_z_loss if run.train.z_loss else None,
+        "memory_bytes": memory.used_bytes(),
+        "loss_by_mode": taken.by_mode,
     }

@@ -1,4 +1,4 @@
-"""README's second step as its own code blocks say it, on a folder of text; and commands outside the environment."""
+"""README's second step and docs/api.md as their code blocks say it; and commands outside the environment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,77 @@ def test_the_same_on_8_gpus(walked: tuple[Path, str]) -> None:
     output = bash(script.replace("\noryx launch ", "\noryx train --dry-run --config-only --world-size 8 "), folder)
     assert output.count("is valid for 8 ranks: tensor 1 × pipeline 1 × context 1 × data 8") == 2
     assert "4,096 tokens for 4,096 rows" in output
+
+
+@pytest.fixture
+def api(walked: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The walked folder as working folder, and no process group left behind."""
+    from oryx_megatron import parallel
+
+    monkeypatch.chdir(walked[0])
+    yield
+    parallel.destroy()
+
+
+def test_docs_of_the_api(api: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block of docs/api.md as written: an export continues a text as its checkpoint does."""
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/api.md").read_text(), re.MULTILINE | re.DOTALL)
+    found: dict[str, object] = {}
+    exec(compile(block, "docs/api.md", "exec"), found)
+    output = capsys.readouterr().out
+    assert "5 attention" in output
+    assert "0.25 Run(start=768, stop=1024, mode=<Mode.ATTENTION: 1>)" in output
+    assert re.search(r"attention read \d+% of \d+ tokens: (\d+) of \1 given, 0 of 20 new", output)
+
+
+def test_the_notebook(api: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells, in order."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    found: dict[str, object] = {}
+    for number, cell in enumerate(json.loads((ROOT / "docs/first-hour.ipynb").read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), found)
+    output = capsys.readouterr().out
+    assert "iteration=6, stopped=None" in output
+    assert "THE VALUE OF" in re.sub(r" +", " ", output)
+    assert "runs:r0-96,a96-128,r128-224,a224-256 0.25" in output
+
+
+def test_generate_shows_modes(api: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Orange where attention read, from a run and from its export alike; the count goes to standard error."""
+    from oryx_megatron.tools.generate import main
+
+    texts = []
+    for path in ("runs/mine", "exports/mine"):
+        options = ["--prompt", "The value", "--plan", "prompt:runs:r0-3c,a3c-end,new:attention", "--new-tokens", "3"]
+        assert main([path, *options, "--temperature", "0", "--colour", "always"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("The\x1b[38;5;208m value")
+        assert out.endswith("\x1b[0m\n")
+        assert "1 of 2 given, 3 of 3 new" in err
+        assert main([path, *options, "--temperature", "0"]) == 0
+        plain = capsys.readouterr().out
+        assert plain == re.sub(r"\x1b\[[\d;]*m", "", out)  # no terminal, no colour
+        texts.append(plain)
+    assert texts[0] == texts[1]
+    assert main(["runs/mine", "--prompt", "The", "--plan", "prompt:runs:a0-99c,new:attention"]) == 2
+    assert "99 characters are more than the 3 of the prompt" in capsys.readouterr().err
+    assert main(["exports/mine", "--prompt", "The", "--plan", "sometimes"]) == 2
+    assert "a plan is one of attention" in capsys.readouterr().err
+
+
+def test_importing_is_quick() -> None:
+    """Every name is there, and none loads torch before it is used."""
+    code = (
+        "import sys, oryx_megatron as o\n"
+        "from oryx_megatron import Dataset, ModePlan, export, generate, load_model, load_run, train\n"
+        "import oryx_megatron.train as package\n"
+        "assert package is train and callable(train) and set(o.__all__) <= set(dir(o))\n"
+        "assert not hasattr(o, 'nothing')\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.slow

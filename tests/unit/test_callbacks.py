@@ -16,7 +16,7 @@ LOADS = {"expert_load_max": 2.0, "expert_load_min": 0.5, "dropped_share": 0.0, "
 
 
 def _record(iteration: int) -> StepRecord:
-    numbers = {field.name: 1.0 for field in dataclasses.fields(StepRecord)}
+    numbers = {field.name: 1.0 for field in dataclasses.fields(StepRecord) if field.type in ("float", "int")}
     routing = Routing(**dict.fromkeys(("load_balancing_loss", "router_z_loss", "router_entropy"), 1.0), **LOADS)
     own = {"iteration": iteration, "skipped": False, "routing": routing}
     return StepRecord(**(numbers | own))  # type: ignore[arg-type]

@@ -1,12 +1,17 @@
 """The doctor names what is wrong and how to fix it; what is merely absent is not wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from oryx_megatron import doctor, platform
 from oryx_megatron.doctor import Finding, Package
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_this_machine_is_fine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -75,3 +80,33 @@ def test_lines_fit_a_terminal():
     text = doctor.show(Finding("wrong", "flash-linear-attention", "0.6.0", "word " * 60))
     assert max(map(len, text.splitlines())) < 80
     assert text.startswith("WRONG flash-linear-attention")
+
+
+def test_works_without_torch():
+    """A Python with nothing installed: what is missing is listed, nothing is imported in vain."""
+    command = [sys.executable, "-S", "-m", "oryx_megatron.doctor"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    assert "wrong: torch, megatron-core, sentencepiece, tokenizers\n" in done.stdout
+    assert "kernels, gdn" not in done.stdout
+
+
+@pytest.mark.parametrize("ngc", [False, True])
+def test_compares_with_the_tested_set(monkeypatch: pytest.MonkeyPatch, ngc: bool):
+    """On a GPU machine with the set of its kind; the build of a version does not count."""
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
+    if ngc:
+        monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "26.02")
+    versions = {"torch": "2.11.0+cu130", "transformer-engine": "2.11.0", "tilelang": "0.1.15", "fla-core": "0.5.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    finding = doctor._tested()
+    assert finding.state == "other"
+    assert "fla-core 0.5.0 (tested: 0.6.0)" in finding.advice
+    assert ("transformer-engine 2.11.0 (tested: 2.20.2)" in finding.advice) is not ngc
+    assert "torch" not in finding.advice.replace("pytorch", "")
+    assert finding.found.startswith("ngc.txt: 1 of the 2" if ngc else "cuda13.txt: 2 of the 4")
+    monkeypatch.setattr(doctor, "_version", {"tilelang": "0.1.15"}.get)
+    assert doctor._tested().state == "ok"

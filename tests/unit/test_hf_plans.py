@@ -21,6 +21,10 @@ SPECS = [
     "every:1",
     "every:3",
     "runs:a0-5,r5-17",
+    "runs:a0%-25%,r25%-end",
+    "runs:r0-33.3%,a33.3%-100%",
+    "runs:a0-1%,r1%-end",
+    "prompt:runs:r0-50%,a50%-end,new:runs:a0-end",
     "prompt:attention,new:recurrent",
     "prompt:every:2,new:last:4",
 ]
@@ -46,6 +50,7 @@ def test_ratio_over_many_chunks() -> None:
     [
         *("", "atention", "prefix:18", "prefix:x", "last:99", "ratio:1.1", "ratio:-1", "every:0"),
         *("runs:a0-5", "runs:a0-5,r6-17", "runs:b0-17", "runs:a0-18"),
+        *("runs:a0-50%", "runs:a0-101%", "runs:a0-50%,r9-end", "runs:aend-end,r0-end", "runs:a0-17c"),
         *("prompt:attention", "prompt:attention,new:runs:a0-3", "prompt:prompt:a,new:b,new:c"),
     ],
 )

@@ -44,8 +44,8 @@ PURE = {"hf.plans_oryx"}
 """Modules of pure Python that configs are read by and every export ships."""
 SHARED = {"hf.recurrences_oryx", "hf.rotary_oryx", "hf.states_oryx"}
 """Modules of nothing but torch that training computes with and every export ships."""
-MAY_START = {"environment"}
-"""What the package's __init__ imports."""
+MAY_START = {"environment", "api"}
+"""What the package's __init__ imports: the one at `python -m`, the other for type checkers alone."""
 MAY_GUARD = {"ops", "platform", "cli"}
 STANDALONE = {f"hf.{path.stem}" for path in (PACKAGE / "hf").glob("*_oryx.py")}
 """Copied into every export, where this package is absent: they may guard kernels, and import only each other."""

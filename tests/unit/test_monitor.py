@@ -1,12 +1,16 @@
 """The monitor and the summary, from files that grow, break off, are replaced, or are not there."""
 
 import dataclasses
+import http.client
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,10 @@ import pytest
 
 from oryx_megatron import monitor
 from oryx_megatron.config import to_yaml
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.monitor import Followed, table
 from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train import web
 from oryx_megatron.train.callbacks import MetricsFile
 from oryx_megatron.train.clock import PARTS
 from oryx_megatron.train.history import Events, read_events, summarize, summary_lines
@@ -310,3 +316,104 @@ def test_the_slowest_rank() -> None:
     assert text == "rank 5 (host2) is slow: 6.000 s for its part of a step, its peers take 3.000 s"
     assert slowest([1e-4, 9e-4], [((0,), "a"), ((0,), "b")], 1.5) is None  # noise
     assert slowest([1.0, 2.0], [((0,), "a"), ((0,), "b")], 1.5) is not None
+
+
+# ------------------------------------------------------------------------------------------------- the page (--web)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[web.Server, Path]]:
+    """A server of one run with a hostile name, on a free port."""
+    folder = tmp_path / "<script>alert(1)<"
+    folder.mkdir()
+    with web.serve([web.Recorded(folder, folder.name)], 0, 2.0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server, folder
+        server.shutdown()
+        thread.join()
+
+
+def fetch(server: web.Server, path: str, host: str | None = None) -> tuple[int, dict[str, str], str]:
+    connection = http.client.HTTPConnection(web.HOST, server.server_port, timeout=30)
+    connection.request("GET", path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    return answer.status, dict(answer.headers), answer.read().decode()
+
+
+def test_page_answers_this_machine_alone(served: tuple[web.Server, Path]) -> None:
+    server, _ = served
+    assert server.server_address[0] == "127.0.0.1"
+    status, headers, page = fetch(server, "/")
+    assert status == 200
+    nonce = re.search(r'<script nonce="([\w-]+)">', page)
+    assert nonce is not None
+    assert f"script-src 'nonce-{nonce[1]}'" in headers["Content-Security-Policy"]
+    assert "setInterval(look, 2000)" in page
+    assert "alert(1)" not in page
+    assert re.findall(r"https?://(?!www.w3.org/2000/svg)", page) == []  # nothing from elsewhere
+    assert fetch(server, "/", host="evil.example")[0] == 403
+    assert fetch(server, "/data.json", host=f"evil.example:{server.server_port}")[0] == 403
+    assert fetch(server, "/../etc/passwd")[0] == 404
+    assert fetch(server, "/data.json", host=f"localhost:{server.server_port}")[0] == 200
+
+
+def test_page_has_the_run(served: tuple[web.Server, Path]) -> None:
+    """Every step and evaluation, plans at their shares; NaN is null; it grows with the files."""
+    server, folder = served
+    assert json.loads(fetch(server, "/data.json")[2])["runs"][0]["state"] == "no files"
+    (folder / "config.yaml").write_text("{data: {sequence_length: 100}, modes: {chunk: 10}, train: {iterations: 8}}")
+    (folder / "events.jsonl").write_text(
+        json.dumps({"event": "start", "time": 1.0, "iteration": 0}) + "\n"
+        + json.dumps({"event": "checkpoint", "time": 2.0, "iteration": 2, "path": "iteration_0000002"}) + "\n"
+    )  # fmt: skip
+    lines = [
+        {"kind": "step", "iteration": n, "loss": 5.0 - n, "grad_norm": 1.0, "lr": 1e-3, "tokens": 200, "seconds": 0.5,
+         "skipped": False, "attention_share": n / 4, "memory_bytes": 2**30, "loss_by_mode": {"attention": 4.0 - n}}
+        for n in (1, 2)
+    ]  # fmt: skip
+    lines[1]["loss"] = float("nan")
+    lines += [
+        {"kind": "evaluation", "iteration": 2, "dataset": "valid", "plan": plan, "loss": loss}
+        for plan, loss in (("attention", 2.0), ("recurrent", 4.0), ("ratio:0.3", 3.0), ("last:25", 2.5))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = json.loads(fetch(server, "/data.json")[2])["runs"]
+    assert run["name"] == "<script>alert(1)<"  # the page makes text of it
+    assert (run["iteration"], run["iterations"], run["tokens"]) == (2, 8, "400")
+    assert run["steps"]["loss"] == [4.0, None]
+    assert run["steps"]["speed"] == [400.0, 400.0]
+    assert run["steps"]["memory"] == [1.0, 1.0]
+    assert run["modes"]["attention"] == [[1, 3.0], [2, 2.0]]
+    assert run["mix"] == [[1, 0.25], [2, 0.5]]
+    assert run["evaluations"][2] == {"dataset": "valid", "plan": "ratio:0.3", "points": [[2, 3.0]]}
+    assert run["shares"] == [{"dataset": "valid", "points": [[0.0, 4.0], [0.25, 2.5], [0.3, 3.0], [1.0, 2.0]]}]
+    assert [event["event"] for event in run["events"]] == ["start"]
+    assert run["checkpoints"][0]["text"] == "path iteration_0000002"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lines[0] | {"iteration": 3}) + "\n")
+    assert json.loads(fetch(server, "/data.json")[2])["runs"][0]["steps"]["iteration"] == [1, 2, 3]
+
+
+def test_long_runs_are_thinned() -> None:
+    """Curves of a million steps stay small, and keep their means."""
+    values = [float(i % 7) for i in range(100_003)]
+    found = web.thinned(values)
+    assert len(found) == web.POINTS
+    assert sum(found) / len(found) == pytest.approx(3.0, abs=0.01)
+    assert web.thinned(values[:5]) == values[:5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--port", "70000"], "--port 70000: "), (["--once"], "leave out one of --web and --once")],
+)
+def test_page_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert monitor.main([str(tmp_path), "--web", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_page_says_a_port_is_taken(served: tuple[web.Server, Path]) -> None:
+    with pytest.raises(ConfigError, match="Address already in use; choose another"):
+        web.serve([], served[0].server_port, 1.0)

@@ -12,6 +12,7 @@ import oryx_megatron
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAPERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/releasing.md")
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PATH = re.compile(r"(?:oryx_megatron|tools|tests|docs|configs|benchmarks|launch)/[\w./-]*\w")
 """A file or folder of the repository."""
 
@@ -51,6 +52,36 @@ def test_hosted_ci_runs_ours_and_builds_the_wheel() -> None:
     runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in workflow["jobs"].items()}
     assert runs["test"] == [".ci/run"]
     assert any("pip wheel" in run for run in runs["wheel"])
+    assert runs["docs"] == ["make docs"]
+
+
+def test_the_site_has_every_page() -> None:
+    """Each page of docs/ stands once in the site's contents; requirements of the site are exact."""
+    site = yaml.safe_load(text("mkdocs.yml"))
+    listed = [page for part in site["nav"] for pages in part.values() for page in [pages] if isinstance(pages, str)]
+    listed += [page for part in site["nav"] for pages in part.values() if isinstance(pages, list) for page in pages]
+    made = {"index.md", "contributing.md", "changelog.md"}
+    assert sorted(listed) == sorted(set(PAGES) | made)
+    assert site["strict"] is True
+    assert {"not_found", "anchors"} <= set(site["validation"]["links"])
+    lines = [line for line in text("requirements-docs.txt").splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_docs(page: str) -> None:
+    """Every link of a page leads to a file that is there, and to a heading that it has."""
+    content = text(f"docs/{page}")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", content):
+        if "://" in target:
+            continue
+        here = ROOT / "docs" / page
+        path = here.parent / target if target else here
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{target}#{anchor}"
 
 
 def test_hooks_are_what_make_test_runs() -> None:

@@ -168,3 +168,80 @@ def test_damaged_lines_are_left_out_and_said_once(runs, tmp_path, caplog) -> Non
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: left out 5 damaged lines, the first is line 13"
     ]
+
+
+def curves_of(figure) -> list[list[tuple]]:
+    """Look of every curve, by panel; the pale lines of single steps left out."""
+    return [
+        [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines if line.get_alpha() is None]
+        for ax in figure.axes
+    ]
+
+
+def test_no_two_curves_look_alike_and_legends_lie_outside() -> None:
+    """Ten runs of five plans: 50 looks in one panel; a legend names each and covers none."""
+    plans = ["attention", "recurrent", "ratio:0.5", "ratio:0.25", "every:3"]
+    runs = [
+        plot_run.Curves(
+            f"run {i}",
+            steps=[(n, 5.0 - n / 100) for n in range(1, 60)],
+            evaluations={"valid": {plan: [(20, 4.0), (40, 3.0)] for plan in plans}},
+            plan_shares={"attention": 1.0, "recurrent": 0.0},
+        )
+        for i in range(10)
+    ]
+    figure = plot_run.draw(runs, "iteration")
+    training, valid, share = curves_of(figure)
+    assert (len(training), len(valid), len(share)) == (10, 50, 10)
+    assert all(len(set(looks)) == len(looks) for looks in (training, valid, share))
+    figure.canvas.draw()
+    for ax in figure.axes:
+        legend = ax.get_legend().get_window_extent()
+        assert legend.y1 < ax.get_window_extent().y0
+        assert len(ax.get_legend().get_texts()) == len(ax.lines) - (len(runs) if ax is figure.axes[0] else 0)
+
+
+def test_panels_of_one_run(tmp_path: Path) -> None:
+    """Plans, modes, and loss against attention share: of plans as the run's config reads them, and of drawn steps."""
+    lines = [
+        {"kind": "step", "iteration": n, "tokens": 10, "loss": 4.0 + n % 2, "attention_share": n / 40,
+         "loss_by_mode": {"attention": 3.0, "recurrent": 5.0}}
+        for n in range(1, 41)
+    ]  # fmt: skip
+    lines += [
+        {"kind": "evaluation", "iteration": 40, "dataset": "valid", "plan": plan, "loss": loss}
+        for plan, loss in (("attention", 3.0), ("last:64", 4.5), ("recurrent", 5.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shipped = Path(__file__).parents[2] / "configs/run/quickstart.yaml"
+    (tmp_path / "config.yaml").write_text(shipped.read_text())  # sequences of 256 tokens
+    run = plot_run.read_curves(tmp_path / "metrics.jsonl", "iteration", "one")
+    assert run.plan_shares == {"attention": 1.0, "last:64": 0.25, "recurrent": 0.0}
+    figure = plot_run.draw([run], "iteration", smooth=2)
+    assert [ax.get_title() for ax in figure.axes] == ["one", "one: training by mode", "loss against attention share"]
+    (line,) = figure.axes[2].lines
+    assert line.get_xydata().tolist() == [[0.0, 5.0], [0.25, 4.5], [1.0, 3.0]]
+    assert len(figure.axes[2].collections[0].get_offsets()) == 4  # the last tenth of the steps
+    beside = plot_run.draw([run, run], "iteration", beside=True)
+    assert [ax.get_title() for ax in beside.axes][:2] == ["one", "one: training by mode"]
+    assert len(beside.axes) == 5
+
+
+def test_smoothing() -> None:
+    points = [(float(n), float(n % 2)) for n in range(200)]
+    assert plot_run.smoothed(points, 1) == points
+    middle = plot_run.smoothed(points, 20)[10:-10]
+    assert all(abs(y - 0.5) < 0.05 for _, y in middle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--names", "a"], "1 names for 2 runs"),
+        (["--names", "a", "a"], "two runs have one name"),
+        (["--smooth", "0"], "--smooth 0: give a number of steps"),
+    ],
+)
+def test_names_and_smoothing_are_checked(runs, capsys, arguments, expected) -> None:
+    assert plot_run.main([*runs, "--out", "x.png", *arguments]) == 2
+    assert expected in capsys.readouterr().err

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class StepRecord:
     """What the routers did; None without experts."""
     logit_z_loss: float | None = None
     """Penalty on the normaliser of the softmax, weighted, per token; not part of `loss`. None: off."""
+    memory_bytes: int = 0
+    """platform.memory.used_bytes of the main rank."""
+    loss_by_mode: dict[str, float] = field(default_factory=dict)
+    """Nats per token of this rank's microbatches read in one mode (`attention`, `recurrent`) or in both (`mixed`)."""
 
     def figures(self) -> dict[str, Any]:
         """All but `routing` itself, and of that what is one number; without what this run does not have."""

@@ -1,0 +1,227 @@
+"""Text in, text out: a run, a checkpoint or an export with its tokenizer, and which tokens of a text attended."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.generation import Decoder, Follow, Step, follow, generate, load_for_inference, plan_of
+from oryx_megatron.eval.router import Plans
+from oryx_megatron.modes import ModePlan
+
+
+class Speech(Protocol):
+    """What is needed of a tokenizer here."""
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends a document."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without one that ends it."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of tokens."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A text that a model continued."""
+
+    prompt: str
+    text: str
+    """What was added."""
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    """The new ones."""
+    plan: ModePlan
+    """Of prompt and new tokens; under a router, a last token that nothing read counts as recurrent."""
+
+    @property
+    def attended(self) -> list[bool]:
+        """For every token of prompt and text, whether it was read by attention."""
+        return self.plan.is_attention().tolist()
+
+    @property
+    def share(self) -> float:
+        """Share of all tokens that attended."""
+        return self.plan.attention_share
+
+    def __str__(self) -> str:
+        return self.prompt + self.text
+
+    def summary(self) -> str:
+        """How many tokens attended, in one line."""
+        given = self.plan.slice(0, len(self.prompt_tokens))
+        new = self.plan.slice(len(self.prompt_tokens), self.plan.length)
+        parts = ", ".join(f"{p.attention_tokens} of {p.length} {name}" for p, name in ((given, "given"), (new, "new")))
+        return f"attention read {self.share:.0%} of {self.plan.length} tokens: {parts}"
+
+
+class Model:
+    """A model that continues text under mode plans; `load` makes one."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Speech, default_plan: str) -> None:
+        self.decoder, self.tokenizer, self.default_plan = decoder, tokenizer, default_plan
+
+    def _parts(
+        self, prompt: str, tokens: list[int], new_tokens: int, spec: str | None
+    ) -> tuple[Follow, ModePlan | None]:
+        """The parts of the plan of a prompt and what follows it, and the whole where it is known before.
+
+        Raises:
+            ConfigError: no plan, or none for this text or model.
+        """
+
+        def characters(count: int) -> int:
+            if count > len(prompt):
+                raise ConfigError(
+                    f"mode plan `{spec}`: {count} characters are more than the {len(prompt)} of the prompt"
+                )
+            return bisect.bisect_left(range(len(tokens)), count, key=lambda n: len(self.tokenizer.decode(tokens[:n])))
+
+        spec = spec or self.default_plan
+        known = plan_of(self.decoder, spec, len(tokens), new_tokens, characters)
+        return (self.decoder.plans(spec).follow(spec) if known is None else follow(known)), known
+
+    def generate(
+        self,
+        prompt: str,
+        new_tokens: int = 100,
+        *,
+        plan: str | None = None,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+        on_token: Callable[[ModePlan, list[int], int], None] | None = None,
+    ) -> Generated:
+        """Continue a text by up to `new_tokens` tokens; it ends where the model ends the document.
+
+        Args:
+            prompt: Text to continue; none begins a document.
+            new_tokens: Most tokens to add.
+            plan: Mode plan, e.g. `prompt:attention,new:recurrent`; None: the model's default.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: Sample among the most likely tokens of this total probability.
+            seed: Of the sampling.
+            on_token: Called with the plan as far as it is known, the prompt's tokens and each new token.
+
+        Raises:
+            ConfigError: a value out of range; no plan, or none for this text or model.
+        """
+        if new_tokens < 1:
+            raise ConfigError(f"new tokens: {new_tokens} should be at least 1")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ConfigError("temperature should not be negative, and top_p should be above 0 and at most 1")
+        tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eod_id]
+        parts, known = self._parts(prompt, tokens, new_tokens, plan)
+        read: list[bool] = []
+
+        def part(piece: Tensor) -> ModePlan:
+            modes = parts(piece)
+            read.extend(modes.is_attention().tolist())
+            return modes
+
+        def tell(token: int) -> None:
+            if on_token is not None:
+                on_token(known or ModePlan.from_mask(read), tokens, token)
+
+        new = generate(
+            self.decoder,
+            tokens,
+            new_tokens,
+            plan=part,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=self.tokenizer.eod_id,
+            on_token=tell,
+        )
+        text = self.tokenizer.decode(tokens + new).removeprefix(self.tokenizer.decode(tokens))
+        total = len(tokens) + len(new)
+        modes = known.slice(0, total) if known is not None else ModePlan.from_mask((read + [False] * total)[:total])
+        return Generated(prompt, text, tuple(tokens), tuple(new), modes)
+
+
+def load(path: str | Path, *, tokenizer: str | Path | None = None, tensor: int = 1) -> Model:
+    """A run (its newest checkpoint), a checkpoint, or an export, ready to continue text.
+
+    Args:
+        path: Run folder, checkpoint or Hugging Face folder.
+        tokenizer: Tokenizer folder; default the run's, or the export's own.
+        tensor: Tensor-parallel ranks of a checkpoint's model; an export runs on one.
+
+    Raises:
+        CheckpointError, ConversionError, DataError: nothing there, or damaged; a tokenizer of another model.
+        ConfigError: the model does not divide over `tensor` ranks.
+    """
+    if (Path(path) / "config.json").is_file():
+        return _load_export(path, tokenizer, tensor)
+    model = load_for_inference(path, tensor=tensor)
+    spoken = load_tokenizer(tokenizer or model.run.data.tokenizer)
+    check_tokenizer(spoken, model.manifest.tokenizer, str(model.folder))
+    return Model(model, spoken, "recurrent" if model.modes == "recurrent" else "attention")
+
+
+def _load_export(path: str | Path, tokenizer: str | Path | None, tensor: int) -> Model:
+    from oryx_megatron.eval.export import load_export
+    from oryx_megatron.hf.configuration_oryx import OryxConfig
+
+    if tensor > 1:
+        raise ConfigError(f"{path}: an export runs on one rank, not {tensor}; give the run or a checkpoint of it")
+    model, codec = load_export(path, tokenizer)
+    if not isinstance(model.config, OryxConfig):
+        raise ConfigError(f"{path} holds a {model.config.model_type} model, which has no modes; give an Oryx export")
+    spoken: Speech = codec if tokenizer is not None else _ExportSpeech(codec.tokenizer, model)  # type: ignore
+    return Model(_Exported(model, str(path)), spoken, model.config.default_plan)
+
+
+class _ExportSpeech:
+    """The tokenizer of an export, reading texts as training did: special tokens in them are text."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """See Speech."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        """See Speech."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """An export as a Decoder."""
+
+    model: Any
+    name: str
+
+    @property
+    def modes(self) -> str:
+        return self.model.config.modes
+
+    def plans(self, spec: str) -> Plans:
+        return Plans(self.model.config.mode_chunk)
+
+    def begin(self) -> Step:
+        from oryx_megatron.hf.modeling_oryx import OryxCache
+
+        cache = OryxCache(self.model.config)
+
+        def step(tokens: Tensor, plan: ModePlan, done: int) -> Tensor:
+            mask = torch.from_numpy(plan.is_attention())
+            out = self.model(tokens, past_key_values=cache, use_cache=True, mode_plan=mask, logits_to_keep=1)
+            return out.logits[0, -1].float()
+
+        return step

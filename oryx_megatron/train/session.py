@@ -1,0 +1,37 @@
+"""A run in this process from its start to its end: platform, process groups, trainer, and all of them put away."""
+
+from __future__ import annotations
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.train import lock, signals
+
+
+def fit(run: RunConfig, layout: Layout, stop: signals.StopRequest | None = None) -> signals.Stop | None:
+    """Train, or resume, until the run ends; None at its end, else where and why it stopped.
+
+    Args:
+        run: Validated config.
+        layout: From `validate(run, world_size)`.
+        stop: Takes signals while the run is under way; None leaves them to the caller.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError: see `Trainer`.
+    """
+    platform.use_kernel_cache(run.kernels.cache_dir)
+    platform.install()
+    try:
+        parallel.initialize(run.parallel, seed=run.seed)
+        if stop is not None:
+            stop.install()  # not before: a rank that waits for one that died must end when torchrun tells it to
+        from oryx_megatron.train.trainer import Trainer
+
+        try:
+            return Trainer(run, layout, stop=stop).fit()
+        finally:
+            lock.release()
+    finally:
+        parallel.destroy()
+        if stop is not None:
+            stop.restore()

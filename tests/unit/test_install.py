@@ -1,0 +1,81 @@
+"""Sets of versions and Dockerfiles: exact, whole, of files that exist, in the form that hadolint asks for."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETS = sorted((ROOT / "configs/install").glob("*.txt"))
+DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    found = dict(line.split("==") for line in lines if line)
+    assert len(found) == len([line for line in lines if line])
+    return found
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[\[<>=!~;\s]", requirement)[0].lower()
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_sets(path: Path) -> None:
+    """What runs everywhere has one version everywhere; torch is the image's own in NGC, and the set's elsewhere."""
+    own, cpu = pins(path), pins(ROOT / "requirements.txt")
+    shared = {name: version for name, version in own.items() if name in cpu and name not in ("torch", "deepspeed")}
+    assert shared == {name: cpu[name] for name in shared}
+    needed = {name_of(requirement) for requirement in PROJECT["dependencies"]}
+    gpu = {name_of(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
+    brought = {"torch", "transformer-engine", "mamba-ssm", "causal-conv1d"} if path.stem == "ngc" else set()
+    assert (needed | gpu) - {name.lower() for name in own} == brought
+
+
+def test_requirements_gpu_is_gone() -> None:
+    """One way to install: it pinned another TransformerEngine than was measured, and requirements.txt another torch."""
+    assert not (ROOT / "requirements-gpu.txt").exists()
+    docs = (ROOT / "docs/install-gpu.md").read_text(encoding="utf-8")
+    assert "pip install -r" not in docs
+    measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert f"TransformerEngine {pins(ROOT / 'configs/install/cuda13.txt')['transformer-engine']}" in measured
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_dockerfiles(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    steps = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    words = [step.split(maxsplit=1) for step in steps]
+    (image,) = [rest for word, rest in words if word == "FROM"]
+    assert re.search(r":[\d.]+", image)  # a version, not `latest`
+    known = {"FROM", "SHELL", "RUN", "ENV", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
+    assert {word for word, _ in words} <= known
+    assert [rest for word, rest in words if word == "USER"] == ["1000:1000"]
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    for word, rest in words:
+        if word == "COPY" and rest != ". .":
+            assert (ROOT / rest.split()[0]).is_file()
+        for command in rest.split("&&") if word == "RUN" else ():
+            if "apt-get install" in command:
+                assert "--no-install-recommends" in command
+                assert "rm -rf /var/lib/apt/lists" in rest
+            if "pip install" in command and "--no-deps ." not in command:
+                assert f"--constraint configs/install/{path.name.split('.')[0]}.txt" in command
+    assert "PIP_NO_CACHE_DIR=1" in text
+    wanted = {"configs", "launch", "oryx_megatron", "tools", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
+    assert {f"!{name}" for name in wanted} <= set(ignored)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_the_docs_and_the_image_install_alike(path: Path) -> None:
+    """Every package that a Dockerfile of ours installs has a version in its set."""
+    own = {name.lower() for name in pins(ROOT / f"configs/install/{path.name.split('.')[0]}.txt")}
+    text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+    builders = {"setuptools", "wheel", "ninja", "packaging"}
+    for arguments in re.findall(r"pip install ([^&\n]*)", text):
+        plain = re.sub(r"--constraint \S+|--\S+", "", arguments).replace('"', "").split()
+        names = {name_of(word) for word in plain if not word.startswith(".")}
+        assert names - builders <= own, names - builders - own
