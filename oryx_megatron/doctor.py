@@ -112,18 +112,30 @@ def tested_set() -> Path:
     return resources.folder("configs").parent / "requirements.txt"
 
 
+_PIN = re.compile(r"^([\w.-]+)==([^\s#;]+)(?:\s*;\s*python_version\s*(<|>=)\s*[\"']3\.(\d+)[\"'])?", re.MULTILINE)
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Exact versions that a file of requirements or constraints asks of this Python."""
+    found = {}
+    for name, version, than, minor in _PIN.findall(path.read_text(encoding="utf-8")):
+        if not than or (sys.version_info[1] < int(minor)) == (than == "<"):
+            found[name] = version
+    return found
+
+
 def _tested() -> Finding:
     """Versions beside those that were tested together."""
     path = tested_set()
     if not path.is_file():
         return Finding("ok", "tested set", "none for this machine: a checkout's requirements.txt has the CPU's")
-    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s#]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-    found = {name: _version(name) for name in pins}
+    pinned = pins(path)
+    found = {name: _version(name) for name in pinned}
     # What follows a `+` is the build, as 2.11.0+cu130.
     others = [
-        f"{name} {version} (tested: {pins[name]})"
+        f"{name} {version} (tested: {pinned[name]})"
         for name, version in found.items()
-        if version is not None and version.partition("+")[0] != pins[name]
+        if version is not None and version.partition("+")[0] != pinned[name]
     ]
     count = sum(version is not None for version in found.values())
     text = f"{path.name}: {count - len(others)} of the {count} packages here as tested"

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from oryx_megatron.doctor import pins
+
 ROOT = Path(__file__).resolve().parents[2]
 SETS = sorted((ROOT / "configs/install").glob("*.txt"))
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def pins(path: Path) -> dict[str, str]:
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    found = dict(line.split("==") for line in lines if line)
-    assert len(found) == len([line for line in lines if line])
-    return found
 
 
 def name_of(requirement: str) -> str:
@@ -27,7 +22,10 @@ def name_of(requirement: str) -> str:
 def test_sets(path: Path) -> None:
     """What runs everywhere has one version everywhere; torch is the image's own in NGC, and the set's elsewhere."""
     own, cpu = pins(path), pins(ROOT / "requirements.txt")
-    shared = {name: version for name, version in own.items() if name in cpu and name not in ("torch", "deepspeed")}
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert len(own) == len(lines)  # all of them exact
+    apart = ("torch", "deepspeed", "megatron-core")
+    shared = {name: version for name, version in own.items() if name in cpu and name not in apart}
     assert shared == {name: cpu[name] for name in shared}
     needed = {name_of(requirement) for requirement in PROJECT["dependencies"]}
     gpu = {name_of(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
@@ -41,7 +39,13 @@ def test_requirements_gpu_is_gone() -> None:
     docs = (ROOT / "docs/install-gpu.md").read_text(encoding="utf-8")
     assert "pip install -r" not in docs
     measured = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert f"TransformerEngine {pins(ROOT / 'configs/install/cuda13.txt')['transformer-engine']}" in measured
+    own = pins(ROOT / "configs/install/cuda13.txt")
+    for name, package in (
+        ("TransformerEngine", "transformer-engine"),
+        ("megatron-core", "megatron-core"),
+        ("torch", "torch"),
+    ):
+        assert f"{name} {own[package]}" in measured
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
