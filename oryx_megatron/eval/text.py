@@ -14,7 +14,7 @@ from torch import Tensor
 from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import Decoder, Follow, Step, follow, generate, load_for_inference, plan_of
-from oryx_megatron.eval.router import Plans
+from oryx_megatron.eval.routed import Plans
 from oryx_megatron.modes import ModePlan
 
 
