@@ -80,7 +80,7 @@ def fault(run_file, *overrides, world_size=1) -> str:
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_shipped_runs(path):
     run = load_run(path)
-    for world_size in {"quickstart": (2,), "own-text": (1, 2)}.get(path.stem, (1, 2, 8, 64)):
+    for world_size in {"quickstart": (2,), "own-text": (1, 2), "copies": (1,)}.get(path.stem, (1, 2, 8, 64)):
         layout = validate(run, world_size)
         assert layout.world_size == world_size
         sequences = layout.microbatches * layout.dp * run.train.micro_batch_size
