@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.loading import config_text, expand_paths
-from oryx_megatron.config.schema import LocalPath, PathOrName
+from oryx_megatron.config.types import LocalPath, PathOrName
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand

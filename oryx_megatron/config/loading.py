@@ -20,7 +20,8 @@ import yaml
 
 from oryx_megatron import resources
 from oryx_megatron.config.plans import read_plan
-from oryx_megatron.config.schema import NAME, PATH, RENAMED, URL, BlendEntry, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.types import NAME, PATH, URL
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError

@@ -21,7 +21,6 @@ from oryx_megatron.config.moe import (
     check_expert_layout,
     check_expert_run,
     check_expert_stages,
-    check_experts,
     expert_widths,
 )
 from oryx_megatron.config.plans import parse_runs
@@ -39,6 +38,7 @@ from oryx_megatron.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from oryx_megatron.config.validate_model import check_model, divisible
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import is_url
 
@@ -99,73 +99,6 @@ class Layout:
         return [chunk * total + before + i for chunk in range(self.vpp) for i in range(own)]
 
 
-def _divisible(name: str, value: int, by: str, divisor: int) -> None:
-    if value % divisor:
-        near = " or ".join(str(v) for v in (value // divisor * divisor, -(-value // divisor) * divisor) if v)
-        raise ConfigError(f"{name} {value} is not divisible by {by}{f' = {divisor}' if '×' in by else ''}; use {near}")
-
-
-def check_model(model: ModelConfig) -> None:
-    """Checks inside one model config; ConfigError names the field."""
-    check_ranges(model, "model")
-    if model.num_heads % model.kv_heads:
-        raise ConfigError(f"model.num_kv_heads {model.kv_heads} does not divide model.num_heads {model.num_heads}")
-    if model.conv_width == 1:
-        raise ConfigError(f"model.conv_width: {model.conv_width} should be 0 (no convolution) or at least 2")
-    if model.rotary != "none" and model.qk_head_dim % 2:
-        raise ConfigError(f"model.qk_head_dim {model.qk_head_dim} should be even for rotary embedding")
-    if model.pattern and model.modes != "both":
-        raise ConfigError(
-            f"model.modes: {model.modes}, but model.pattern ({', '.join(model.pattern)}) has those of each layer; "
-            "remove one"
-        )
-    if model.pattern:
-        model.layer_modes  # noqa: B018 - raises
-    _check_rope(model)
-    if model.shared_query and not model.takes_plans:
-        what = "model.pattern" if model.pattern else f"modes={model.modes}"
-        raise ConfigError(f"model.shared_query: a model with {what} has one query; leave it false")
-    for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
-        if not 0 < low <= high:
-            raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
-    check_experts(model)
-
-
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "yarn": ("original_max_position_embeddings",),
-    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}
-"""What each rope_type needs beside `factor`."""
-OF_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-"""What yarn may have."""
-
-
-def _check_rope(model: ModelConfig) -> None:
-    scaling, name = model.rope_scaling, "model.rope_scaling"
-    if scaling is None:
-        return
-    if model.rotary == "none" or not model.has_attention:
-        raise ConfigError(f"{name}: this model has no rotary embedding in attention to scale; remove it")
-    kind = scaling.rope_type
-    allowed = {"rope_type", "factor", "rope_theta", *ROPE_FIELDS[kind], *(OF_YARN if kind == "yarn" else ())}
-    for field in (f.name for f in dataclasses.fields(scaling)):
-        if field in ROPE_FIELDS[kind] and getattr(scaling, field) is None:
-            raise ConfigError(f"{name}.{field}: is missing; rope_type {kind} needs it")
-        if field not in allowed and getattr(scaling, field) is not None:
-            raise ConfigError(f"{name}.{field}: has no effect with rope_type {kind}; remove it")
-    if scaling.rope_theta not in (None, model.rope_theta):
-        raise ConfigError(
-            f"{name}.rope_theta: {scaling.rope_theta:g} is not model.rope_theta {model.rope_theta:g}; set that one"
-        )
-    if (scaling.beta_fast or 32.0) <= (scaling.beta_slow or 1.0):
-        raise ConfigError(f"{name}.beta_fast: should be above beta_slow; unset they are 32 and 1")
-    if (scaling.mscale is None) != (scaling.mscale_all_dim is None):
-        raise ConfigError(f"{name}.mscale: has an effect with mscale_all_dim alone; set both or none")
-    if scaling.low_freq_factor and scaling.high_freq_factor and scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ConfigError(f"{name}.low_freq_factor: {scaling.low_freq_factor:g} should be below high_freq_factor")
-
-
 def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
     """One plan of a run: it parses at this length, is not empty by rounding, and the model has its modes."""
     try:
@@ -186,7 +119,7 @@ def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, le
 
 def _check_modes(run: RunConfig) -> None:
     model, modes, length = run.model, run.modes, run.data.sequence_length
-    _divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
+    divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
     if modes.align == "documents" and run.data.documents != "isolated":
         raise ConfigError("modes.align: documents needs data.documents: isolated")
     stages = [("modes", modes.p_attention, modes.p_recurrent, modes.p_prompt)]
@@ -364,19 +297,19 @@ def _check_widths(model: ModelConfig, parallel: ParallelConfig) -> None:
     """What tensor and context parallelism must divide."""
     tp, cp = parallel.tensor, parallel.context
     by, divisor = (f"tensor {tp}", tp) if cp == 1 else (f"tensor {tp} × context {cp}", tp * cp)
-    _divisible("model.num_heads", model.num_heads, by, divisor)
-    _divisible("model.num_kv_heads", model.kv_heads, by, divisor)
-    _divisible("model.ffn_hidden_size", model.ffn_hidden_size, f"tensor {tp}", tp)
-    _divisible("model.vocab_size", model.vocab_size, f"tensor {tp}", tp)
+    divisible("model.num_heads", model.num_heads, by, divisor)
+    divisible("model.num_kv_heads", model.kv_heads, by, divisor)
+    divisible("model.ffn_hidden_size", model.ffn_hidden_size, f"tensor {tp}", tp)
+    divisible("model.vocab_size", model.vocab_size, f"tensor {tp}", tp)
 
 
 def _check_sequence(length: int, parallel: ParallelConfig) -> None:
     tp, cp = parallel.tensor, parallel.context
     if parallel.sequence and tp > 1:
         by = f"context {cp} × tensor {tp}" if cp > 1 else f"tensor {tp}"
-        _divisible("data.sequence_length", length, by, cp * tp)
+        divisible("data.sequence_length", length, by, cp * tp)
     else:
-        _divisible("data.sequence_length", length, f"context {cp}", cp)
+        divisible("data.sequence_length", length, f"context {cp}", cp)
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
@@ -611,12 +544,12 @@ def layout_for(run: RunConfig, world_size: int) -> Layout:
 
 def microbatches_of(name: str, batch: int, micro: int, dp: int, pp: int, vpp: int) -> int:
     """Microbatches per step and data-parallel rank; ConfigError, which calls the batch `name`, when not even."""
-    _divisible(name, batch, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
+    divisible(name, batch, f"train.micro_batch_size {micro} × data {dp}", micro * dp)
     microbatches = batch // (micro * dp)
     if vpp > 1:
         # megatron-core's interleaved schedule deals microbatches out in groups of the pipeline's size.
         of = "" if name == "train.global_batch_size" else f"{name} {batch}: "
-        _divisible(f"{of}microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
+        divisible(f"{of}microbatches per step", microbatches, f"pipeline {pp} (parallel.virtual_pipeline {vpp})", pp)
     return microbatches
 
 

@@ -209,10 +209,10 @@ class _Exported:
 
     @property
     def modes(self) -> str:
-        return self.model.config.modes
+        return self.model.config.single_mode or "both"
 
     def plans(self, spec: str) -> Plans:
-        return Plans(self.model.config.mode_chunk)
+        return Plans(self.model.config.mode_chunk, getattr(self.model.model, "mode_router", None))
 
     def begin(self) -> Step:
         from oryx_megatron.hf.modeling_oryx import OryxCache

@@ -15,6 +15,7 @@ from oryx_megatron import router
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.eval.routed import Plans
+from oryx_megatron.eval.text import load
 from oryx_megatron.hf.convert import export, import_
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.router import NAME, load_router
@@ -144,6 +145,9 @@ def test_it_travels_with_an_export(trained: tuple[Path, list[dict[str, Any]]], t
     plan = Plans(8, made).of(SPEC, text)
     assert model.model.route(0.3, text[None])[0].tolist() == plan.is_attention().tolist()
     assert 0 < plan.attention_tokens < 40
+    written = load(tmp_path / "hf").generate("maan rolit", 8, plan=SPEC, temperature=0)
+    known = Plans(8, made).of(SPEC, torch.tensor([*written.prompt_tokens, *written.tokens]))
+    assert written.plan.is_attention()[:-1].tolist() == known.is_attention()[:-1].tolist()  # the last one is never read
     import_(tmp_path / "hf", tmp_path / "back")
     back, about = load_router(tmp_path / "back" / NAME)
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), back.state_dict().values()))
