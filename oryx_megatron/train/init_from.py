@@ -24,6 +24,7 @@ from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config.batch_sizes import SampleCount, planned
+from oryx_megatron.config.pattern import layer_modes, pattern_of
 from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, check_resume
@@ -51,7 +52,8 @@ log = logging.getLogger(__name__)
 
 SHAPES = (
     *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "qk_head_dim"),
-    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings", "moe"),
+    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
+    *("pattern", "moe"),
 )
 """Fields of a model that decide which parameters it has, and their shapes."""
 NOT_LISTED = (
@@ -237,10 +239,16 @@ def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[
     Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change.
     """
     then, now = (
-        dataclasses.replace(model, num_kv_heads=model.kv_heads, moe=_architecture(model.moe)) for model in (then, now)
+        dataclasses.replace(model, num_kv_heads=model.kv_heads, moe=_architecture(model.moe), pattern=_shortest(model))
+        for model in (then, now)
     )
     pairs = ((name, getattr(then, name), getattr(now, name)) for name in names)
     return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def _shortest(model: ModelConfig) -> tuple[str, ...]:
+    """A pattern in one of its several spellings."""
+    return pattern_of(layer_modes(model.pattern, model.num_layers)) if model.pattern else ()
 
 
 def _architecture(moe: MoEConfig | None) -> MoEConfig | None:
