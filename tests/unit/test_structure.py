@@ -28,6 +28,12 @@ def _lines(node: ast.ClassDef | ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
+def test_names_of_test_files_differ() -> None:
+    """pytest imports them by name alone, and ranks of a test find its functions so."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_one_callback_a_file() -> None:
     for path in sorted((TRAIN / "callbacks").glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
