@@ -94,7 +94,7 @@ def copying(folder: Path, run: Path, steps: int) -> None:
              "--separator", r"\n", "--tokenizer", str(tokenizer), "--output", str(data)])  # fmt: skip
     settings = [f"output_dir={run}", f"data.tokenizer={tokenizer}", f"data.blend=[{data}]"]
     if steps != COPY_STEPS:
-        settings += [f"train.iterations={steps}", "schedule.warmup=1"]
+        settings += [f"train.iterations={steps}", "schedule.warmup=1", "schedule.decay=0"]
     step("   … a model of two layers", [sys.executable, "-m", "oryx_megatron.train", COPIES, *settings])
     for title, plan in (
         ("   … it continues a string by attention", "attention"),

@@ -3,12 +3,13 @@
 The package can be called: `oryx_megatron.train(run)` is `oryx_megatron.api.train`.
 """
 
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+
+# isort: split
 import importlib
 import sys
 import types
 from typing import Any
-
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
 
 
 class _Callable(types.ModuleType):

@@ -286,7 +286,7 @@ def test_exit_after_and_changes(
     settings = ("train.iterations=5", "checkpoint.interval=0", "logging.interval=4")
     assert trainer(*settings, "train.exit_after=3").fit() is None
     shown = capsys.readouterr().out
-    assert "stopped after step 3 (train.exit_after); checkpoint saved; increase or remove it to continue" in shown
+    assert "stopped after step 3 (train.exit_after); checkpoint saved\n  increase or remove it to continue\n" in shown
     assert [event["event"] for event in read_events(tmp_path)] == ["start", "checkpoint", "stop"]
     assert not (tmp_path / "requeue").exists()
     trainer(*settings, "optimizer.lr=1e-3", "optimizer.clip_grad=0.5").fit()
@@ -328,7 +328,7 @@ def test_ctrl_c_answers_at_once(
         stop.restore()
     told = capfd.readouterr()
     assert "finishing" not in told.err
-    assert "stopped after step 0 (SIGTERM and SIGINT); nothing is saved; rerun the command to resume" in told.out
+    assert "stopped after step 0 (SIGTERM and SIGINT); nothing is saved\n  rerun the command to resume\n" in told.out
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 

@@ -66,6 +66,7 @@ def make_export(project: Path, folder: Path) -> None:
     make_checkpoint(project, folder)
     export(folder / "run", folder / "hf")
     shutil.rmtree(folder / "run")
+    shutil.copytree(project / "tokenizer", folder / "tokenizer")  # an export does not say where it was
 
 
 def read_export(folder: Path) -> Any:
@@ -75,7 +76,7 @@ def read_export(folder: Path) -> Any:
     import_(folder / "hf", out)
     again = folder.parent / "again"
     shutil.rmtree(again, ignore_errors=True)
-    export(out, again)
+    export(out, again, tokenizer=folder / "tokenizer")
     return [read_manifest(find_checkpoint(out)).run(), _weights(again)]
 
 

@@ -26,7 +26,6 @@ CASES = {
             "num_kv_heads": None,
             "v_head_dim": 12,
             "qk_norm": False,
-            "rope_scaling": RopeScalingConfig(**YARN),
         },
         ParallelConfig(pipeline=2),
         "fp32",
@@ -49,7 +48,11 @@ CASES = {
         "bf16",
     ),
     "hybrid pp2": ({"pattern": ("recurrent*2", "recurrent", "attention")}, ParallelConfig(pipeline=2), "bf16"),
-    "mixed tp2": ({"pattern": ("both", "recurrent"), "mixer": "mamba2"}, ParallelConfig(tensor=2), "fp32"),
+    "mixed tp2": (
+        {"pattern": ("both", "recurrent"), "mixer": "mamba2", "rope_scaling": RopeScalingConfig(**YARN)},
+        ParallelConfig(tensor=2),
+        "fp32",
+    ),
     "experts ep2": (
         {"moe": MoEConfig(experts=6, top_k=3, ffn_hidden_size=24, score="sigmoid", bias_update_rate=0.1)},
         ParallelConfig(expert=2),

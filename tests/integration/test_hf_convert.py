@@ -160,11 +160,11 @@ def test_exports_of_version_0_2_load(exported: Path, tmp_path: Path) -> None:
 
 def test_length_and_scaling_of_an_export(project: Path, tmp_path: Path) -> None:
     """As transformers writes them, and lm-eval reads them: what YaRN extends the model to, else the run's samples."""
-    for case, longest in (("mamba2 pp2", 64), ("attention pp2", 48)):
+    for case, longest in (("mixed tp2", 64), ("attention pp2", 48)):
         export(project.parent / case, tmp_path / case)
         config = json.loads((tmp_path / case / "config.json").read_text())
         assert config["max_position_embeddings"] == longest
-        scaling = YARN | {"rope_theta": 10000.0} if case == "mamba2 pp2" else LLAMA3 | {"rope_theta": 500.0}
+        scaling = YARN | {"rope_theta": 10000.0} if case == "mixed tp2" else LLAMA3 | {"rope_theta": 500.0}
         assert config["rope_parameters"] == scaling
         assert AutoTokenizer.from_pretrained(tmp_path / case).model_max_length == longest
 

@@ -123,7 +123,7 @@ def test_a_run(
     assert steps(Remote(f"{url}/metrics.jsonl").read()) == steps(whole)
     assert len(steps(whole)) == 6
     events = [json.loads(line)["event"] for line in (Remote(f"{url}/events.jsonl").read() or b"").splitlines()]
-    assert [event for event in events if event in ("start", "end")] == ["start", "end"] * 2
+    assert [event for event in events if event in ("start", "stop", "end")] == ["start", "stop", "start", "end"]
 
     forget(cache)
     assert tool("inspect_checkpoint", url, "--depth", 1) == 0

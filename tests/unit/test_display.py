@@ -107,5 +107,5 @@ def test_monitor(tmp_path: Path, name: str) -> None:
     assert monitor.main([str(_run(tmp_path, name)), "--once"], out) == 0
     lines = out.getvalue().split("\n")
     assert all(line.isprintable() for line in lines)
-    assert lines[1].startswith(shown(name) if len(shown(name)) <= 20 else "…")
+    assert lines[1].startswith(shown(name) if len(shown(name)) <= 18 else "…")
     assert any(line.startswith(f"  {shown(name)}, {shown(name)}: loss"[:80]) for line in lines)

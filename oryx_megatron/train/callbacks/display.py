@@ -112,7 +112,8 @@ class Display(Callback):
         if saved == iteration:
             kept = "checkpoint saved"
         how = "increase or remove it to continue" if reason == "train.exit_after" else "rerun the command to resume"
-        self._write(f"  stopped after step {iteration} ({reason}); {kept}; {how}")
+        self._write(f"  stopped after step {iteration} ({reason}); {kept}")
+        self._write(f"  {how}")
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
         self._counts["evaluation"] += 1
