@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -495,6 +496,7 @@ def _digests(folder: Path, rank: int, remote: RemoteCheckpoints | None) -> dict[
 def _cause(error: BaseException) -> str:
     """The last line of a message: there torch's reports name the error itself."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    # What torch's writer of zip files says when not all bytes could be written.
-    full = "inline_container" in line or "iostream error" in line
+    # What torch's writer of zip files says when not all bytes could be written, and what a system says.
+    numbers = (f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    full = any(text in line for text in ("inline_container", "iostream error", *numbers))
     return f"{line}; is the disk full, or a quota used up?" if full else line
