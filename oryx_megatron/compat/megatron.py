@@ -10,7 +10,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `AROUND`: megatron.core.timers loads torch's TensorBoard writer | never used: our own writes TensorBoard's files |
 | `AROUND`: kv_block_allocator (0.19) has an invalid escape sequence | Python would warn of it at the first start |
 | `AROUND`: nccl_allocator, unified_memory and (0.19) tensor_parallel.random load torch's C++ builder | put off to a build (compat/torch.py) |
-| `AROUND`: moe_utils lacks `te_general_gemm` without TransformerEngine | every router asks for it |
+| `AROUND`: moe_utils of 0.16 lacks `te_general_gemm` without TransformerEngine | every router asks for it |
 | `AROUND`: moe_utils leaves sizes of an exchange between CPUs in tensors | torch takes numbers |
 | `numbering_all_parameters` | saving an optimizer that is not sharded looks parameters up by their number among those in bf16 |
 | `fp32_apart` | DistributedOptimizer saves and loads the state of parameters in fp32 as another's where a group has bf16 ones, too |
