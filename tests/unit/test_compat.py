@@ -280,7 +280,12 @@ def report_of_a_writer(folder: Path, patched: bool) -> str:
 
 
 def test_what_a_writer_reports(tmp_path: Path) -> None:
-    assert ("Is a directory" in report_of_a_writer(tmp_path, patched=False)) != NEW
+    # Without the patch in a process of its own: in this one another test may have had it.
+    code = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_compat; "
+    code += "print(test_compat.report_of_a_writer(pathlib.Path(sys.argv[2]), patched=False))"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert ("Is a directory" in plain) != NEW
     assert "Is a directory" in report_of_a_writer(tmp_path, patched=True)
 
 
