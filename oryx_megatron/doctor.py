@@ -49,7 +49,7 @@ class Package:
 
     distribution: str
     module: str
-    buys: str
+    provides: str
     gpu: bool = True
     """Of no use without a GPU."""
     required: bool = False
@@ -167,7 +167,9 @@ def _package(package: Package) -> Finding:
     name = package.distribution
     if not (platform.installed(package.module) and (not package.required or environment.found(package.module))):
         state: State = "wrong" if package.required else "absent"
-        advice = f"pip install {name}: {package.buys}" if package.required else f"optional: provides {package.buys}"
+        advice = (
+            f"pip install {name}: {package.provides}" if package.required else f"optional: provides {package.provides}"
+        )
         return Finding(state, name, "not installed", advice)
     version = _version(name) or "installed, version unknown"
     if package.gpu and not _has_gpu():

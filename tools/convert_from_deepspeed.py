@@ -4,7 +4,7 @@
     python tools/convert_from_deepspeed.py runs/zero3 runs/zero3-megatron
     python tools/convert_to_hf.py runs/zero3-megatron exported
 
-OUTPUT becomes a run folder: `output_dir=OUTPUT engine=megatron` goes on with the training. Works on CPUs, with as many
+OUTPUT becomes a run folder: `output_dir=OUTPUT engine=megatron` resumes the training. Works on CPUs, with as many
 processes as there were ranks; under torchrun, with those that it starts.
 """
 

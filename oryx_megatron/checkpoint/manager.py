@@ -93,7 +93,7 @@ class Checkpoints:
         in the log and the one before it is used.
 
         Args:
-            check: Raises when the run cannot go on from this manifest; called before any tensor is read.
+            check: Raises when the run cannot resume from this manifest; called before any tensor is read.
             before: Only checkpoints of earlier iterations count.
 
         Raises:
@@ -333,7 +333,7 @@ class CheckpointManager(Checkpoints):
         self.chunks, self.optimizer = chunks, optimizer
         self._queue = AsyncCallsQueue()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        """What goes on beside training: reading files for their digests, and rank 0's last steps."""
+        """What runs beside training: reading files for their digests, and rank 0's last steps."""
         safe.install()
         compat.megatron.keep_common_failures()
         compat.megatron.keep_causes()
@@ -345,7 +345,7 @@ class CheckpointManager(Checkpoints):
         """See Checkpoints; when configured the save is only started, and `poll` completes it.
 
         The writers are processes of their own in either case: a writer that dies or hangs leaves this rank able to
-        notice and to go on.
+        notice and to continue.
         """
         if self._pending is not None:
             raise RuntimeError("a save is in progress: poll or wait first")
@@ -400,7 +400,7 @@ class CheckpointManager(Checkpoints):
                 if not self._all_done(done, died=died):
                     return None
                 self._queue.maybe_finalize_async_calls(blocking=False)
-                # Hashing takes as long as reading the files: it goes on beside training, too.
+                # Hashing takes as long as reading the files: it runs beside training, too.
                 pending.digests = self._beside.submit(
                     _digests, pending.folder, torch.distributed.get_rank(), self.remote
                 )

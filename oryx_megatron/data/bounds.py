@@ -122,7 +122,7 @@ def one_line(what: str) -> Iterator[None]:
 def bounded(call: Callable[[], T], size: int, what: str) -> T:
     """The result of a library's call on a text of `size` bytes, or DataError when it fails or takes for ever.
 
-    The call goes on in a thread that ends with the process. What Rust prints of a panic is not shown.
+    The call continues in a thread that ends with the process. What Rust prints of a panic is not shown.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []

@@ -47,7 +47,7 @@ class IndexedWriter:
     """Writes one dataset; its files appear under their final names only when `finish` has verified them.
 
     Use as a context manager: leaving by an exception removes what was written, unless `folder` is given: that one is
-    kept, and a later writer goes on from the last `checkpoint`. Memory does not grow with the number of documents.
+    kept, and a later writer resumes from the last `checkpoint`. Memory does not grow with the number of documents.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class IndexedWriter:
         state: dict[str, Any] | None = None,
         dtype: np.dtype | None = None,
     ) -> None:
-        """Begin, or go on from `state`, what `checkpoint` gave for this `folder`. Raises DataError.
+        """Begin, or resume from `state`, what `checkpoint` gave for this `folder`. Raises DataError.
 
         Arguments: `overwrite` replaces an earlier dataset of ours, never anything else; `dtype` of the tokens, default
         `token_dtype`.
@@ -162,7 +162,7 @@ class IndexedWriter:
             raise DataError(f"cannot write {self.folder}: {error.strerror}") from error
 
     def checkpoint(self) -> dict[str, Any]:
-        """Force what was added to disk; gives what a later writer needs to go on from here."""
+        """Force what was added to disk; gives what a later writer needs to resume from here."""
         try:
             for file in (self._bin, self._lengths, self._counts):
                 file.flush()

@@ -193,7 +193,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             if cache is not None:
-                raise ValueError("gradient checkpointing recomputes layers and cannot go on from past_key_values")
+                raise ValueError("gradient checkpointing recomputes layers and cannot continue from past_key_values")
             use_cache = False
         if attention_mask is None and position_ids is not None and cache is None and s > 1:
             starts = (position_ids.diff(dim=1) != 1) & (position_ids[:, 1:] == 0)

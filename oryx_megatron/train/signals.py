@@ -131,7 +131,7 @@ class StopRequest:
 
 
 def decide(votes: Sequence[float]) -> str | None:
-    """Why to stop, from the sums of all ranks' notes and so the same on all of them; None to go on."""
+    """Why to stop, from the sums of all ranks' notes and so the same on all of them; None to continue."""
     return " and ".join(reason for reason, count in zip(REASONS, votes, strict=True) if count > 0) or None
 
 
