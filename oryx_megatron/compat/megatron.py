@@ -27,6 +27,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `read_checkpoints_by` | three places of a checkpoint are unpickled without weights_only |
 | `keep_common_failures`, `common_failure` | 0.16 raises on rank 0 alone, between two collectives, and leaves the others waiting in the second |
 | `keep_causes` | 0.19 reports the class of what a writer ran into, not the error: nobody would hear of a full disk |
+| `as_rank_0` | GPTDataset builds its indices on rank 0 alone; where each machine has its own copies, the first rank of each builds |
 | `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
 
 Of two forms, by version: `mlp`, `router_loss_factor`, `split_tensor_factory`, `save`, `gradients_for_norm`.
@@ -466,6 +467,19 @@ def report_to(make: Callable[[], Any]) -> None:
     if hasattr(filesystem_async._results_queue, "close"):
         filesystem_async._results_queue.close()
     filesystem_async._results_queue = make()
+
+
+@contextlib.contextmanager
+def as_rank_0() -> Iterator[None]:
+    """Let GPTDataset build its indices here; see the table. It makes no collective then."""
+    import torch
+
+    real = torch.distributed.get_rank
+    torch.distributed.get_rank = lambda group=None: 0
+    try:
+        yield
+    finally:
+        torch.distributed.get_rank = real
 
 
 def keep_causes() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from oryx_megatron import compat
 from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.errors import DataError
 from oryx_megatron.parallel.wait import LIFE
@@ -57,7 +58,7 @@ def cached(root: Path, key: dict[str, Any], build: Any, *, shared: bool = True) 
         try:
             if not _whole(folder):  # another job may have been faster
                 temporary.mkdir()
-                with _as_rank_0() if rank else contextlib.nullcontext():
+                with compat.megatron.as_rank_0() if rank else contextlib.nullcontext():
                     build(temporary)
                 files = {
                     path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
@@ -68,17 +69,6 @@ def cached(root: Path, key: dict[str, Any], build: Any, *, shared: bool = True) 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _as_rank_0() -> Iterator[None]:
-    """megatron-core's GPTDataset makes indices on rank 0 alone, and asks torch for it; here it makes no collective."""
-    real = torch.distributed.get_rank
-    torch.distributed.get_rank = lambda group=None: 0
-    try:
-        yield
-    finally:
-        torch.distributed.get_rank = real
 
 
 def _put(temporary: Path, folder: Path) -> None:

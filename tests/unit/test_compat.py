@@ -279,6 +279,16 @@ def report_of_a_writer(folder: Path, patched: bool) -> str:
         Writer.write_preloaded_data = staticmethod(plain)
 
 
+def test_indices_are_built_on_rank_0() -> None:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    assert "torch.distributed.get_rank() == 0" in inspect.getsource(GPTDataset)
+    real = torch.distributed.get_rank
+    with compat.megatron.as_rank_0():
+        assert torch.distributed.get_rank() == 0
+    assert torch.distributed.get_rank is real
+
+
 def test_what_a_writer_reports(tmp_path: Path) -> None:
     # Without the patch in a process of its own: in this one another test may have had it.
     code = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_compat; "
