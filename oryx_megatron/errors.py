@@ -1,5 +1,7 @@
 """The errors a user can cause or fix. Each is shown as one line and ends the process with exit code 2."""
 
+from typing import Self
+
 USER_ERROR = 2
 """Exit code of every command after one of these."""
 REQUEUE_EXIT_CODE = 75
@@ -13,6 +15,13 @@ class OryxError(Exception):
 
     rank_local = False
     """True when only one rank of a distributed run can see the fault; otherwise all ranks raise it together."""
+
+    @classmethod
+    def of_one_rank(cls, text: str) -> Self:
+        """An error that only this rank sees, e.g. of its environment or of a peer that is gone."""
+        error = cls(text)
+        error.rank_local = True
+        return error
 
 
 class ConfigError(OryxError):

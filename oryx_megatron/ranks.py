@@ -17,6 +17,10 @@ OTHERS = (
 """What launchers that do not set RANK say of the number of processes that they started."""
 
 
+_error = ConfigError.of_one_rank
+"""The environment is each process's own."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """This process among the ranks that a launcher started."""
@@ -85,9 +89,3 @@ def _number(name: str, *, least: int = 0) -> int | None:
     if not (text.isascii() and text.isdigit() and int(text[:20]) >= least):
         raise _error(f"{name}={text[:40]!r} is no whole number from {least} up; unset it, or start by torchrun")
     return int(text[:20])
-
-
-def _error(text: str) -> ConfigError:
-    error = ConfigError(text)
-    error.rank_local = True  # the environment is each process's own
-    return error

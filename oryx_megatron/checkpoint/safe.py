@@ -236,9 +236,8 @@ def load_file(path: str | os.PathLike[str], map_location: Any, classes: list[typ
             if name.endswith("_extra_state"):
                 check_extra_state(value)
     except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, *_DAMAGE) as error:
-        hostile = CheckpointError(f"{path} is damaged or hostile ({_line(error)}); use another checkpoint")
-        hostile.rank_local = True  # each rank reads files of its own
-        raise hostile from None
+        text = f"{path} is damaged or hostile ({_line(error)}); use another checkpoint"
+        raise CheckpointError.of_one_rank(text) from None  # each rank reads files of its own
     return content
 
 

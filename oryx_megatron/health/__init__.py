@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from oryx_megatron import platform
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.errors import first_line
+from oryx_megatron.errors import ConfigError, first_line
 from oryx_megatron.health import machine
 from oryx_megatron.health.rank import Rank
 from oryx_megatron.health.report import Finding, Options, Report
@@ -94,7 +94,7 @@ def check(options: Options, clock: Callable[[], float] = time.time) -> Report:
     try:
         return me.follow()
     except dist.DistError as error:
-        raise machine.rank_local(
+        raise ConfigError.of_one_rank(
             f"{me.node}: rank 0 on {os.environ['MASTER_ADDR']} fell silent after {time.monotonic() - started:.0f} s "
             f"({first_line(error)})"
         ) from None

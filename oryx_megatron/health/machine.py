@@ -99,11 +99,7 @@ def store(rank: int, world: int, timeout: float) -> dist.Store:
         else:
             store = dist.TCPStore(address, port, world, timeout=patience, wait_for_workers=False, multi_tenant=True)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise rank_local(f"{node_name()}: cannot reach rank 0 at {address}:{port}: {first_line(error)}") from None
+        raise ConfigError.of_one_rank(
+            f"{node_name()}: cannot reach rank 0 at {address}:{port}: {first_line(error)}"
+        ) from None
     return dist.PrefixStore(f"health/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def rank_local(text: str) -> ConfigError:
-    error = ConfigError(text)
-    error.rank_local = True
-    return error

@@ -53,7 +53,9 @@ def _join(launch: ranks.Launch, timeout: timedelta) -> None:
     """Meet the other ranks."""
     place = _address()
     if not place:
-        raise _local(f"RANK={launch.rank} needs MASTER_ADDR and MASTER_PORT, where rank 0 listens; start by torchrun")
+        raise ConfigError.of_one_rank(
+            f"RANK={launch.rank} needs MASTER_ADDR and MASTER_PORT, where rank 0 listens; start by torchrun"
+        )
     try:
         store = compat.torch.store_of_start(start_name(), timeout)
         rank, size = (-1, -1) if store is None else (launch.rank, launch.size)
@@ -62,7 +64,7 @@ def _join(launch: ranks.Launch, timeout: timedelta) -> None:
         )
     except (torch.distributed.DistError, ValueError) as error:
         cause = first_line(error)
-        raise _local(
+        raise ConfigError.of_one_rank(
             f"rank {launch.rank} of {launch.size}: the others did not report at {place} ({cause[:200]}); start all "
             "ranks by torchrun, or unset RANK and WORLD_SIZE to run with one"
         ) from None
@@ -71,12 +73,6 @@ def _join(launch: ranks.Launch, timeout: timedelta) -> None:
 def _address() -> str:
     address, port = (os.environ.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT"))
     return f"{address}:{port}" if address and port else ""
-
-
-def _local(text: str) -> ConfigError:
-    error = ConfigError(text)
-    error.rank_local = True
-    return error
 
 
 def start_name() -> str:

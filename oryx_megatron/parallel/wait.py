@@ -54,14 +54,11 @@ def first_rank_alone(
         except DistStoreError as timeout:
             beats = store.add(f"{name}/beats", 0)
             if beats == seen:
-                silent = error(f"rank 0, which {what}, did not report for {life:.0f} s")
-                silent.rank_local = True  # rank 0 prints nothing any more
-                raise silent from timeout
+                # Of this rank: rank 0 prints nothing any more.
+                raise error.of_one_rank(f"rank 0, which {what}, did not report for {life:.0f} s") from timeout
             seen = beats
         except DistNetworkError as lost:
-            gone = error(f"rank 0, which {what}, is gone: {first_line(lost)}")
-            gone.rank_local = True
-            raise gone from lost
+            raise error.of_one_rank(f"rank 0, which {what}, is gone: {first_line(lost)}") from lost
     answer = json.loads(store.get(f"{name}/done"))
     store.add(f"{name}/read", 1)
     if "error" in answer:
