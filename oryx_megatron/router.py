@@ -259,7 +259,7 @@ def fit(router: OryxRouter, gains: Gains, options: Options, generator: Any) -> N
         optimizer, options.lr, total_steps=steps + 1, pct_start=min(0.1, 20 / steps), anneal_strategy="cos"
     )
     router.train()
-    shown = 0.0
+    loss = torch.zeros(())
     for epoch in range(options.epochs):
         for rows in torch.randperm(count, generator=generator).split(options.batch_size):
             scores, _ = router(gains.tokens[rows].to(device))
@@ -271,8 +271,7 @@ def fit(router: OryxRouter, gains: Gains, options: Options, generator: Any) -> N
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            shown = float(loss.detach())
-        log.info("router: epoch %d of %d, squared error %.4f", epoch + 1, options.epochs, shown)
+        log.info("router: epoch %d of %d, squared error %.4f", epoch + 1, options.epochs, loss.item())
 
 
 def compare(model: LoadedModel, router: OryxRouter, held_out: Gains) -> list[Row]:
