@@ -16,9 +16,10 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from oryx_megatron.display import shown
-from oryx_megatron.errors import OryxError, first_line
+from oryx_megatron.errors import ConfigError, OryxError, first_line
 
 PATIENCE = 10.0
 """Seconds that a rank waits under torchrun for rank 0 to tell their common error and to end."""
@@ -66,6 +67,16 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return guarded
+
+
+def text_of(path: Path, source: str) -> str:
+    """Text of a UTF-8 file, or of a pipe, that a command was given; ConfigError begins with `source`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8 (byte {error.start})") from None
 
 
 def _rank() -> str:

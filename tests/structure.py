@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "unit"))
 from test_imports import ORDER, PACKAGE, imports, modules, part
 
-ENDS = {"SHARED": "hf (torch alone)", "PURE": "hf (pure Python)", "MAINS": "commands", "TOP": "environment"}
+ENDS = {"SHARED": "hf (torch alone)", "PURE": "hf (pure Python)", "MAINS": "commands"}
 
 
 def measure(package: Path) -> tuple[Counter[str], Counter[tuple[str, str]], dict[str, int]]:

@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard, text_of
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     check_output(numbers, ours=ours, overwrite=arguments.overwrite, inputs=inputs, error=ConfigError)
     try:
         found = explain(
-            arguments.checkpoint, _read(arguments.text), arguments.plan, arguments.tokens, arguments.tokenizer
+            arguments.checkpoint,
+            text_of(arguments.text, str(arguments.text)),
+            arguments.plan,
+            arguments.tokens,
+            arguments.tokenizer,
         )
     finally:
         parallel.destroy()
@@ -174,15 +178,6 @@ Hold the pointer over a token for its gain.</p>
 def _colour(gain: float | None) -> str:
     strength = min(abs(gain or 0.0) / FULL, 1.0) * 0.75
     return f"rgba({'214,39,40' if (gain or 0.0) > 0 else '31,119,180'},{strength:.2f})"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start})") from None
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import HelpFormatter, main_guard, text_of
 from oryx_megatron.config.plans import HELP as PLANS
-from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
 if TYPE_CHECKING:
@@ -62,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     expand_arguments(arguments, "checkpoint", urls=True)
     expand_arguments(arguments, "--prompt-file", "--tokenizer")
-    text = arguments.prompt if arguments.prompt is not None else _read(arguments.prompt_file)
+    text = (
+        arguments.prompt
+        if arguments.prompt is not None
+        else text_of(arguments.prompt_file, f"--prompt-file: {arguments.prompt_file}")
+    )
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from oryx_megatron import parallel
     from oryx_megatron.eval.text import load
@@ -131,15 +134,6 @@ class _Printer:
         if self.coloured and orange != self.orange:
             sys.stdout.write(ORANGE if orange else PLAIN)
         self.orange = orange
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--prompt-file: {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt-file: {path} is not UTF-8 (byte {error.start})") from None
 
 
 if __name__ == "__main__":

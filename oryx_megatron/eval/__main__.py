@@ -172,9 +172,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
         from oryx_megatron.eval.export import load_export
 
         model, codec = load_export(folder, arguments.tokenizer)
-        plans = Plans(
-            getattr(model.config, "mode_chunk", 256), getattr(getattr(model, "model", None), "mode_router", None)
-        )
+        plans = Plans.of_export(model)
         return predict_with_export(model), codec, model.config.vocab_size, plans, folder.resolve().name
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class Plans:
             raise ConfigError(f"plan {routed[0]}: {path} is missing; train a router: oryx router {path.parent}")
         router, _ = load_router(path)
         return cls(chunk, router.to(platform.device()))
+
+    @classmethod
+    def of_export(cls, model: Any) -> Plans:
+        """Of a Hugging Face model: an Oryx export, with its router if it has one, or another that only attends."""
+        return cls(getattr(model.config, "mode_chunk", 256), getattr(model.base_model, "mode_router", None))
 
     def of_texts(self, specs: Iterable[str]) -> dict[str, Callable[[Tensor], ModePlan]]:
         """The plan of a text by spec, for the specs that need the router."""

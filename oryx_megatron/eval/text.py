@@ -212,7 +212,7 @@ class _Exported:
         return self.model.config.single_mode or "both"
 
     def plans(self, spec: str) -> Plans:
-        return Plans(self.model.config.mode_chunk, getattr(self.model.model, "mode_router", None))
+        return Plans.of_export(self.model)
 
     def begin(self) -> Step:
         from oryx_megatron.hf.modeling_oryx import OryxCache

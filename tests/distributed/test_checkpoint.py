@@ -11,19 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from tiny_runs import BF16_HALF, CHANGED, CONSUMED, HALF, RESUMED, STEPS, VARIANTS, Runs
 
-from oryx_megatron import compat, parallel
+from oryx_megatron import compat
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.errors import CheckpointError, DataError
-from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(1000)  # whichever test is first makes all runs
@@ -95,13 +93,6 @@ def test_a_writer_that_fails_on_one_rank(runs: Runs) -> None:
 
 
 # -------------------------------------------------------------------------------------------- one rank, in this process
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield tiny_project(tmp_path_factory.mktemp("project"))
-    parallel.destroy()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from oryx_megatron import compat, parallel
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, safe, store
 from oryx_megatron.checkpoint.manifest import file_digest, write_manifest
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import FaultsConfig, ParallelConfig
+from oryx_megatron.config.schema import FaultsConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train import lock, signals
 from oryx_megatron.train.bad_steps import record_path
 from oryx_megatron.train.callbacks import Callback, StepRecord
@@ -35,13 +34,6 @@ from oryx_megatron.train.history import read_events
 from oryx_megatron.train.replay import read_record, replay, report
 from oryx_megatron.train.schedule import learning_rate
 from oryx_megatron.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield tiny_project(tmp_path_factory.mktemp("project"))
-    parallel.destroy()
 
 
 @pytest.fixture

@@ -5,28 +5,18 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from oryx_megatron import parallel
 from oryx_megatron.checkpoint import list_checkpoints, store
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import ParallelConfig
-from oryx_megatron.testing.project import tiny_project
 from oryx_megatron.train import evaluate
 from oryx_megatron.train.step import forward_backward
 from oryx_megatron.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield tiny_project(tmp_path_factory.mktemp("project"))
-    parallel.destroy()
 
 
 @pytest.fixture
