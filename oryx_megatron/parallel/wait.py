@@ -1,4 +1,7 @@
-"""One rank works, the others wait for as long as it takes: no collective's time limit ends them."""
+"""Ranks that work alone or each for itself, and the error of one, which is that of all.
+
+Where one rank works the others wait for as long as it takes: no collective's time limit ends them.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,24 @@ def first_rank_alone(
     if "error" in answer:
         raise error(answer["error"])
     return answer["value"]
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, when all ranks call it.
+
+    Raises:
+        OryxError: what `work` raised on the first rank on which it did.
+    """
+    mine: OryxError | None = None
+    try:
+        result = work()
+    except OryxError as error:
+        mine = error
+    found: list[OryxError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    if (first := next(filter(None, found), None)) is not None:
+        raise first
+    return result
 
 
 def _work(work: Callable[[], T], name: str, store: Any, beat: float) -> T:

@@ -35,11 +35,10 @@ from oryx_megatron.errors import (
     ConversionError,
     DataError,
     NewerCheckpointError,
-    OryxError,
 )
-from oryx_megatron.parallel.wait import first_rank_alone
+from oryx_megatron.parallel.wait import first_rank_alone, on_all_ranks
 from oryx_megatron.paths import is_url
-from oryx_megatron.storage import StorageError, named
+from oryx_megatron.storage import named
 from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.remote import run_folder
@@ -343,32 +342,13 @@ def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
 
 def _on_this_machine(name: str) -> Path:
     """A checkpoint's folder, or a copy of the one at a URL; an error is that of all ranks."""
-    mine: Path | OryxError
-    try:
-        mine = store.find_checkpoint(name)
-    except (CheckpointError, StorageError) as error:
-        mine = error
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine if isinstance(mine, OryxError) else None)
-    if (first := next(filter(None, found), None)) is not None:
-        raise first
-    assert isinstance(mine, Path)
-    return mine
+    return on_all_ranks(lambda: store.find_checkpoint(name))
 
 
 def _read_whole(folder: Path) -> Manifest:
-    mine: Manifest | CheckpointError
-    try:
-        mine = read_manifest(folder)
-    except CheckpointError as error:
-        mine = error
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine if isinstance(mine, CheckpointError) else None)
-    if (first := next(filter(None, found), None)) is not None:
-        raise first
-    assert isinstance(mine, Manifest)
-    check_whole(folder, mine)
-    return mine
+    manifest = on_all_ranks(lambda: read_manifest(folder))
+    check_whole(folder, manifest)
+    return manifest
 
 
 def _open(run: RunConfig, path: Path) -> Weights:
