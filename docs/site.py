@@ -13,13 +13,15 @@ PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changel
 """Page of the site: file of the root."""
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 """Text, target and anchor."""
+MARK = re.compile(r"^( *)<!-- (ran|not run): (.+) -->$", re.MULTILINE)
+"""How the commands below it ran (tests/doc_commands.py): a comment in the source, a line of the page here."""
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages of the root."""
     for page, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=LINK.sub(_from_root, text)))
+        files.append(File.generated(config, page, content=_shown(LINK.sub(_from_root, text))))
     return files
 
 
@@ -27,7 +29,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links of docs/ that leave it: to a page made of that file, or to its name in the repository."""
     if page.file.src_uri in PAGES:
         return markdown
-    return LINK.sub(lambda link: _out_of_docs(link, Path(page.file.src_uri).parent), markdown)
+    return _shown(LINK.sub(lambda link: _out_of_docs(link, Path(page.file.src_uri).parent), markdown))
+
+
+def _shown(markdown: str) -> str:
+    return MARK.sub(lambda mark: f"{mark[1]}<small>{mark[2].capitalize()}: {mark[3]}</small>", markdown)
 
 
 def _from_root(link: re.Match[str]) -> str:

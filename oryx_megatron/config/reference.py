@@ -21,6 +21,8 @@ Every field of a run, made by `python -m oryx_megatron.config` from `oryx_megatr
 
 A run is a YAML file; `key.sub=value` on the command line changes single fields, the value in YAML:
 
+<!-- ran: tests/integration/test_docs_commands.py -->
+
     python -m oryx_megatron.train configs/run/quickstart.yaml train.iterations=50 evaluation.plans=[attention]
 
 `model` is the name of a file in `configs/model`, a path (relative to the run file), the fields themselves, or

@@ -1,4 +1,7 @@
-"""Frozen parameters stay bit for bit, the others train alike under every layout, and a resume is exact."""
+"""Frozen parameters stay bit for bit, the others train alike under every layout, and a resume is exact.
+
+docs/operations.md shows the patterns of `RECURRENT`.
+"""
 
 from __future__ import annotations
 

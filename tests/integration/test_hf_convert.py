@@ -1,4 +1,7 @@
-"""Training checkpoints to Hugging Face folders and back: every tensor, every bit, and what is computed with them."""
+"""Training checkpoints to Hugging Face folders and back: every tensor, every bit, and what is computed with them.
+
+With a small Llama: the command of docs/huggingface.md that starts from one.
+"""
 
 from __future__ import annotations
 

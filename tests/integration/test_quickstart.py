@@ -1,4 +1,4 @@
-"""The quickstart, shortened: every step of it runs, on real text, and says what it should."""
+"""README.md's quickstart, shortened: every step of it runs, on real text, and says what it should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Runs, checkpoints and exports on object storage, through the commands that users type; S3 where moto is installed."""
+"""Runs, checkpoints and exports on object storage, through the commands that users type; S3 where moto is installed.
+
+They are those of docs/storage.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Docs in short sentences, and every command in them run by a test or marked by hand."""
+"""Docs in short sentences. Their commands: test_commands_in_docs.py."""
 
 from __future__ import annotations
 
