@@ -18,8 +18,7 @@ from torch import Tensor
 
 from oryx_megatron.data.files import replacing
 from oryx_megatron.modes import parse_plan
-from oryx_megatron.ops import Rope, TokenLayout, attend, backends, fused, scans
-from oryx_megatron.ops.ssd import ssd
+from oryx_megatron.ops import Rope, TokenLayout, attend, backends, fused, scans, ssd
 
 HEADS, WIDTH, CHUNK = 16, 128, 256
 Make = Callable[[], tuple[Callable[[], list[Tensor]], list[Tensor]]]

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_oryx import OryxConfig
 from .experts_oryx import OryxMoE
 from .modes_oryx import TokenModes
+from .norm_conv_oryx import causal_conv, next_window, rms_norm
 from .recurrences_oryx import delta_gates, gated_delta_rule, ssd, ssd_gates, unit, wide, with_skip
 from .rotary_oryx import rotate
 from .states_oryx import TwoStates
@@ -50,9 +51,7 @@ class OryxRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        y = x.to(wide(x.dtype))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
-        return (y if gate is None else y * F.silu(gate.to(y.dtype))).to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps, gate).to(self.weight.dtype)
 
 
 class OryxShortConv(nn.Module):
@@ -69,26 +68,18 @@ class OryxShortConv(nn.Module):
         Tokens that are not valid are left out, wherever they stand: the others convolve as if they were not there.
         """
         s, w = x.shape[1], self.weight.shape[1]
-        place = None
-        if valid is not None and s > 1:
-            order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
-            place = order.argsort(dim=1)[..., None].expand_as(x)
-            x = x.gather(1, order[..., None].expand_as(x))
-        x = x.transpose(1, 2)
-        first = x.new_zeros(*x.shape[:2], w - 1) if window is None else window
-        full = torch.cat([first.to(x.dtype), x], -1)
+        place = counts = None
+        if valid is not None:
+            counts = valid.sum(1)
+            if s > 1:
+                order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
+                place = order.argsort(dim=1)[..., None].expand_as(x)
+                x = x.gather(1, order[..., None].expand_as(x))
         if self.kernels and causal_conv1d_fn is not None and x.is_cuda and window is None and 2 <= w <= 4 and s > 1:
-            y = causal_conv1d_fn(x, self.weight, None, activation=self.activation)
+            y = causal_conv1d_fn(x.transpose(1, 2), self.weight, None, activation=self.activation).transpose(1, 2)
+            window = next_window(x, w - 1, None, counts)
         else:
-            exact, taps = (y.to(wide(full.dtype)) for y in (full, self.weight))
-            y = sum(exact[..., i : i + s] * taps[:, i, None] for i in range(w))
-            y = (F.silu(y) if self.activation else y).to(full.dtype)
-        if valid is None:
-            window = full[..., s:]
-        else:
-            last = valid.sum(1)[:, None] + torch.arange(w - 1, device=x.device)
-            window = full.gather(2, last[:, None].expand(-1, full.shape[1], -1))
-        y = y.transpose(1, 2)
+            y, window = causal_conv(x, self.weight, silu=self.activation == "silu", initial=window, counts=counts)
         return (y if place is None else y.gather(1, place)), window
 
 

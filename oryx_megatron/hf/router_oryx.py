@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .norm_conv_oryx import causal_conv
 from .plans_oryx import routed_share
 from .recurrences_oryx import delta_gates, gated_delta_rule, unit
 
@@ -51,7 +52,7 @@ class RouterShape:
 
 @dataclass
 class LayerMemory:
-    """What one layer keeps of a text: convolution window [b, TAPS - 1, 3R] and delta rule state [b, H, N, N]."""
+    """What one layer keeps of a text: convolution window [b, 3R, TAPS - 1] and delta rule state [b, H, N, N]."""
 
     window: Tensor
     memory: Tensor
@@ -117,15 +118,13 @@ class RouterLayer(nn.Module):
 
     def forward(self, x: Tensor, state: LayerMemory | None, valid: Tensor | None) -> tuple[Tensor, LayerMemory]:
         """x [b, s, R]; valid [b, s]: false at padding, which leaves no trace in the state."""
-        b, r = x.shape[0], x.shape[2]
         y = self.norm(x)
         qkv, (a, gate) = self.qkv(y), self.gates(y).chunk(2, -1)
         if valid is not None:
             qkv = qkv * valid.unsqueeze(-1)
-        before = qkv.new_zeros(b, TAPS - 1, 3 * r) if state is None else state.window
-        joined = torch.cat((before, qkv), 1)
-        mixed = F.conv1d(joined.transpose(1, 2), self.conv.unsqueeze(1), groups=3 * r).transpose(1, 2)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in F.silu(mixed).chunk(3, -1))
+        mixed, window = causal_conv(qkv, self.conv, silu=True, initial=None if state is None else state.window)
+        assert window is not None  # it is final
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in mixed.chunk(3, -1))
         log_decay, beta = delta_gates(a, gate, self.dt_bias, self.a_log)
         if valid is not None:
             log_decay, beta = log_decay * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
@@ -136,7 +135,7 @@ class RouterLayer(nn.Module):
         assert o is not None  # q was given
         x = x + self.out(self.out_norm(o.flatten(2).to(x.dtype)))
         x = x + self.down(F.silu(self.up(self.mlp_norm(x))))
-        return x, LayerMemory(joined[:, -(TAPS - 1) :].detach(), memory.detach())
+        return x, LayerMemory(window.detach(), memory.detach())
 
 
 class OryxRouter(nn.Module):

@@ -3,13 +3,18 @@
 from oryx_megatron.ops import fused, packages
 from oryx_megatron.ops.attend import attend
 from oryx_megatron.ops.attention import mode_attention
-from oryx_megatron.ops.conv import causal_conv
-from oryx_megatron.ops.gated_delta import gated_delta_rule
 from oryx_megatron.ops.layout import TokenLayout
-from oryx_megatron.ops.norm import gated_rms_norm, rms_norm
-from oryx_megatron.ops.rotary import Rope, rope_of, rotary
+from oryx_megatron.ops.reference import (
+    Rope,
+    causal_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    rms_norm,
+    rope_of,
+    rotary,
+    ssd,
+)
 from oryx_megatron.ops.scans import delta_scan, ssd_scan
-from oryx_megatron.ops.ssd import ssd
 
 __all__ = [
     "Rope",

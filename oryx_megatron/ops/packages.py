@@ -12,8 +12,7 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.hf.recurrences_oryx import segments
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.conv import causal_conv
-from oryx_megatron.ops.norm import gated_rms_norm
+from oryx_megatron.ops.reference import causal_conv, gated_rms_norm
 
 
 def _causal_conv1d(

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON, STEPWISE, segments
+from oryx_megatron.hf.recurrences_oryx import STEPWISE, delta_gates, segments, ssd_gates, unit
 from oryx_megatron.ops import backends
 from oryx_megatron.ops.fused import RESET
-from oryx_megatron.ops.gated_delta import recurrent_gated_delta_rule
-from oryx_megatron.ops.ssd import recurrent_ssd
+from oryx_megatron.ops.reference import gated_delta_rule, ssd
 
 CHUNK = 64
 
@@ -178,15 +177,9 @@ def _opens(documents: Tensor | None, length: int, device: torch.device) -> Tenso
     return F.pad(number.diff(), (1, 0)).clamp(max=1).float().unsqueeze(-1) * RESET
 
 
-def _decay(step: Tensor, a_log: Tensor, documents: Tensor | None) -> Tensor:
-    log_decay = -a_log.float().exp() * step
-    opens = _opens(documents, step.shape[1], step.device)
+def _isolated(log_decay: Tensor, documents: Tensor | None) -> Tensor:
+    opens = _opens(documents, log_decay.shape[1], log_decay.device)
     return log_decay if opens is None else log_decay - opens
-
-
-def _normed(x: Tensor, scale: float) -> Tensor:
-    wide = x.float()
-    return (wide * (torch.rsqrt(wide.square().sum(-1, keepdim=True) + NORM_EPSILON) * scale)).to(x.dtype)
 
 
 def _delta_by_fla(
@@ -205,15 +198,15 @@ def _delta_by_fla(
 ) -> tuple[Tensor, Tensor | None]:
     """`gated_delta_rule` by flash-linear-attention; a few tokens, as in decoding, by the step-by-step form."""
     if q.shape[1] <= STEPWISE:
-        gates = {"dt_bias": dt_bias, "a_log": a_log}
-        return recurrent_gated_delta_rule(q, k, v, a, b, **gates, initial=initial, documents=documents, final=final)
-    step = F.softplus(a.float() + dt_bias.float())
+        given = {"dt_bias": dt_bias, "a_log": a_log, "initial": initial, "documents": documents, "final": final}
+        return gated_delta_rule.__wrapped__(q, k, v, a, b, **given)  # type: ignore[attr-defined]
+    log_decay, beta = delta_gates(a, b, dt_bias, a_log)
     return delta_scan(
-        _normed(q, q.shape[-1] ** -0.5),
-        _normed(k, 1.0),
+        unit(q, q.shape[-1] ** -0.5).to(q.dtype),
+        unit(k).to(k.dtype),
         v.contiguous(),
-        _decay(step, a_log, documents),
-        b.float().sigmoid(),
+        _isolated(log_decay, documents),
+        beta,
         initial=None if initial is None else initial.float(),
         final=final,
     )
@@ -235,10 +228,10 @@ def _ssd_by_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """`ssd` by the Triton kernels; a few tokens, as in decoding, by the step-by-step form."""
     if q.shape[1] <= STEPWISE:
-        gates = {"dt_bias": dt_bias, "a_log": a_log, "d": d}
-        return recurrent_ssd(q, k, v, dt, **gates, initial=initial, documents=documents, final=final)
-    step = F.softplus(dt.float() + dt_bias.float())
-    return ssd_scan(q, k, v, _decay(step, a_log, documents), step, d, initial=initial, final=final)
+        given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": final}
+        return ssd.__wrapped__(q, k, v, dt, **given)  # type: ignore[attr-defined]
+    step, log_decay = ssd_gates(dt, dt_bias, a_log)
+    return ssd_scan(q, k, v, _isolated(log_decay, documents), step, d, initial=initial, final=final)
 
 
 def _ssd_by_mamba(
@@ -257,8 +250,8 @@ def _ssd_by_mamba(
 ) -> tuple[Tensor, Tensor | None]:
     """`ssd` by mamba_ssm's kernels; a few tokens, as in decoding, by the step-by-step form."""
     if q.shape[1] <= STEPWISE:
-        gates = {"dt_bias": dt_bias, "a_log": a_log, "d": d}
-        return recurrent_ssd(q, k, v, dt, **gates, initial=initial, documents=documents, final=final)
+        given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": final}
+        return ssd.__wrapped__(q, k, v, dt, **given)  # type: ignore[attr-defined]
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     number = None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oryx_megatron import ops
-from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
+from oryx_megatron.hf.recurrences_oryx import delta_gates, delta_step, ssd_gates, ssd_step, stepwise, unit, with_skip
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.fused import HeadSteps, KeysValues
 
@@ -66,11 +66,13 @@ def recurrent_query(projected, width, layout, steps):
 
 def gates(logits, a_log, dt_bias, layout, kind):
     first, *second = logits.index_select(0, layout.rows).transpose(0, 1).float().split(len(a_log), dim=-1)
-    step = F.softplus(first + dt_bias)
-    decay = -a_log.exp() * step
+    if kind == "gdn":
+        decay, rate = delta_gates(first, second[0], dt_bias, a_log)
+    else:
+        rate, decay = ssd_gates(first, dt_bias, a_log)
     if layout.isolated:
         decay = decay - fused.RESET * layout.opens_document[:, None]
-    return decay, second[0].sigmoid() if kind == "gdn" else step
+    return decay, rate
 
 
 def in_rows(o_a, o_r, layout):
@@ -80,8 +82,9 @@ def in_rows(o_a, o_r, layout):
 
 
 def gated_norm(o_a, o_r, gate, weight, layout, epsilon):
-    y = ops.rms_norm(in_rows(o_a, o_r, layout), weight, epsilon).flatten(2)
-    return y if gate is None else y * F.silu(gate)
+    o = in_rows(o_a, o_r, layout)
+    gate = None if gate is None else gate.unflatten(-1, (-1, o.shape[-1]))
+    return ops.gated_rms_norm(o, gate, weight, epsilon).flatten(2)
 
 
 def swiglu(self: fused.SwiGLU, x: Tensor) -> Tensor:
@@ -89,29 +92,16 @@ def swiglu(self: fused.SwiGLU, x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def delta_by_steps(q, k, v, decay, beta) -> tuple[Tensor, None]:
+def delta_by_steps(q, k, v, decay, beta) -> tuple[Tensor | None, None]:
     """`ops.delta_scan`."""
-    repeat = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
-    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
-    for t in range(q.shape[1]):
-        state = state * decay[:, t].exp()[..., None, None]
-        new = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhn,bhnp->bhp", k[:, t], state))
-        state = state + k[:, t].unsqueeze(-1) * new.unsqueeze(-2)
-        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state))
-    return torch.stack(out, 1), None
+    return stepwise(delta_step, q, k, v, decay, beta)[0], None
 
 
 def ssd_by_steps(q, k, v, decay, step, d) -> tuple[Tensor, None]:
     """`ops.ssd_scan`."""
-    repeat = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
-    state, out = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
-    for t in range(q.shape[1]):
-        new = (step[:, t, :, None] * k[:, t]).unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        state = state * decay[:, t].exp()[..., None, None] + new
-        out.append(torch.einsum("bhn,bhnp->bhp", q[:, t], state) + d[:, None] * v[:, t])
-    return torch.stack(out, 1), None
+    o, _ = stepwise(ssd_step, q, k, v, decay, step)
+    assert o is not None  # there is a query
+    return with_skip(o, v, d), None
 
 
 def _attention(x: Tensor, norm: Tensor | None, tokens: Tensor, layout: TokenLayout, steps: HeadSteps) -> Tensor:
@@ -120,7 +110,7 @@ def _attention(x: Tensor, norm: Tensor | None, tokens: Tensor, layout: TokenLayo
 
 
 def _recurrent(x: Tensor, steps: HeadSteps, scale: float) -> Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + NORM_EPSILON).rsqrt() * scale if steps.l2 else x
+    return unit(x, scale) if steps.l2 else x
 
 
 def _documents(layout: TokenLayout) -> Tensor | None:

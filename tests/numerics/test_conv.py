@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oryx_megatron.hf import norm_conv_oryx
 from oryx_megatron.ops import causal_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -94,3 +95,16 @@ def test_bf16_sums_in_fp32(s):
     torch.testing.assert_close(
         single.double(), written_out(x.double(), weight.double(), initial.double(), None)[0], rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("s", [3, 8, 30])
+def test_windows_of_rows_of_different_lengths(s):
+    """`counts`: a row's window is that of its first tokens alone, in sums over taps (s ≤ 8) and as a convolution."""
+    x, weight, initial = random_inputs(s, 4)
+    counts = torch.tensor([s, s // 3])
+    y, window = norm_conv_oryx.causal_conv(x, weight, initial=initial, counts=counts)
+    for row, count in enumerate(counts.tolist()):
+        here = (x[row : row + 1, :count], weight, initial[row : row + 1])
+        want_y, want_window = written_out(*here, None)
+        torch.testing.assert_close(y[row : row + 1, :count], want_y)
+        torch.testing.assert_close(window[row : row + 1], want_window, rtol=0, atol=0)

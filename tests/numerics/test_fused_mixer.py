@@ -19,14 +19,13 @@ from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from oryx_megatron.hf.recurrences_oryx import segments
+from oryx_megatron.hf.recurrences_oryx import segments, ssd_gates, ssd_step, stepwise, with_skip
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import scans
-from oryx_megatron.ops.ssd import recurrent_ssd
 from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.fused_steps import delta_by_steps
 
@@ -227,10 +226,9 @@ def test_ssd_scan(length):
     initial = random(b, heads, n, p)
     documents = torch.tensor([0, length // 3, length], dtype=torch.int32) if length > 3 else None
     inputs = (q, k, v, dt, dt_bias, a_log, d, initial)
-    given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": True}
-    want = recurrent_ssd(q, k, v, dt, **given)
-    step = F.softplus(dt + dt_bias)
-    decay = -a_log.exp() * step
+    step, decay = ssd_gates(dt, dt_bias, a_log)
+    o, last = stepwise(ssd_step, q, k, v, decay, step, initial, documents)
+    want = with_skip(o, v, d), last
     if documents is not None:
         opens = F.pad(segments(documents, length, q.device).diff(), (1, 0)).unsqueeze(-1)
         decay = decay - opens * ops.fused.RESET

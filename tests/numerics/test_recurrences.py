@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import unittest.mock
 from collections.abc import Callable
 
 import pytest
@@ -22,15 +24,25 @@ from written_out import (
     ssd_quadratic,
 )
 
+from oryx_megatron.hf import recurrences_oryx
 from oryx_megatron.hf.recurrences_oryx import decay_sums
 from oryx_megatron.ops import gated_delta_rule, ssd
-from oryx_megatron.ops.gated_delta import chunked_gated_delta_rule, recurrent_gated_delta_rule
-from oryx_megatron.ops.ssd import chunked_ssd, recurrent_ssd
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-CHUNKED = {"mamba2": chunked_ssd, "gdn": chunked_gated_delta_rule}
-STEPWISE = {"mamba2": recurrent_ssd, "gdn": recurrent_gated_delta_rule}
 EITHER = {"mamba2": ssd, "gdn": gated_delta_rule}
+
+
+def form(stepwise: int) -> dict[str, Callable[..., tuple[Tensor, Tensor | None]]]:
+    """Both recurrences, step by step up to so many tokens, in chunks above."""
+
+    def forced(function, *args, **kwargs):
+        with unittest.mock.patch.object(recurrences_oryx, "STEPWISE", stepwise):
+            return function(*args, **kwargs)
+
+    return {variant: functools.partial(forced, function) for variant, function in EITHER.items()}
+
+
+CHUNKED, STEPWISE = form(0), form(10**9)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 """Largest error, relative to the largest value of the tensor."""
 

@@ -42,7 +42,7 @@ ORDER = (
 """Parts from first to last. MAINS: other modules right under the package, and every __main__."""
 PURE = {"hf.plans_oryx"}
 """Modules of pure Python that configs are read by and every export ships."""
-SHARED = {"hf.recurrences_oryx", "hf.rotary_oryx", "hf.states_oryx"}
+SHARED = {"hf.norm_conv_oryx", "hf.recurrences_oryx", "hf.rotary_oryx", "hf.states_oryx"}
 """Modules of nothing but torch that training computes with and every export ships."""
 MAY_START = {"environment", "api"}
 """What the package's __init__ imports: the one at `python -m`, the other for type checkers alone."""
