@@ -34,6 +34,8 @@ def fill_scales(module: Any, tensors: dict[str, Any], config: Any) -> None:
         return
     from megatron.core.fp8_utils import get_fp8_recipe
 
+    # Three of each product's forward pass: input, weight, output. A module learns its number of products when it runs.
+    module.fp8_meta.setdefault("num_gemms", len(tensors["scale_fwd"]) // 3)
     module.init_fp8_meta_tensors(get_fp8_recipe(config))
     own = scales(module)  # none when the run now scales otherwise
     for part, tensor in own.items():

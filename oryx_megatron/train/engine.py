@@ -265,10 +265,6 @@ def why_launched(run: RunConfig) -> str | None:
         return "kernels.graphs is off"
     if not platform.has_gpu():
         return "there is no GPU"
-    if run.precision.fp8 == "delayed":
-        # The history of every part is shifted in every pass, also of parts that a pass does not compute: not yet seen
-        # to be the same in graphs.
-        return "not with precision.fp8 delayed"
     if run.precision.fp8 == "mxfp8" or run.precision.fp4 != "none":
         return f"not with precision {run.precision.fp4 if run.precision.fp8 == 'none' else run.precision.fp8}"
     if run.parallel.context > 1:

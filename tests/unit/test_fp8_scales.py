@@ -15,25 +15,28 @@ from oryx_megatron.compat.transformer_engine import PARTS
 
 
 class Linear(torch.nn.Module):
-    """What a linear of TransformerEngine's has of delayed scaling."""
+    """What a module of TransformerEngine's has of delayed scaling; it learns `products` when it runs."""
 
-    def __init__(self, ran: bool) -> None:
+    def __init__(self, ran: bool, products: int) -> None:
         super().__init__()
         self.fp8_meta: dict = {}
         if ran:
+            self.fp8_meta["num_gemms"] = products
             self.init_fp8_meta_tensors(None)
 
     def init_fp8_meta_tensors(self, recipe: object) -> None:
         for where, parts in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-            state = SimpleNamespace(scale=torch.rand(parts), amax_history=torch.rand(8, parts))
+            count = parts * self.fp8_meta["num_gemms"]
+            state = SimpleNamespace(scale=torch.rand(count), amax_history=torch.rand(8, count))
             self.fp8_meta.setdefault(where, state)
 
     def values(self) -> list[torch.Tensor]:
         return [getattr(self.fp8_meta[where], what) for where, what in PARTS.values()]
 
 
-def model(ran: bool, fp8: str | None = "hybrid") -> torch.nn.Module:
-    found = torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({"proj": Linear(ran)}), "head": torch.nn.Linear(2, 2)})
+def model(ran: bool, fp8: str | None = "hybrid", products: int = 1) -> torch.nn.Module:
+    layer = torch.nn.ModuleDict({"proj": Linear(ran, products)})
+    found = torch.nn.ModuleDict({"layer": layer, "head": torch.nn.Linear(2, 2)})
     found.config = SimpleNamespace(fp8=fp8)
     return found
 
@@ -55,8 +58,9 @@ def recipe(monkeypatch):
     monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: config, raising=False)
 
 
-def test_they_come_back_as_they_were():
-    before, after = model(ran=True), model(ran=False)
+@pytest.mark.parametrize("products", [1, 2, 4])
+def test_they_come_back_as_they_were(products):
+    before, after = model(ran=True, products=products), model(ran=False)
     weights = saved(before)
     assert set(weights["layer.proj._extra_state"]) == set(PARTS)
     scales.restore(after, weights, Path("checkpoint"))
