@@ -35,17 +35,44 @@ def delta_scan(
     """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    heads = q.shape[2]
+    batch, length, heads, _ = q.shape
     k, v = _per_head(k, heads), _per_head(v, heads)
     if heads % 2 and q.shape[-1] == v.shape[-1] == 128:
         # flash_qla 0.1.3 spreads 64 tokens × H gates over 128 threads: tilelang finds no layout for odd H.
         q, k, v = (F.pad(x, (0, 0, 0, 1)) for x in (q, k, v))
         decay, beta = F.pad(decay, (0, 1)), F.pad(beta, (0, 1))
         initial = None if initial is None else F.pad(initial, (0, 0, 0, 0, 0, 1))
+    more: dict[str, Any] = {}
+    if _leaves_gpu_idle(q, v):
+        q, k, v, decay, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, decay, beta))
+        more["cu_seqlens"] = _bounds(batch, length, q.device)
     o, state = chunk_gated_delta_rule(
-        q, k, v, g=decay, beta=beta, scale=1.0, initial_state=initial, output_final_state=final
+        q, k, v, g=decay, beta=beta, scale=1.0, initial_state=initial, output_final_state=final, **more
     )
+    o = o.unflatten(1, (batch, length)).squeeze(0) if more else o
     return o[:, :, :heads], None if state is None else state[:, :heads]
+
+
+def _leaves_gpu_idle(q: Tensor, v: Tensor) -> bool:
+    """Whether flash_qla computes these, and has too few sequences and heads: a program each, on half of the GPU.
+
+    It divides sequences among programs, but only in a batch of one; there several count as one with their bounds.
+    """
+    batch, _, heads, width = q.shape
+    return (
+        batch > 1
+        and 2 * batch * heads <= platform.multiprocessors()
+        and width == v.shape[3] == 128
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and platform.capability()[0] in (9, 10)
+        and platform.installed("flash_qla")
+    )
+
+
+@cache
+def _bounds(batch: int, length: int, device: torch.device) -> Tensor:
+    """int32 [b + 1] where sequences begin: flash_qla keeps what it made of a tensor by its identity, for graphs too."""
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

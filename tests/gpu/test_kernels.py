@@ -112,7 +112,11 @@ def test_attention(use, backend, length, groups, plan, isolated):
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads", "groups", "isolated"),
-    [(512, 4, 4, False), (1000, 4, 2, True), (63, 4, 4, False), (300, 3, 3, True), (130, 1, 1, False)],
+    [
+        *((512, 4, 4, False), (1000, 4, 2, True), (63, 4, 4, False), (300, 3, 3, True), (130, 1, 1, False)),
+        (2048, 4, 4, False),  # flash_qla divides each sequence among programs
+        (640, 36, 36, False),  # heads enough for a program each
+    ],
 )
 @pytest.mark.parametrize("backend", ["fla"])
 def test_gated_delta_rule(use, backend, length, heads, groups, isolated, with_state):

@@ -206,6 +206,48 @@ def test_odd_heads_of_128_are_padded(monkeypatch) -> None:
     assert shapes[2] == [4] * 6
 
 
+@pytest.mark.parametrize(("batch", "joined"), [(1, False), (2, True), (16, True), (17, False)])
+def test_few_heads_go_to_flash_qla_as_one_sequence_with_bounds(monkeypatch, batch: int, joined: bool) -> None:
+    """It fills a GPU with parts of sequences in a batch of one only. A GPU of 132 multiprocessors; 4 heads."""
+    bounds = []
+
+    def scan(q, k, v, *, g, beta, scale, initial_state, output_final_state, cu_seqlens=None):
+        bounds.append(cu_seqlens)
+        if cu_seqlens is not None:
+            assert q.shape[0] == 1
+            parts = cu_seqlens.diff().tolist()
+            q, k, v, g = (torch.cat(x.split(parts, 1)) for x in (q, k, v, g))
+        state = initial_state + torch.einsum("bshn,bshp->bhnp", k.float(), v.float())
+        o = torch.einsum("bshn,bhnp->bshp", q.float(), state) * g.exp().unsqueeze(-1)
+        o = o.to(q.dtype)
+        return (o if cu_seqlens is None else o.flatten(0, 1).unsqueeze(0)), state
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = scan  # type: ignore[attr-defined]
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    monkeypatch.setattr(platform, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(platform, "capability", lambda: (9, 0))
+    monkeypatch.setattr(platform, "installed", lambda package: package == "flash_qla")
+    q, k, v = (torch.randn(batch, 5, 4, 128, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    gates, initial = torch.randn(batch, 5, 4, requires_grad=True), torch.randn(batch, 4, 128, 128)
+    for _ in range(2):
+        o, state = delta_scan(q, k, v, gates, gates, initial=initial, final=True)
+    assert (bounds[0] is not None) == joined
+    assert bounds[0] is bounds[1]
+    if joined:
+        assert bounds[0].tolist() == [5 * i for i in range(batch + 1)]
+    want, last = scan(q, k, v, g=gates, beta=gates, scale=1.0, initial_state=initial, output_final_state=True)
+    assert state is not None
+    torch.testing.assert_close((o, state), (want, last))
+    inputs = [q, k, v, gates]
+    torch.testing.assert_close(torch.autograd.grad(o.sum(), inputs), torch.autograd.grad(want.sum(), inputs))
+    wide = torch.randn(batch, 5, 4, 64, dtype=torch.bfloat16)
+    delta_scan(q, k, wide, gates, gates, initial=initial[..., :64], final=True)  # not flash_qla's
+    assert bounds[-1] is None
+
+
 def test_parameters_can_be_handed_to_another_optimizer() -> None:
     """As cpu_offload does: fp32 parameters of a bf16 model too, of which megatron-core keeps views."""
     run = tiny_run("gdn", precision=PrecisionConfig(dtype="bf16"))
