@@ -79,7 +79,7 @@ class Result:
     model_tflops: float
     mfu: float
     idle: float | None
-    """Share of two steps without a kernel on the GPU."""
+    """Share of four steps without a kernel on the GPU."""
     peak_gib: float
     """Most that torch's allocator held from the driver while the case ran."""
     loss: float
@@ -289,8 +289,8 @@ def measure(case: str, runner: Runner, precision: str, graphs: bool, steps: int,
 
 
 def write_profile(runner: Runner, plans: list[ModePlan], path: Path | None) -> float:
-    """Share of two steps without a kernel; with `path`, their kernels by share of GPU time too."""
-    profile = Trace.of(lambda: runner.time(plans[:2], 2))
+    """Share of four steps without a kernel; with `path`, their kernels by share of GPU time too."""
+    profile = Trace.of(lambda: runner.time(plans[:2], 4))  # the first begins with an empty queue
     if path is not None:
         path.write_text(profile.report())
     return profile.idle / profile.span

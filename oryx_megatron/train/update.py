@@ -10,6 +10,7 @@ so checkpoints are the same.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ CALL = 1024
 """Tensors of one call, as TransformerEngine's own optimizer makes them."""
 
 
+@dataclass(frozen=True)
+class _Group:
+    """One parameter group of an optimizer in one step."""
+
+    settings: dict[str, Any]
+    """megatron-core's: lr, betas, step …"""
+    gradients: list[Tensor]
+    calls: list[list[list[Tensor]]]
+    """Of each call of the kernel: gradients, bf16 weights, both moments, masters; the last not for fp32 weights."""
+
+
 class FusedUpdate:
     """Norm and update of megatron-core's distributed optimizers.
 
@@ -33,6 +45,8 @@ class FusedUpdate:
     def __init__(self, optimizer: Any) -> None:
         self._parts: list[DistributedOptimizer] = _parts(optimizer)
         self._clip = float(optimizer.config.clip_grad)
+        self._groups: list[list[_Group]] = [[] for _ in self._parts]
+        """Of each part, of the gradients whose norm was last taken: found while the device computes them."""
         # The kernels' flag of an overflow, which concerns fp16.
         self._unused = torch.zeros(1, dtype=torch.int32, device=platform.device())
 
@@ -64,7 +78,7 @@ class FusedUpdate:
         from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
 
         total = torch.zeros((), device=platform.device())
-        for part in self._parts:
+        for part, groups in zip(self._parts, self._groups, strict=True):
             part.prepare_grads()
             gradients = compat.megatron.gradients_for_norm(part)
             if gradients:
@@ -74,6 +88,7 @@ class FusedUpdate:
                 square = torch.zeros_like(total)
             torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
             total = total + square
+            groups[:] = [] if part.is_stub_optimizer else _groups(part)
         return total.sqrt() / tokens.float().clamp(min=1)
 
     @torch.no_grad()
@@ -82,53 +97,64 @@ class FusedUpdate:
         factor = 1 / max(tokens, 1.0)
         if self._clip > 0:
             factor *= min(1.0, self._clip / (norm + 1e-6))
-        for part in self._parts:
-            if not part.is_stub_optimizer:
-                self._apply(part, factor)
+        for part, groups in zip(self._parts, self._groups, strict=True):
+            for group in groups:
+                self._apply(part.optimizer, group, factor)
             if not part.ddp_config.overlap_param_gather:
                 for chunk in part.model_chunks:
                     chunk.start_param_sync()
 
-    def _apply(self, part: DistributedOptimizer, factor: float) -> None:
+    def _apply(self, inner: Any, group: _Group, factor: float) -> None:
         from transformer_engine.pytorch.optimizers import multi_tensor_adam, multi_tensor_applier
 
-        inner = part.optimizer
-        casts = zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups)
-        narrow = {id(master): weight for masters, weights in casts for master, weight in zip(masters, weights)}
-        for group in inner.param_groups:
-            beta1, beta2 = group["betas"]
-            group["step"] = group.get("step", 0) + 1
-            masters: list[list[Tensor]] = [[], [], [], [], []]
-            plain: list[list[Tensor]] = [[], [], [], []]
-            for parameter in group["params"]:
-                state = inner.state[parameter]
-                if "exp_avg" not in state:
-                    inner.initialize_state(parameter, False)
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                weight = narrow.get(id(parameter))
-                if weight is None:
-                    row: tuple[Tensor, ...] = (parameter.grad, parameter.data, *moments)
-                else:
-                    row = (parameter.grad, weight.data, *moments, parameter.data)
-                for column, tensor in zip(plain if weight is None else masters, row):
-                    column.append(tensor)
-            if gradients := masters[0] + plain[0]:
-                torch._foreach_mul_(gradients, factor)
-            for lists in (masters, plain):
-                for start in range(0, len(lists[0]), CALL):
-                    multi_tensor_applier(
-                        multi_tensor_adam,
-                        self._unused,
-                        [column[start : start + CALL] for column in lists],
-                        group["lr"],
-                        beta1,
-                        beta2,
-                        group["eps"],
-                        group["step"],
-                        inner.adam_w_mode,
-                        1 if group["bias_correction"] else 0,
-                        group["weight_decay"],
-                    )
+        settings = group.settings
+        beta1, beta2 = settings["betas"]
+        settings["step"] = settings.get("step", 0) + 1
+        if group.gradients:
+            torch._foreach_mul_(group.gradients, factor)
+        for call in group.calls:
+            multi_tensor_applier(
+                multi_tensor_adam,
+                self._unused,
+                call,
+                settings["lr"],
+                beta1,
+                beta2,
+                settings["eps"],
+                settings["step"],
+                inner.adam_w_mode,
+                1 if settings["bias_correction"] else 0,
+                settings["weight_decay"],
+            )
+
+
+def _groups(part: DistributedOptimizer) -> list[_Group]:
+    """What an update of each parameter group reads and writes, once gradients are in place."""
+    inner, found = part.optimizer, []
+    casts = zip(part.shard_fp32_from_float16_groups, part.shard_float16_groups)
+    narrow = {id(master): weight for masters, weights in casts for master, weight in zip(masters, weights)}
+    for settings in inner.param_groups:
+        masters: list[list[Tensor]] = [[], [], [], [], []]
+        plain: list[list[Tensor]] = [[], [], [], []]
+        for parameter in settings["params"]:
+            state = inner.state[parameter]
+            if "exp_avg" not in state:
+                inner.initialize_state(parameter, False)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            weight = narrow.get(id(parameter))
+            if weight is None:
+                row: tuple[Tensor, ...] = (parameter.grad, parameter.data, *moments)
+            else:
+                row = (parameter.grad, weight.data, *moments, parameter.data)
+            for column, tensor in zip(plain if weight is None else masters, row):
+                column.append(tensor)
+        calls = [
+            [column[start : start + CALL] for column in lists]
+            for lists in (masters, plain)
+            for start in range(0, len(lists[0]), CALL)
+        ]
+        found.append(_Group(settings, masters[0] + plain[0], calls))
+    return found
 
 
 def _parts(optimizer: Any) -> list[Any]:
