@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from layout_cases import PEER, Case, Found, parse_layout, row, table
 from peers import gpt_engine
 
-from oryx_megatron import parallel, platform
+from oryx_megatron import parallel, platform, ranks, warmup
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import (
     EvaluationConfig,
     KernelsConfig,
-    ModelConfig,
     ModesConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -35,7 +39,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
 )
 from oryx_megatron.data.files import replacing
-from oryx_megatron.errors import ConfigError
+from oryx_megatron.errors import ConfigError, first_line
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.planner import (
@@ -44,6 +48,7 @@ from oryx_megatron.planner import (
     GIB,
     MEMORY_GIB,
     Cluster,
+    Estimate,
     Work,
     estimate,
     layout_of,
@@ -53,66 +58,42 @@ from oryx_megatron.train.engine import MegatronEngine
 from oryx_megatron.train.traces import Trace
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """One layout: what it took, and what the planner said."""
-
-    model: str
-    layout: str
-    micro: int
-    graphs: bool
-    """CUDA graphs are replayed; else kernels are launched one by one."""
-    peak_gib: float
-    planned_gib: float
-    outside_gib: float
-    """Memory of the fullest GPU that torch's allocator does not know: CUDA, NCCL, libraries."""
-    tokens_per_second: float
-    planned_tokens_per_second: float
-    idle: float
-    """Share of a step without a kernel, on the rank with most."""
-    exchange: float
-    """Share of a step in which NCCL's kernels ran, on the rank with most."""
-    loss: float
-    """Of the last step."""
-
-
-def parse_layout(text: str, world: int) -> ParallelConfig:
-    """tensor=2,recompute=full → ParallelConfig. `data` is what the others leave and may be named for the reader."""
-    changes: dict[str, int | str] = {}
-    for item in text.split(","):
-        name, _, value = item.partition("=")
-        known = {field.name for field in dataclasses.fields(ParallelConfig)} | {"data"}
-        if name not in known or not value:
-            raise ConfigError(f"--layout {text}: expected field=value, fields: {', '.join(sorted(known))}")
-        changes[name] = int(value) if value.isdecimal() else value
-    split = 1
-    for name in ("tensor", "pipeline", "context"):
-        split *= int(changes.get(name, 1))
-    if int(changes.pop("data", world // split)) * split != world:
-        raise ConfigError(f"--layout {text}: does not use the {world} ranks there are")
-    return ParallelConfig(overlap=True, **changes)  # type: ignore[arg-type]
-
-
-def run_config(model: ModelConfig, layout: ParallelConfig, graphs: bool, arguments: argparse.Namespace) -> RunConfig:
-    run = tiny_run(
-        parallel=layout, optimizer=OptimizerConfig(lr=1e-5, name=arguments.optimizer, cpu_offload=arguments.cpu_offload)
-    )
+def run_config(case: Case) -> RunConfig:
+    """The run that a case trains: GPT has no modes, so it is a model of attention alone."""
+    peer = case.model == PEER
+    layout = parse_layout(case.layout, case.gpus)
+    optimizer = OptimizerConfig(lr=1e-5, name=case.optimizer, cpu_offload=case.cpu_offload)  # type: ignore[arg-type]
+    run = tiny_run(parallel=layout, optimizer=optimizer)
     return dataclasses.replace(
         run,
-        model=model,
-        data=dataclasses.replace(run.data, sequence_length=arguments.sequence),
+        model=load_model(case.gpt if peer else case.model),
+        data=dataclasses.replace(run.data, sequence_length=case.sequence),
         train=dataclasses.replace(
-            run.train, global_batch_size=arguments.batch, micro_batch_size=arguments.micro, iterations=10_000
+            run.train, global_batch_size=case.batch, micro_batch_size=case.micro, iterations=10_000
         ),
-        modes=ModesConfig(chunk=arguments.chunk, fixed=arguments.plan),
+        modes=ModesConfig(chunk=case.chunk, fixed="attention" if peer else case.plan),
         evaluation=EvaluationConfig(plans=()),
-        precision=PrecisionConfig(dtype="bf16" if platform.has_gpu() else "fp32", fp8=arguments.fp8),
-        kernels=KernelsConfig(graphs="auto" if graphs else "off"),
+        precision=PrecisionConfig(dtype="bf16" if platform.has_gpu() else "fp32", fp8=case.fp8),  # type: ignore[arg-type]
+        kernels=KernelsConfig(graphs="auto" if case.graphs else "off"),
     )
 
 
-def timed(opened: Session, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, and the last loss."""
+def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str, float]:
+    """What the planner says of a case on this card; the card's name in the planner, and its memory in GiB."""
+    name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
+    card = next((card for card in COPY_TERABYTES if card.upper() in name_of_card), "h200")
+    plan = parse_plan(case.plan, case.sequence, chunk=case.chunk)
+    work = Work(case.sequence, case.batch, 1.0 if case.model == PEER else plan.attention_share)
+    split = layout_of(run.model, work, run.parallel, case.micro, case.gpus)
+    cluster = Cluster(case.gpus, MEMORY_GIB[card], copy_tbps=COPY_TERABYTES[card])
+    found = estimate(
+        run.model, cluster, work, split, case.micro, run.parallel.recompute, case.cpu_offload, graphs=graphs
+    )
+    return found, card, MEMORY_GIB[card]
+
+
+def timed(opened: Session, steps: int) -> tuple[list[float], float]:
+    """Seconds of each step, and the last loss."""
     seconds, loss = [], 0.0
     for _ in range(steps):
         platform.synchronize()
@@ -120,86 +101,133 @@ def timed(opened: Session, steps: int) -> tuple[float, float]:
         loss, _ = opened.step()
         platform.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return sorted(seconds)[len(seconds) // 2], loss
+    return seconds, loss
 
 
-def measure(name: str, layout: ParallelConfig, text: str, graphs: bool, arguments: argparse.Namespace) -> Found:
-    """Train under one layout; every rank gets the same result."""
-    peer = name == "gpt"
-    model = load_model(arguments.gpt if peer else name)
-    run = run_config(model, layout, graphs, arguments)
-    if peer:
-        run = dataclasses.replace(run, modes=dataclasses.replace(run.modes, fixed="attention"))
-    world = torch.distributed.get_world_size()
-    backends.select(run.kernels, backends.Workload(model, run.precision.dtype))
+def measure(case: Case, profiles: Path | None = None) -> Found:
+    """Train under one layout; every rank gets the same result.
+
+    Args:
+        case: What to train.
+        profiles: Folder for the kernels of a step.
+
+    Raises:
+        ConfigError: such a run would be refused; on all ranks alike.
+    """
+    run = run_config(case)
+    backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     if platform.has_gpu():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with session(run, build=gpt_engine if peer else MegatronEngine) as opened:
-        opened.steps(arguments.warm)
-        seconds, loss = timed(opened, arguments.steps)
-        own = [0.0] * 4
+    with session(run, build=gpt_engine if case.model == PEER else MegatronEngine) as opened:
+        opened.steps(case.warm)
+        seconds, loss = timed(opened, case.steps)
+        own, captured = [0.0] * 4, opened.engine.graphs
+        graphs = captured is not None
         if platform.has_gpu():
-            if opened.engine.graphs is not None and opened.engine.graphs.failed:
-                raise RuntimeError(f"graphs: {opened.engine.graphs.failed}")
+            if captured is not None and captured.failed:
+                raise RuntimeError(f"graphs: {captured.failed}")
             free, total = torch.cuda.mem_get_info()
             own[:2] = torch.cuda.max_memory_reserved() / GIB, (total - free - torch.cuda.memory_reserved()) / GIB
             profile = Trace.of(opened.step)
             own[2:] = profile.idle / profile.span, profile.exchange / profile.span
-            if arguments.profile is not None and parallel.is_main_rank():
+            if profiles is not None and parallel.is_main_rank():
                 kind = "graphs" if graphs else "launched"
-                (arguments.profile / f"{name}-{text}-{kind}.txt").write_text(profile.report())
+                name = f"{Path(case.model).stem}-{case.layout}-{case.sequence}x{case.micro}-{case.fp8}-{kind}.txt"
+                profiles.mkdir(parents=True, exist_ok=True)
+                (profiles / name).write_text(profile.report())
     most = torch.tensor(own, device=platform.device())
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    plan = parse_plan(arguments.plan, arguments.sequence, chunk=arguments.chunk)
-    work = Work(arguments.sequence, arguments.batch, 1.0 if peer else plan.attention_share)
-    split = layout_of(model, work, layout, arguments.micro, world)
-    name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
-    card = next((card for card in COPY_TERABYTES if card.upper() in name_of_card), "h200")
-    cluster = Cluster(world, MEMORY_GIB[card], copy_tbps=COPY_TERABYTES[card])
-    planned = estimate(
-        model, cluster, work, split, arguments.micro, layout.recompute, arguments.cpu_offload, graphs=graphs
-    )
+    on_paper, _, _ = planned(case, run, graphs=graphs)
     return Found(
-        model=name,
-        layout=text,
-        micro=arguments.micro,
+        model=case.model,
+        layout=case.layout,
+        micro=case.micro,
         graphs=graphs,
         peak_gib=float(most[0]),
-        planned_gib=planned.gib - CONTEXT_GIB,
+        planned_gib=on_paper.gib - CONTEXT_GIB,
         outside_gib=float(most[1]),
-        tokens_per_second=arguments.batch * arguments.sequence / seconds,
-        planned_tokens_per_second=planned.tokens_per_second,
+        tokens_per_second=case.batch * case.sequence / sorted(seconds)[len(seconds) // 2],
+        planned_tokens_per_second=on_paper.tokens_per_second,
         idle=float(most[2]),
         exchange=float(most[3]),
         loss=loss,
+        gpus=case.gpus,
+        sequence=case.sequence,
+        batch=case.batch,
+        plan="attention" if case.model == PEER else case.plan,
+        fp8=case.fp8,
+        card=torch.cuda.get_device_name() if platform.has_gpu() else "",
+        seconds=tuple(seconds),
     )
 
 
-HEAD = "| model | layout | graphs | tokens/s | vs GPT | planned | GiB | planned | idle | NCCL | loss |"
+def check_memory(case: Case) -> None:
+    """ConfigError where a case is far from what the GPU holds, which costs most of a minute to find out."""
+    found, card, gib = planned(case, run_config(case), graphs=case.graphs)
+    if platform.has_gpu() and found.gib > ROOM * gib:
+        raise ConfigError(f"needs {found.gib:.0f} GiB on paper, an {card} has {gib:.0f}")
 
 
-def show(found: Found, results: list[Found]) -> str:
-    """A line of the table; the ratio is against GPT under the same layout at its best setting."""
-    peers = [r.tokens_per_second for r in results if (r.model, r.layout) == ("gpt", found.layout)]
-    return (
-        f"| {found.model} | {found.layout} | {'yes' if found.graphs else 'no'} | {found.tokens_per_second:,.0f} "
-        f"| {f'{found.tokens_per_second / max(peers):.2f}' if peers else ''} | {found.planned_tokens_per_second:,.0f} "
-        f"| {found.peak_gib:.1f} | {found.planned_gib:.1f} | {found.idle:.1%} | {found.exchange:.1%} "
-        f"| {found.loss:.4f} |"
-    )
+ROOM = 1.08
+"""Of a card's memory that the planner may say is needed: it is within 6 % of what was measured."""
+
+
+def work_through(cases: list[Case], report: Path, profiles: Path | None) -> None:
+    """Measure cases in this process group; rank 0 adds a line of JSON to `report` where each begins and ends.
+
+    What one rank alone may run into (its memory, a kernel) ends this process: the others wait for it in a collective.
+    """
+
+    def tell(**line: object) -> None:
+        if parallel.is_main_rank():
+            with report.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    number = -1
+    try:
+        parallel.initialize(ParallelConfig(), seed=1)
+        for number, case in enumerate(cases):
+            tell(begun=number)
+            parallel.release()
+            try:
+                check_memory(case)
+                tell(case=number, found=dataclasses.asdict(measure(case, profiles)))
+            except ConfigError as error:
+                if error.rank_local:
+                    raise
+                tell(case=number, failed=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever it was: the list says it in a line and continues
+        line = {"case": number, "failed": f"{type(error).__name__}: {first_line(error)}"}
+        traceback.print_exc()
+        report.with_suffix(f".{ranks_of_host()}.error").write_text(json.dumps(line))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # leaving NCCL's groups would wait for the others
+    parallel.destroy()
+
+
+def ranks_of_host() -> int:
+    launch = ranks.read()
+    return 0 if launch is None else launch.rank
+
+
+def share_of(case: Case) -> RunConfig:
+    """The run of a single rank whose kernels are those of a rank of the case."""
+    share = warmup.share_of(run_config(case))
+    return dataclasses.replace(share, train=dataclasses.replace(share.train, global_batch_size=case.micro))
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measure every layout; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("models", nargs="+", help="presets or YAML files; gpt: megatron-core's own model")
+    parser.add_argument("models", nargs="*", help="presets or YAML files; gpt: megatron-core's own model")
     parser.add_argument("--gpt", default="1.4b-transformer", help="preset that gives gpt its size")
     parser.add_argument("--graphs", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="launched, replayed")
     parser.add_argument("--fp8", choices=("none", "tensorwise", "delayed", "blockwise"), default="none")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of every case")
-    parser.add_argument("--layout", action="append", required=True, metavar="field=value,…", help="once per layout")
+    parser.add_argument("--layout", action="append", default=[], metavar="field=value,…", help="once per layout")
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32, help="sequences per step over all GPUs")
     parser.add_argument("--micro", type=int, default=8, help="sequences per microbatch")
@@ -210,37 +238,67 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warm", type=int, default=3, help="steps before")
     parser.add_argument("--out", type=Path, help="JSON of the results")
+    parser.add_argument("--cases", type=Path, help="of layout_list.py: cases as JSON, instead of models and layouts")
+    parser.add_argument("--report", type=Path, help="of layout_list.py: where to tell of them")
+    parser.add_argument("--compile", action="store_true", help="of layout_list.py: compile the kernels of the cases")
     arguments = parser.parse_args(argv)
+    platform.use_kernel_cache(None)
+    if arguments.cases is not None:
+        cases = [Case(**case) for case in json.loads(arguments.cases.read_text())]
+        if arguments.compile:
+            for case in cases:
+                warmup.compile_share(share_of(case))
+        else:
+            work_through(cases, arguments.report, arguments.profile)
+        return 0
+    if not arguments.models or not arguments.layout:
+        parser.error("give at least one model and one --layout")
     parallel.initialize(ParallelConfig(), seed=1)
-    world, results = torch.distributed.get_world_size(), []
+    world, results = torch.distributed.get_world_size(), list[Found]()
     try:
         main_rank = parallel.is_main_rank()
         if main_rank:
             print(f"{world} × {platform.describe()}; {arguments.batch} × {arguments.sequence} tokens a step, "
                   f"{arguments.micro} a microbatch, plan {arguments.plan}")  # fmt: skip
-            print(HEAD + "\n" + "|---" * HEAD.count(" | ") + "|---|", flush=True)
-        graphs = [word == "yes" for word in arguments.graphs] if platform.has_gpu() else [False]
-        for text in arguments.layout:
-            for name in arguments.models:
-                for replayed in graphs:
-                    parallel.release()
-                    try:
-                        found = measure(name, parse_layout(text, world), text, replayed, arguments)
-                    except torch.OutOfMemoryError as error:  # alike on all ranks, which hold the same
-                        if main_rank:
-                            print(f"{name} {text}: {str(error).splitlines()[0]}", flush=True)
-                        continue
-                    results.append(found)
-                    if main_rank:
-                        print(show(found, results), flush=True)
-                        if arguments.out is not None:
-                            with replacing(arguments.out) as temporary:
-                                temporary.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
-        if main_rank and "gpt" in arguments.models:  # again, now that all of GPT's are known
-            print("\n".join(["", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(show(r, results) for r in results)]))
+            print(table([]), flush=True)
+        for case in _asked(arguments, world):
+            parallel.release()
+            try:
+                found = measure(case, arguments.profile)
+            except torch.OutOfMemoryError as error:  # alike on all ranks, which hold the same
+                if main_rank:
+                    print(f"{case.name()}: {first_line(error)}", flush=True)
+                continue
+            results.append(found)
+            if main_rank:
+                print(row(found, results), flush=True)
+                if arguments.out is not None:
+                    with replacing(arguments.out) as temporary:
+                        temporary.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+        if main_rank and PEER in arguments.models:  # again, now that all of GPT's are known
+            print("\n" + table(results))
     finally:
         parallel.destroy()
     return 0
+
+
+def _asked(arguments: argparse.Namespace, world: int) -> Iterator[Case]:
+    """All models and settings under one layout after the other."""
+    graphs = [word == "yes" for word in arguments.graphs] if platform.has_gpu() else [False]
+    for layout, model, replayed in itertools.product(arguments.layout, arguments.models, graphs):
+        yield Case(
+            model=model,
+            layout=layout,
+            gpus=world,
+            graphs=replayed,
+            **{
+                name: getattr(arguments, name)
+                for name in (
+                    *("sequence", "batch", "micro", "plan", "fp8", "optimizer", "cpu_offload", "chunk", "gpt"),
+                    *("warm", "steps"),
+                )
+            },
+        )
 
 
 if __name__ == "__main__":

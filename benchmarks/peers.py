@@ -11,10 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 from oryx_megatron import platform
+from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.initialize import Slicer, normal_draw
+from oryx_megatron.model.norm import RMSNorm
 from oryx_megatron.train.engine import MegatronEngine
 from oryx_megatron.train.step import Microbatch, sum_loss
 
@@ -55,19 +59,21 @@ def peer_engine(run: RunConfig, model: list[Any]) -> MegatronEngine:
 
 
 def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
-    """This rank's stages of megatron-core's GPT, with TransformerEngine and every fusion it offers."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    """This rank's stages of megatron-core's GPT, with TransformerEngine and every fusion it offers.
+
+    Without a GPU the layers are megatron-core's own: no peer to measure, but all of the path that is not a kernel.
+    """
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    model = run.model
+    model, gpu = run.model, platform.has_gpu()
     config = transformer_config(
         model,
         run.parallel,
         run.precision,
         fused_mixer=False,
         use_te_activation_func=False,
-        bias_activation_fusion=True,
-        apply_rope_fusion=True,
+        bias_activation_fusion=gpu,
+        apply_rope_fusion=gpu,
     )
     stages = run.parallel.virtual_pipeline
     chunks = []
@@ -75,7 +81,7 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
         virtual = stage if stages > 1 else None
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
+            transformer_layer_spec=_te_layers() if gpu else _local_layers(config, virtual),
             vocab_size=model.vocab_size,
             max_sequence_length=run.data.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
@@ -84,8 +90,76 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
             share_embeddings_and_output_weights=True,
             vp_stage=virtual,
         )
-        chunks.append(finish(chunk))
+        _fill(chunk, run)
+        if gpu:
+            accumulate_into_main_gradients(chunk)
+        chunks.append(chunk)
     return chunks
+
+
+def _te_layers() -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def _local_layers(config: Any, vp_stage: int | None) -> Any:
+    """Layers without TransformerEngine, with the norm and the attention that know sequence and context parallelism."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = LocalAttention
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+
+
+class LocalAttention(torch.nn.Module):
+    """Causal attention of whole heads in torch, for ranks that hold halves of the sequence from both of its ends."""
+
+    def __init__(self, config: Any, layer_number: int, **unused: Any) -> None:
+        super().__init__()
+        self.group = parallel_state.get_context_parallel_group()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **ignored: Any) -> Tensor:
+        """[s/c, b, heads, width] of each → [s/c, b, heads · width]; c context-parallel ranks."""
+        ranks, rank, half = self.group.size(), self.group.rank(), query.shape[0] // 2
+        if ranks > 1:
+            places = [place for other in range(ranks) for place in (other, 2 * ranks - 1 - other)]
+            order = torch.tensor(places).argsort()
+            key, value = (
+                torch.cat(all_gather(x.contiguous(), self.group)).unflatten(0, (2 * ranks, -1))[order].flatten(0, 1)
+                for x in (key, value)
+            )
+            rows = torch.cat([torch.arange(half) + place * half for place in (rank, 2 * ranks - 1 - rank)])
+        else:
+            rows = torch.arange(query.shape[0])
+        mask = torch.arange(key.shape[0]) <= rows[:, None]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _fill(chunk: Any, run: RunConfig) -> None:
+    """Draw each weight from its name, as those of Oryx: equal under every layout, tied embeddings on both ends too."""
+    slicer = Slicer(parallel_state.get_tensor_model_parallel_group(), run.seed)
+    with torch.no_grad():
+        for layer in chunk.decoder.layers:
+            for name, parameter in layer.named_parameters():
+                parts = None
+                if name.endswith("linear_fc1.weight"):
+                    parts = dict.fromkeys(("gate", "up"), parameter.shape[0] // 2)
+                _draw(slicer, f"layers.{layer.layer_number}.{name}", parameter, parts)
+        for name, parameter in chunk.named_parameters():
+            if ".layers." not in name:
+                _draw(slicer, "embedding" if parameter.dim() > 1 else name, parameter, None)
+
+
+def _draw(slicer: Slicer, name: str, parameter: Tensor, parts: dict[str, int] | None) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        slicer.fill(name, parameter, normal_draw(0.02), int(name.endswith(("linear_proj.weight", "fc2.weight"))), parts)
 
 
 def gpt_engine(run: RunConfig) -> MegatronEngine:
@@ -95,8 +169,6 @@ def gpt_engine(run: RunConfig) -> MegatronEngine:
 
 def finish(model: torch.nn.Module) -> torch.nn.Module:
     """What megatron-core's initialisation would do, and the weight gradients where Oryx puts them too."""
-    from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
-
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -22,14 +22,19 @@ from oryx_megatron.errors import ConfigError
 
 
 def share_of(run: RunConfig) -> RunConfig:
-    """`run` for a single rank, with one layer of each kind of what one tensor-parallel rank of `run` holds."""
+    """`run` for a single rank, with one layer of each kind of what one rank of `run` holds.
+
+    Under context parallelism these are the heads of which it has whole sequences; kernels over its own rows of all
+    heads, which compile in seconds, are left to the first step.
+    """
     model, tensor = run.model, run.parallel.tensor
+    heads = tensor * run.parallel.context
     share: ModelConfig = dataclasses.replace(
         model,
         num_layers=len(model.kinds),
         pattern=tuple(sorted(model.kinds)) if model.pattern else (),
-        num_heads=model.num_heads // tensor,
-        num_kv_heads=model.kv_heads // tensor,
+        num_heads=model.num_heads // heads,
+        num_kv_heads=model.kv_heads // heads,
         ffn_hidden_size=model.ffn_hidden_size // tensor,
         vocab_size=128,
         moe=None
@@ -46,6 +51,24 @@ def share_of(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, model=share, parallel=ParallelConfig())
 
 
+def compile_share(share: RunConfig) -> None:
+    """Compile the kernels of a run of one rank on this GPU, and say which they are and how long it took."""
+    from oryx_megatron import parallel
+    from oryx_megatron.model import build_model
+    from oryx_megatron.model.warm import compile_kernels
+    from oryx_megatron.ops import backends
+
+    parallel.initialize(share.parallel, seed=share.seed)
+    try:
+        work = backends.Workload(share.model, share.precision.dtype)
+        backends.select(share.kernels, work)
+        sys.stdout.write(f"kernels: {backends.describe(work)}\n")
+        chunks = build_model(share.model, share.parallel, share.precision, seed=share.seed)
+        sys.stdout.write(f"compiled and loaded in {compile_kernels(share, chunks):.0f} s\n")
+    finally:
+        parallel.destroy()
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, compile, say what is in the cache; see --help."""
@@ -59,21 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("warmup compiles kernels for the GPU it runs on, and there is none here")
     platform.use_kernel_cache(run.kernels.cache_dir)
     logging.basicConfig(level=logging.WARNING)
-    from oryx_megatron import parallel
-    from oryx_megatron.model import build_model
-    from oryx_megatron.model.warm import compile_kernels
-    from oryx_megatron.ops import backends
-
-    share = share_of(run)
-    parallel.initialize(share.parallel, seed=run.seed)
-    try:
-        work = backends.Workload(share.model, run.precision.dtype)
-        backends.select(run.kernels, work)
-        sys.stdout.write(f"kernels: {backends.describe(work)}\n")
-        chunks = build_model(share.model, share.parallel, run.precision, seed=run.seed)
-        sys.stdout.write(f"compiled and loaded in {compile_kernels(share, chunks):.0f} s\n")
-    finally:
-        parallel.destroy()
+    compile_share(share_of(run))
     for variable in platform.KERNEL_CACHES:
         if folder := os.environ.get(variable):
             files = [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -165,6 +165,8 @@ def _redirect_tensors() -> None:
                 kwargs["device"] = cpu
             if len(args) > 1 and is_cuda(args[1]):
                 args = (args[0], cpu, *args[2:])
+            if kwargs.get("pin_memory"):  # nothing pins memory where no device reads it
+                kwargs["pin_memory"] = False
             return function(*args, **kwargs)
 
         return redirected

@@ -38,10 +38,10 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     Raises:
         KeyError: a parameter without a rule, which would have stayed uninitialised.
     """
-    tensor = _Slicer(parallel_state.get_tensor_model_parallel_group(), seed)
-    experts = _Slicer(None, seed)
-    table, std = _normal(model.init_std), model.init_std / math.sqrt(model.width_multiplier)
-    normal, residual = _normal(std), _normal(std / math.sqrt(2 * model.num_layers))
+    tensor = Slicer(parallel_state.get_tensor_model_parallel_group(), seed)
+    experts = Slicer(None, seed)
+    table, std = normal_draw(model.init_std), model.init_std / math.sqrt(model.width_multiplier)
+    normal, residual = normal_draw(std), normal_draw(std / math.sqrt(2 * model.num_layers))
     done: set[int] = set()
 
     def fill(
@@ -50,12 +50,12 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         draw: Draw,
         axis: int | None = 0,
         parts: dict[str, int] | None = None,
-        slicer: _Slicer = tensor,
+        slicer: Slicer = tensor,
     ) -> None:
         slicer.fill(name, parameter, draw, axis, parts)
         done.add(id(parameter))
 
-    def fill_mlp(prefix: str, fc1: Tensor, fc2: Tensor, slicer: _Slicer = tensor) -> None:
+    def fill_mlp(prefix: str, fc1: Tensor, fc2: Tensor, slicer: Slicer = tensor) -> None:
         half = fc1.shape[0] // 2
         fill(prefix + "fc1", fc1, normal, parts={"gate": half, "up": half}, slicer=slicer)
         fill(prefix + "fc2", fc2, residual, axis=1, slicer=slicer)
@@ -103,7 +103,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
             raise KeyError(f"no initialisation rule for parameter {name}")
 
 
-class _Slicer:
+class Slicer:
     """Draws whole tensors and keeps this rank's slice among those of a group; without one, all of it."""
 
     def __init__(self, group: torch.distributed.ProcessGroup | None, seed: int) -> None:
@@ -132,7 +132,8 @@ class _Slicer:
         parameter.copy_(torch.cat(shares))  # in one piece, as weights kept in FP8 need it
 
 
-def _normal(std: float) -> Draw:
+def normal_draw(std: float) -> Draw:
+    """Of mean 0."""
     return lambda shape, generator: torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
 
 

@@ -1,9 +1,12 @@
 """The benchmarks of scale-out run, and recompute keeps less for the backward pass (no time is looked at)."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +30,42 @@ def test_layouts_agree_on_the_loss() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| tiny")]
-    assert [row[1].strip() for row in rows] == asked[1::2]
+    assert [row[2].strip() for row in rows] == asked[1::2]
     assert len({float(row[-1]) for row in rows}) == 1
+
+
+LIST = """
+models: [tiny-gdn, gpt]
+gpt: tiny-transformer
+sequence: 64
+micro: 2
+microbatches: 2
+chunk: 16
+warm: 1
+steps: 1
+together: 3
+cases:
+  - {layout: tensor=2}
+  - {layout: pipeline=2, fp8: tensorwise, models: [gpt]}
+  - {layout: "context=2,pipeline=1"}
+"""
+
+
+def test_a_list_of_layouts(tmp_path: Path) -> None:
+    """Both models under each layout, GPT's losses equal too; what is refused says so; all of it in a file."""
+    (tmp_path / "list.yaml").write_text(LIST)
+    out = tmp_path / "out"
+    lines = _lines("layout_list.py", str(tmp_path / "list.yaml"), "--gpus", "2", "--out", str(out), "--plot")
+    kept = json.loads((out / "layouts.json").read_text())
+    losses: dict[str, list[float]] = {}
+    for one in kept["results"]:
+        losses.setdefault(one["found"]["model"], []).append(one["found"]["loss"])
+    for found in losses.values():
+        assert found == pytest.approx([found[0]] * 2, rel=1e-5)
+    assert set(losses) == {"tiny-gdn", "gpt"}
+    assert [one["why"] for one in kept["failed"]] == ["precision.fp8: tensorwise needs precision.dtype bf16, not fp32"]
+    assert lines[-1][:4] == ["4", "measured,", "1", "failed,"]
+    assert (out / "layouts.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_links_count_every_collective() -> None:

@@ -1,0 +1,203 @@
+"""The list of layouts: what is started on which GPUs, what becomes of cases that fail, and where it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import layout_list  # noqa: E402
+import layouts  # noqa: E402
+from layout_cases import parse_layout, versus_gpt, versus_one, with_data  # noqa: E402
+
+from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
+from oryx_megatron.config.validate import validate  # noqa: E402
+
+STAND_IN = """
+import argparse, json, os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+parser = argparse.ArgumentParser()
+for name in ("cases", "report", "profile"):
+    parser.add_argument("--" + name, type=Path)
+parser.add_argument("--compile", action="store_true")
+a = parser.parse_args()
+rank = os.environ["RANK"]
+with Path({log!r}).open("a") as file:
+    gpus, what = os.environ["CUDA_VISIBLE_DEVICES"], "compile" if a.compile else "measure"
+    file.write(json.dumps([time.time(), rank, gpus, what]) + chr(10))
+if a.compile:
+    time.sleep(0.3)
+    sys.exit(0)
+for number, plain in enumerate(json.loads(a.cases.read_text())):
+    case = SimpleNamespace(**plain)
+
+    def tell(**line):
+        if rank == "0":
+            with a.report.open("a") as file:
+                file.write(json.dumps(line) + chr(10))
+
+    tell(begun=number)
+    if "recompute=mixer" in case.layout and rank == "1":
+        a.report.with_suffix(".1.error").write_text(json.dumps({{"failed": "RuntimeError: rank 1 has no kernel"}}))
+        os._exit(1)
+    if "recompute=mixer" in case.layout or "recompute=full" in case.layout:
+        time.sleep(60)
+    if "optimizer" in case.plan:
+        tell(case=number, failed="such a run would be refused")
+        continue
+    if case.plan == "killed":
+        os.kill(os.getpid(), 9)
+    time.sleep(0.2)
+    speed = 100.0 * case.gpus * (2 if case.model == "gpt" else 1)
+    tell(case=number, found=dict(
+        model=case.model, layout=case.layout, micro=case.micro, graphs=case.graphs, peak_gib=1, planned_gib=1,
+        outside_gib=1, tokens_per_second=speed, planned_tokens_per_second=speed, idle=0, exchange=0, loss=1,
+        gpus=case.gpus, sequence=case.sequence, batch=case.batch, plan=case.plan, fp8=case.fp8,
+    ))
+"""
+HEAD = "models: [tiny-gdn, gpt]\ngpt: tiny-transformer\nsequence: 64\nmicro: 1\nmicrobatches: 2\ncases:\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Work through a list with ranks that only say what they would have measured; returns books and what started."""
+    log = tmp_path / "log"
+    (tmp_path / "layouts.py").write_text(STAND_IN.format(log=str(log)))
+    monkeypatch.setattr(layout_list, "HERE", tmp_path)
+    monkeypatch.setattr(layout_list, "POLL", 0.02)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def go(cases: str, *more: str, gpus: int = 2, head: str = HEAD) -> tuple[layout_list.Books, list[list]]:
+        (tmp_path / "list.yaml").write_text(head + textwrap.indent(textwrap.dedent(cases).strip("\n"), "  ") + "\n")
+        log.write_text("")
+        out = tmp_path / "out"
+        asked = [str(tmp_path / "list.yaml"), "--gpus", str(gpus), "--out", str(out), *more]
+        assert layout_list.main(asked) == 0
+        return layout_list.Books(out / "layouts.json"), [json.loads(line) for line in log.read_text().splitlines()]
+
+    return go
+
+
+def test_what_fails_is_said_and_the_next_case_begins(run, capsys) -> None:
+    cases = """
+    - {layout: "recompute=mixer"}
+    - {layout: tensor=2, plan: optimizer}
+    - {layout: tensor=2, plan: killed, models: [tiny-gdn]}
+    - {layout: tensor=2}
+    - {layout: tensor=4}
+    """
+    head = HEAD.replace("cases:", "together: 5\ncases:")
+    books, started = run(cases, head=head)
+    assert [(r.model, r.layout) for r in books.found] == [("tiny-gdn", "tensor=2"), ("gpt", "tensor=2")]
+    why = {(case.model, case.plan): why for case, why in books.failed}
+    assert why["tiny-gdn", "ratio:0.5"] == why["gpt", "ratio:0.5"] == "RuntimeError: rank 1 has no kernel"
+    assert why["gpt", "optimizer"] == "such a run would be refused"
+    assert why["tiny-gdn", "killed"].startswith(("rank 0 ended with signal 9", "rank 1 ended with signal 9"))
+    assert len(started) == 2 * 4  # both ranks, anew after each of three deaths
+    printed = capsys.readouterr().out
+    assert "gpt data=2,recompute=mixer (64 tokens, graphs): RuntimeError: rank 1 has no kernel" in printed
+    assert "2 measured, 5 failed, 0 left" in printed
+
+
+def test_a_case_that_hangs_costs_its_seconds_alone(run) -> None:
+    begun = time.monotonic()
+    cases = """
+    - {layout: "tensor=2,recompute=full", models: [tiny-gdn]}
+    - {layout: tensor=2, models: [tiny-gdn]}
+    """
+    books, _ = run(cases, "--case-seconds", "3")
+    assert time.monotonic() - begun < 20
+    assert [why for _, why in books.failed] == ["did not end within 3 s"]
+    assert [r.layout for r in books.found] == ["tensor=2"]
+
+
+def test_continues_where_it_was_cut_off(run, capsys) -> None:
+    cases = """
+    - {layout: tensor=2, models: [tiny-gdn]}
+    - {layout: "data=2,recompute=full", models: [tiny-gdn]}
+    """
+    books, _ = run(cases, "--minutes", "0.1")
+    assert [r.layout for r in books.found] == ["tensor=2"]
+    assert books.failed == []
+    printed = capsys.readouterr().out
+    assert "cut off, the 0.1 minutes are over" in printed
+    assert "1 measured, 0 failed, 1 left: the same command continues" in printed
+    books, started = run(cases.replace("recompute=full", "overlap=false"))
+    assert [r.layout for r in books.found] == ["tensor=2", "data=2,overlap=false"]
+    assert len(started) == 2  # ranks of one start
+
+
+def test_side_by_side_on_own_gpus(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One-GPU cases of two models run at once; kernels are compiled first, shapes side by side, once a shape."""
+    monkeypatch.setattr(layout_list, "has_gpu", lambda: True)
+    cases = """
+    - {one_gpu: true, beside: true, models: [tiny-gdn, gpt, tiny-mamba2]}
+    - {layout: tensor=2}
+    - {layout: data}
+    """
+    books, started = run(cases)
+    assert len(books.found) == 3 + 4
+    compiled = [gpus for _, _, gpus, what in started if what == "compile"]
+    assert len(compiled) == len(books.compiled) == 3  # 4 heads of both mixers, 2 heads of one
+    assert compiled[:2] == ["0", "1"]
+    alone = [row for row in started if row[3] == "measure" and "," not in row[2]]
+    assert {row[2] for row in alone} == {"0", "1"}
+    assert len(alone) == 3
+    assert [row[2] for row in started if row[3] == "measure" and row not in alone] == ["0,1"] * 4
+    data = [r for r in books.found if r.layout == "data=2"]
+    assert [versus_gpt(r, books.found) for r in data] == [0.5, 1.0]
+    assert [versus_one(r, books.found) for r in data] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "found"),
+    [
+        ("", 8, "data=8"),
+        ("tensor=2", 8, "tensor=2,data=4"),
+        ("tensor=2", 2, "tensor=2"),
+        ("tensor=4", 2, None),
+        ("data=8", 4, None),
+        ("recompute=full", 1, "data=1,recompute=full"),
+        ("pipeline=2,virtual_pipeline=2", 4, "pipeline=2,virtual_pipeline=2,data=2"),
+        ("expert=8", 4, None),
+        ("expert=4", 8, "data=8,expert=4"),
+        ("tensor=2,context=2", 8, "tensor=2,context=2,data=2"),
+    ],
+)
+def test_layouts_on_fewer_gpus(text: str, gpus: int, found: str | None) -> None:
+    assert with_data(text, gpus) == found
+    if found is not None:
+        parse_layout(found, gpus)
+
+
+@pytest.mark.parametrize("gpus", [8, 4, 2, 1])
+def test_the_list_for_eight_gpus(gpus: int) -> None:
+    """Every case is a run that is accepted, on any number of GPUs."""
+    plan = layout_list.read_list(ROOT / "benchmarks/layouts-8.yaml")
+    cases = [case for launch in layout_list.launches(plan, gpus) for case in launch.cases]
+    assert len(cases) > {8: 60, 4: 40, 2: 25, 1: 10}[gpus]
+    for case in cases:
+        run = layouts.run_config(case)
+        validate(dataclasses.replace(run, precision=PrecisionConfig(fp8=run.precision.fp8)), case.gpus)
+        if case.model != "gpt":
+            assert layout_list.shape(case)
+            assert layouts.share_of(case).parallel == ParallelConfig()
+
+
+def test_errors(run, tmp_path: Path, capsys) -> None:
+    (tmp_path / "wrong.yaml").write_text(HEAD + "  - {layout: tensor=2, sequense: 64}\n")
+    asked = [str(tmp_path / "wrong.yaml"), "--gpus", "2", "--out", str(tmp_path / "out")]
+    assert layout_list.main(asked) == 2
+    assert "cases[0].sequense" in capsys.readouterr().err
+    (tmp_path / "wrong.yaml").write_text(HEAD + "  - {layout: tensr=2}\n")
+    assert layout_list.main(asked) == 2
+    assert "tensr=2: expected field=value" in capsys.readouterr().err
