@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import RunConfig, WeightsKind
 from oryx_megatron.modes import ModePlan
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Trained:
         return self._lines("step")
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation: `iteration`, `dataset`, `plan`, `loss` (nats per token), `bits_per_byte`."""
+        """Every evaluation: `iteration`, `dataset`, `plan`, `loss` (nats per token), `bits_per_byte`, `ema_loss`."""
         return self._lines("evaluation")
 
     def _lines(self, kind: str) -> list[dict[str, Any]]:
@@ -75,15 +75,17 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
     )
 
 
-def load_model(path: str | Path, *, tokenizer: str | Path | None = None) -> Model:
+def load_model(path: str | Path, *, tokenizer: str | Path | None = None, weights: WeightsKind = "trained") -> Model:
     """A run (its newest checkpoint), a checkpoint or a Hugging Face export, ready to `generate`.
+
+    `weights`: of a checkpoint, those that were trained, or `ema`, their average (train.ema).
 
     Raises:
         CheckpointError, ConversionError, DataError: nothing there, or damaged.
     """
     from oryx_megatron.eval.text import load
 
-    return load(path, tokenizer=tokenizer, tensor=ranks.world_size())
+    return load(path, tokenizer=tokenizer, tensor=ranks.world_size(), weights=weights)
 
 
 def generate(

@@ -95,6 +95,8 @@ class Work:
     """Of the tokens, on average."""
     ramp: tuple[int, ...] = ()
     """Other batch sizes that a layout must take as well (train.batch_schedule)."""
+    ema: bool = False
+    """Whether an average of the weights is kept (train.ema)."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,8 @@ def memory_bytes(
         "gradients": 4 * (parameters + experts),
         "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
     }
+    if work.ema:
+        items["average of weights"] = 4 * _owned(parameters, experts, layout)
     if recompute == "full":
         items["activations: block inputs"] = kept * held
     else:

@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="format of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--weights", choices=("trained", "ema"), default="trained", help="ema: their average (default: %(default)s)"
+    )
     parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)g)")
     parser.add_argument("--mode-plan", help=f"used where a caller gives none (default: attention); {PLAN}")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
@@ -75,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def check(folder: Path) -> None:
         names = arguments.checkpoint, arguments.output
-        lines.extend(map(str, verify(arguments.checkpoint, folder, names=names)))
-        lines.extend(map(str, verify_generation(arguments.checkpoint, folder, names=names)))
+        for compare in (verify, verify_generation):
+            lines.extend(map(str, compare(arguments.checkpoint, folder, weights=arguments.weights, names=names)))
 
     there = Remote(arguments.output) if is_url(arguments.output) else None
     target = arguments.output
@@ -88,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.checkpoint,
         target,
         dtype=arguments.dtype,
+        weights=arguments.weights,
         shard_bytes=int(arguments.shard_gb * 1e9),
         mode_plan=None if arguments.mode_plan is None else read_plan(arguments.mode_plan),
         tokenizer=arguments.tokenizer,

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
+    parser.add_argument("--weights", choices=("trained", "ema"), default="trained", help="ema: their average")
     parser.add_argument(
         "--colour",
         choices=("auto", "always", "never"),
@@ -71,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     from oryx_megatron.eval.text import load
 
     try:
-        model = load(arguments.checkpoint, tokenizer=arguments.tokenizer, tensor=ranks.world_size())
+        model = load(
+            arguments.checkpoint,
+            tokenizer=arguments.tokenizer,
+            tensor=ranks.world_size(),
+            weights=arguments.weights,
+        )
         printer = _Printer(model.tokenizer, _coloured(arguments.colour)) if parallel.is_main_rank() else None
         done = model.generate(
             text,

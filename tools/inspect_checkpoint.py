@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken); also s3://…")
-    parser.add_argument("--part", choices=("model", "optimizer", "all"), default="model", help="tensors to list")
+    parser.add_argument("--part", choices=("model", "ema", "optimizer", "all"), default="model", help="tensors to list")
     parser.add_argument("--depth", type=int, help="levels of the tree to show; deeper tensors are summed")
     parser.add_argument("--config", action="store_true", help="print the resolved run config (YAML) instead")
     parser.add_argument("--verify", action="store_true", help="compare all files with the manifest's checksums instead")

@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
     )
+    parser.add_argument("--ema", action="store_true", help="as with train.ema: an fp32 average of the weights")
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--price needs --tokens, or a run's YAML")
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
-    work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])))
+    work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema)
     found = plan(model, cluster, work, a.cpu_offload)
     if a.json:
         plain = [_plain(e) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
@@ -161,6 +162,7 @@ def _of_run(a: argparse.Namespace) -> ModelConfig:
     if a.attention_share is None and run.model.single_mode is None and run.modes.fixed is None:
         a.attention_share = run.modes.p_attention + (1 - run.modes.p_attention - run.modes.p_recurrent) / 2
     a.cpu_offload = a.cpu_offload or run.optimizer.cpu_offload
+    a.ema = a.ema or run.train.ema is not None
     return run.model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from oryx_megatron.checkpoint.average import PREFIX as AVERAGE
 from oryx_megatron.checkpoint.manifest import NAME, Manifest, read_manifest
 from oryx_megatron.checkpoint.safe import read_metadata
 from oryx_megatron.checkpoint.store import check_files, check_format
@@ -35,8 +36,10 @@ class Entry:
 
     @property
     def part(self) -> str:
-        """`model`, or the kind of optimizer state, e.g. `optimizer.exp_avg`."""
+        """`model`, `ema` (its average), or the kind of optimizer state, e.g. `optimizer.exp_avg`."""
         names = self.name.split(".")
+        if self.name.startswith(AVERAGE):
+            return names[0]
         if names[0] != OPTIMIZER:
             return "model"
         return f"{OPTIMIZER}.{names[2]}" if names[1] == "state" else OPTIMIZER

@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, store
+from oryx_megatron.checkpoint.average import Averages
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
 from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.checkpoint.state import gather_weights, has_stepped, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
-from oryx_megatron.config.schema import CheckpointConfig
+from oryx_megatron.config.schema import CheckpointConfig, WeightsKind
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
 from oryx_megatron.storage import StorageError
 
@@ -123,8 +124,8 @@ class Checkpoints:
             )
         return None
 
-    def start_from(self, folder: Path, *, optimizer: bool) -> None:
-        """Fill the model, and the optimizer if asked, from a whole checkpoint of another run.
+    def start_from(self, folder: Path, manifest: Manifest, *, optimizer: bool, weights: WeightsKind) -> None:
+        """Fill the model, and the optimizer with averages if asked, from a whole checkpoint of another run.
 
         Raises:
             CheckpointError: it does not fit the model or the optimizer.
@@ -319,6 +320,7 @@ class CheckpointManager(Checkpoints):
         chunks: Model chunks of this rank.
         optimizer: Their optimizer.
         remote: See Checkpoints.
+        average: Of the weights (train/ema.py); None: none is kept.
     """
 
     def __init__(
@@ -328,9 +330,10 @@ class CheckpointManager(Checkpoints):
         chunks: list[Any],
         optimizer: MegatronOptimizer,
         remote: RemoteCheckpoints | None = None,
+        average: Averages | None = None,
     ) -> None:
         super().__init__(root, config, remote)
-        self.chunks, self.optimizer = chunks, optimizer
+        self.chunks, self.optimizer, self.average = chunks, optimizer, average
         self._queue = AsyncCallsQueue()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         """What runs beside training: reading files for their digests, and rank 0's last steps."""
@@ -354,16 +357,20 @@ class CheckpointManager(Checkpoints):
             self._start(folder, iteration, manifest)
         return None if self.config.asynchronous else self.wait()
 
-    def start_from(self, folder: Path, *, optimizer: bool) -> None:
+    def start_from(self, folder: Path, manifest: Manifest, *, optimizer: bool, weights: WeightsKind) -> None:
         """See Checkpoints."""
-        load_sharded_state(folder, self.chunks, self.optimizer, weights_only=not optimizer)
+        if optimizer:
+            self._fill(folder, manifest)
+        else:
+            load_sharded_state(folder, self.chunks, self.optimizer, weights_only=True, weights=weights)
 
     def _start(self, folder: Path, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
         """Start the writers of all ranks."""
         started = time.monotonic()
         gather_weights(self.chunks)
         # An optimizer that never stepped has no state, and starts anew after loading as it does now.
-        state = sharded_state(self.chunks, self.optimizer if has_stepped(self.optimizer) else None)
+        held = self.average.parts if self.average is not None and self.average.begun else None
+        state = sharded_state(self.chunks, self.optimizer if has_stepped(self.optimizer) else None, averages=held)
         failure: BaseException | None = None
         try:
             request = compat.megatron.save(state, folder, self._strategy, validate=iteration <= 1)
@@ -468,7 +475,10 @@ class CheckpointManager(Checkpoints):
             safe.read_metadata(folder)
 
     def _fill(self, folder: Path, manifest: Manifest) -> None:
-        load_sharded_state(folder, self.chunks, self.optimizer)
+        held = None if self.average is None else self.average.parts
+        found = load_sharded_state(folder, self.chunks, self.optimizer, averages=held)
+        if self.average is not None:
+            self.average.loaded(manifest.iteration, found=found)
 
     def _settle(self, folder: Path) -> None:
         self._strategy.describe()

@@ -113,14 +113,19 @@ def iteration_of(folder: Path) -> int:
 
 
 def lowest(manifests: Mapping[str, Manifest], best: str) -> str | None:
-    """Of checkpoints by name, the one with the lowest loss `SET/PLAN` at its iteration; of equal ones the newest."""
+    """Of checkpoints by name, the one with the lowest loss at its iteration; of equal ones the newest.
+
+    `best` is `SET/PLAN`, or `ema/SET/PLAN` for the loss of the averaged weights.
+    """
     found = [
-        (result["loss"], -manifest.iteration, name)
+        (loss, -manifest.iteration, name)
         for name, manifest in manifests.items()
         for result in manifest.evaluations
-        if f"{result['dataset']}/{result['plan']}" == best
+        for prefix, kind in (("", "loss"), ("ema/", "ema_loss"))
+        if f"{prefix}{result['dataset']}/{result['plan']}" == best
         and result["iteration"] == manifest.iteration
-        and math.isfinite(result["loss"])
+        and (loss := result.get(kind)) is not None
+        and math.isfinite(loss)
     ]
     return min(found)[2] if found else None
 
@@ -176,8 +181,10 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"files has a wrong entry for {name!r}")
     for result in manifest.evaluations:
         texts, numbers = ("dataset", "plan"), ("iteration", "loss", "perplexity", "bits_per_byte")
-        if not all(_fits(result.get(name), str) for name in texts) or not all(
-            _fits(result.get(name), int | float) for name in numbers
+        if (
+            not all(_fits(result.get(name), str) for name in texts)
+            or not all(_fits(result.get(name), int | float) for name in numbers)
+            or not _fits(result.get("ema_loss", 0.0), int | float)
         ):
             raise ValueError("evaluations has a wrong entry")
     if len(manifest.origin) != 2:

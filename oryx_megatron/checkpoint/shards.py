@@ -94,9 +94,11 @@ def sharded_optimizer_state(
         optimizer.load_state_dict(optimizer.state_dict())
     sharded = by_parameter(model_state)
     parameters: dict[int, Any] = {}
-    for i, (parameter, start, stop) in enumerate(_ranges(optimizer)):
+    for i, (parameter, start, stop) in enumerate(owned_ranges(optimizer)):
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-        pieces = list(_pieces(sharded[parameter], parameter, start, stop, optimizer.distributed_optimizer_instance_id))
+        pieces = list(
+            rectangles(sharded[parameter], parameter, start, stop, optimizer.distributed_optimizer_instance_id)
+        )
         parameters[i] = {
             name: {
                 j: _named(piece, name, None if loading else tensors[name].detach()[first:last].view(piece.local_shape))
@@ -114,14 +116,14 @@ def sharded_optimizer_state(
 def fill(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
     """Copy what was read for `sharded_optimizer_state` into the optimizer's tensors."""
     parameters = loaded.get("param_state", {})
-    for i, (parameter, _, _) in enumerate(_ranges(optimizer)):
+    for i, (parameter, _, _) in enumerate(owned_ranges(optimizer)):
         tensors = optimizer._get_main_param_and_optimizer_states(parameter)
         for name in STATES:
             read = parameters[i][name]
             tensors[name].copy_(torch.cat([read[j].flatten() for j in range(len(read))]))
 
 
-def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+def owned_ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
     """Parameters of which this rank owns something, and the flat range of each."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
@@ -161,7 +163,7 @@ def frozen_layers(
                     piece = replace(part, key=f"{PREFIX}{kind}.{part.key}", data=zeros, dtype=torch.float32)
                     if in_ranges:
                         shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-                        grid = {"axis_fragmentations": None, "prepend_axis_num": 0}  # as in `_pieces`
+                        grid = {"axis_fragmentations": None, "prepend_axis_num": 0}  # as in `rectangles`
                         piece = replace(piece, data=zeros.view(shape), local_shape=shape, **grid)
                     found[f"{kind}.{part.key}.{part.global_offset}"] = piece
     return found
@@ -180,10 +182,13 @@ def by_parameter(model_state: dict[str, Any]) -> dict[Tensor, ShardedTensor | Sh
     return {entry.data: entry for entry in nested_values(sharded)}
 
 
-def _pieces(
-    sharded: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, stop: int, instance: int
+def rectangles(
+    sharded: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, stop: int, instance: int | None
 ) -> Iterator[tuple[ShardedTensor, int, int]]:
-    """Rectangles of the stored tensors without data, and the range of the rank's flat shard that each holds."""
+    """Rectangles of the stored tensors without data, and the range of the rank's flat shard that each holds.
+
+    `instance`: of the distributed optimizer, whose ranks own different ranges; None: all data-parallel ranks have it.
+    """
     done = start
     for part, begin in _parts(sharded, parameter):
         end = begin + math.prod(part.local_shape)
@@ -202,7 +207,7 @@ def _pieces(
                 axis_fragmentations=None,  # no regular grid
                 prepend_axis_num=0,
                 # Its last component counts data-parallel copies of the weights; of this state there are none.
-                replica_id=(*part.replica_id[:2], instance),
+                replica_id=part.replica_id if instance is None else (*part.replica_id[:2], instance),
             )
             first, done = done, done + math.prod(size)
             yield piece, first - start, done - start

@@ -19,19 +19,28 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron import compat, platform
-from oryx_megatron.checkpoint import safe, scales, shards, whole
+from oryx_megatron.checkpoint import average, safe, scales, shards, whole
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
+from oryx_megatron.config.schema import WeightsKind
 from oryx_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+EMA = "ema"
+"""Part of a sharded state."""
 # Flattened optimizer ranges in a form that any other layout can read.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM, "chained_optim_avoid_prefix": True}
 
 
-def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loading: bool = False) -> dict[str, Any]:
-    """Sharded state of all model chunks of this rank and, if given, of the optimizer."""
+def sharded_state(
+    chunks: list[Any],
+    optimizer: MegatronOptimizer | None,
+    *,
+    loading: bool = False,
+    averages: list[average.Part] | None = None,
+) -> dict[str, Any]:
+    """Sharded state of all model chunks of this rank and, if given, of the optimizer and of the average of weights."""
     models = [unwrap_model(chunk) for chunk in chunks]
     state: dict[str, Any] = {_name(i): model.sharded_state_dict(metadata={}) for i, model in enumerate(models)}
     for i, model in enumerate(models):
@@ -53,6 +62,9 @@ def sharded_state(chunks: list[Any], optimizer: MegatronOptimizer | None, *, loa
             model_states = [state[_name(i)] for i in range(len(models))]
             in_ranges = bool(shards.own_shards(optimizer))
             state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=in_ranges)
+        if averages is not None:
+            model_states = [state[_name(i)] for i in range(len(models))]
+            state[EMA] = average.sharded_average(averages, optimizer, models, model_states)
     return state
 
 
@@ -62,15 +74,29 @@ def _parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def load_sharded_state(
-    folder: Path, chunks: list[Any], optimizer: MegatronOptimizer | None, *, weights_only: bool = False
-) -> None:
-    """Fill model and, if given, optimizer from a checkpoint written under any layout.
+    folder: Path,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer | None,
+    *,
+    weights_only: bool = False,
+    averages: list[average.Part] | None = None,
+    weights: WeightsKind = "trained",
+) -> bool:
+    """Fill model and, if given, optimizer from a checkpoint written under any layout; whether `averages` were filled.
 
     A checkpoint of weights alone (a conversion) leaves the optimizer with its initial state, as `weights_only` does:
     only its copies of the weights are filled.
 
+    Args:
+        folder: The checkpoint.
+        chunks: Model chunks of this rank.
+        optimizer: Their optimizer.
+        weights_only: Leave the optimizer's state, and averages, alone.
+        averages: Of the weights, to be filled where the checkpoint has them.
+        weights: Fill the model with the weights as trained, or with their average.
+
     Raises:
-        CheckpointError: its tensors do not fit the model or the optimizer.
+        CheckpointError: its tensors do not fit the model or the optimizer, or it has no average.
     """
     safe.install()
     check_format(folder)
@@ -81,7 +107,14 @@ def load_sharded_state(
         kept = None
     if kept is not None:
         compat.megatron.allocate_torch_state(kept)
-    state = sharded_state(chunks, kept, loading=True)
+    averaged = average.has_average(written)
+    if weights == "ema" and not averaged:
+        raise CheckpointError(f"{folder} {average.NO_AVERAGE}; take its trained weights")
+    if averaged and averages is None and kept is not None:
+        log.info("train.ema is off: the average of the weights in %s is dropped", folder)
+    state = sharded_state(chunks, kept, loading=True, averages=averages if averaged else None)
+    if weights == "ema":
+        state |= {_name(i): average.as_average(state[_name(i)]) for i in range(len(chunks))}
     absent = _take_absent_scales(state, written)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
@@ -91,16 +124,20 @@ def load_sharded_state(
     except CheckpointException as error:  # of all ranks; the last line is the cause
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
     for i, chunk in enumerate(chunks):
-        weights = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
+        own = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
         model = unwrap_model(chunk)
-        scales.restore(model, weights, folder)
-        model.load_state_dict(weights, strict=True)
+        scales.restore(model, own, folder)
+        model.load_state_dict(own, strict=True)
     if kept is not None:
         _load_optimizer(kept, loaded["optimizer"])
         # In fp32 each rank's share of the weights are its masters, which a run in bf16 wrote with more digits.
         gather_weights(chunks, always=True)
     elif optimizer is not None:
         optimizer.reload_model_params()
+    if averages is None or EMA not in state:
+        return False
+    average.fill(averages, loaded[EMA])
+    return True
 
 
 def has_stepped(optimizer: MegatronOptimizer) -> bool:
@@ -132,9 +169,9 @@ def gather_weights(chunks: list[Any], *, always: bool = False) -> None:
             chunk.start_param_sync()
 
 
-def load_model_weights(folder: Path, chunks: list[Any]) -> None:
-    """Fill the model only, for evaluation, generation and conversion."""
-    load_sharded_state(folder, chunks, None)
+def load_model_weights(folder: Path, chunks: list[Any], weights: WeightsKind = "trained") -> None:
+    """Fill the model only, for evaluation, generation and conversion; CheckpointError: it has no average."""
+    load_sharded_state(folder, chunks, None, weights=weights)
 
 
 def check_whole(folder: Path, manifest: Manifest) -> None:
@@ -163,7 +200,7 @@ def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, l
     """
     absent = {}
     for chunk, entries in state.items():
-        if chunk == "optimizer":
+        if chunk in ("optimizer", EMA):
             continue
         absent[chunk] = [
             name

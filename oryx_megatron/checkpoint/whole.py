@@ -28,7 +28,7 @@ def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any]) -> dict
     sharded = by_parameter(model_state)
     parameters = {
         i: {
-            name: _owned(make_sharded_optimizer_tensor(sharded[weight], tensor, f"{PREFIX}{name}"))
+            name: owned(make_sharded_optimizer_tensor(sharded[weight], tensor, f"{PREFIX}{name}"))
             for name, tensor in tensors.items()
         }
         for i, (weight, tensors) in enumerate(_tensors(optimizer))
@@ -48,12 +48,27 @@ def fill(optimizer: Any, loaded: dict[str, Any]) -> None:
     optimizer.allgather_params()
 
 
+def masters(single: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights of an optimizer that is not sharded by ranges, or of this rank's share, each with what is updated.
+
+    That is its fp32 master, or the weight itself where it is fp32.
+    """
+    if not hasattr(single, "float16_groups"):
+        return [(parameter, parameter) for group in single.param_groups for parameter in group["params"]]
+    pairs = []
+    for weights, copies, plain in zip(
+        single.float16_groups, single.fp32_from_float16_groups, single.fp32_from_fp32_groups, strict=True
+    ):
+        pairs += [*zip(weights, copies, strict=True), *((parameter, parameter) for parameter in plain)]
+    return pairs
+
+
 def _tensors(optimizer: Any) -> list[tuple[Any, dict[str, torch.Tensor]]]:
     """This rank's weights, each with its state and, as `param`, its fp32 master or itself."""
     (single,) = optimizer.chained_optimizers
     single.optimizer.allocate()
     found = []
-    for weight, master in optimizer.weights():
+    for weight, master in masters(single):
         state = {name: tensor for name, tensor in single.optimizer.state[master].items() if name != STEP}
         found.append((weight, state | {"param": master.detach()}))
     return found
@@ -64,6 +79,6 @@ def _states(optimizer: Any) -> list[dict[str, Any]]:
     return list(single.optimizer.state.values())
 
 
-def _owned(entry: Any) -> Any:
+def owned(entry: Any) -> Any:
     """A sharded tensor of which there is no copy on other data-parallel ranks."""
     return replace(entry, replica_id=(*entry.replica_id[:2], 0))

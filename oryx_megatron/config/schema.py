@@ -123,6 +123,16 @@ class BatchStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Exponential moving average of the weights: evaluated, in the checkpoint, exported by choice."""
+
+    decay: Beta = 0.9999
+    """Of the average, what stays at each applied step; the rest comes from the new weights."""
+    start: Count = 1
+    """Step with whose weights the average begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and batch of the run."""
 
@@ -138,6 +148,8 @@ class TrainConfig:
     """Patterns (`*`, `?`) of parameters that do not train; `!PATTERN` trains what an earlier one freezes."""
     z_loss: NotNegative = 0.0
     """Weight of log² Z beside the loss (Z: normaliser of the softmax), e.g. 1e-4; 0: off."""
+    ema: EmaConfig | None = None
+    """Average of the weights beside them, e.g. `{decay: 0.9999, start: 1000}`; null: off."""
     exit_after: Count | None = None
     """Stop (with a checkpoint) after this iteration although the schedule runs to `iterations`."""
 
@@ -267,8 +279,9 @@ class CheckpointConfig:
     steps: tuple[Index, ...] = ()
     """Also save after these iterations, 0 being before the first, and keep those checkpoints."""
     keep_best: str | None = None
-    """Also keep the checkpoint with the lowest of this validation loss, `SET/PLAN` as `valid/recurrent`. Every
-    checkpoint is then evaluated before it is saved, unless the run is told to stop. null: off."""
+    """Also keep the checkpoint with the lowest of this validation loss, `SET/PLAN` as `valid/recurrent`, or
+    `ema/SET/PLAN` of the averaged weights (train.ema). Every checkpoint is then evaluated before it is saved, unless
+    the run is told to stop. null: off."""
     asynchronous: bool = False
     """Write in the background while training continues."""
     timeout: Positive = 1800.0
@@ -361,12 +374,17 @@ class StorageConfig:
     """Seconds between uploads of metrics and events to an output_dir on object storage."""
 
 
+WeightsKind = Literal["trained", "ema"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitFromConfig:
     """What a run that has no checkpoint yet starts from (docs/operations.md); a path alone stands for `{path: …}`."""
 
     path: PathOrUrl
     """Run folder (its newest whole checkpoint), one checkpoint, or a Hugging Face folder: an export or a Llama."""
+    weights: WeightsKind = "trained"
+    """Which of the source's weights: those that it trained, or their average (train.ema)."""
     optimizer: bool = False
     """Take the optimizer state along; false: it starts anew."""
     schedule: bool = False

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
+from oryx_megatron.config.ema import check_ema
 from oryx_megatron.config.moe import (
     check_expert_layout,
     check_expert_run,
@@ -163,6 +164,7 @@ def _check_moments(run: RunConfig) -> None:
     if best is not None:
         sets = [*(["valid"] if run.data.split[1] > 0 else []), *run.data.validation]
         known = [f"{name}/{plan}" for name in sets for plan in run.evaluation.plans]
+        known += [f"ema/{name}" for name in known] if run.train.ema is not None else []
         if best not in known:
             near = difflib.get_close_matches(best, known, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known) or 'none, as there is no set'}"
@@ -502,6 +504,7 @@ def _check_engine(run: RunConfig) -> None:
         ("parallel.distributed_optimizer", not run.parallel.distributed_optimizer, "ZeRO always shards; leave it true"),
         ("precision.fp8", run.precision.fp8 != "none", "use none"),
         ("train.freeze", bool(run.train.freeze), "remove it"),
+        ("train.ema", run.train.ema is not None, "remove it"),
         ("model.mup_base_hidden_size", run.model.width_multiplier != 1, "remove it"),
         ("checkpoint.asynchronous", run.checkpoint.asynchronous, "DeepSpeed saves in the foreground; set it to false"),
         ("output_dir", is_url(run.output_dir), "DeepSpeed writes local files; give a folder"),
@@ -576,6 +579,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     _check_moments(run)
     _check_modes(run)
     check_expert_run(run)
+    check_ema(run)
     check_license(run.license)
     try:
         layout = layout_for(run, world_size)

@@ -20,6 +20,7 @@ from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.display import log_lines, shown
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.storage import named
 
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("--batch-size", type=int, default=16, help="texts per pass (default: 16)")
     retrieval.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")
     for command in (perplexity, retrieval):
+        command.add_argument(
+            "--weights", choices=("trained", "ema"), default="trained", help="of a checkpoint; ema: their average"
+        )
         command.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
         command.add_argument("--output", type=Path, help="folder for the JSON (and PNG)")
         command.add_argument("--overwrite", action="store_true", help="replace earlier results in --output")
@@ -105,6 +109,7 @@ def _perplexity(arguments: argparse.Namespace) -> int:
         sequence_length=arguments.sequence_length,
         layout=ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, context=arguments.context),
         tokenizer=arguments.tokenizer,
+        weights=arguments.weights,
         world_size=ranks.world_size(),
     )
     if not parallel.is_main_rank():
@@ -171,13 +176,15 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
     if folder is not None and (folder / "config.json").is_file():
         from oryx_megatron.eval.export import load_export
 
+        if arguments.weights != "trained":
+            raise ConfigError(f"--weights: {arguments.model} is an export, which holds one kind of weights; remove it")
         model, codec = load_export(folder, arguments.tokenizer)
         plans = Plans.of_export(model)
         return predict_with_export(model), codec, model.config.vocab_size, plans, folder.resolve().name
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
 
-    loaded = load_for_inference(arguments.model, tensor=ranks.world_size())
+    loaded = load_for_inference(arguments.model, tensor=ranks.world_size(), weights=arguments.weights)
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
     check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
     run = loaded.run

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
-from oryx_megatron.config.schema import ParallelConfig, RunConfig
+from oryx_megatron.config.schema import ParallelConfig, RunConfig, WeightsKind
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.routed import Plans, routes
 from oryx_megatron.model import LayerState, SequenceInfo, build_model
@@ -70,13 +70,13 @@ class LoadedModel:
         return lambda tokens, plan, done: logits_of(self.chunk, tokens, plan, states, done)[0, -1].float()
 
 
-def load_for_inference(path: str | Path, *, tensor: int = 1) -> LoadedModel:
+def load_for_inference(path: str | Path, *, tensor: int = 1, weights: WeightsKind = "trained") -> LoadedModel:
     """Load the weights of a checkpoint, or of a run's newest one, over `tensor` tensor-parallel ranks.
 
     Joins the process group when there is none yet. The layout the checkpoint was written under does not matter.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
+        CheckpointError: no checkpoint there, a damaged one, or without an average of the weights where that is asked.
         ConfigError: the model does not divide over `tensor` ranks.
     """
     folder = find_checkpoint(path)
@@ -93,7 +93,7 @@ def load_for_inference(path: str | Path, *, tensor: int = 1) -> LoadedModel:
     check_whole(folder, manifest)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     chunk = build_model(run.model, layout, run.precision, seed=run.seed)[0]
-    load_model_weights(folder, [chunk])
+    load_model_weights(folder, [chunk], weights)
     return LoadedModel(chunk.eval(), manifest, run, folder)
 
 

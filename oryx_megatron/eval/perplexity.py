@@ -11,7 +11,7 @@ import torch
 
 from oryx_megatron import parallel
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
-from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig
+from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig, WeightsKind
 from oryx_megatron.config.validate import Layout, validate
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.loader import build_datasets, evaluation_samples
@@ -42,6 +42,7 @@ def evaluate_checkpoint(
     sequence_length: int | None = None,
     layout: ParallelConfig | None = None,
     tokenizer: str | None = None,
+    weights: WeightsKind = "trained",
     world_size: int = 1,
 ) -> Perplexity:
     """Evaluate a checkpoint (or a run's newest one) under every plan. Collective: all ranks call it alike.
@@ -55,6 +56,7 @@ def evaluate_checkpoint(
         sequence_length: Tokens per sequence; default the run's.
         layout: Parallel sizes of this evaluation; default data-parallel over all ranks.
         tokenizer: Its folder; default the run's.
+        weights: Those that were trained, or their average (train.ema).
         world_size: Number of ranks.
 
     Raises:
@@ -96,7 +98,7 @@ def evaluate_checkpoint(
     asked = {name: evaluation_samples(run)}
     datasets = build_datasets(run, spoken, asked, once=True)
     chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
-    load_model_weights(folder, chunks)
+    load_model_weights(folder, chunks, weights)
     with torch.inference_mode(False):
         results = evaluate(
             run,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from oryx_megatron.config.schema import WeightsKind
 from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import Decoder, Follow, Step, follow, generate, load_for_inference, plan_of
@@ -151,21 +152,26 @@ class Model:
         return Generated(prompt, text, tuple(tokens), tuple(new), modes)
 
 
-def load(path: str | Path, *, tokenizer: str | Path | None = None, tensor: int = 1) -> Model:
+def load(
+    path: str | Path, *, tokenizer: str | Path | None = None, tensor: int = 1, weights: WeightsKind = "trained"
+) -> Model:
     """A run (its newest checkpoint), a checkpoint, or an export, ready to continue text.
 
     Args:
         path: Run folder, checkpoint or Hugging Face folder.
         tokenizer: Tokenizer folder; default the run's, or the export's own.
         tensor: Tensor-parallel ranks of a checkpoint's model; an export runs on one.
+        weights: Of a checkpoint: those that were trained, or their average (train.ema).
 
     Raises:
         CheckpointError, ConversionError, DataError: nothing there, or damaged; a tokenizer of another model.
         ConfigError: the model does not divide over `tensor` ranks.
     """
     if (Path(path) / "config.json").is_file():
+        if weights != "trained":
+            raise ConfigError(f"{path}: an export holds one kind of weights; leave weights (--weights) out")
         return _load_export(path, tokenizer, tensor)
-    model = load_for_inference(path, tensor=tensor)
+    model = load_for_inference(path, tensor=tensor, weights=weights)
     spoken = load_tokenizer(tokenizer or model.run.data.tokenizer)
     check_tokenizer(spoken, model.manifest.tokenizer, str(model.folder))
     return Model(model, spoken, "recurrent" if model.modes == "recurrent" else "attention")

@@ -7,7 +7,7 @@ from typing import Any
 
 from oryx_megatron import arch
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.config.schema import BlendEntry, ModelConfig, RunConfig
+from oryx_megatron.config.schema import BlendEntry, ModelConfig, RunConfig, WeightsKind
 from oryx_megatron.display import code, markdown
 
 USAGE = """```python
@@ -21,7 +21,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 
 
-def model_card(manifest: Manifest, folder: str) -> str:
+def model_card(manifest: Manifest, folder: str, weights: WeightsKind = "trained") -> str:
     """Markdown with the metadata block that the Hub reads."""
     run = manifest.run()
     model, train = run.model, run.train
@@ -36,6 +36,7 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ("vocabulary", f"{model.vocab_size:,} ({markdown(manifest.tokenizer['name'])})"),
         ("trained on", f"{tokens:,} tokens: {manifest.iteration:,} steps of {train.global_batch_size} × "
                        f"{run.data.sequence_length}"),
+        *([("weights", _average(run))] if weights == "ema" else []),
         ("mode mix", _mix(run)),
         ("precision", _precision(run)),
     ]  # fmt: skip
@@ -66,6 +67,11 @@ def model_card(manifest: Manifest, folder: str) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _average(run: RunConfig) -> str:
+    decay = "" if run.train.ema is None else f", decay {run.train.ema.decay:g}"
+    return f"exponential moving average{decay}"
 
 
 def _precision(run: RunConfig) -> str:

@@ -20,9 +20,10 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from oryx_megatron.checkpoint import Manifest, find_checkpoint, read_manifest, store
+from oryx_megatron.checkpoint.average import NO_AVERAGE, PREFIX, has_average
 from oryx_megatron.checkpoint.manifest import file_digest, package_versions, write_manifest
 from oryx_megatron.config import check_model, to_dict, to_yaml
-from oryx_megatron.config.schema import ModelConfig, RunConfig
+from oryx_megatron.config.schema import ModelConfig, RunConfig, WeightsKind
 from oryx_megatron.config.validate import check_license
 from oryx_megatron.data.files import appearing
 from oryx_megatron.data.tokenizer import Tokenizer, difference, load_tokenizer
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 
 Format = Literal["keep", "bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_NOT_WEIGHTS = ("optimizer.", "rng_state")
+_NOT_WEIGHTS = ("optimizer.", PREFIX, "rng_state")
 """Starts of the names of what a checkpoint holds besides the model."""
 
 
@@ -75,6 +76,7 @@ def export(
     target: str | Path,
     *,
     dtype: Format = "keep",
+    weights: WeightsKind = "trained",
     shard_bytes: int = 5_000_000_000,
     mode_plan: str | None = None,
     tokenizer: str | Path | None = None,
@@ -89,6 +91,7 @@ def export(
         source: Checkpoint, or run folder (its newest checkpoint).
         target: Folder to make; it appears when it is whole.
         dtype: Format of the weights; gates' small parameters stay fp32 in any case.
+        weights: Those that were trained, or their average (train.ema), in the same format.
         shard_bytes: Largest size of one safetensors file.
         mode_plan: Default plan of the exported model.
         tokenizer: Tokenizer folder; default the run's.
@@ -129,9 +132,14 @@ def export(
     except ValueError as error:
         raise ConversionError(f"--mode-plan: {error}") from None
     reader = CheckpointReader(source)
+    if weights == "ema":
+        if not has_average(reader.shapes()):
+            raise ConversionError(f"{source} {NO_AVERAGE}; export its trained weights")
+        manifest = dataclasses.replace(manifest, evaluations=_of_average(manifest.evaluations))
     rules = weight_rules(model)
     wanted = hf_shapes(config)
-    found = {name: shape for name, shape in reader.shapes().items() if not _beside_weights(name)}
+    stored = reader.shapes()
+    found = {name: shape for name, shape in stored.items() if not _beside_weights(name)}
     check_names(checkpoint_shapes(rules, wanted, model.num_layers), found, f"{source}:")
     store.check_files(source, manifest)
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
@@ -151,7 +159,8 @@ def export(
         rule, layer = places[name]
         names = [named(hf, layer) for hf in rule.hf]
         start = sum(wanted[other][0] for other in names[: names.index(name)])
-        rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in rule.checkpoint])
+        parts = [PREFIX + part if weights == "ema" and PREFIX + part in stored else part for part in rule.checkpoint]
+        rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in parts])
         return rows[start : start + wanted[name][0]].to(tensors[name][1])
 
     inputs = [source] if spoken is None else [source, spoken.folder]
@@ -165,11 +174,22 @@ def export(
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, dataclasses.replace(portable(manifest), files=files), MANIFEST)
-        (folder / "README.md").write_text(model_card(manifest, target.name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(manifest, target.name, weights), encoding="utf-8")
         if check is not None:
             check(folder)
     size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
     return Conversion(source, target, len(tensors), size, model)
+
+
+def _of_average(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of the averaged weights: their losses."""
+    found = []
+    for result in evaluations:
+        if (loss := result.get("ema_loss")) is not None:
+            kept = {name: result[name] for name in ("iteration", "dataset", "plan", "tokens", "attention_share")}
+            bits = result["bits_per_byte"] * loss / result["loss"] if result["loss"] else math.nan
+            found.append(kept | {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0))})
+    return found
 
 
 def _longest(run: RunConfig) -> int:

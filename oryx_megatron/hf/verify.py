@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import find_checkpoint, load_model_weights, read_manifest
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, WeightsKind
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.hf.folders import recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
@@ -67,6 +67,7 @@ def verify(
     length: int = 160,
     plans: int = 3,
     seed: int = 0,
+    weights: WeightsKind = "trained",
     names: tuple[str | Path, str | Path] | None = None,
 ) -> list[Agreement]:
     """Compare logits of two random texts of `length` tokens under several plans in each format.
@@ -85,7 +86,7 @@ def verify(
     chosen = random_plans(run.model, length, plans, seed)
     results = []
     for dtype in dtypes:
-        with _trained(source, folder, run.model, dtype) as logits_of:
+        with _trained(source, folder, run.model, dtype, weights) as logits_of:
             trained = [logits_of(tokens, plan) for plan in chosen]
         gc.collect()
         exported = _export_logits(folder, dtype, tokens, chosen)
@@ -124,6 +125,7 @@ def verify_generation(
     prompt: int = 24,
     new: int = 12,
     seed: int = 0,
+    weights: WeightsKind = "trained",
     names: tuple[str | Path, str | Path] | None = None,
 ) -> list[Generation]:
     """Generate with the export in fp32 and hold every new token against the checkpoint's logits in one pass.
@@ -141,7 +143,7 @@ def verify_generation(
     texts = _generated(folder, [model.single_mode] if model.single_mode else plans, model.vocab_size, prompt, new, seed)
     gc.collect()
     results = []
-    with _trained(source, folder, model, "fp32") as logits_of:
+    with _trained(source, folder, model, "fp32", weights) as logits_of:
         for way, plan, start, text, score in texts:
             # The plan of a whole text covers its last token too, which generation never reads.
             logits = logits_of(text[None], parse_plan(plan, len(text), chunk=1, prompt=start))[0, start - 1 : -1]
@@ -193,7 +195,7 @@ def _generated(
 
 @contextlib.contextmanager
 def _trained(
-    source: Path, folder: str | Path, model: ModelConfig, dtype: str
+    source: Path, folder: str | Path, model: ModelConfig, dtype: str, weights: WeightsKind
 ) -> Iterator[Callable[[Tensor, ModePlan], Tensor]]:
     """Logits of tokens [b, s] under a plan by the checkpoint, its weights rounded as the folder's are.
 
@@ -206,7 +208,7 @@ def _trained(
     try:
         precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
         chunk = build_model(model, layout, precision, seed=0)[0]
-        load_model_weights(source, [chunk])
+        load_model_weights(source, [chunk], weights)
         stored = SafetensorsReader(Path(folder)).dtype("model.embed_tokens.weight")
         with torch.no_grad():
             for name, parameter in chunk.named_parameters():

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,10 @@ class DeepSpeedEngine:
         """See Engine."""
         self.schedule.num_steps = 0
         self.schedule.step(increment=iteration)
+
+    def averaged(self) -> AbstractContextManager[bool]:
+        """See Engine; train.ema is refused."""
+        return nullcontext(False)
 
     def checkpoints(self, root: Path) -> DeepSpeedCheckpoints:
         """See Engine."""

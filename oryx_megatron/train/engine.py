@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from oryx_megatron.model import build_model
 from oryx_megatron.model.experts import routers
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.paths import is_url
+from oryx_megatron.train.ema import WeightAverage
 from oryx_megatron.train.freeze import freeze
 from oryx_megatron.train.graphs import MicrobatchGraphs
 from oryx_megatron.train.guard import bad_step
@@ -78,6 +80,9 @@ class Engine(Protocol):
     def rewind(self, iteration: int) -> None:
         """Set the learning rate to where `iteration` steps are done."""
 
+    def averaged(self) -> AbstractContextManager[bool]:
+        """The model holds the average of its weights inside, if there is one (train.ema): whether it does."""
+
     def checkpoints(self, root: Path) -> Checkpoints:
         """The checkpoints of this engine under `root`."""
 
@@ -118,6 +123,8 @@ class MegatronEngine:
         self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
         if self.fused_update is not None:
             get_model_config(self.chunks[0]).finalize_model_grads_func = self.fused_update.finalize
+        ema = run.train.ema
+        self.average = None if ema is None else WeightAverage(ema, self.chunks, self.optimizer)
         self._totals = Totals(torch.ones(REPORTED))
         """Of the step whose gradients these are."""
         self._router_biases: list[tuple[Tensor, Tensor]] = []
@@ -151,6 +158,8 @@ class MegatronEngine:
             self.fused_update.apply(norm, self._totals.tokens)
         else:
             apply_gradients(self.optimizer, norm)
+        if self.average is not None:
+            self.average.update(self.schedule.num_steps + 1)
 
     def discard(self) -> None:
         """See Engine: the next step begins by clearing them. Of what they did, only routers' biases are undone."""
@@ -172,11 +181,15 @@ class MegatronEngine:
         self.schedule.num_steps = 0
         self.schedule.step(increment=iteration)
 
+    def averaged(self) -> AbstractContextManager[bool]:
+        """See Engine."""
+        return nullcontext(False) if self.average is None else self.average.in_place()
+
     def checkpoints(self, root: Path) -> CheckpointManager:
         """See Engine."""
         url = f"{self.run.output_dir}/checkpoints"
         kept = RemoteCheckpoints(url, root) if is_url(url) else None
-        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer, kept)
+        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer, kept, self.average)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class Evaluation:
     """Loss of the labels after tokens in each mode: `attention`, `recurrent`."""
     positions: dict[str, float] = field(default_factory=dict)
     """Loss by position (in the document where isolated): the bound below which a group's positions are, its loss."""
+    ema_loss: float | None = None
+    """Nats per token of the averaged weights (train.ema); None: there is no average."""
 
     @property
     def perplexity(self) -> float:
@@ -44,8 +47,9 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and perplexity."""
-        return asdict(self) | {"perplexity": self.perplexity}
+        """Fields and perplexity; without a loss that there is not."""
+        found = asdict(self) | {"perplexity": self.perplexity}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def evaluate(
@@ -59,6 +63,7 @@ def evaluate(
     plans: tuple[str, ...] | None = None,
     progress: Callable[[], None] = lambda: None,
     text_plans: Mapping[str, TextPlan] | None = None,
+    averaged: Callable[[], AbstractContextManager[bool]] | None = None,
 ) -> list[Evaluation]:
     """Evaluate every dataset under every plan on the same `evaluation.batches` global batches (null: on all).
 
@@ -72,24 +77,30 @@ def evaluate(
         plans: Plan specs.
         progress: Called after every global batch.
         text_plans: Of the specs whose plan depends on the text, e.g. `router:R`.
+        averaged: Engine.averaged; the losses of that average come beside those of the weights.
     """
     token_bytes = tokenizer.token_bytes()
-    training = [chunk.training for chunk in chunks]
-    results = []
-    try:
-        for chunk in chunks:
-            chunk.eval()
+
+    def losses() -> Iterator[Evaluation]:
         for name, dataset in datasets.items():
             for spec in plans or run.evaluation.plans:
                 plan = (text_plans or {}).get(spec) or parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
                 totals, share = _run(run, layout, chunks, dataset, tokenizer, token_bytes, plan, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
                 apart = _apart(totals, position_bounds(run.data.sequence_length))
-                results.append(Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share, *apart))
+                yield Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share, *apart)
+
+    training = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        results = list(losses())
+        with averaged() if averaged is not None else nullcontext(False) as there:
+            beside = [result.loss for result in losses()] if there else [None] * len(results)
     finally:
         for chunk, mode in zip(chunks, training):
             chunk.train(mode)
-    return results
+    return [replace(result, ema_loss=loss) for result, loss in zip(results, beside, strict=True)]
 
 
 def _run(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oryx_megatron.checkpoint import Manifest, check_whole, read_manifest, safe, store
+from oryx_megatron.checkpoint.average import NO_AVERAGE, has_average
 from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
@@ -105,7 +106,7 @@ class Start:
                 log.warning("init_from: the source was trained with %s: its embeddings mean other tokens", why)
             if settings.schedule and (text := resume.jump(manifest.run(), run, self.count.iteration)):
                 log.warning("%s", text)
-            checkpoints.start_from(folder, optimizer=settings.optimizer)
+            checkpoints.start_from(folder, manifest, optimizer=settings.optimizer, weights=settings.weights)
             torch.distributed.barrier()  # until no rank reads any more
         return self.count.iteration
 
@@ -145,7 +146,7 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     new, settings = SampleCount.of(run.train), run.init_from
     if settings is None:
         return Start(new)
-    taken = {name: getattr(settings, name) for name in ("optimizer", "schedule", "data")}
+    taken = {name: getattr(settings, name) for name in ("weights", "optimizer", "schedule", "data")}
     if "folders" not in found:
         return Start(new, found["record"] | taken, settings, weights=opened[0] if opened else None)
     folder, manifest = _newest_whole(found["folders"])
@@ -208,6 +209,8 @@ def check(run: RunConfig, folder: Path, manifest: Manifest) -> None:
     store.check_format(folder)
     written = manifest.run()
     check_shapes(written.model, run.model, settings.path)
+    if settings.weights == "ema" and not has_average(safe.read_metadata(folder).state_dict_metadata):
+        raise ConfigError(f"init_from.weights: {folder} {NO_AVERAGE}; set it to trained")
     if settings.optimizer:
         if not has_optimizer(safe.read_metadata(folder).state_dict_metadata):
             raise ConfigError(f"init_from.optimizer: {folder} holds weights alone; set it to false")
@@ -359,6 +362,8 @@ def _open(run: RunConfig, path: Path) -> Weights:
     for name in ("optimizer", "schedule", "data"):
         if getattr(run.init_from, name):
             raise ConfigError(f"init_from.{name}: {path} is a Hugging Face folder, of weights alone; set it to false")
+    if run.init_from.weights == "ema":
+        raise ConfigError(f"init_from.weights: {path} is a Hugging Face folder, of one kind of weights; remove it")
     weights = open_folder(path, mixer=run.model.mixer, seed=run.seed)
     check_shapes(weights.model, run.model, str(path))
     return weights
@@ -403,12 +408,13 @@ def _converted(run: RunConfig, weights: Weights | None) -> Path:
 def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[str]:
     settings = run.init_from
     assert settings is not None
-    taken = ["weights"]
+    weights = "averaged weights" if settings.weights == "ema" else "weights"
+    taken = [weights]
     if manifest is not None:
         taken += ["optimizer"] if settings.optimizer else []
         taken += [f"schedule (iteration {manifest.iteration})"] if settings.schedule else []
         taken += [f"data (sample {manifest.consumed_samples})"] if settings.data else []
-    return [f"init_from: {', '.join(taken) if len(taken) > 1 else 'weights alone'} of {source}"]
+    return [f"init_from: {', '.join(taken) if len(taken) > 1 else f'{weights} alone'} of {source}"]
 
 
 def _differences(then: Any, now: Any) -> list[str]:

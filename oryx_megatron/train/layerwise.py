@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from torch import Tensor
 
 
 class LayerWise(LayerWiseDistributedOptimizer):
@@ -40,20 +39,6 @@ class LayerWise(LayerWiseDistributedOptimizer):
                 if rank != group.rank():
                     for parameter, values in zip(own, flat.split([p.numel() for p in own]), strict=True):
                         parameter.copy_(values.view_as(parameter))
-
-    def weights(self) -> list[tuple[Tensor, Tensor]]:
-        """This rank's parameters, each with what the inner optimizer updates: itself, or its fp32 master."""
-        (single,) = self.chained_optimizers
-        pairs = []
-        for weights, masters, plain in zip(
-            *(getattr(single, name, None) or [] for name in ("float16_groups", "fp32_from_float16_groups")),
-            getattr(single, "fp32_from_fp32_groups", None) or [],
-            strict=True,
-        ):
-            pairs += [*zip(weights, masters, strict=True), *((parameter, parameter) for parameter in plain)]
-        if not hasattr(single, "float16_groups"):
-            pairs = [(parameter, parameter) for group in single.param_groups for parameter in group["params"]]
-        return pairs
 
 
 def _by_format(parameters: list[Any]) -> list[list[Any]]:

@@ -46,6 +46,7 @@ _MAY: dict[str, Check] = {
     "loss_by_mode": is_losses,
     "bits_per_byte": is_number,
     "perplexity": is_number,
+    "ema_loss": is_number,
     "load_balancing_loss": is_number,
     "router_z_loss": is_number,
     "router_entropy": is_number,

@@ -66,9 +66,10 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """Size of one checkpoint: weights, masters and optimizer state of every parameter."""
+    """Size of one checkpoint: weights, masters, optimizer state and fp32 average, if any, of every parameter."""
     width = 4 if run.precision.dtype == "fp32" else 2
-    return arch.parameter_counts(run.model).total * (width + OPTIMIZER_BYTES[run.optimizer.name])
+    average = 0 if run.train.ema is None else 4
+    return arch.parameter_counts(run.model).total * (width + OPTIMIZER_BYTES[run.optimizer.name] + average)
 
 
 def checkpoints_held(run: RunConfig) -> int:

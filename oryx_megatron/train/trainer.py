@@ -249,6 +249,7 @@ class Trainer:
                 self.tokenizer,
                 data_rank=self.data_rank,
                 progress=lambda: self.watchdog.beat("evaluating"),
+                averaged=self.engine.averaged,
             )
         self.evaluations = [{"iteration": self.iteration, **result.to_dict()} for result in results]
         self.callbacks.call("on_evaluation", self.iteration, results)

@@ -216,6 +216,14 @@ def test_recompute_trades_memory_for_time() -> None:
     assert none.step_seconds < mixer.step_seconds < full.step_seconds
 
 
+def test_an_average_of_the_weights_is_shared_out() -> None:
+    """train.ema: 4 bytes for each parameter whose optimizer state a GPU keeps, and nothing else."""
+    model, work = load_model("1.4b-gdn"), Work(4096, 8)
+    layout = layout_of(model, work, ParallelConfig(tensor=2), 1, 8)
+    plain, averaged = (estimate(model, Cluster(8), dataclasses.replace(work, ema=e), layout, 1, "none") for e in (0, 1))
+    assert averaged.memory == plain.memory | {"average of weights": plain.memory["optimizer"] / 3}
+
+
 def test_gates_of_idle_recurrence_cost_nothing() -> None:
     model = load_model("1.4b-gdn")
     layout = layout_of(model, Work(4096, 8), ParallelConfig(context=2), 1, 8)

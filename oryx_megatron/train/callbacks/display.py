@@ -124,6 +124,8 @@ class Display(Callback):
                 self._write(f"    {r.plan:<24} loss {r.loss:7.4f}   bits per byte {r.bits_per_byte:6.4f}")
                 if apart:
                     self._write(f"    {'':<24}   by mode: {apart}")
+                if r.ema_loss is not None:
+                    self._write(f"    {'':<24} loss {r.ema_loss:7.4f}   of the average (train.ema)")
 
     def on_checkpoint(self, path: str) -> None:
         self._counts["checkpoint"] += 1

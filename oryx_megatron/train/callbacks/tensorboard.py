@@ -45,6 +45,8 @@ class TensorBoard(Callback):
         for r in results if self._writer is not None else ():
             self._writer.add_scalar(f"{r.dataset}/loss/{r.plan}", r.loss, iteration)
             self._writer.add_scalar(f"{r.dataset}/bits_per_byte/{r.plan}", r.bits_per_byte, iteration)
+            if r.ema_loss is not None:
+                self._writer.add_scalar(f"{r.dataset}/ema_loss/{r.plan}", r.ema_loss, iteration)
 
     def on_end(self) -> None:
         if self._writer is not None:

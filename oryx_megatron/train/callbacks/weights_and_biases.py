@@ -57,7 +57,8 @@ class WeightsAndBiases(Callback):
         self._send(record.iteration, {f"train/{k}": v for k, v in record.figures().items()})
 
     def on_evaluation(self, iteration: int, results: list[Evaluation]) -> None:
-        self._send(iteration, {f"{r.dataset}/{r.plan}/loss": r.loss for r in results})
+        averages = {f"{r.dataset}/{r.plan}/ema_loss": r.ema_loss for r in results if r.ema_loss is not None}
+        self._send(iteration, {f"{r.dataset}/{r.plan}/loss": r.loss for r in results} | averages)
 
     def on_end(self) -> None:
         if self._run is not None:
