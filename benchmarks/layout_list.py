@@ -104,6 +104,8 @@ class Launch:
     read: int = 0
     """Lines of the report that were taken in."""
     done: set[int] = field(default_factory=set)
+    anew: bool = False
+    """The ranks left the rest to another start."""
 
     @property
     def under_way(self) -> Case | None:
@@ -294,6 +296,10 @@ class Runner:
             if "begun" in line:
                 launch.current, launch.begun = line["begun"], time.monotonic()
                 continue
+            if "anew" in line:
+                launch.anew = True
+                say(line["anew"])
+                continue
             number = line["case"]
             launch.done.add(number)
             if "found" in line:
@@ -325,10 +331,11 @@ class Runner:
         left = [i for i in range(len(launch.cases)) if i not in launch.done]
         if not left:
             return
-        for number in left if launch.current < 0 else left[:1]:  # what failed before the first case fails for all
+        # What fails before the first case fails for all of them.
+        failed = [] if launch.anew else left if launch.current < 0 else left[:1]
+        for number in failed:
             self._failed(launch.cases[number], why)
-        if launch.current >= 0 and left[1:]:
-            again = [launch.cases[i] for i in left[1:]]
+        if again := [launch.cases[i] for i in left if i not in failed]:
             self.queue.insert(0, Launch(again, launch.gpus, launch.beside))
 
 

@@ -169,6 +169,17 @@ def check_memory(case: Case) -> None:
         raise ConfigError(f"needs {found.gib:.0f} GiB on paper, an {card} has {gib:.0f}")
 
 
+HELD = 1.0
+"""GiB that earlier cases may leave in torch's allocator: the peak of the next ones counts them."""
+
+
+def _held_gib() -> float:
+    """Of torch's allocator, on the rank with most."""
+    gib = torch.tensor(torch.cuda.memory_allocated() / GIB if platform.has_gpu() else 0.0, device=platform.device())
+    torch.distributed.all_reduce(gib, torch.distributed.ReduceOp.MAX)
+    return float(gib)
+
+
 ROOM = 1.08
 """Of a card's memory that the planner may say is needed: it is within 6 % of what was measured."""
 
@@ -188,8 +199,11 @@ def work_through(cases: list[Case], report: Path, profiles: Path | None) -> None
     try:
         parallel.initialize(ParallelConfig(), seed=1)
         for number, case in enumerate(cases):
-            tell(begun=number)
             parallel.release()
+            if number and (held := _held_gib()) > HELD:
+                tell(anew=f"{held:.1f} GiB of the cases before are still held: the next ones begin anew")
+                break
+            tell(begun=number)
             try:
                 check_memory(case)
                 tell(case=number, found=dataclasses.asdict(measure(case, profiles)))

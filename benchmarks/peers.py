@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -90,11 +90,21 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
             share_embeddings_and_output_weights=True,
             vp_stage=virtual,
         )
+        chunk.rotary_pos_emb.forward = _remembering(chunk.rotary_pos_emb)
         _fill(chunk, run)
         if gpu:
             accumulate_into_main_gradients(chunk)
         chunks.append(chunk)
     return chunks
+
+
+def _remembering(rotary: Any) -> Any:
+    """Its forward with a cache of its own.
+
+    megatron-core's belongs to the class and keeps the module for good; under overlap its hook holds the wrapper of the
+    model, so every GPT of a process would stay in memory with gradients and optimizer.
+    """
+    return lru_cache(maxsize=32)(partial(type(rotary).forward.__wrapped__, rotary))
 
 
 def _te_layers() -> Any:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.utils import get_model_config
 from peers import finish, gpt_chunks, peer_engine
 from torch import Tensor
 
@@ -124,10 +123,8 @@ class Runner:
         self.batch = random_batch(run.model, run.data.sequence_length, run.train.micro_batch_size)
 
     def close(self) -> None:
-        """Let go of the memory: config, optimizer and wrapper hold each other in a way that Python does not find."""
+        """Let go of the memory."""
         forget_hooks(self.engine.chunks)
-        config = get_model_config(self.engine.chunks[0])
-        config.grad_scale_func = config.finalize_model_grads_func = None
         del self.engine, self.graphs
         gc.collect()
         torch.cuda.empty_cache()

@@ -194,9 +194,14 @@ def forget_hooks(chunks: list[Any]) -> None:
     """Let go of chunks for good.
 
     The hooks of these nodes hold the chunk through torch's C++ objects, where no collector looks; and the chunk holds
-    its process groups, three threads each.
+    its process groups, three threads each. TransformerEngine's modules hold the config, and that the optimizer.
     """
+    from megatron.core.utils import get_model_config
+
     for chunk in chunks:
+        config = get_model_config(chunk)
+        config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
+        config.grad_sync_func = config.param_sync_func = None
         for node in chunk.grad_accs:
             node.register_hook(lambda *_: None).hooks_dict_ref().clear()
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from oryx_megatron.testing import run_distributed
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def _lines(script: str, *arguments: str) -> list[list[str]]:
@@ -66,6 +69,38 @@ def test_a_list_of_layouts(tmp_path: Path) -> None:
     assert [one["why"] for one in kept["failed"]] == ["precision.fp8: tensorwise needs precision.dtype bf16, not fp32"]
     assert lines[-1][:4] == ["4", "measured,", "1", "failed,"]
     assert (out / "layouts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def models_left() -> list[bool]:
+    """Whether the model, gradients and optimizer of a case are gone after it: Oryx's and GPT's, under overlap."""
+    import gc
+    import weakref
+
+    import layouts
+    from layout_cases import Case
+    from peers import gpt_engine
+
+    from oryx_megatron import parallel
+    from oryx_megatron.testing.layouts import session
+    from oryx_megatron.train.engine import MegatronEngine
+
+    gone = []
+    for model, build in (("tiny-gdn", MegatronEngine), ("gpt", gpt_engine)):
+        case = Case(model, "data=1", 1, 32, 2, 1, "ratio:0.5", False, chunk=16, gpt="tiny-transformer")
+        if gone:
+            parallel.release()
+        with session(layouts.run_config(case), build=build) as opened:
+            opened.steps(2)
+            chunk = opened.chunks[0]
+            held = [weakref.ref(x) for x in (chunk, opened.optimizer, chunk.buffers[0].grad_data)]
+            del chunk, opened
+        gc.collect()
+        gone += [one() is None for one in held]
+    return gone
+
+
+def test_a_case_leaves_nothing_in_memory() -> None:
+    assert run_distributed(models_left, 1) == [[True] * 6]
 
 
 def test_links_count_every_collective() -> None:

@@ -45,6 +45,9 @@ for number, plain in enumerate(json.loads(a.cases.read_text())):
             with a.report.open("a") as file:
                 file.write(json.dumps(line) + chr(10))
 
+    if number and "data=1" in a.cases.read_text():
+        tell(anew="9.9 GiB are still held")
+        break
     tell(begun=number)
     if "recompute=mixer" in case.layout and rank == "1":
         a.report.with_suffix(".1.error").write_text(json.dumps({{"failed": "RuntimeError: rank 1 has no kernel"}}))
@@ -134,6 +137,14 @@ def test_continues_where_it_was_cut_off(run, capsys) -> None:
     books, started = run(cases.replace("recompute=full", "overlap=false"))
     assert [r.layout for r in books.found] == ["tensor=2", "data=2,overlap=false"]
     assert len(started) == 2  # ranks of one start
+
+
+def test_ranks_that_hold_memory_begin_anew(run, capsys) -> None:
+    books, started = run("- {one_gpu: true}")
+    assert [r.model for r in books.found] == ["tiny-gdn", "gpt"]
+    assert books.failed == []
+    assert len(started) == 2
+    assert "9.9 GiB are still held" in capsys.readouterr().out
 
 
 def test_side_by_side_on_own_gpus(run, monkeypatch: pytest.MonkeyPatch) -> None:
