@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
@@ -20,6 +18,7 @@ from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import Slicer, normal_draw
 from oryx_megatron.model.norm import RMSNorm
 from oryx_megatron.train.engine import MegatronEngine
+from oryx_megatron.train.optimizer import connect
 from oryx_megatron.train.step import Microbatch, sum_loss
 
 
@@ -54,7 +53,7 @@ def peer_engine(run: RunConfig, model: list[Any]) -> MegatronEngine:
     """The engine of Oryx runs around a model of megatron-core's, with the update that megatron-core gives it."""
     engine = MegatronEngine(run, model=model, program=GptProgram())
     engine.fused_update = None
-    get_model_config(engine.chunks[0]).finalize_model_grads_func = finalize_model_grads
+    connect(run, engine.chunks, engine.optimizer)
     return engine
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -122,7 +123,7 @@ class MegatronEngine:
         connect(run, self.chunks, self.optimizer)
         self.fused_update = FusedUpdate(self.optimizer) if FusedUpdate.serves(run, self.optimizer) else None
         if self.fused_update is not None:
-            get_model_config(self.chunks[0]).finalize_model_grads_func = self.fused_update.finalize
+            self.fused_update.connect(get_model_config(self.chunks[0]))
         ema = run.train.ema
         self.average = None if ema is None else WeightAverage(ema, self.chunks, self.optimizer)
         self._totals = Totals(torch.ones(REPORTED))
@@ -135,6 +136,9 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.fused_update is not None:
+            ranks = parallel_state.get_data_parallel_world_size()
+            self.fused_update.begin(len(batches) * batches[0].tokens.numel() * ranks)
         biases = [router.expert_bias for router in routers(self.chunks) if router.expert_bias is not None]
         self._router_biases = [(bias, bias.clone()) for bias in biases]
         if self.graphs is None:

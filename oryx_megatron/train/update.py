@@ -1,9 +1,10 @@
-"""AdamW over megatron-core's sharded bf16 parameters in two passes over memory.
+"""AdamW over megatron-core's sharded bf16 parameters in one or two passes over memory.
 
 megatron-core divides gradients by the number of tokens, clips them, updates fp32 masters and casts each parameter: four
-passes, two reads by the host and several launches a parameter. Here division and clipping are one factor, and
-TransformerEngine's multi_tensor_adam writes masters and bf16 parameters together. The state stays megatron-core's own,
-so checkpoints are the same.
+passes, two reads by the host and several launches a parameter. Here the loss is divided by the number of tokens that a
+step can have, before the backward pass; what is left, where labels do not count or gradients are clipped, is one
+factor. TransformerEngine's multi_tensor_adam writes masters and bf16 parameters together. The state stays
+megatron-core's own, so checkpoints are the same.
 
 (Its multi_tensor_adam_capturable_master would take the factor too, but reads gradients in the parameters' format.)
 """
@@ -39,12 +40,13 @@ class _Group:
 class FusedUpdate:
     """Norm and update of megatron-core's distributed optimizers.
 
-    Gradients are expected undivided: connect `finalize` as megatron-core's finalize_model_grads_func.
+    Gradients are divided by the tokens of `begin` alone: see `connect`.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._parts: list[DistributedOptimizer] = _parts(optimizer)
         self._clip = float(optimizer.config.clip_grad)
+        self._tokens = 1
         self._groups: list[list[_Group]] = [[] for _ in self._parts]
         """Of each part, of the gradients whose norm was last taken: found while the device computes them."""
         # The kernels' flag of an overflow, which concerns fp16.
@@ -63,17 +65,21 @@ class FusedUpdate:
             and all(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
         )
 
-    @staticmethod
-    def finalize(model: list[Any], num_tokens: Tensor | None = None, **keywords: Any) -> None:
-        """megatron-core's finalize_model_grads, which does not divide by the number of tokens."""
-        finalize_model_grads(model, None, **keywords)
+    def connect(self, config: Any) -> None:
+        """Let megatron-core's schedules divide the loss as `norm` and `apply` expect, and nothing after it."""
+        config.grad_scale_func = lambda loss: loss / self._tokens
+        config.finalize_model_grads_func = _finalize
+
+    def begin(self, tokens: int) -> None:
+        """A step begins that has so many tokens over all ranks, of which some may not count."""
+        self._tokens = tokens
 
     @torch.no_grad()
     def norm(self, tokens: Tensor) -> Tensor:
         """L2 norm over all ranks of the gradients of the mean loss, [] fp32; makes gradients ready for `apply`.
 
         Args:
-            tokens: [] by which the gradients are to be divided.
+            tokens: [] that count in this step.
         """
         from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
 
@@ -89,12 +95,15 @@ class FusedUpdate:
             torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
             total = total + square
             groups[:] = [] if part.is_stub_optimizer else _groups(part)
-        return total.sqrt() / tokens.float().clamp(min=1)
+        return total.sqrt() * (self._tokens / tokens.float().clamp(min=1))
 
     @torch.no_grad()
     def apply(self, norm: float, tokens: float) -> None:
-        """Divide gradients by `tokens`, clip them, whose norm this is, and apply them; then gather the parameters."""
-        factor = 1 / max(tokens, 1.0)
+        """Make gradients those of the mean over `tokens`, clip them, whose norm this is, and apply them.
+
+        The parameters are gathered then.
+        """
+        factor = self._tokens / max(tokens, 1.0)
         if self._clip > 0:
             factor *= min(1.0, self._clip / (norm + 1e-6))
         for part, groups in zip(self._parts, self._groups, strict=True):
@@ -110,7 +119,7 @@ class FusedUpdate:
         settings = group.settings
         beta1, beta2 = settings["betas"]
         settings["step"] = settings.get("step", 0) + 1
-        if group.gradients:
+        if group.gradients and factor != 1:
             torch._foreach_mul_(group.gradients, factor)
         for call in group.calls:
             multi_tensor_applier(
@@ -126,6 +135,11 @@ class FusedUpdate:
                 1 if settings["bias_correction"] else 0,
                 settings["weight_decay"],
             )
+
+
+def _finalize(model: list[Any], num_tokens: Tensor | None = None, **keywords: Any) -> None:
+    """megatron-core's finalize_model_grads, which does not divide by the number of tokens."""
+    finalize_model_grads(model, None, **keywords)
 
 
 def _groups(part: DistributedOptimizer) -> list[_Group]:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.utils import get_model_config
 from test_training import WIDE
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from oryx_megatron import platform
 from oryx_megatron.config.schema import KernelsConfig, ModesConfig, PrecisionConfig, RunConfig
 from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import Session, session, stop_and_go_on, tiny_run
+from oryx_megatron.train.optimizer import connect
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def test_equals_the_steps_of_megatron_core(mixer, clip):
         found, ours = opened.steps(10), state_of(opened)
     with session(run) as opened:
         opened.engine.fused_update = None
-        get_model_config(opened.chunks[0]).finalize_model_grads_func = finalize_model_grads
+        connect(run, opened.chunks, opened.optimizer)
         wanted, theirs = opened.steps(10), state_of(opened)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in wanted], rel=1e-4)
     assert [x for _, x in found] == pytest.approx([x for _, x in wanted], rel=1e-3)
