@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/numerics/test_fused_mixer.py
 
-The interpreter needs Triton, which torch for CPUs does not bring, and NumPy below 2.4 (Triton 3.6). tests/gpu runs the
-compiled kernels.
+The interpreter needs Triton, which torch for CPUs does not bring, and takes minutes here; test_triton_kernels.py runs
+each kernel alone, in CI. tests/gpu runs the compiled ones.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from oryx_megatron.hf.recurrences_oryx import segments, ssd_gates, ssd_step, stepwise, with_skip
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.modes import parse_plan
-from oryx_megatron.ops import scans
 from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.fused_steps import delta_by_steps
 
@@ -209,32 +206,3 @@ def test_bytes_of_the_exchange_are_those_of_the_planner(mixer, spec):
     layout = planner.layout_of(model, work, ParallelConfig(context=RANKS), ROWS, RANKS)
     planned = planner.traffic_bytes(model, layout, work, ROWS, "none")["context"]  # in bf16
     assert run_distributed(bytes_exchanged, RANKS, mixer, spec) == [2 * planned] * RANKS
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
-@pytest.mark.parametrize("length", [1, 63, 64, 130])
-def test_ssd_scan(length):
-    """Outputs, last state and all gradients against the step-by-step form, with an initial state and documents."""
-    b, heads, groups, n, p = 2, 4, 2, 16, 16
-    generator = torch.Generator().manual_seed(length)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
-
-    q, k, v = random(b, length, heads, n), random(b, length, groups, n), random(b, length, groups, p)
-    dt, dt_bias, a_log, d = random(b, length, heads), random(heads), random(heads), random(heads)
-    initial = random(b, heads, n, p)
-    documents = torch.tensor([0, length // 3, length], dtype=torch.int32) if length > 3 else None
-    inputs = (q, k, v, dt, dt_bias, a_log, d, initial)
-    step, decay = ssd_gates(dt, dt_bias, a_log)
-    o, last = stepwise(ssd_step, q, k, v, decay, step, initial, documents)
-    want = with_skip(o, v, d), last
-    if documents is not None:
-        opens = F.pad(segments(documents, length, q.device).diff(), (1, 0)).unsqueeze(-1)
-        decay = decay - opens * ops.fused.RESET
-    found = scans.ssd_scan(q, k, v, decay, step, d, initial=initial, final=True)
-    seeds = [torch.randn(x.shape, generator=generator) for x in want]
-    wanted = torch.autograd.grad(want, inputs, seeds)
-    got = torch.autograd.grad(found, inputs, seeds)
-    for x, y in zip((*found, *got), (*want, *wanted), strict=True):
-        assert (x - y).norm() / y.norm() < 1e-4
