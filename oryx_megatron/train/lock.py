@@ -1,12 +1,16 @@
 """One run at a time in an output_dir: RUN/lock names who trains there.
 
-The file is made by O_EXCL, which shared file systems make atomic too; nothing here relies on flock. It holds host,
-process id, start time and Slurm job of rank 0, which touches it every BEAT seconds and removes it at the end. A start
-that finds one left behind by kill -9, a lost node or a requeue takes over:
+The file appears whole, by a hard link, which shared file systems make atomic too; nothing here relies on flock. It
+holds host, process id, start time and Slurm job of rank 0, which touches it every BEAT seconds and removes it at the
+end. A start that finds one left behind by kill -9, a lost node or a requeue takes over:
 
 - on the same machine (same boot, same pid namespace) when no process has that id and that start time;
 - by the same Slurm job in a later start: its earlier one has ended;
 - else when the file was not touched for STALE seconds, by the file system's clock or watched from here.
+
+Who replaces or removes a lock first claims it: a file named after the lock's text, made in the same way, of which there
+is one. A text never comes twice, so what is read under the claim holds until the claimant acts: of any number of starts
+one takes over. A claimant that was asleep for so long that its claim went to another start sees so, and takes nothing.
 
 A holder that was only asleep for so long notices that the lock is another's, and ends before it writes any more.
 A run on object storage has such a lock there as well (train/remote.py). Reading a run folder (replay, evaluation,
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +31,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +136,8 @@ class RunLock:
         self.identity = _identity()
         self.made: list[Path] = []
         """Folders that were made for it, innermost first: a start that fails leaves none that is empty."""
+        self.rival: dict[str, Any] | None = None
+        """Who else was taking the lock over when this process last tried."""
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -144,7 +152,7 @@ class RunLock:
             OSError: it cannot be written.
         """
         watch = self.watch()
-        told = False
+        told, since = False, time.monotonic()
         while not self.create():
             holder = watch.look()
             if holder is None:  # gone in between
@@ -158,8 +166,14 @@ class RunLock:
                     "checkpoints: wait for it, end it, or choose another output_dir"
                 )
             if lives is False:
-                log.info("output_dir: the run of %s is gone; taking over its lock", describe(holder))
-                self.remove(watch.text)
+                if self.take_over(watch.text):
+                    log.info("output_dir: the run of %s is gone; its lock was taken over", describe(holder))
+                    break
+                if self.rival is not None and time.monotonic() - since > 2 * STALE:
+                    raise ConfigError(
+                        f"output_dir: {shown} is being taken over by {describe(self.rival)}; end it first"
+                    )
+                time.sleep(0.01)
                 continue
             if not told:
                 log.info(
@@ -207,40 +221,56 @@ class RunLock:
         os.utime(self.path)
 
     def unlink(self) -> None:
-        """Take this process's own lock away."""
-        self.path.unlink()
+        """Take this process's own lock away, unless another start is about to."""
+        with self._claimed(text := self.read()) as mine:
+            if mine is not None and parse(text).get("token") == self.identity["token"] and self.read() == text:
+                self.path.unlink(missing_ok=True)
 
     def create(self) -> bool:
         """Make the file unless there is one."""
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            if not self.path.is_file():
-                raise ConfigError(f"output_dir: {self.path} should be a file; choose another output_dir") from None
-            return False
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(json.dumps(self.identity) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            self.path.unlink(missing_ok=True)
+            if _make(self.path, json.dumps(self.identity) + "\n"):
+                return True
+        except OSError as error:
+            error.filename = self.name
             raise
-        return True
+        if not self.path.is_file() and self.path.exists():
+            raise ConfigError(f"output_dir: {self.path} should be a file; choose another output_dir") from None
+        return False
 
-    def remove(self, text: str) -> None:
-        """Take the file away, unless it is no longer the one that holds `text`: someone else may have been faster."""
-        if _read(self.path) != text:
-            return
-        moved = self.path.with_name(f".{NAME}.{self.identity['token']}.old")
+    def take_over(self, text: str) -> bool:
+        """Put this process's lock in the place of the one that says `text`; False where another start was faster."""
+        with self._claimed(text) as mine:
+            if mine is None or self.read() != text:
+                return False
+            new = _written(self.path, json.dumps(self.identity) + "\n")
+            new.replace(self.path)
+            if mine():
+                return True
+        self.unlink()  # it was asleep in between, and its claim is another's
+        return False
+
+    @contextlib.contextmanager
+    def _claimed(self, text: str) -> Iterator[Callable[[], bool] | None]:
+        """Alone with a lock that says `text`: gives what tells whether that is still so, or None where another is.
+
+        A claim is a lock itself, held for a moment and without signs of life.
+        """
+        claim = RunLock(self.path.with_name(f".{NAME}.{_key(self.path, text)}.claim"))
+        made = claim.create()
+        self.rival = None
+        if not made:
+            watch = claim.watch()
+            self.rival = watch.look()
+            if self.rival is not None:
+                lives = _lives(self.rival, claim.identity)
+                if lives is False or (lives is None and watch.beats() is False):
+                    made = claim.take_over(watch.text)
         try:
-            self.path.rename(moved)
-        except FileNotFoundError:
-            return
-        if _read(moved) == text:
-            moved.unlink()
-        elif not self.path.exists():  # the new holder's: back
-            moved.rename(self.path)
+            yield claim.is_mine if made else None
+        finally:
+            if made and claim.is_mine():
+                claim.path.unlink(missing_ok=True)
 
     def _live(self) -> None:
         while not self._end.wait(self.beat or BEAT):
@@ -387,6 +417,60 @@ def _read(path: Path) -> str:
             return file.read(65536)
     except (FileNotFoundError, UnicodeDecodeError):
         return ""
+
+
+def _written(path: Path, text: str) -> Path:
+    """A new file beside `path`, on disk."""
+    new = path.with_name(f".{NAME}.{uuid.uuid4().hex}.new")
+    try:
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    return new
+
+
+def _make(path: Path, text: str) -> bool:
+    """Make a file that appears whole; False where there is one."""
+    new = _written(path, text)
+    try:
+        os.link(new, path)
+    except FileExistsError:  # or it was made, and NFS lost the answer
+        return new.stat().st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No hard links here: the file is empty for a moment, which makes it nobody's after STALE seconds.
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        return _read(path) == text
+    finally:
+        new.unlink(missing_ok=True)
+    return True
+
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+"""What a file system without hard links says."""
+
+
+def _key(path: Path, text: str) -> str:
+    """What tells a lock from every other: its token, or for a damaged one its bytes and its file."""
+    token = parse(text).get("token")
+    if not isinstance(token, str):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            text += f"{status.st_ino} {status.st_mtime_ns}"
+    return hashlib.sha256(repr((token, text)).encode()).hexdigest()[:32]
 
 
 def parse(text: str) -> dict[str, Any]:

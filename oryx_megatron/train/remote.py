@@ -97,10 +97,11 @@ class RemoteLock(lock.RunLock):
         self.identity["beat"] = self.identity.get("beat", 0) + 1
         self.remote.write(self._text())
 
-    def remove(self, text: str) -> None:
+    def take_over(self, text: str) -> bool:
         """See RunLock: should two do so at once, the one whose object is gone ends at its next beat."""
         if self.read() == text:
             self.remote.remove()
+        return self.create()
 
     def unlink(self) -> None:
         """See RunLock."""

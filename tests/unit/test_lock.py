@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import threading
 import time
@@ -173,15 +175,35 @@ def test_damaged(tmp_path: Path, content: bytes) -> None:
     held.release()
 
 
-def test_one_of_many(tmp_path: Path) -> None:
-    """Of eight starts over a stale lock one gets it."""
+def slowed(seed: int) -> None:
+    """Every step of this process on a file may take long: another may do anything in between."""
+    chance = random.Random(seed)
+
+    def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*arguments: Any, **named: Any) -> Any:
+            time.sleep(chance.choice((0.0, 0.0, 0.002, 0.02)))
+            result = call(*arguments, **named)
+            time.sleep(chance.choice((0.0, 0.0, 0.002, 0.02)))
+            return result
+
+        return later
+
+    for owner, name in ((lock, "_read"), *((os, name) for name in ("link", "rename", "replace", "unlink"))):
+        setattr(owner, name, slow(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_one_of_many(tmp_path: Path, delayed: bool) -> None:
+    """Of eight starts over a stale lock one gets it, however long each takes from one step to the next."""
     birth = lock._birth(os.getpid())
     assert birth is not None
-    for _ in range(5):
-        leave(tmp_path, birth=birth - 1)
+    for attempt in range(5):
+        leave(tmp_path, birth=birth - 1, token=f"{attempt}")
         begin, done, won = FORK.Event(), FORK.Event(), FORK.SimpleQueue()
 
-        def start(begin: Any = begin, done: Any = done, won: Any = won) -> None:
+        def start(seed: int, begin: Any = begin, done: Any = done, won: Any = won) -> None:
+            if delayed:
+                slowed(seed)
             begin.wait()
             try:
                 lock.hold(tmp_path)
@@ -190,7 +212,7 @@ def test_one_of_many(tmp_path: Path) -> None:
                 won.put(None)
             done.wait(20)
 
-        starts = [FORK.Process(target=start) for _ in range(8)]
+        starts = [FORK.Process(target=start, args=(8 * attempt + i,)) for i in range(8)]
         for process in starts:
             process.start()
         begin.set()
@@ -200,6 +222,65 @@ def test_one_of_many(tmp_path: Path) -> None:
             process.join()
         assert len(winners) == 1
         assert holder(tmp_path)["pid"] == winners[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("point", ["read", "replace"])
+def test_asleep_while_taking_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    """The claimant of a stale lock sleeps for so long that another start breaks its claim and trains."""
+    birth = lock._birth(os.getpid())
+    assert birth is not None
+    leave(tmp_path, birth=birth - 1)
+    begun: list[lock.RunLock] = []
+
+    def another() -> None:
+        if not begun:
+            for claim in tmp_path.glob(".lock.*.claim"):  # its holder looks gone from there
+                claim.write_text(json.dumps(json.loads(claim.read_text()) | {"pid": 2**22 + 1}) + "\n")
+            begun.append(lock.RunLock(tmp_path / lock.NAME))
+            begun[0].acquire(shown="run")
+
+    sleeper = lock.RunLock(tmp_path / lock.NAME)
+    if point == "read":
+        read = sleeper.read
+        monkeypatch.setattr(sleeper, "read", lambda: (read(), another())[0])
+    else:
+        replace = Path.replace
+        monkeypatch.setattr(Path, "replace", lambda path, to: (another(), replace(path, to))[1])
+    assert not sleeper.take_over(lock._read(tmp_path / lock.NAME))
+    assert not sleeper.is_mine()
+    begun[0]._end.set()
+
+
+def test_claims_of_the_dead(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    """A start that was killed while it took over is in nobody's way; one that stopped is named."""
+    birth = lock._birth(os.getpid())
+    path = leave(tmp_path, birth=(birth or 0) - 1)
+    claim = tmp_path / f".lock.{lock._key(path, lock._read(path))}.claim"
+    claim.write_text(json.dumps(lock._identity() | {"token": "dead", "birth": (birth or 0) - 1}) + "\n")
+    took_over_at_once(tmp_path)
+    leave(tmp_path, birth=(birth or 0) - 1)
+    alive = lock._identity() | {"token": "alive", "pid": process.pid, "birth": lock._birth(process.pid)}
+    claim.write_text(json.dumps(alive) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "STALE", 0.1)
+        with pytest.raises(ConfigError, match=f"is being taken over by process {process.pid} on .*; end it first"):
+            lock.hold(tmp_path)
+    process.kill()
+    process.wait()
+    took_over_at_once(tmp_path)
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(paths[0]))
+
+    monkeypatch.setattr(os, "link", refuse)
+    leave(tmp_path, birth=1.0)
+    took_over_at_once(tmp_path)
+    held = lock.RunLock(tmp_path / lock.NAME)
+    assert held.create()
+    assert not lock.RunLock(tmp_path / lock.NAME).create()
 
 
 @pytest.mark.parametrize("deleted", [False, True])
