@@ -278,6 +278,8 @@ def _decode(
     exact = generation_config._cache_is_the_callers
     watch = _Watch(text.device)
     end = start
+    if isinstance(plan, RoutedPlan):
+        plan.begin_steps(decoder.cache)
     while True:
         scores = logits_processor(text[:, :end], logits.to(torch.float32, copy=True))
         if generation_config.do_sample:
@@ -296,10 +298,12 @@ def _decode(
         if eos is not None and not exact and (end - start) % period == 0 and watch.finished(going):
             break
         if isinstance(plan, RoutedPlan):
-            modes = plan.modes(tokens[:, None], None, decoder.cache)
+            modes = plan.next_modes(tokens[:, None])
         else:
             modes = plan.modes(offset + end - 1, offset + end)
         logits = decoder.step(tokens, modes)
+    if isinstance(plan, RoutedPlan):
+        plan.end_steps(decoder.cache)
     if eos is not None:
         # Rows are padded after their end; what all rows had ended before is cut off.
         ended = (text[:, start:end, None] == eos).any(2)

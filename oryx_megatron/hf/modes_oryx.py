@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .plans_oryx import parse_runs
+from .router_oryx import OryxRouter, RouterSteps
 
 ModePlan = str | Callable[[int], Any] | Tensor | Sequence[Any]
 """A spec, a function from position to mode, or a mask that is true where a token attends."""
@@ -100,6 +101,24 @@ class RoutedPlan:
     def __init__(self, model: Any, share: float, done: int = 0) -> None:
         """`model` has `route` (modeling_oryx.OryxModel); `done` slots are cached."""
         self.model, self.share, self.done = model, share, done
+        self.steps: RouterSteps | None = None
+        self._least = 0.0
+
+    def begin_steps(self, cache: Any) -> None:
+        """From here on tokens come one by one, to `next_modes`, and a static cache holds what came before."""
+        router: OryxRouter = self.model.mode_router
+        self.steps = RouterSteps(router, cache.router, cache.get_max_length())
+        self._least = router.threshold(self.share)  # waits for the device: once
+
+    def next_modes(self, tokens: Tensor) -> TokenModes | str:
+        """Modes of the next token of each row [b, 1]."""
+        assert self.steps is not None  # begin_steps came before
+        return self._modes((self.steps.step(tokens) > self._least).cpu(), tokens)
+
+    def end_steps(self, cache: Any) -> None:
+        """The cache knows the text as it is now."""
+        assert self.steps is not None
+        cache.router, self.steps = self.steps.state(), None
 
     def modes(self, tokens: Tensor | None, mask: Tensor | None, cache: Any) -> TokenModes | str:
         """Modes of tokens [b, s], the next of a text; mask [b, ≥ s]: its last columns are false at padding.
@@ -109,6 +128,10 @@ class RoutedPlan:
         valid = None if mask is None or tokens is None or tokens.shape[1] == 1 else mask[:, -tokens.shape[1] :].bool()
         attends = self.model.route(self.share, tokens, valid, cache)
         assert tokens is not None  # `route` refuses
+        return self._modes(attends, tokens)
+
+    @staticmethod
+    def _modes(attends: Tensor, tokens: Tensor) -> TokenModes | str:
         if tokens.shape[1] == 1 and bool((attends == attends[0]).all()):
             return "attention" if bool(attends[0]) else "recurrent"
         return TokenModes.from_mask(attends, tokens.device)

@@ -3,9 +3,10 @@
 It reads the tokens so far and nothing of the layers, so its decisions are the same whether a text comes at once or
 token by token, under any parallel layout, and a plan is known before the layers run. Its embedding starts from the
 model's. Attention gains mostly where there is something to find in the text before: the router is told whether the last
-one, two and three tokens stood there, and how far back; a gated delta rule (arXiv 2412.06464) remembers the rest.
+one, two and three tokens stood there, how far back, and which token followed them: what attention would find. A gated
+delta rule (arXiv 2412.06464) remembers the rest.
 
-    x = E[token] + W_f features                            [b, s, R]
+    x = E[token] + W_f features + W_t [E[followed] …]      [b, s, R]
     per layer: q, k, v = SiLU(conv(W x)); x += W_o RMSNorm(delta_rule(q, k, v)); x += MLP(x)
     score = w · RMSNorm(x) + c                             nats, one per token
 """
@@ -72,33 +73,56 @@ class RouterState:
         return RouterState(self.history[rows], layers)
 
 
-def repetitions(history: Tensor, tokens: Tensor) -> Tensor:
-    """How far back a token stood before, with its predecessors: [b, s, FEATURES] of tokens [b, s] behind a history.
+def repetitions(history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a token, with its predecessors, stood before: in tokens [b, s] behind a history [b, t].
 
-    Per run of 1, 2 and 3 tokens: 1 where it occurred before, else 0; and the logarithm of how many tokens ago, over 8.
+    Returns:
+        [b, s, FEATURES]: per run of 1, 2 and 3 tokens 1 where it occurred before, else 0; and the logarithm of how many
+        tokens ago, over 8.
+        int64 [b, s, GRAMS]: the token that followed it then, PADDING where there was none.
     """
-    text = torch.cat((history, tokens), 1)
-    (_, length), new = text.shape, tokens.shape[1]
+    text, length = torch.cat((history, tokens), 1), history.shape[1] + tokens.shape[1]
     places = torch.arange(length, device=text.device)
     run, whole, found = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
     for n in range(GRAMS):
-        back = text[:, : length - n] if n < length else text[:, :0]
-        back = F.pad(back, (length - back.shape[1], 0), value=PADDING)
+        back = _shifted(text, n)
         whole = whole & (back != PADDING)
         run = run * 1_000_003 + back + 1  # wraps around: runs that differ are taken for equal once in 2^64
         keys = torch.where(whole, run, -places - 2)  # a run cut off by the beginning is like no other
-        if new == 1:
-            before = torch.where(keys[:, :-1] == keys[:, -1:], places[:-1], -1)
-            last = before.amax(1, keepdim=True) if length > 1 else torch.full_like(tokens, -1)
-        else:
-            ordered, order = keys.sort(dim=1, stable=True)
-            same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
-            earlier = torch.where(same, order.roll(1, 1), -1)
-            last = torch.empty_like(order).scatter_(1, order, earlier)[:, length - new :]
-        seen = last >= 0
-        distance = (places[length - new :] - last).clamp_min(1).float().log() / 8
-        found += [seen.float(), torch.where(seen, distance, 0.0)]
-    return torch.stack(found, -1)
+        ordered, order = keys.sort(dim=1, stable=True)
+        same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+        earlier = torch.where(same, order.roll(1, 1), -1)
+        found.append(torch.empty_like(order).scatter_(1, order, earlier)[:, history.shape[1] :])
+    return _found(text, places[history.shape[1] :], torch.stack(found, -1))
+
+
+def next_repetitions(history: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """`repetitions` of the one token at a place, int64 [1], of history [b, t], whose later entries are PADDING.
+
+    Waits for nothing and has one shape throughout: a CUDA graph may hold it.
+    """
+    places = torch.arange(history.shape[1], device=history.device)
+    match, found = places < place, []
+    for n in range(GRAMS):
+        back = _shifted(history, n)
+        own = back.index_select(1, place)
+        match = match & (back == own) & (own != PADDING)
+        found.append(torch.where(match, places, -1).amax(1, keepdim=True))
+    return _found(history, place, torch.stack(found, -1))
+
+
+def _shifted(text: Tensor, n: int) -> Tensor:
+    """The tokens [b, t] n places earlier."""
+    return F.pad(text[:, : max(text.shape[1] - n, 0)], (min(n, text.shape[1]), 0), value=PADDING)
+
+
+def _found(text: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """What `repetitions` returns, of the last earlier places [b, s, GRAMS] of the runs that end at places [s]."""
+    seen = last >= 0
+    distance = (places[:, None] - last).clamp_min(1).float().log() / 8
+    followed = text.gather(1, (last + 1).clamp_max(text.shape[1] - 1).flatten(1)).view_as(last)
+    features = torch.stack((seen.float(), torch.where(seen, distance, 0.0)), -1).flatten(2)
+    return features, torch.where(seen, followed, PADDING)
 
 
 class RouterLayer(nn.Module):
@@ -152,6 +176,7 @@ class OryxRouter(nn.Module):
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
         self.features = nn.Linear(FEATURES, shape.width)
+        self.followed = nn.Linear(GRAMS * shape.width, shape.width, bias=False)
         self.layers = nn.ModuleList(RouterLayer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-5)
         self.score = nn.Linear(shape.width, 1)
@@ -168,12 +193,27 @@ class OryxRouter(nn.Module):
         """
         history = tokens[:, :0] if state is None else state.history
         known = tokens if valid is None else tokens.masked_fill(~valid, PADDING)
-        found = repetitions(history, known).to(self.features.weight.dtype)
-        x, layers = self.embedding(tokens) + self.features(found), []
+        scores, layers = self.scores(
+            tokens, repetitions(history, known), None if state is None else state.layers, valid
+        )
+        return scores, RouterState(torch.cat((history, known), 1), layers)
+
+    def scores(
+        self,
+        tokens: Tensor,
+        found: tuple[Tensor, Tensor],
+        memories: list[LayerMemory] | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, list[LayerMemory]]:
+        """Scores [b, s] of tokens [b, s], of what `repetitions` found for them; and what the layers remember then."""
+        features, followed = found
+        x = self.embedding(tokens) + self.features(features.to(self.features.weight.dtype))
+        then = self.embedding(followed.clamp_min(0)) * (followed != PADDING).unsqueeze(-1)
+        x, kept = x + self.followed(then.flatten(2)), []
         for i, layer in enumerate(self.layers):
-            x, memory = layer(x, None if state is None else state.layers[i], valid)
-            layers.append(memory)
-        return self.score(self.norm(x)).squeeze(-1).float(), RouterState(torch.cat((history, known), 1), layers)
+            x, memory = layer(x, None if memories is None else memories[i], valid)
+            kept.append(memory)
+        return self.score(self.norm(x)).squeeze(-1).float(), kept
 
     def threshold(self, share: float) -> float:
         """Score above which this share (0 to 1) of held-out tokens lay; interpolated. 0 and 1: no token, all tokens."""
@@ -203,6 +243,54 @@ class OryxRouter(nn.Module):
         low = place.long()
         high = (low + 1).clamp(max=len(ordered) - 1)
         self.quantiles.copy_(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
+class RouterSteps:
+    """A router's scores of one token after the other at fixed addresses; on a GPU replayed as a CUDA graph.
+
+    As `OryxDecoder` does it: the first two steps run as they are, the third is recorded.
+    """
+
+    def __init__(self, router: OryxRouter, state: RouterState, room: int) -> None:
+        """Behind the text of `state`; `room`: tokens of the longest text."""
+        self.router, (b, self.length) = router, state.history.shape
+        self.history = state.history.new_full((b, room), PADDING)
+        self.history[:, : self.length] = state.history
+        self.place = torch.full((1,), self.length, dtype=torch.long, device=self.history.device)
+        self.tokens = torch.zeros_like(self.history[:, :1])
+        self.layers = [LayerMemory(x.window.clone(), x.memory.clone()) for x in state.layers]
+        self.seen = 0
+        self.graph: tuple[Any, Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Scores [b, 1] of tokens [b, 1]; overwritten by the next step."""
+        self.tokens.copy_(tokens)
+        self.seen, self.length = self.seen + 1, self.length + 1
+        if self.graph is None and self.tokens.is_cuda and self.seen > 2:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                scores = self._forward()
+            self.graph = graph, scores
+        if self.graph is None:
+            return self._forward()
+        graph, scores = self.graph
+        graph.replay()
+        return scores
+
+    def _forward(self) -> Tensor:
+        self.history.index_copy_(1, self.place, self.tokens)
+        scores, layers = self.router.scores(self.tokens, next_repetitions(self.history, self.place), self.layers)
+        for kept, new in zip(self.layers, layers):
+            kept.window.copy_(new.window)
+            kept.memory.copy_(new.memory)
+        self.place.add_(1)
+        return scores
+
+    def state(self) -> RouterState:
+        """Of the text so far."""
+        layers = [LayerMemory(x.window.clone(), x.memory.clone()) for x in self.layers]
+        return RouterState(self.history[:, : self.length].clone(), layers)
 
 
 class Routed:

@@ -19,6 +19,8 @@ from oryx_megatron.hf.router_oryx import (
     PADDING,
     OryxRouter,
     RouterShape,
+    RouterSteps,
+    next_repetitions,
     repetitions,
 )
 from oryx_megatron.router import Gains, Options, fit
@@ -56,10 +58,10 @@ def test_a_score_depends_on_the_past_alone() -> None:
 
 
 def test_repetitions_are_counted_by_hand() -> None:
-    """Against a loop over all earlier places, with padding, at once and in parts."""
+    """Against a loop over all earlier places, with padding: at once, in parts, and place by place."""
     tokens = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(3))
     tokens[0, :6] = PADDING
-    expected = torch.zeros(3, 40, FEATURES)
+    expected, followed = torch.zeros(3, 40, FEATURES), torch.full((3, 40, GRAMS), PADDING)
     for row in range(3):
         for i in range(40):
             for n in range(GRAMS):
@@ -70,10 +72,31 @@ def test_repetitions_are_counted_by_hand() -> None:
                 if ends:
                     expected[row, i, 2 * n] = 1
                     expected[row, i, 2 * n + 1] = math.log(i - ends[-1]) / 8
-    empty = tokens[:, :0]
-    torch.testing.assert_close(repetitions(empty, tokens), expected)
-    parts = [repetitions(tokens[:, :a], tokens[:, a:b]) for a, b in ((0, 1), (1, 20), (20, 21), (21, 22), (22, 40))]
-    torch.testing.assert_close(torch.cat(parts, 1), expected)
+                    followed[row, i, n] = tokens[row, ends[-1] + 1]
+    cuts = ((0, 40),), ((0, 1), (1, 20), (20, 21), (21, 22), (22, 40))
+    ways = [[repetitions(tokens[:, :a], tokens[:, a:b]) for a, b in cut] for cut in cuts]
+    room = torch.cat((tokens, tokens[:, :3]), 1)
+    ways.append([])
+    for i in range(40):
+        written = room.clone()
+        written[:, i + 1 :] = PADDING
+        ways[-1].append(next_repetitions(written, torch.tensor([i])))
+    for way in ways:
+        features, then = (torch.cat(part, 1) for part in zip(*way))
+        torch.testing.assert_close(features, expected)
+        assert torch.equal(then, followed)
+
+
+def test_steps_at_fixed_addresses_are_one_pass() -> None:
+    made, tokens = router(), texts(3, 60)
+    whole = made(tokens)[0]
+    scores, state = made(tokens[:, :25])
+    steps = RouterSteps(made, state, 70)
+    addresses = [x.memory.data_ptr() for x in steps.layers]
+    parts = [scores, *(steps.step(token).clone() for token in tokens[:, 25:50].split(1, 1))]
+    assert [x.memory.data_ptr() for x in steps.layers] == addresses
+    parts.append(made(tokens[:, 50:], steps.state())[0])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
 
 
 def test_padding_leaves_no_trace() -> None:
@@ -117,7 +140,8 @@ def test_it_learns_where_attention_gains() -> None:
     torch.manual_seed(0)
     made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2))
     options = Options(epochs=16, batch_size=16, lr=1e-2)
-    fit(made, Gains(tokens, gains, counted, torch.zeros(2, *gains.shape)), options, torch.Generator().manual_seed(0))
+    known = Gains(tokens, gains, counted, torch.zeros(2, *gains.shape), tokens)
+    fit(made, known, options, torch.Generator().manual_seed(0))
     fresh, there = repeats(32, 7)
     with torch.no_grad():
         scores = made.eval()(fresh)[0]
