@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
     from oryx_megatron.eval.generation import LoadedModel
     from oryx_megatron.hf.router_oryx import OryxRouter
+    from oryx_megatron.modes import ModePlan
 
 log = logging.getLogger(__name__)
 CLIP = 8.0
 """Nats: a gain beyond this says no more about where to attend."""
 SHARES = (0.02, 0.05, 0.1, 0.25)
 """Of attention tokens, in the table at the end."""
+TOKENS = 8192
+"""About so many are read in one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ class Gains:
     """bool [n, s]: whether the next token counts in the loss."""
     losses: Tensor
     """float32 [2, n, s]: loss under `attention` and under `recurrent`."""
+    labels: Tensor
+    """int64 [n, s]: the token after each."""
 
 
 @dataclass(frozen=True)
@@ -216,30 +221,50 @@ def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
 
     from oryx_megatron.modes import Mode, ModePlan
 
-    tokens, counted, losses = [], [], []
-    for _ in range(count):
-        (batch,) = stream.next_batches()
-        length = batch["tokens"].shape[1]
-        uniform = (ModePlan.uniform(mode, length) for mode in (Mode.ATTENTION, Mode.RECURRENT))
-        losses.append(torch.stack([losses_of(model, batch["tokens"], batch["labels"], plan) for plan in uniform]))
-        tokens.append(batch["tokens"])
-        counted.append(batch["loss_mask"] > 0)
-    both = torch.cat(losses, 1)
-    return Gains(torch.cat(tokens), both[1] - both[0], torch.cat(counted), both)
+    batches = [stream.next_batches()[0] for _ in range(count)]
+    tokens, labels, counted = (
+        torch.cat([batch[name] for batch in batches]) for name in ("tokens", "labels", "loss_mask")
+    )
+    uniform = [ModePlan.uniform(mode, tokens.shape[1]) for mode in (Mode.ATTENTION, Mode.RECURRENT)]
+    both = torch.stack([losses_of(model, tokens, labels, plan) for plan in uniform])
+    return Gains(tokens, both[1] - both[0], counted > 0, both, labels)
 
 
-def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Any) -> Tensor:
-    """Nats per token [b, s] of texts under a plan, on the host."""
+def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan | Sequence[ModePlan]) -> Tensor:
+    """Nats per token [n, s] of texts under a plan, or each under its own, on the host.
+
+    Texts of different plans are read as isolated documents of one sequence.
+    """
+    import numpy as np
     import torch
 
-    from oryx_megatron import platform
-    from oryx_megatron.model import SequenceInfo
+    from oryx_megatron.modes import ModePlan
 
+    n, s = tokens.shape
+    size, found = max(1, TOKENS // s), []
+    for rows in torch.arange(n).split(size):
+        if isinstance(plan, ModePlan):
+            found.append(_pass(model, tokens[rows], labels[rows], plan, None))
+        else:
+            joined = ModePlan.from_mask(np.concatenate([plan[i].is_attention() for i in rows]))
+            documents = torch.arange(len(rows) + 1, dtype=torch.int32) * s
+            found.append(
+                _pass(model, tokens[rows].view(1, -1), labels[rows].view(1, -1), joined, documents).view(-1, s)
+            )
+    return torch.cat(found)
+
+
+def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan, documents: Tensor | None) -> Tensor:
+    """Losses [b, s] by the step that training evaluates with, on the host."""
+    import torch
+
+    from oryx_megatron.train.step import Microbatch, OryxProgram
+
+    program = OryxProgram(model.run.model)
     with torch.inference_mode():
-        info = SequenceInfo.build(plan, device=platform.device())
-        on_device = (platform.to_device(x) for x in (tokens, labels))
-        tokens, labels = on_device
-        return model.chunk(tokens, None, None, labels=labels, packed_seq_params=info).float().cpu()
+        placed = program.place(Microbatch(tokens, labels, torch.ones(tokens.shape), plan, documents), model.chunk)
+        losses = program.forward(placed, model.chunk)[0]
+        return placed.info.restore(losses).float().cpu()
 
 
 def fit(router: OryxRouter, gains: Gains, options: Options, generator: Any) -> None:
@@ -282,22 +307,17 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains) -> list[Row
 
     plans = Plans(model.run.modes.chunk, router)
     specs = ["attention", "recurrent", *(f"{kind}:{share:g}" for kind in ("ratio", "router") for share in SHARES)]
-    labels = torch.cat((held_out.tokens[:, 1:], held_out.tokens[:, -1:]), 1)
-    counted = held_out.counted.clone()
-    counted[:, -1] = False  # the label of the last token is not among the tokens
     rows = []
     for spec in specs:
-        loss, share = torch.zeros((), dtype=torch.float64), 0.0
-        for i, text in enumerate(held_out.tokens):
-            if spec in ("attention", "recurrent"):
-                found, attends = held_out.losses[int(spec == "recurrent"), i], float(spec == "attention")
-            else:
-                plan = plans.of(spec, text)
-                found, attends = losses_of(model, text[None], labels[i : i + 1], plan)[0], plan.attention_share
-            loss += (found * counted[i]).sum(dtype=torch.float64)
-            share += attends
-        sums = torch.tensor([float(loss), float(counted.sum()), share, len(held_out.tokens)], dtype=torch.float64)
-        total = _summed(sums)
+        if spec in ("attention", "recurrent"):
+            losses, share = held_out.losses[int(spec == "recurrent")], float(spec == "attention") * len(held_out.tokens)
+        else:
+            chosen = [plans.of(spec, text) for text in held_out.tokens]
+            losses = losses_of(model, held_out.tokens, held_out.labels, chosen)
+            share = sum(plan.attention_share for plan in chosen)
+        loss = (losses * held_out.counted).sum(dtype=torch.float64)
+        sums = [float(loss), float(held_out.counted.sum()), share, len(held_out.tokens)]
+        total = _summed(torch.tensor(sums, dtype=torch.float64))
         rows.append(Row(spec, float(total[2] / total[3]), float(total[0] / total[1])))
     return rows
 

@@ -3,8 +3,9 @@
 
     python benchmarks/fidelity/policy.py benchmarks/fidelity/mqar-cpu.yaml --out runs/mqar-cpu
 
-Takes the models with both modes that retrieval.py trained into the folder; writes policy.json, policy.md and
-policy.png there: answers found against the share of attention tokens.
+Takes the models with both modes that retrieval.py trained into the folder; writes policy/MODEL-SEED.json, and from all
+of these policy.json, policy.md and policy.png: answers found against the share of attention tokens. `--models` and
+`--seeds` name some of them, for several processes side by side.
 
 Policies, token by token and without looking ahead:
 
@@ -22,6 +23,7 @@ Policies, token by token and without looking ahead:
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections import defaultdict
@@ -57,16 +59,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="experiment (YAML)")
     parser.add_argument("--out", type=Path, required=True, help="folder of retrieval.py's results")
     parser.add_argument("--examples", type=int, default=128, help="texts (default: 128)")
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these")
+    parser.add_argument("--summarize", action="store_true", help="only read results and write tables and plot")
     arguments = parser.parse_args(argv)
     experiment = ex.load_experiment(arguments.config)
+    results = arguments.out / "policy"
     found = [
-        o
-        for o in ex.read_outcomes(arguments.out)
-        if ex.outcome_path(arguments.out, o.model, o.seed).with_suffix(".pt").is_file()
+        outcome
+        for outcome in ex.read_outcomes(arguments.out)
+        if ex.outcome_path(arguments.out, outcome.model, outcome.seed).with_suffix(".pt").is_file()
+        and (arguments.models is None or outcome.model in arguments.models)
+        and (arguments.seeds is None or outcome.seed in arguments.seeds)
     ]
-    if not found:
+    if not found and not arguments.summarize:
         raise ConfigError(f"{arguments.out}: holds no weights; train models with both modes by retrieval.py first")
-    rows = [row for outcome in found for row in _try_all(experiment, outcome, arguments.out, arguments.examples)]
+    for outcome in () if arguments.summarize else found:
+        rows = _try_all(experiment, outcome, arguments.out, arguments.examples)
+        ex.write_json(ex.outcome_path(results, outcome.model, outcome.seed), rows)
+    rows = [row for path in sorted(results.glob("*-*.json")) for row in json.loads(path.read_text())]
+    if not rows:
+        raise ConfigError(f"{results}: holds no results")
     ex.write_json(arguments.out / "policy.json", rows)
     text = _table(experiment, rows)
     ex.write_text(arguments.out / "policy.md", text)
@@ -149,7 +162,9 @@ def router_of(training: Training, texts: RetrievalBatch, others: Tensor) -> Oryx
     gained = torch.from_numpy(np.concatenate([gains(training, part) for part in _split(texts, 256)])).float()
     torch.manual_seed(0)
     router = OryxRouter(RouterShape(int(texts.tokens.max()) + 1))
-    known = Gains(texts.tokens, gained, torch.ones_like(gained, dtype=torch.bool), torch.zeros(2, *gained.shape))
+    known = Gains(
+        texts.tokens, gained, torch.ones_like(gained, dtype=torch.bool), torch.zeros(2, *gained.shape), texts.labels
+    )
     fit(router, known, Options(epochs=8, batch_size=32), torch.Generator().manual_seed(0))
     with torch.no_grad():
         router.calibrate(router.eval()(others.clamp(max=router.shape.vocab_size - 1))[0])
@@ -250,6 +265,9 @@ def _table(experiment: ex.Experiment, rows: list[dict[str, Any]]) -> str:
         cells = []
         for model in models:
             some = [row for row in rows if (row["policy"], row["wanted"]) == key and row["model"] == model]
+            if not some:
+                cells.append("")
+                continue
             mean = {name: statistics.mean(row[name] for row in some) for name in ("accuracy", "share")}
             cells.append(f"{mean['accuracy']:.3f} ({mean['share']:.1%})")
         lines.append(f"| {key[0]} {'' if key[1] is None else key[1]} | {' | '.join(cells)} |")

@@ -78,3 +78,7 @@ class SequenceInfo(PackedSeqParams):
     def arrange(self, x: Tensor) -> Tensor:
         """[b, s] in the order of the sequence → in the order in which the tokens lie."""
         return x if self.layout is None else self.layout.arrange(x)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[b, s] in the order in which the tokens lie → in the order of the sequence."""
+        return x if self.layout is None else self.layout.restore(x)

@@ -139,6 +139,10 @@ class TokenLayout:
             return x
         return x.index_select(1, self.tokens)
 
+    def restore(self, x: Tensor) -> Tensor:
+        """[b, s] in the order of rows → in the order of tokens."""
+        return x if self.ordered else x.index_select(1, self.rows)
+
     def shard(self, size: int) -> TokenLayout:
         """That of s/size rows of one mode: for what a context-parallel rank does with its rows whatever their mode."""
         if size not in self._shards:
