@@ -34,6 +34,7 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
+from oryx_megatron.hf.router_oryx import RouterShape, RouterSteps
 
 WARM = 4
 """Steps of each kind before the clock: two as they are, one to record the graph, one to replay it."""
@@ -59,8 +60,8 @@ Step = Callable[[Tensor], Tensor]
 """Tokens [b] → logits [b, vocabulary]."""
 
 
-def measure(step: Step, batch: int, steps: int, device: torch.device) -> float:
-    """Milliseconds per token of `steps` greedy steps; the host must not wait for the device between them."""
+def measure(step: Step, batch: int, steps: int, device: torch.device, waits: bool = False) -> float:
+    """Milliseconds per token of `steps` greedy steps. Unless it `waits`, the host must not wait for the device."""
     tokens = torch.zeros(batch, dtype=torch.long, device=device)
     if device.type != "cuda":
         begun = time.perf_counter()
@@ -69,7 +70,7 @@ def measure(step: Step, batch: int, steps: int, device: torch.device) -> float:
         return (time.perf_counter() - begun) * 1e3 / steps
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default" if waits else "error")
     try:
         marks[0].record()
         for mark in marks[1:]:
@@ -91,7 +92,8 @@ def oryx_step(
     with torch.no_grad():
         model(first, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values, layer.conv_states[0], layer.recurrent_states[0]):
+        kept = (layer.keys, layer.values) if layer.keep_kv else ()
+        for tensor in (*kept, layer.conv_states[0], layer.recurrent_states[0]):
             if tensor is not None:
                 tensor.normal_(std=0.1)
         layer.cumulative_length.fill_(context)
@@ -104,6 +106,28 @@ def oryx_step(
             decoder.step(first[:, 0], kind)
     modes = iter(["attention" if a else "recurrent" for a in attends])
     return lambda tokens: decoder.step(tokens, next(modes))
+
+
+def routed_step(model: OryxForCausalLM, context: int, batch: int, steps: int, plan: str) -> Step:
+    """As `oryx_step`, with a decision of the router before every token, which the host waits for as `generate` does.
+
+    What the model writes here is noise, so the modes are those of `plan`, not the router's: the share is exact.
+    """
+    router = model.model.mode_router
+    decode = oryx_step(model, context, batch, steps, plan, True, True)
+    first = torch.randint(model.config.vocab_size, (batch, 16), device=model.device)
+    with torch.no_grad():
+        _, state = router(first)
+    state.history = torch.randint(model.config.vocab_size, (batch, context), device=model.device)
+    decisions, least = RouterSteps(router, state, context + steps + 4 * WARM), router.threshold(0.5)
+    for _ in range(WARM):
+        decisions.step(first[:, :1])
+
+    def step(tokens: Tensor) -> Tensor:
+        (decisions.step(tokens[:, None]) > least).cpu()
+        return decode(tokens)
+
+    return step
 
 
 def captured(forward: Callable[[Tensor], Tensor], batch: int, device: torch.device) -> Step:
@@ -164,7 +188,8 @@ def mamba_step(model: Mamba2ForCausalLM, batch: int) -> Step:
 
 def kv_bytes(model: ModelConfig, context: int) -> int:
     """Bytes of keys and values of one sequence, bf16."""
-    return 2 * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * model.num_layers * context
+    layers = sum(modes != "recurrent" for modes in model.layer_modes)
+    return 2 * model.kv_heads * (model.qk_head_dim + model.v_head_dim) * layers * context
 
 
 def fitting(batch: int, each: int, device: torch.device) -> int:
@@ -181,8 +206,13 @@ def build(kind: str, model: ModelConfig, llama_ffn: int, device: torch.device, d
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            if kind == "oryx":
-                return OryxForCausalLM(to_hf_config(model)).eval()
+            if kind in ("oryx", "hybrid"):
+                config = to_hf_config(model)
+                config.router = RouterShape(model.vocab_size).to_dict() if kind == "oryx" else None
+                made = OryxForCausalLM(config).eval()
+                if config.router is not None:
+                    made.model.mode_router.float()  # as from_pretrained keeps it
+                return made
             if kind == "llama":
                 config = LlamaConfig(
                     vocab_size=model.vocab_size, hidden_size=model.hidden_size, intermediate_size=llama_ffn,
@@ -204,11 +234,15 @@ def build(kind: str, model: ModelConfig, llama_ffn: int, device: torch.device, d
 SIDES = {
     "oryx attention": ("attention", True, True),
     "oryx ratio 0.1": ("ratio:0.1", True, True),
+    "oryx router 0.1": ("ratio:0.1", True, True),
     "oryx recurrent": ("recurrent", True, True),
     "oryx recurrent, keep_kv off": ("recurrent", False, True),
     "oryx recurrent, keep_kv off, no graph": ("recurrent", False, False),
 }
 """Name → plan, keep_kv, CUDA graph."""
+ROUTED = "oryx router 0.1"
+"""A router decides besides: `routed_step`."""
+KINDS = ("oryx", "hybrid", "llama", "mamba2")
 
 
 @main_guard
@@ -216,11 +250,13 @@ def main(argv: list[str] | None = None) -> int:
     """Measure all sides and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="1.4b-gdn", help="Oryx preset or YAML (default: %(default)s)")
+    parser.add_argument("--hybrid-model", default="1.4b-gdn-hybrid", help="preset by layer (default: %(default)s)")
     parser.add_argument("--llama-model", default="1.4b-transformer", help="preset that gives Llama its SwiGLU width")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--steps", type=int, default=50, help="timed steps per case (default: %(default)s)")
-    parser.add_argument("--sides", nargs="+", default=["oryx", "llama", "mamba2"], choices=["oryx", "llama", "mamba2"])
+    parser.add_argument("--sides", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--only", nargs="*", choices=SIDES, help="only these rows of oryx")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)
     if arguments.steps < 10:
@@ -228,40 +264,55 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model_config, llama_ffn = load_model(arguments.model), load_model(arguments.llama_model).ffn_hidden_size
+    hybrid_config = load_model(arguments.hybrid_model)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     results: list[Result] = []
 
     def record(side: str, context: int, batch: int, make: Callable[[], Step]) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        milliseconds = measure(make(), batch, arguments.steps, device)
+        milliseconds = measure(make(), batch, arguments.steps, device, waits=side == ROUTED)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
         results.append(Result(side, context, batch, milliseconds, batch * 1e3 / milliseconds, peak))
         last = results[-1]
+        if arguments.output is not None:  # now: the run may be cut off
+            about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+            text = json.dumps({**about, "results": [dataclasses.asdict(result) for result in results]}, indent=1)
+            with replacing(arguments.output) as temporary:
+                temporary.write_text(text + "\n")
         print(
             f"| {side} | {context} | {batch} | {milliseconds:.3f} | {last.tokens_per_second:,.0f} | {peak:.1f} |",
             flush=True,
         )
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"| {name} | context | batch | ms per step | tokens/s | peak GiB |\n|---|---|---|---|---|---|")
     steps, room = arguments.steps, arguments.steps + 4 * WARM
     for kind in arguments.sides:
-        model = build(kind, model_config, llama_ffn, device, dtype)
+        config = hybrid_config if kind == "hybrid" else model_config
+        model = build(kind, config, llama_ffn, device, dtype)
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"| **{kind}: {count / 1e9:.2f} B parameters** | | | | | |", flush=True)
         for batch, context in itertools.product(arguments.batches, arguments.contexts):
             first = context == arguments.contexts[0]
-            fits = fitting(batch, kv_bytes(model_config, context + room), device)
+            fits = fitting(batch, kv_bytes(config, context + room), device)
             if kind == "mamba2":
                 if first:  # its states do not know the context
                     record(kind, context, batch, functools.partial(mamba_step, model, batch))
             elif kind == "llama":
                 if fits:
                     record(kind, context, fits, functools.partial(llama_step, model, context, fits, steps))
+            elif kind == "hybrid":
+                if fits:
+                    make = functools.partial(oryx_step, model, context, fits, steps, "attention", True, True)
+                    record("hybrid 3:1", context, fits, make)
             else:
                 for side, (plan, keep_kv, graph) in SIDES.items():
                     size = fits if keep_kv else batch
-                    if size and (graph or first):
+                    if arguments.only is not None and side not in arguments.only:
+                        continue
+                    if side == ROUTED and size:
+                        record(side, context, size, functools.partial(routed_step, model, context, size, steps, plan))
+                    elif size and (graph or first):
                         make = functools.partial(oryx_step, model, context, size, steps, plan, keep_kv, graph)
                         record(side, context, size, make)
         del model
@@ -269,11 +320,6 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     summarise(results, arguments.contexts)
-    if arguments.output is not None:
-        about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-        text = json.dumps({**about, "results": [dataclasses.asdict(result) for result in results]}, indent=1)
-        with replacing(arguments.output) as temporary:
-            temporary.write_text(text + "\n")
     return 0
 
 

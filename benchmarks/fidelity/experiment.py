@@ -226,6 +226,17 @@ class Outcome:
     run: dict[str, Any] = field(default_factory=dict)
     """The resolved run config."""
 
+    @property
+    def attention_layers(self) -> float:
+        """Share of the layers that attend, or may."""
+        kinds = from_dict(ModelConfig, self.run["model"], source=self.model, prefix="model").layer_modes
+        return sum(kind != "recurrent" for kind in kinds) / len(kinds)
+
+    @property
+    def takes_plans(self) -> bool:
+        """Whether modes are chosen by a plan: hybrids and models of one mode are what they are."""
+        return from_dict(ModelConfig, self.run["model"], source=self.model, prefix="model").takes_plans
+
     def accuracies(self, task: str | None = None) -> dict[str, float]:
         """Share of answers found, by plan; empty where a task was not scored. None: the experiment's own task."""
         task = task or self.cells[0]["task"]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     results = [found for run in named if (found := read_result(run)) is not None]
     if not results:
         raise ConfigError(f"{arguments.out}: holds no finished run")
-    summarize(data["name"], results, arguments.out)
+    sys.stdout.write(summarize(data["name"], results, arguments.out))
     ex.write_text(arguments.out / "training.csv", training_losses(named))
     return 1 if failed else 0
 
@@ -115,6 +115,8 @@ class Result:
     bits_per_byte: dict[str, float]
     tokens_per_second: float
     """By the median step."""
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Bits per byte of further validation sets (data.validation), by plan."""
 
 
 def read_metrics(run: RunConfig) -> list[dict[str, Any]]:
@@ -150,9 +152,13 @@ def training_losses(runs: Sequence[RunConfig], window: int = 50) -> str:
 def read_result(run: RunConfig) -> Result | None:
     """The result of a run, or None while it is not finished."""
     lines = read_metrics(run)
-    last = [line for line in lines if line.get("kind") == "evaluation" and line["iteration"] == run.train.iterations]
+    ends = [line for line in lines if line.get("kind") == "evaluation" and line["iteration"] == run.train.iterations]
+    last = [line for line in ends if line["dataset"] == "valid"]
+    sets = {name: [line for line in ends if line["dataset"] == name] for name in run.data.validation}
     steps = {line["iteration"]: line for line in lines if line.get("kind") == "step"}
-    if {line["plan"] for line in last} != set(run.evaluation.plans) or not steps:
+    if not steps or any(
+        {line["plan"] for line in some} != set(run.evaluation.plans) for some in (last, *sets.values())
+    ):
         return None
     seconds = statistics.median(line["seconds"] for line in steps.values())
     tokens = next(iter(steps.values()))["tokens"]
@@ -164,25 +170,34 @@ def read_result(run: RunConfig) -> Result | None:
         {line["plan"]: line["loss"] for line in last},
         {line["plan"]: line["bits_per_byte"] for line in last},
         tokens / seconds,
+        {name: {line["plan"]: line["bits_per_byte"] for line in some} for name, some in sets.items()},
     )
 
 
-def summarize(name: str, results: list[Result], folder: Path) -> None:
-    """Write and print the table of validation losses."""
+def summarize(name: str, results: list[Result], folder: Path) -> str:
+    """Write and return the tables of validation losses."""
     lines = [f"# {name}", "", "Validation loss in nats per token, mean (lowest to highest) over seeds.", ""]
     lines += ["| model | parameters | seeds | tokens | tokens/s | loss by plan |", "|---|---|---|---|---|---|"]
-    for model in dict.fromkeys(result.model for result in results):
-        some = [result for result in results if result.model == model]
+    models = {model: [r for r in results if r.model == model] for model in dict.fromkeys(r.model for r in results)}
+    for model, some in models.items():
         told = "; ".join(f"{plan} {ex.spread([r.losses[plan] for r in some], 4)}" for plan in some[0].losses)
         rate = statistics.median(r.tokens_per_second for r in some)
         lines.append(
             f"| {model} | {some[0].parameters / 1e6:.1f} M | {len(some)} | {some[0].tokens / 1e6:.0f} M | {rate:,.0f} "
             f"| {told} |"
         )
+    sets = list(results[0].sets)
+    if sets:
+        lines += ["", "Bits per byte of held-out text.", ""]
+        lines += [f"| model | plan | {' | '.join(sets)} |", f"|---|---|{'---|' * len(sets)}"]
+        for model, some in models.items():
+            for plan in some[0].losses:
+                cells = [ex.spread([r.sets[each][plan] for r in some]) for each in sets]
+                lines.append(f"| {model} | {plan} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     ex.write_text(folder / "summary.md", text)
     ex.write_json(folder / "summary.json", {"experiment": name, "results": [vars(result) for result in results]})
-    print(text, flush=True)
+    return text
 
 
 if __name__ == "__main__":

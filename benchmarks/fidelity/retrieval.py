@@ -182,7 +182,8 @@ def summarize(experiment: ex.Experiment, outcomes: list[ex.Outcome], folder: Pat
         plans = list(some[0].accuracies(task))
         found = {plan: [o.accuracies(task)[plan] for o in some] for plan in plans}
         trained = sorted({o.tokens for o in some})
-        told = "; ".join(f"{plan} {ex.spread(values)}" for plan, values in found.items())
+        by_layer = 0 < some[0].attention_layers < 1
+        told = "; ".join(f"{'by layer' if by_layer else plan} {ex.spread(values)}" for plan, values in found.items())
         loss = ex.spread([o.curve[-1]["loss"] for o in some])
         millions = " to ".join(f"{tokens / 1e6:.1f} M" for tokens in dict.fromkeys((trained[0], trained[-1])))
         unfinished = "" if all(o.finished for o in some) else " (cut short)"
@@ -215,6 +216,8 @@ def _claims(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]]) -> list[
             parts += [f"{n} {value:.3f}: {_ratios(own, focus, value)}" for n, value in transformers.items()]
             if only is not None:
                 parts.append(f"{oryx}-only {only.accuracies(task)['recurrent']:.3f}")
+            if (hybrid := same.get(f"{oryx}-hybrid")) is not None:
+                parts.append(f"{oryx}-hybrid {hybrid.accuracies(task)['attention']:.3f}")
             lines.append(f"- {oryx}, seed {outcome.seed}: {'; '.join(parts)}")
     return lines
 
@@ -244,12 +247,13 @@ def plot_accuracy(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], pa
 
     def draw(panels: Any) -> None:
         for axes, oryx in zip(panels, ("gdn", "mamba2")):
-            for model, style in ((oryx, None), ("transformer", "s"), ("attention", "D"), (f"{oryx}-only", "v")):
+            others = {"transformer": "s", "attention": "D", f"{oryx}-only": "v", f"{oryx}-hybrid": "P"}
+            for model, style in ((oryx, None), *others.items()):
                 outcomes = by.get(model, [])
                 if not outcomes:
                     continue
                 if style is not None:
-                    x = 1.0 if outcomes[0].run["model"]["modes"] == "attention" else 0.0
+                    x = outcomes[0].attention_layers
                     values = [accuracy for o in outcomes for accuracy in o.accuracies(task).values()]
                     axes.plot([x] * len(values), values, style, ms=6, mfc="none", label=model)
                     continue
@@ -305,8 +309,7 @@ def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path
             for outcome in outcomes:
                 label = model if outcome is outcomes[0] else None
                 scored = [p for p in outcome.curve if len(p) > 2]
-                plan = experiment.scoring.focus if outcome.run["model"]["modes"] == "both" else None
-                plan = plan or outcome.run["model"]["modes"]
+                plan = experiment.scoring.focus if outcome.takes_plans else next(iter(outcome.accuracies()))
                 points = [(p["iteration"], p[plan]) for p in scored]
                 if points:
                     panels[0].plot(*zip(*points), color=f"C{number}", lw=1, label=f"{label}: {plan}" if label else None)

@@ -178,13 +178,13 @@ class Training:
         self, plans: Sequence[str], tasks: Sequence[RetrievalTask] = (), *, part: int = 1, seed: int = 0
     ) -> list[Cell]:
         """Scores of tasks (default: the experiment's) under those of the plans that the model has, on 1/part texts."""
-        scoring, modes = self.experiment.scoring, self.run.model.modes
+        scoring, model = self.experiment.scoring, self.run.model
         self.chunks[0].eval()
         cells = run_grid(
             self.predict,
             tasks or [self.task],
             [self.experiment.task.length],
-            list(plans) if modes == "both" else [modes],
+            list(plans) if model.takes_plans else [model.single_mode or "attention"],  # a hybrid ignores it
             chunk=self.run.modes.chunk,
             examples=max(1, scoring.examples // part),
             batch_size=scoring.batch_size,
@@ -248,7 +248,7 @@ def train_one(experiment: Experiment, model: str, seed: int, *, deadline: float,
     try:
         training = Training(experiment, model, seed)
         outcome = training.fit(deadline=deadline, report=lambda so_far: write_json(path, asdict(so_far)))
-        if training.run.model.modes == "both":  # for policy.py
+        if training.run.model.takes_plans:  # for policy.py
             with replacing(path.with_suffix(".pt")) as temporary:
                 torch.save(training.chunks[0].module.state_dict(), temporary)
         write_json(path, asdict(outcome))

@@ -1,0 +1,367 @@
+#!/usr/bin/env python
+"""All of this folder's evidence that a GPU gives in some minutes: hybrids, routers on real text, retrieval on the CPU.
+
+    python benchmarks/fidelity/evidence.py --out runs/evidence --minutes 9
+    python benchmarks/fidelity/evidence.py --out runs/evidence --summarize
+
+Several processes side by side, in order of worth:
+
+1. on the GPU: the models of evidence.yaml learn language (ordinary runs), and right after each Oryx model its router,
+   compared with other policies on held-out code, documentation and prose (routing.py);
+2. on the CPU: Oryx and hybrids on retrieval.py's needles and recall, and right after each Oryx model its policies, the
+   router among them (policy.py).
+
+OUT holds results and logs, small files that are complete at any time; WORK holds text and weights. At the end of the
+time what runs is ended, and OUT/evidence.md and the plots are made of what is there. Started again it does what is
+missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import experiment as ex
+import language
+import routing
+
+from oryx_megatron.cli import main_guard
+from oryx_megatron.config import to_yaml
+from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.errors import ConfigError, OryxError
+
+HERE = Path(__file__).resolve().parent
+SUMMARY_SECONDS = 15.0
+"""Kept at the end for tables and plots."""
+ROUTER_SECONDS = 75.0
+"""A router and its comparison take about so long; an Oryx training that leaves less is not begun."""
+POLICY_SECONDS = 60.0
+SHORTEST = 45.0
+"""Seconds that a training of unknown length must have."""
+ROUTER = {"texts": 3072, "held_out": 128, "epochs": 3, "batch_size": 16}
+"""Options of `oryx router` here."""
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder of text and weights (default: OUT/work)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: %(default)s)")
+    parser.add_argument("--tokens", type=float, default=40.0, help="millions a language model reads (default: 40)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="those for which there is time")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="default: all")
+    parser.add_argument("--trainings", type=int, default=4, help="language models at a time (default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="on the CPU at a time (default: the cores less 4)")
+    parser.add_argument("--config", default=str(HERE / "evidence.yaml"), help="language models (YAML)")
+    parser.add_argument("--retrieval", nargs="*", default=["needle", "mqar-cpu"], help="names of YAML files here")
+    parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--folders", nargs="*", default=[], help="of text, instead of the installed packages")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes of the language runs")
+    parser.add_argument("--set-retrieval", nargs="*", default=[], metavar="key=value", help="changes of the others")
+    parser.add_argument("--router", nargs="*", default=[], metavar="name=value", help="options of `oryx router`")
+    parser.add_argument("--texts", type=int, default=64, help="texts of a held-out set under a policy (default: 64)")
+    parser.add_argument("--summarize", action="store_true", help="only read results and write tables and plots")
+    arguments = parser.parse_args(argv)
+    arguments.out, work = arguments.out.resolve(), (arguments.work or arguments.out / "work").resolve()
+    runs = language_runs(arguments, work) if "language" in arguments.parts else []
+    failed: list[str] = []
+    if not arguments.summarize:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        begun = time.time()
+        schedule = Schedule(begun + 60 * arguments.minutes - SUMMARY_SECONDS, arguments.out, begun)
+        jobs = [*language_jobs(runs, arguments, work, schedule), *retrieval_jobs(arguments, schedule)]
+        cpu = arguments.processes or max(1, len(os.sched_getaffinity(0)) - 4)
+        failed = schedule.run(jobs, {"text": 1, "train": arguments.trainings, "router": 3, "cpu": cpu})
+    sys.stdout.write(summarize(runs, arguments))
+    for name in failed:
+        print(f"{name} failed: see {arguments.out / 'logs' / name}.txt", flush=True)
+    return 1 if failed else 0
+
+
+PARTS = ("language", "retrieval")
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass
+class Job:
+    """One process."""
+
+    name: str
+    pool: str
+    command: list[str] | Callable[[], list[str]]
+    done: Callable[[], bool]
+    after: tuple[str, ...] = ()
+    """Jobs that must be done before."""
+    leaves: float = 0.0
+    """Seconds that must be left after it, for what follows it."""
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen | None = None
+    begun: float = 0.0
+
+
+@dataclass
+class Schedule:
+    """Runs jobs side by side until all are done or the time is over."""
+
+    end: float
+    """time.time() at which everything is ended."""
+    out: Path
+    begun: float
+    kept: list[tuple[Path, Path]] = field(default_factory=list)
+    """Files that grow, and where they are copied."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Longest job of a pool so far, in seconds."""
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.time()
+
+    def run(self, jobs: Sequence[Job], slots: dict[str, int]) -> list[str]:
+        """Returns the names of jobs that failed; those without time are reported on the way."""
+        waiting = [job for job in jobs if not job.done()]
+        running: list[Job] = []
+        failed: list[str] = []
+        told = 0.0
+        previous = signal.signal(signal.SIGTERM, _stop)
+        try:
+            while (waiting or running) and self.left > 0:
+                for job in list(waiting):
+                    if sum(other.pool == job.pool for other in running) < slots[job.pool] and self._ready(job, jobs):
+                        waiting.remove(job)
+                        if self._fits(job):
+                            running.append(self._started(job))
+                        else:
+                            self._say(f"{job.name}: no time left for it")
+                time.sleep(0.25)
+                for job in list(running):
+                    if job.process is not None and job.process.poll() is not None:
+                        running.remove(job)
+                        if not self._ended(job):
+                            failed.append(job.name)
+                            waiting = [other for other in waiting if job.name not in other.after]
+                if time.time() - told > 10:
+                    told = time.time()
+                    self.keep()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            for job in running:
+                self._say(f"{job.name}: out of time")
+                _end(job)
+            self.keep()
+        return failed
+
+    def keep(self) -> None:
+        """Copy what has grown."""
+        for source, target in self.kept:
+            if source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target.with_suffix(".part"))
+                os.replace(target.with_suffix(".part"), target)
+
+    def _ready(self, job: Job, jobs: Sequence[Job]) -> bool:
+        by_name = {other.name: other for other in jobs}
+        return all(by_name[name].process is None and by_name[name].done() for name in job.after)
+
+    def _fits(self, job: Job) -> bool:
+        return self.left > job.leaves + self.took.get(job.pool, SHORTEST if job.pool == "train" else 0.0)
+
+    def _started(self, job: Job) -> Job:
+        log = self.out / "logs" / f"{job.name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = job.command() if callable(job.command) else job.command
+        with log.open("a") as file:
+            job.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | job.environment, start_new_session=True
+            )
+        job.begun = time.time()
+        return job
+
+    def _ended(self, job: Job) -> bool:
+        assert job.process is not None
+        code, job.process = job.process.returncode, None
+        seconds = time.time() - job.begun
+        self.keep()
+        done = job.done()
+        if done:
+            self.took[job.pool] = max(self.took.get(job.pool, 0.0), seconds)
+        self._say(f"{job.name}: {'done' if done else f'FAILED ({code})'} in {seconds:.0f} s")
+        return done
+
+    def _say(self, text: str) -> None:
+        print(f"{time.time() - self.begun:5.0f} s  {text}", flush=True)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end(job: Job) -> None:
+    """End a job and what it started."""
+    if job.process is None:
+        return
+    for wanted, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, wanted)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.process.wait(seconds)
+            return
+
+
+def _python(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(HERE / script), *map(str, arguments)]
+
+
+def language_runs(arguments: argparse.Namespace, work: Path) -> list[RunConfig]:
+    """The run of every model and seed, in order of worth; they write into `work`."""
+    data = ex.read_experiment(arguments.config, {"name", "seeds", "run", "models", "equal_to"}, None)
+    batch = data["run"]["train"]["global_batch_size"] * data["run"]["data"]["sequence_length"]
+    iterations = max(2, round(arguments.tokens * 1e6 / batch))
+    sets = {name: [str(work / "texts" / name)] for name in ("code", "docs", "prose")}
+    ours = {
+        "data": {"blend": [str(work / "texts" / "train")], "validation": sets},
+        "train": {"iterations": iterations},
+        "schedule": {"warmup": max(1, iterations // 10)},
+        "evaluation": {"interval": iterations},
+        "checkpoint": {"interval": iterations},
+        "output_dir": "none",
+    }
+    overrides = ex.merge(ours, ex.parse_overrides(arguments.set))
+    runs = ex.build_runs(data, {"output_dir": "none"}, overrides, arguments.config)
+    if unknown := set(arguments.models or []) - set(runs):
+        raise ConfigError(f"--models {min(unknown)}: unknown; known: {', '.join(runs)}")
+    return [
+        replace(runs[name], seed=seed, output_dir=str(work / "language" / f"{name}-{seed}"))
+        for seed, name in itertools.product(arguments.seeds, arguments.models or list(runs))
+    ]
+
+
+def language_jobs(
+    runs: Sequence[RunConfig], arguments: argparse.Namespace, work: Path, schedule: Schedule
+) -> Iterator[Job]:
+    """Text, then every training, and a router after those of Oryx."""
+    if not runs:
+        return
+    tokens = max(run.train.iterations * run.train.global_batch_size * run.data.sequence_length for run in runs)
+    folders = ["--folders", *arguments.folders] if arguments.folders else []
+    most = ["--most", f"{max(5.0 * tokens, 2e6):.0f}"]  # bytes: every token once
+    tokenizer = runs[0].data.tokenizer
+    command = _python("texts.py", "--tokenizer", tokenizer, "--out", work / "texts", *most, *folders)
+    last = work / "texts" / "prose.json"
+    yield Job("texts", "text", command, last.is_file, leaves=SHORTEST)
+    environment = {"OMP_NUM_THREADS": "2"}
+    for run in runs:
+        folder, name = Path(run.output_dir), Path(run.output_dir).name
+        kept = arguments.out / "language" / name
+        schedule.kept += [(folder / file, kept / file) for file in ("metrics.jsonl", "run.yaml")]
+        config = folder / "run.yaml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(to_yaml(run))
+        command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.train", str(config)]
+        leaves = ROUTER_SECONDS if run.model.takes_plans else 0.0
+        done = lambda run=run: language.read_result(run) is not None  # noqa: E731
+        yield Job(f"language-{name}", "train", command, done, ("texts",), leaves, environment)
+        if run.model.takes_plans:
+            result = arguments.out / "routing" / f"{name}.json"
+            options = [f"{key}={value}" for key, value in ROUTER.items()] + arguments.router
+            command = _python("routing.py", folder, "--out", result, "--texts", arguments.texts, "--router", *options)
+            done = lambda result=result: _finished(result)  # noqa: E731
+            yield Job(f"routing-{name}", "router", command, done, (f"language-{name}",), 0.0, environment)
+
+
+def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterator[Job]:
+    """Trainings of Oryx and of hybrids, and the policies after those of Oryx."""
+    if "retrieval" not in arguments.parts:
+        return
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    nice = ["nice", "-n", "10"]  # what feeds the GPU goes first
+    for config in _retrieval_configs(arguments):
+        experiment = ex.load_experiment(config, ex.parse_overrides(arguments.set_retrieval))
+        out = arguments.out / experiment.name
+        wanted = [name for name in ("gdn", "mamba2", "gdn-hybrid", "mamba2-hybrid") if name in experiment.runs]
+        for seed, model in itertools.product(arguments.seeds, wanted):
+            if arguments.models and model not in arguments.models:
+                continue
+            name, result = f"{experiment.name}-{model}-{seed}", ex.outcome_path(out, model, seed)
+            oryx = experiment.run(model, seed).model.takes_plans
+            leaves = POLICY_SECONDS if oryx else 0.0
+
+            def command(config=config, out=out, model=model, seed=seed, leaves=leaves) -> list[str]:
+                budget = max(1.0, schedule.left - leaves)
+                chosen = ["--models", model, "--seeds", seed, "--budget", f"{budget:.0f}"]
+                changes = ["--set", *arguments.set_retrieval] if arguments.set_retrieval else []
+                return nice + _python("retrieval.py", config, "--out", out, *chosen, *changes)
+
+            def done(result=result, oryx=oryx) -> bool:
+                return bool(_json(result).get("cells")) and (not oryx or result.with_suffix(".pt").is_file())
+
+            yield Job(name, "cpu", command, done, (), leaves + SHORTEST, environment)
+            if oryx:
+                policy = nice + _python("policy.py", config, "--out", out, "--models", model, "--seeds", seed)
+                written = out / "policy" / f"{model}-{seed}.json"
+                yield Job(f"policy-{name}", "cpu", policy, written.is_file, (name,), 0.0, environment)
+
+
+def _retrieval_configs(arguments: argparse.Namespace) -> list[str]:
+    return [name if name.endswith(".yaml") else str(HERE / f"{name}.yaml") for name in arguments.retrieval]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _finished(path: Path) -> bool:
+    return bool(_json(path).get("finished"))
+
+
+# ---------------------------------------------------------------------------------------------------------- summary
+
+
+def summarize(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> str:
+    """Make every table and plot that the results in OUT allow; returns and writes evidence.md."""
+    out, parts = arguments.out, []
+    here = [replace(run, output_dir=str(out / "language" / Path(run.output_dir).name)) for run in runs]
+    results = [found for run in here if (found := language.read_result(run)) is not None]
+    with contextlib.suppress(OryxError, OSError, ValueError):
+        ex.write_text(out / "language" / "training.csv", language.training_losses(here))
+    for name, make in (
+        ("language", lambda: language.summarize("evidence", results, out / "language") if results else None),
+        ("routing", lambda: routing.summarize(out / "routing")),
+    ):
+        try:
+            if text := make():
+                parts.append(text)
+        except (OryxError, OSError, ValueError, KeyError) as error:
+            parts.append(f"# {name}\n\nnothing: {error}\n")
+    for config in _retrieval_configs(arguments) if "retrieval" in arguments.parts else ():
+        name = ex.load_experiment(config).name
+        for script, file in (("retrieval.py", "summary.md"), ("policy.py", "policy.md")):
+            command = _python(script, config, "--out", out / name, "--summarize")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            path = out / name / file
+            parts.append(path.read_text() if done.returncode == 0 and path.is_file() else f"# {name}: no {file}\n")
+    text = "\n".join(parts)
+    ex.write_text(out / "evidence.md", text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

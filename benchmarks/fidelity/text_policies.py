@@ -1,0 +1,218 @@
+"""Policies that choose which tokens of real text attend, and the sets of text that they are compared on.
+
+Shapes: n texts, s tokens of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from policy import seen
+from torch import Tensor, nn
+
+from oryx_megatron import platform
+from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.eval.generation import LoadedModel
+from oryx_megatron.hf.router_oryx import OryxRouter
+from oryx_megatron.model import SequenceInfo
+from oryx_megatron.modes import Mode, ModePlan, parse_plan
+from oryx_megatron.router import CLIP, TOKENS, losses_of
+
+BEFORE = 3
+"""The token and those before it that the linear model sees."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts and what the two modes make of them, all on the host."""
+
+    tokens: Tensor
+    """int64 [n, s]"""
+    labels: Tensor
+    counted: Tensor
+    """bool [n, s]: whether the label counts in the loss."""
+    losses: Tensor
+    """float32 [2, n, s]: nats under all attention, all recurrence."""
+    entropies: Tensor
+    """float32 [n, s]: of the recurrent predictions, nats."""
+
+    @property
+    def gains(self) -> Tensor:
+        """[n, s]: nats by which attention predicts better."""
+        return self.losses[1] - self.losses[0]
+
+
+Score = Callable[[Texts], Tensor]
+"""[n, s]: where it is high a policy attends."""
+Rule = Callable[[Texts], Tensor]
+"""bool [n, s]: which tokens attend."""
+
+
+class Sets:
+    """Held-out sets of a run by name, its validation text for thresholds, and its training text."""
+
+    def __init__(self, model: LoadedModel, texts: int, *, training: int, held_out: int) -> None:
+        self.model, run = model, model.run
+        self.names = list(run.data.validation)
+        tokenizer = load_tokenizer(run.data.tokenizer)
+        self.bytes = torch.from_numpy(tokenizer.token_bytes())
+        asked = {"train": training, "valid": held_out}
+        sets = build_datasets(run, tokenizer, asked | dict.fromkeys(self.names, texts), once=True)
+        self.texts = {name: self._read(sets[name], (asked.get(name, texts))) for name in sets}
+
+    def _read(self, dataset: Any, count: int) -> Texts:
+        samples = [dataset[i] for i in range(min(count, len(dataset)))]
+        tokens, labels, mask = (
+            torch.stack([torch.as_tensor(sample[name]) for sample in samples])
+            for name in ("tokens", "labels", "loss_mask")
+        )
+        losses, entropies = zip(*(self._predict(tokens, labels, mode) for mode in (Mode.ATTENTION, Mode.RECURRENT)))
+        return Texts(tokens.long(), labels.long(), mask > 0, torch.stack(losses), entropies[1])
+
+    @torch.inference_mode()
+    def _predict(self, tokens: Tensor, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Losses and entropies [n, s] in one mode."""
+        losses, entropies, size = [], [], max(1, TOKENS // tokens.shape[1])
+        info = SequenceInfo.build(ModePlan.uniform(mode, tokens.shape[1]), device=platform.device())
+        for part, wanted in zip(tokens.split(size), labels.split(size), strict=True):
+            part, wanted = platform.to_device(part.long()), platform.to_device(wanted.long())
+            logits = self.model.chunk(part, None, None, packed_seq_params=info, runtime_gather_output=True)
+            logs = logits.float().log_softmax(-1)
+            losses.append(-logs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1).cpu())
+            entropies.append(-(logs.exp() * logs).sum(-1).cpu())
+        return torch.cat(losses), torch.cat(entropies)
+
+    def loss(self, name: str, rule: Rule) -> dict[str, float]:
+        """Mean loss of a set under a rule's plans, the share that it lets attend, and the set's size."""
+        texts = self.texts[name]
+        attends = rule(texts)
+        if bool(attends.all()) or not bool(attends.any()):
+            losses = texts.losses[0 if bool(attends.all()) else 1]
+        else:
+            plans = [ModePlan.from_mask(row) for row in attends.numpy()]
+            losses = losses_of(self.model, texts.tokens, texts.labels, plans)
+        return {
+            "loss": float(losses[texts.counted].mean(dtype=torch.float64)),
+            "share": float(attends.double().mean()),
+            "tokens": int(texts.counted.sum()),
+            "bytes": int(self.bytes[texts.labels[texts.counted]].sum()),
+        }
+
+
+def policies(
+    sets: Sets, router: OryxRouter, names: Sequence[str], shares: Sequence[float]
+) -> Iterator[tuple[str, float | None, Rule]]:
+    """Name, wanted share (None: the policy's own) and rule."""
+    valid = sets.texts["valid"]
+    yield "attention", None, lambda texts: torch.ones_like(texts.counted)
+    yield "recurrent", None, lambda texts: torch.zeros_like(texts.counted)
+    learned: Linear | None = None
+    for share in shares:
+        for name in names:
+            if name == "learned" and learned is None:
+                learned = Linear.fitted(sets.texts["train"])
+            if (rule := _rule(name, share, valid, router, learned)) is not None:
+                yield name, share, rule
+        if share == shares[0]:
+            yield "seen", None, repeated
+
+
+def _rule(name: str, share: float, valid: Texts, router: OryxRouter, learned: Linear | None) -> Rule | None:
+    """The rule of a policy at a share; None where it cannot have so many tokens."""
+    if name == "router":
+        return lambda texts: routed(router, texts) > router.threshold(share)
+    if name == "random":
+        return lambda texts: torch.rand(texts.tokens.shape, generator=torch.Generator().manual_seed(7)) < share
+    if name == "ratio":
+        return lambda texts: torch.from_numpy(
+            parse_plan(f"ratio:{share}", texts.tokens.shape[1], chunk=1).is_attention()
+        ).expand_as(texts.tokens)
+    if name == "oracle":
+        return _above(lambda texts: texts.gains, share, valid)
+    if name == "entropy":
+        return _above(lambda texts: texts.entropies, share, valid)
+    if name == "learned":
+        assert learned is not None
+        return _above(learned.scores, share, valid)
+    assert name == "seen+entropy", name
+    if repeated(valid).double().mean() <= share:
+        return None
+    return _above(lambda texts: texts.entropies.masked_fill(~repeated(texts), -1.0), share, valid)
+
+
+def _above(score: Score, share: float, valid: Texts) -> Rule:
+    """Attend where the score is above the threshold that this share of validation text exceeds."""
+    ordered = score(valid)[valid.counted].sort().values
+    least = ordered[min(len(ordered) - 1, round((1 - share) * len(ordered)))]
+    return lambda texts: score(texts) > least
+
+
+def repeated(texts: Texts) -> Tensor:
+    """bool [n, s]: tokens that have occurred before in their text."""
+    return torch.from_numpy(np.stack([seen(row) for row in texts.tokens.numpy()]))
+
+
+@torch.no_grad()
+def routed(router: OryxRouter, texts: Texts) -> Tensor:
+    """A router's scores."""
+    router.to(platform.device())
+    return torch.cat([router(platform.to_device(part))[0].cpu() for part in texts.tokens.split(4)])
+
+
+class Linear(nn.Module):
+    """Linear in the token and the two before it, whether each occurred before, and the entropy; least squares."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.tables = nn.ModuleList(nn.Embedding(vocabulary + 1, 1) for _ in range(BEFORE))
+        self.rest = nn.Linear(BEFORE + 1, 1)
+        for parameter in self.tables.parameters():
+            nn.init.zeros_(parameter)
+
+    @classmethod
+    def fitted(cls, texts: Texts, epochs: int = 8, batch: int = 32) -> Linear:
+        """To what attention gained in these texts."""
+        torch.manual_seed(0)
+        made = cls(int(texts.tokens.max()) + 1)
+        features = made.features(texts)
+        targets, weights = texts.gains.clamp(-CLIP, CLIP), texts.counted.float()
+        optimizer = torch.optim.Adam(made.parameters(), lr=0.02)
+        steps = epochs * -(-len(texts.tokens) // batch)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(texts.tokens)).split(batch):
+                errors = (made(*(x[rows] for x in features)) - targets[rows]).square()
+                loss = (errors * weights[rows]).sum() / weights[rows].sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        return made
+
+    def features(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """int64 [n, s, BEFORE] tokens, 0 where there is none, and float [n, s, BEFORE + 1]."""
+        tokens = (texts.tokens + 1).clamp(max=self.vocabulary)
+        known = repeated(texts).float()
+        back = [(torch.roll(x, i, 1) for x in (tokens, known)) for i in range(BEFORE)]
+        ids, before = (torch.stack(part, -1) for part in zip(*back, strict=True))
+        first = torch.arange(texts.tokens.shape[1])[:, None] < torch.arange(BEFORE)
+        ids, before = ids.masked_fill(first, 0), before.masked_fill(first, 0.0)
+        return ids, torch.cat((before, texts.entropies.unsqueeze(-1)), -1)
+
+    def forward(self, ids: Tensor, rest: Tensor) -> Tensor:
+        """[n, s]"""
+        found = self.rest(rest)
+        for i, table in enumerate(self.tables):
+            found = found + table(ids[..., i])
+        return found.squeeze(-1)
+
+    @torch.no_grad()
+    def scores(self, texts: Texts) -> Tensor:
+        """Expected gains, nats."""
+        return self(*self.features(texts))
