@@ -177,7 +177,9 @@ def gather(found: list[File], out: Path, *, most: dict[str, float], processes: i
 
     def fresh(text: str) -> bool:
         digest = hashlib.sha256(text.encode()).digest()[:16]
-        return not (digest in known or known.add(digest))
+        old = digest in known
+        known.add(digest)
+        return not old
 
     ordered = sorted(found, key=lambda file: file.held_out)  # training text first: it wins
     with multiprocessing.Pool(processes) as pool, ExitStack() as stack:
