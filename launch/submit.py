@@ -31,6 +31,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
@@ -41,13 +42,15 @@ from cluster import Profile, Side, load_profile, one_line
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.data.files import replacing
+from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.paths import expand_arguments, is_url
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RETRIES = 2
 """How often a shard that failed is tried again by itself."""
+SUBMITTED = "submitted.json"
+"""Beside the scripts: Slurm's numbers of the jobs, by name."""
 _ONE_THREAD = "export OMP_NUM_THREADS=1"
 
 
@@ -104,9 +107,11 @@ def _preprocess(argv: list[str]) -> int:
     prefix = Path(parsed.output).absolute()
     if not parsed.overwrite and (prefix.parent / f"{prefix.name}.idx").exists():
         raise ConfigError(f"--output: dataset {prefix} exists already; choose another name or pass --overwrite")
-    missing = missing_shards(prefix, a.shards, anew=parsed.overwrite or parsed.restart)
     folder = prefix.with_name(f"{prefix.name}.slurm")
     _check_lines([*argv, str(folder)])
+    if not a.print:
+        _check_queue(folder)
+    missing = missing_shards(prefix, a.shards, parsed)
     make = _Scripts(profile, folder, logs=folder, name=prefix.name)
     jobs = make.preprocess(arguments, a.shards, missing)
     there = a.shards - len(missing)
@@ -119,20 +124,73 @@ def _preprocess(argv: list[str]) -> int:
     return 0
 
 
-def missing_shards(prefix: Path, shards: int, *, anew: bool) -> list[int]:
-    """Numbers, from 1, of the shards of a dataset that are not whole on disk; `anew`: all of them."""
-    from oryx_megatron.data.indexed import open_dataset
+def missing_shards(prefix: Path, shards: int, parsed: argparse.Namespace) -> list[int]:
+    """Numbers, from 1, of the shards of a dataset that are not there; all of them where they are to be made anew.
+
+    Args:
+        prefix: Of the dataset.
+        shards: How many there shall be.
+        parsed: Arguments of tools/preprocess_data.py.
+
+    Raises:
+        ConfigError: a shard is there that is damaged, or of another corpus or tokenizer.
+    """
+    from oryx_megatron.data.indexed import file_of, open_dataset
     from oryx_megatron.data.preprocess import shard_prefix
 
-    missing = []
+    if parsed.overwrite or parsed.restart:
+        return list(range(1, shards + 1))
+    missing: list[int] = []
     for number in range(1, shards + 1):
-        try:
-            manifest = open_dataset(shard_prefix(prefix, (number, shards)), content=False).manifest or {}
-        except DataError:
-            manifest = {}
-        if anew or manifest.get("shard") != [number, shards]:
+        part = shard_prefix(prefix, (number, shards))
+        files = [path for end in ("bin", "idx", "json", "skipped.jsonl") if (path := file_of(part, end)).exists()]
+        if not files or file_of(part, "work").exists():  # resumed where it was killed
             missing.append(number)
+            continue
+        try:
+            why = _other(open_dataset(part, content=False).manifest or {}, (number, shards), parsed)
+        except DataError as error:
+            why = f"is not whole ({error})"
+        if why is not None:
+            names = " ".join(shlex.quote(str(path)) for path in files)
+            raise ConfigError(f"--output: {part} {why}; `rm {names}`, or pass --overwrite to make all shards anew")
     return missing
+
+
+def _other(manifest: dict[str, Any], shard: tuple[int, int], parsed: argparse.Namespace) -> str | None:
+    """Why a dataset is not the shard that these arguments make; None when it is, as far as its manifest tells."""
+    from oryx_megatron.data.tokenizer import difference, load_tokenizer
+
+    if manifest.get("shard") != list(shard):
+        return f"is no shard {shard[0]}/{shard[1]}"
+    if (why := difference(manifest["tokenizer"], load_tokenizer(parsed.tokenizer).describe())) is not None:
+        return f"was made with {why}"
+    if _places(source := manifest["source"]) != _places(parsed.input):
+        return f"was made from {' '.join(source)}, not {' '.join(parsed.input)}"
+    return None
+
+
+def _places(inputs: list[str]) -> list[str]:
+    return [text if "://" in text else str(Path(text).absolute()) for text in inputs]
+
+
+def _check_queue(folder: Path) -> None:
+    """Raise ConfigError while jobs that were submitted from a folder of scripts are queued or running."""
+    try:
+        known = read_json(folder / SUBMITTED)
+    except (DataError, OSError):
+        return
+    command = ["squeue", "--noheader", "--format=%F"]
+    try:
+        queue = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    except OSError:
+        return  # sbatch will be missing, too
+    if left := {name: number for name, number in known.items() if number in queue}:
+        names = ", ".join(f"{number} ({name})" for name, number in left.items())
+        raise ConfigError(
+            f"--output: job {names} of this dataset is still queued or running; wait for it, or `scancel "
+            f"{' '.join(left.values())}` first"
+        )
 
 
 def folder_of(run: RunConfig) -> Path:
@@ -392,6 +450,7 @@ def submit(jobs: list[Job], folder: Path, after: str | None = None) -> list[str]
                 earlier = f"; submitted before: {', '.join(numbers.values())}" if numbers else ""
                 raise ConfigError(f"{path}: {said}{earlier}")
             numbers[job.name] = done.stdout.strip().partition(";")[0]
+            write_json(folder / SUBMITTED, numbers)
             waits = f", after {', '.join(before)}" if before else ""
             sys.stdout.write(f"job {numbers[job.name]}: {job.name}{waits}; {path}\n")
     except OSError as error:

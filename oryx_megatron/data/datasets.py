@@ -227,6 +227,13 @@ def _check_shards(parts: Sequence[Dataset]) -> None:
                 f"{part.prefix} is no shard of what {parts[0].prefix} is of: it was made with another "
                 f"{', '.join(changed)}; make all shards with one command but for --shard"
             )
+    corpora = [(part.manifest or {}).get("corpus") for part in parts]  # None: of an earlier version
+    for part, corpus in zip(parts, corpora, strict=True):
+        if None not in (corpus, corpora[0]) and corpus != corpora[0]:
+            raise DataError(
+                f"{part.prefix} is no shard of what {parts[0].prefix} is of: files were other or of other sizes; make "
+                "both again"
+            )
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def preprocess(
     left_out: list[LeftOut] = []
     outputs = [file_of(prefix, end) for end in ("bin", "idx", "json", "skipped.jsonl", "work")]
     units = plan(job.inputs, job.read, job.unit_bytes, job.shard[1], left_out=left_out, outputs=outputs)
+    corpus = _corpus(units)
     units = _shard(units, job.shard)
     if job.shard[0] != 1:
         left_out = []  # the first shard tells of them
@@ -88,7 +89,7 @@ def preprocess(
             _check_outputs(prefix, job, overwrite, resuming=begun)
             state = _resume(folder, key, restart)
             count = min(processes, len(units)) if processes > 1 else None
-            manifest = _run(job, units, left_out, prefix, folder, state, count, report)
+            manifest = _run(job, units, corpus, left_out, prefix, folder, state, count, report)
         with contextlib.suppress(OSError):
             _clear(folder, but=("lock", "key.json"))
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,6 +161,12 @@ def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:
     """Name of a shard's dataset."""
     number, count = shard
     return Path(prefix) if count == 1 else Path(f"{prefix}-{number:05d}-of-{count:05d}")
+
+
+def _corpus(units: list[tuple[Segment, ...]]) -> str:
+    """What is the same for all shards of a corpus: its pieces, by names of files that hold wherever it is mounted."""
+    pieces = [[asdict(segment) | {"path": segment.path.rpartition("/")[2]} for segment in unit] for unit in units]
+    return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
 
 def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -254,6 +261,7 @@ def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
 def _run(
     job: Job,
     units: list[tuple[Segment, ...]],
+    corpus: str,
     left_out: list[LeftOut],
     prefix: Path,
     folder: Path,
@@ -324,7 +332,7 @@ def _run(
             "reading": _reading(job, units),
         }
         if job.shard[1] > 1:
-            more["shard"] = list(job.shard)
+            more |= {"shard": list(job.shard), "corpus": corpus}
         writer.check_tokens()
         bad_file = file_of(prefix, "skipped.jsonl")
         if log.tell() or left_out:

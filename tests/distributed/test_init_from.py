@@ -153,6 +153,7 @@ def test_newest_and_its_record(
         "path": str(newest),
         "iteration": 5,
         "manifest_sha256": file_digest(newest / "manifest.json")["sha256"],
+        "weights": "trained",
         **dict.fromkeys(("optimizer", "schedule", "data"), False),
     }
     # From now on it resumes, also without the source, and another start from there is another source.

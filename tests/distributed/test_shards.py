@@ -72,7 +72,7 @@ def _both_ways(root: Path) -> dict[str, Any]:
                 dist_checkpointing.save(state, str(root / name))
             results["cut"] = sum(
                 len(list(shards.boxes(tuple(parameter.shape), start, stop))) > 1
-                for parameter, start, stop in shards._ranges(_single(opened))
+                for parameter, start, stop in shards.owned_ranges(_single(opened))
             )
             manager = opened.checkpoints(root / "managed")
             results["managed"] = manager.save(2, opened.manifest) or manager.wait()

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from torch.distributed import TCPStore
 
+from oryx_megatron.data.train_tokenizer import train_sentencepiece
 from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 from oryx_megatron.platform import store as stores
 from oryx_megatron.testing.project import synthetic_texts, tiny_project
@@ -233,6 +234,63 @@ def test_preprocessing_alone(capsys, tmp_path, monkeypatch) -> None:
     ):
         assert submit.main([*map(str, line), "--print"]) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_shards_that_are_there_must_be_of_this_command(capsys, tmp_path, monkeypatch) -> None:
+    """Damaged ones, and those of other input or another tokenizer, are named before anything is submitted."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "other"):
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(synthetic_texts(1200, seed=len(name))):
+            (tmp_path / name / f"{number:04d}.txt").write_text(text)
+    tokenizer = REPOSITORY / "tokenizers" / "stdlib-8k"
+    train_sentencepiece(synthetic_texts(), tmp_path / "small", 320, source="synthetic")
+    made = ["--input", "corpus", "--tokenizer", str(tokenizer), "--output", "x"]
+    assert preprocess_data.main([*made, "--shard", "1/2", "--quiet", "--processes", "1"]) == 0
+    command = ["preprocess", "--cluster", str(profile(tmp_path)), "--shards", "2", "--print", *made]
+    part = tmp_path / "x-00001-of-00002"
+
+    def said(*changed: str) -> str:
+        capsys.readouterr()
+        status, error = submit.main([*command, *changed]), capsys.readouterr().err
+        assert (status == 2) == bool(error)
+        return error
+
+    assert said() == ""
+    assert said("--input", str(tmp_path / "corpus")) == ""  # the same place by another name
+    assert said("--input", "other").startswith(f"error: --output: {part} was made from corpus, not other; `rm {part}.")
+    assert f"{part} was made with tokenizer stdlib-8k" in said("--tokenizer", "small")
+    assert said("--input", "other", "--overwrite") == ""
+    (tmp_path / "x-00001-of-00002.idx").rename(tmp_path / "away")
+    assert said().startswith(f"error: --output: {part} is not whole (")
+    assert said().count("\n") == 1
+    assert f"`rm {part}.bin {part}.json`, or pass --overwrite" in said()
+    (tmp_path / "x-00001-of-00002.work").mkdir()  # killed: the task continues there
+    assert said() == ""
+
+
+def test_preprocessing_is_not_submitted_twice(capsys, tmp_path, monkeypatch) -> None:
+    """While its jobs are in the queue; afterwards it is."""
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", "mktemp -u XXXXXXXX"), ("squeue", "cat queue")):
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    command = ["preprocess", "--cluster", str(profile(tmp_path)), "--shards", "2"]
+    command += ["--input", "stdlib", "--tokenizer", "t", "--output", "x"]
+    assert submit.main(command) == 0
+    numbers = json.loads((tmp_path / "x.slurm" / "submitted.json").read_text())
+    assert list(numbers) == ["preprocess", "merge"]
+    assert all(f"job {number}: {name}" in capsys.readouterr().out for name, number in list(numbers.items())[:1])
+    (tmp_path / "queue").write_text(f"7\n{numbers['merge']}\n")
+    assert submit.main(command) == 2
+    message = f"error: --output: job {numbers['merge']} (merge) of this dataset is still queued or running; wait"
+    assert capsys.readouterr().err.startswith(message)
+    assert json.loads((tmp_path / "x.slurm" / "submitted.json").read_text()) == numbers
+    (tmp_path / "queue").write_text("7\n")
+    assert submit.main(command) == 0
 
 
 @pytest.mark.parametrize(

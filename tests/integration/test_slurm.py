@@ -346,6 +346,10 @@ def test_preprocessing_alone(slurm, project, data) -> None:
         text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    again = subprocess.run([*command, "--shards", "2", *options], env=slurm.environment(), cwd=project.folder,
+                           capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert again.returncode == 2
+    assert "of this dataset is still queued or running" in again.stderr
     array, merge = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
 
     def log() -> str:

@@ -235,6 +235,12 @@ def test_shards_are_contiguous_and_cover_everything(tmp_path: Path) -> None:
     merged = merge([shard_prefix(tmp_path / "part", (number, 3)) for number in (1, 2, 3)], tmp_path / "merged")
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert {name for name in whole if merged.get(name) != whole[name]} == {"source"}
+    (Path(source) / "zz.txt").write_text("A file that came while the shards were made.")
+    third = shard_prefix(tmp_path / "part", (3, 3))
+    preprocess(job(source, unit_bytes=500, shard=(3, 3)), third, overwrite=True)
+    with pytest.raises(DataError, match=r"part-00003-of-00003 is no shard of what .*part-00001-of-00003 is of: files"):
+        merge([shard_prefix(tmp_path / "part", (number, 3)) for number in (1, 2, 3)], tmp_path / "mixed")
+    assert not (tmp_path / "mixed.idx").exists()
     with pytest.raises(DataError, match="shard 4/3: count shards from 1 to 3"):
         preprocess(job(source, shard=(4, 3)), tmp_path / "x")
     with pytest.raises(DataError, match="900 shards are too many: the corpus has"):
