@@ -89,9 +89,9 @@ def _shown(bound: float | None) -> str:
 
 
 def range_of(hint: Any) -> Range | None:
-    """Bounds in a field's type (with its annotations), also of `X | None`."""
+    """Bounds in a field's type (with its annotations), also of `X | None`, and those of each number of a list."""
     found = next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)), None)
-    if found is None and type(None) in typing.get_args(hint):
+    if found is None and (type(None) in typing.get_args(hint) or typing.get_origin(hint) is tuple):
         return next(filter(None, map(range_of, typing.get_args(hint))), None)
     return found
 
@@ -110,8 +110,13 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     dot, bounds = f"{prefix}." if prefix else "", ranges(cls)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{dot}{field.name}"
-        if field.name in bounds and value is not None and (why := bounds[field.name].why_not(value)):
-            raise ConfigError(f"{name}: {value} {why}")
+        if field.name in bounds and value is not None:
+            numbers = (
+                {f"{name}[{i}]": one for i, one in enumerate(value)} if isinstance(value, tuple) else {name: value}
+            )
+            for place, number in numbers.items():
+                if why := bounds[field.name].why_not(number):
+                    raise ConfigError(f"{place}: {number} {why}")
         _check_inside(value, name)
 
 

@@ -88,6 +88,7 @@ def _section(title: str, cls: type) -> list[str]:
         kind = kinds[field.name]
         words = "section below" if dataclasses.is_dataclass(kind) else type_name(kind)
         within = bounds[field.name].words() if field.name in bounds else ""
+        within = f"each {within}" if within and typing.get_origin(without_null(kind)) is tuple else within
         cells = (f"`{field.name}`", words, within, _default(field), docs[field.name])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]

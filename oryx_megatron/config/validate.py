@@ -171,9 +171,14 @@ def _check_moments(run: RunConfig) -> None:
             raise ConfigError(f"checkpoint.keep_best: no validation loss is called {best!r}; {hint}")
     if len(set(run.logging.profile_ranks)) != len(run.logging.profile_ranks):
         raise ConfigError(f"logging.profile_ranks: {list(run.logging.profile_ranks)} names a rank twice")
-    if run.logging.profile is not None and run.logging.profile[0] > run.logging.profile[1]:
+    if run.logging.profile is not None:
         first, last = run.logging.profile
-        raise ConfigError(f"logging.profile: the first step {first} is after the last, {last}")
+        if first > last:
+            raise ConfigError(f"logging.profile: the first step {first} is after the last, {last}")
+        if first > iterations:
+            raise ConfigError(f"logging.profile: step {first} is after train.iterations {iterations}")
+        if not run.logging.profile_ranks:
+            raise ConfigError("logging.profile_ranks: names no rank; name one, or set logging.profile to null")
 
 
 def _check_stages(name: str, starts: list[int], iterations: int) -> None:

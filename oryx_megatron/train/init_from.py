@@ -179,7 +179,7 @@ def expected_count(run: RunConfig, root: Path) -> SampleCount:
         return SampleCount.read(*own["count"])
     if run.init_from is None or _hugging_face(run.init_from.path) is not None:
         return SampleCount.of(run.train)
-    return _count(run, run.init_from, read_manifest(store.find_checkpoint(run.init_from.path)))
+    return _count(run, run.init_from, read_manifest(_newest(run.init_from.path)))
 
 
 def preview(run: RunConfig, root: Path) -> list[str]:
@@ -191,7 +191,7 @@ def preview(run: RunConfig, root: Path) -> list[str]:
     if (path := _hugging_face(run.init_from.path)) is not None:
         weights = _open(run, path)
         return _headline(run, run.init_from.path, None) + _differences(weights.model, run.model)
-    folder = store.find_checkpoint(run.init_from.path)
+    folder = _newest(run.init_from.path)
     manifest = read_manifest(folder)
     check(run, folder, manifest)
     return describe(run, folder, manifest)
@@ -316,7 +316,7 @@ def _look(run: RunConfig, root: Path, before: int | None, opened: list[Weights])
     if is_url(settings.path):
         return {"folders": list_remote(settings.path)}
     path = Path(settings.path)
-    newest = store.find_checkpoint(path)
+    newest = _newest(settings.path)
     folders = [newest] if newest == path else store.list_checkpoints(newest.parent)[::-1]
     return {"folders": [str(folder.resolve()) for folder in folders]}
 
@@ -341,6 +341,14 @@ def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
             why = str(error).removesuffix("; use another checkpoint")
             log.warning("init_from: %s; trying the checkpoint before it", why)
     raise AssertionError("no folder")
+
+
+def _newest(path: str) -> Path:
+    """The checkpoint at a path, or the newest of a run; CheckpointError that names the field."""
+    try:
+        return store.find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {error}") from None
 
 
 def _on_this_machine(name: str) -> Path:

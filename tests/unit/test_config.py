@@ -372,6 +372,33 @@ def test_every_number_has_bounds_and_is_held_to_them(cls, name, kind):
         check_ranges(cls(**(required | {name: kind(value)})), "here")
 
 
+AS_A_WHOLE = {"split", "decay_init", "dt_init"}
+"""Lists whose numbers are checked together, below."""
+LISTS = [
+    (cls, name, loading.without_null(kind))
+    for cls in dict.fromkeys(config_classes())
+    for name, kind in loading.field_types(cls).items()
+    if typing.get_origin(loading.without_null(kind)) is tuple
+    and {int, float} & set(typing.get_args(loading.without_null(kind)))
+    and name not in AS_A_WHOLE
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "kind"), LISTS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_number_of_a_list_has_bounds_and_is_held_to_them(cls, name, kind):
+    one, *rest = typing.get_args(kind)
+    good, bad = one(1), one(-1)
+    required = {field.name: None for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    for place in (0, 1):
+        value = [good] * (2 if rest == [Ellipsis] else len(rest) + 1)
+        check_ranges(cls(**(required | {name: tuple(value)})), "here")
+        value[place] = bad
+        with pytest.raises(ConfigError, match=rf"^here\.{name}\[{place}\]: {bad} should (not be negative|be above 0)$"):
+            check_ranges(cls(**(required | {name: tuple(value)})), "here")
+    row = next(row for row in reference().splitlines() if row.startswith(f"| `{name}` | list"))
+    assert f" | each {ranges(cls)[name].words()} | " in row
+
+
 def test_bounds_are_in_the_reference():
     table = reference()
     for cls, name, _ in NUMBERS:
@@ -496,6 +523,11 @@ def test_layouts(run_file, world_size, overrides, layout):
             "model.shared_query: a model with model.pattern has one query",
         ),
         (["model.pattern=[recurrent]"], "modes: model small has only the mode recurrent: set p_attention: 0"),
+        (["logging.profile=[0, 2]"], "logging.profile[0]: 0 should be above 0"),
+        (["logging.profile=[101, 102]"], "logging.profile: step 101 is after train.iterations 100"),
+        (["logging.profile=[1, 2]", "logging.profile_ranks=[]"], "logging.profile_ranks: names no rank; name one"),
+        (["checkpoint.steps=[3, -1]"], "checkpoint.steps[1]: -1 should not be negative"),
+        (["schedule.restarts=[0]"], "schedule.restarts[0]: 0 should be above 0"),
         (["model.dt_init=[0.1, 0.01]"], "model.dt_init: [0.1, 0.01] should be 0 < low ≤ high"),
         (["model.decay_init=[0, 1]"], "model.decay_init: [0.0, 1.0] should be 0 < low ≤ high"),
         (["modes.chunk=100"], "data.sequence_length 256 is not divisible by modes.chunk 100; use 200 or 300"),
