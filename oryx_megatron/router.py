@@ -261,7 +261,7 @@ def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan, do
     from oryx_megatron.train.step import Microbatch, OryxProgram
 
     program = OryxProgram(model.run.model)
-    with torch.inference_mode():
+    with torch.no_grad():
         placed = program.place(Microbatch(tokens, labels, torch.ones(tokens.shape), plan, documents), model.chunk)
         losses = program.forward(placed, model.chunk)[0]
         return placed.info.restore(losses).float().cpu()

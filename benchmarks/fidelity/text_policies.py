@@ -74,7 +74,7 @@ class Sets:
         losses, entropies = zip(*(self._predict(tokens, labels, mode) for mode in (Mode.ATTENTION, Mode.RECURRENT)))
         return Texts(tokens.long(), labels.long(), mask > 0, torch.stack(losses), entropies[1])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _predict(self, tokens: Tensor, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """Losses and entropies [n, s] in one mode."""
         losses, entropies, size = [], [], max(1, TOKENS // tokens.shape[1])

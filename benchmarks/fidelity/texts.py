@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--folders", type=Path, nargs="*", help="instead of the installed packages")
-    parser.add_argument("--held-out", type=float, default=0.25, help="share of packages (default: %(default)s)")
+    parser.add_argument("--held-out", type=float, default=0.2, help="share of packages (default: %(default)s)")
     parser.add_argument("--most", type=float, default=400e6, help="bytes of training text (default: %(default)s)")
     parser.add_argument("--most-held-out", type=float, default=4e6, help="bytes of each kind (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 def installed() -> list[Path]:
     """Folders of this Python's packages and its standard library."""
     found = [Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib", "stdlib")]
-    found += [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    homes = Counter(Path(str(each.locate_file(""))) for each in metadata.distributions())
+    found += [home for home, count in homes.items() if count > 2]  # not that of a checkout
     return [folder for folder in dict.fromkeys(path.resolve() for path in found) if folder.is_dir()]
 
 
