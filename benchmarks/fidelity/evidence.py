@@ -38,7 +38,7 @@ import language
 import routing
 
 from oryx_megatron.cli import main_guard
-from oryx_megatron.config import to_yaml
+from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError, OryxError
 
@@ -338,7 +338,11 @@ def _finished(path: Path) -> bool:
 def summarize(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> str:
     """Make every table and plot that the results in OUT allow; returns and writes evidence.md."""
     out, parts = arguments.out, []
-    here = [replace(run, output_dir=str(out / "language" / Path(run.output_dir).name)) for run in runs]
+    here = []
+    for run in runs:
+        folder = out / "language" / Path(run.output_dir).name
+        if (folder / "run.yaml").is_file():  # as it was run, with however many tokens
+            here.append(replace(load_run(folder / "run.yaml"), output_dir=str(folder)))
     results = [found for run in here if (found := language.read_result(run)) is not None]
     with contextlib.suppress(OryxError, OSError, ValueError):
         ex.write_text(out / "language" / "training.csv", language.training_losses(here))
