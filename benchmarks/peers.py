@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.config import transformer_config
@@ -176,13 +176,42 @@ def gpt_engine(run: RunConfig) -> MegatronEngine:
     return peer_engine(run, gpt_chunks(run))
 
 
-def finish(model: torch.nn.Module) -> torch.nn.Module:
-    """What megatron-core's initialisation would do, and the weight gradients where Oryx puts them too."""
+def hybrid_chunks(run: RunConfig, mixers: Sequence[str], stack: Any = None) -> list[torch.nn.Module]:
+    """megatron-core's hybrid on one rank: for each of `mixers`, M (Mamba-2) or * (attention), that mixer and an MLP.
+
+    Args:
+        stack: Spec of its layers; None: megatron-core's, with TransformerEngine and mamba_ssm.
+    """
+    model, gpu = run.model, platform.has_gpu()
+    config = transformer_config(
+        model,
+        run.parallel,
+        run.precision,
+        fused_mixer=False,
+        use_te_activation_func=False,
+        bias_activation_fusion=gpu,
+        apply_rope_fusion=gpu,
+        num_layers=2 * model.num_layers,
+    )
+    chunk = compat.megatron.hybrid_model(
+        "".join(f"{mixer}-" for mixer in mixers),
+        stack,
+        config=config,
+        vocab_size=model.vocab_size,
+        max_sequence_length=run.data.sequence_length,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope" if "*" in mixers else "none",
+    )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(1, 16).log_()
+            elif "conv1d" in name:
+                parameter.uniform_(-0.5, 0.5)
+            elif parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
             elif "norm" in name:
-                parameter.fill_(1.0)
-    accumulate_into_main_gradients(model)
-    return model
+                parameter.fill_(1.0)  # dt_bias and D stay as their module gave them
+    if gpu:
+        accumulate_into_main_gradients(chunk)
+    return [chunk]

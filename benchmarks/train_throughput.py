@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import finish, gpt_chunks, peer_engine
+from peers import gpt_chunks, hybrid_chunks, peer_engine
 from torch import Tensor
 
 from oryx_megatron import arch, parallel, platform
@@ -38,7 +38,6 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.data.files import replacing
-from oryx_megatron.model.config import transformer_config
 from oryx_megatron.modes import Mode, ModePlan, draw_plan, parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import forget_hooks
@@ -177,47 +176,10 @@ MAMBA_FFN = 4800
 
 def mamba(sequence: int, batch: int, precision: PrecisionConfig, *, attention_every: int = 0) -> Runner:
     """megatron-core's Mamba-2 + MLP, or its hybrid with one attention layer in every `attention_every`."""
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-    from megatron.core.models.mamba.mamba_model import MambaModel
-
     preset = replace(load_model("1.4b-transformer"), ffn_hidden_size=MAMBA_FFN)
     mixers = ["*" if attention_every and (i + 1) % attention_every == 0 else "M" for i in range(preset.num_layers)]
     run = run_config(preset, sequence, batch, precision)
-    config = transformer_config(
-        preset,
-        run.parallel,
-        precision,
-        fused_mixer=False,
-        use_te_activation_func=False,
-        bias_activation_fusion=True,
-        apply_rope_fusion=True,
-        num_layers=2 * preset.num_layers,
-    )
-    model = MambaModel(
-        config=config,
-        mamba_stack_spec=mamba_stack_spec,
-        vocab_size=preset.vocab_size,
-        max_sequence_length=sequence,
-        hybrid_override_pattern="".join(f"{mixer}-" for mixer in mixers),
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope" if attention_every else "none",
-    )
-    return Runner(run, [_finish_mamba(model)])
-
-
-def _finish_mamba(model: torch.nn.Module) -> torch.nn.Module:
-    """`finish`, with dt_bias and D as their module gave them, A in 1 … 16 and small convolutions."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(("dt_bias", ".D"))}
-    finish(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in kept:
-                parameter.copy_(kept[name])
-            elif name.endswith("A_log"):
-                parameter.uniform_(1, 16).log_()
-            elif "conv1d" in name:
-                parameter.uniform_(-0.5, 0.5)
-    return model
+    return Runner(run, hybrid_chunks(run, mixers))
 
 
 def build(which: str, sequence: int, batch: int, precision: PrecisionConfig, kernels: KernelsConfig) -> Runner:

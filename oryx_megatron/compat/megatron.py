@@ -30,7 +30,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `as_rank_0` | GPTDataset builds its indices on rank 0 alone; where each machine has its own copies, the first rank of each builds |
 | `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
 
-Of two forms, by version: `mlp`, `router_loss_factor`, `split_tensor_factory`, `save`, `gradients_for_norm`.
+Of two forms, by version: `mlp`, `hybrid_model`, `router_loss_factor`, `split_tensor_factory`, `save`, `gradients_for_norm`.
 
 On GPUs the fused functions are compiled by the same torch.compile as before.
 """  # noqa: E501
@@ -174,6 +174,24 @@ def mlp(module: Any, submodules: Any, **params: Any) -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     return ModuleSpec(module=module, submodules=submodules, params=params)
+
+
+def hybrid_model(pattern: str, stack: Any = None, **fields: Any) -> Any:
+    """megatron-core's model of Mamba-2 (M), attention (*) and MLP (-) layers, as its benchmarks take it.
+
+    Args:
+        stack: Spec of the layers; None: its own.
+        fields: Further arguments of HybridModel, which 0.16 calls MambaModel.
+    """
+    if since(0, 19):
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        return HybridModel(hybrid_stack_spec=stack or hybrid_stack_spec, hybrid_layer_pattern=pattern, **fields)
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from megatron.core.models.mamba.mamba_model import MambaModel
+
+    return MambaModel(mamba_stack_spec=stack or mamba_stack_spec, hybrid_override_pattern=pattern, **fields)
 
 
 def router_loss_factor(ranks: int) -> int:
