@@ -31,7 +31,8 @@ def expand(text: str, name: str, *, urls: bool | Literal["names"] = False) -> st
     Args:
         text: As written.
         name: Of the field or argument, for messages.
-        urls: Whether `scheme://…` is welcome; it is returned as it is. `names`: so is what only looks like one.
+        urls: Whether `scheme://…` is welcome; it is returned without slashes at its end, which storage takes for a
+            part of the name. `names`: so is what only looks like one.
 
     Raises:
         ConfigError: no text; a variable that is not set, unless something exists under the name as written; a user
@@ -69,6 +70,8 @@ def expand(text: str, name: str, *, urls: bool | Literal["names"] = False) -> st
             f"{name}: {text}: only local paths work here, not {scheme[0]}/…; give a folder of this machine "
             f"(a mount of that storage, or a copy)"
         )
+    if is_url(text) and (place := text.rstrip("/")) and not place.endswith(":"):
+        return place
     return text
 
 

@@ -89,7 +89,8 @@ def _report(summary: Summary, part: str, depth: int | None) -> str:
         f"  commit {manifest.commit or 'unknown'}",
     ]
     for result in manifest.evaluations:
-        lines.append(f"  {result['dataset']} under {result['plan']}: loss {result['loss']:.4f}")
+        averaged = "" if result.get("ema_loss") is None else f", of the average {result['ema_loss']:.4f}"
+        lines.append(f"  {result['dataset']} under {result['plan']}: loss {result['loss']:.4f}{averaged}")
     lines += ["", f"{'part':<22}{'tensors':>8}{'elements':>18}{'size':>12}"]
     for name, (tensors, elements, size) in summary.parts().items():
         lines.append(f"{name:<22}{tensors:>8,}{elements:>18,}{_size(size):>12}")

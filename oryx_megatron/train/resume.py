@@ -118,11 +118,11 @@ def jump(then: RunConfig, now: RunConfig, done: int) -> str:
     ]
     if not changes or not done:
         return ""
-    expected, found = learning_rate(then, done), learning_rate(now, done)
-    if abs(found - expected) <= JUMP * max(found, expected):
+    last, expected, found = learning_rate(then, done - 1), learning_rate(then, done), learning_rate(now, done)
+    if any(abs(found - other) <= JUMP * max(found, other) for other in (last, expected)):
         return ""
     text = (
-        f"the learning rate jumps from {learning_rate(then, done - 1):.3g} in step {done} to {found:.3g} in step "
+        f"the learning rate jumps from {last:.3g} in step {done} to {found:.3g} in step "
         f"{done + 1}: {', '.join(changes)}"
     )
     if done < then.train.iterations or now.schedule.name == "constant":

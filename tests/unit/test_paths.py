@@ -90,6 +90,9 @@ def test_a_bucket_in_a_variable(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="only local paths work here"):
         expand("$BUCKET/run", "output_dir")
     assert expand("$BUCKET/run", "--input", urls=True) == "s3://bucket/run"
+    # a/ and a are two names there, and the checkpoints of one are not found under the other
+    assert expand("$BUCKET/run//", "output_dir", urls=True) == "s3://bucket/run"
+    assert [expand(url, "x", urls=True) for url in ("memory://", "file:///")] == ["memory://", "file:///"]
 
 
 def test_what_has_this_very_name_is_meant(here: Path) -> None:

@@ -92,3 +92,6 @@ def test_an_extended_run_is_told_how_to_warm_up_again() -> None:
     assert resume.jump(short, proposed, 20) == ""
     assert rates(proposed)[:20] == rates(short)
     assert "to warm up again" not in resume.jump(short, longer, 10)
+    # Both halfway down: another rate than the old schedule's, but none that jumps.
+    assert learning_rate(run_of(2), 1) == learning_rate(run_of(4), 2)
+    assert resume.jump(run_of(2), run_of(4), 2) == ""
