@@ -44,15 +44,14 @@ from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.planner import (
     CONTEXT_GIB,
-    COPY_TERABYTES,
     GIB,
-    MEMORY_GIB,
     Cluster,
     Estimate,
     Work,
     estimate,
     layout_of,
 )
+from oryx_megatron.planner_costs import MEMORY_GIB
 from oryx_megatron.testing.layouts import Session, session, tiny_run
 from oryx_megatron.train.engine import MegatronEngine
 from oryx_megatron.train.traces import Trace
@@ -81,13 +80,13 @@ def run_config(case: Case) -> RunConfig:
 def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str, float]:
     """What the planner says of a case on this card; the card's name in the planner, and its memory in GiB."""
     name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
-    card = next((card for card in COPY_TERABYTES if card.upper() in name_of_card), "h200")
+    card = next((card for card in MEMORY_GIB if card.upper() in name_of_card), "h200")
     plan = parse_plan(case.plan, case.sequence, chunk=case.chunk)
     work = Work(case.sequence, case.batch, 1.0 if case.model == PEER else plan.attention_share)
     split = layout_of(run.model, work, run.parallel, case.micro, case.gpus)
-    cluster = Cluster(case.gpus, MEMORY_GIB[card], copy_tbps=COPY_TERABYTES[card])
+    recompute, cluster = run.parallel.recompute, Cluster.of(card, case.gpus)
     found = estimate(
-        run.model, cluster, work, split, case.micro, run.parallel.recompute, case.cpu_offload, graphs=graphs
+        run.model, cluster, work, split, case.micro, recompute, case.cpu_offload, graphs=graphs, fp8=case.fp8
     )
     return found, card, MEMORY_GIB[card]
 

@@ -1,8 +1,8 @@
 """Which layouts fit a model on a number of GPUs, what memory and communication each takes, and how fast it should be.
 
 Arithmetic only, from the model's shapes and the kernels that a GPU runs (model/mixer.py with TransformerEngine's
-linears). Constants of speed are those measured on an H200 with plain models and single kernels; what came of them for
-whole Oryx models stands in docs/parallelism.md.
+linears). Constants of speed are in planner_costs.py; how far they are from what was measured stands in
+docs/parallelism.md.
 
 Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width, V vocabulary,
 t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens. Experts (E of width f, of which a
@@ -32,32 +32,11 @@ from oryx_megatron.config.schema import (
 )
 from oryx_megatron.config.validate import Layout, divisors, layout_for, uneven_first_stage
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.planner_costs import COPY_TERABYTES, COSTS, MEMORY_GIB, PEAK, Costs
 
 Recompute = Literal["none", "mixer", "full"]
 GIB = 2**30
 
-LINEAR_SHARE = 0.62
-"""Of the peak FLOP rate that a block's matrix products reach: 62,400 tokens/s of the measured 1.3B GPT."""
-ATTENTION_SHARE = 0.52
-"""Of the peak that attention reaches, forward and backward (cuDNN, 8,192 tokens, 16 heads of 128)."""
-RECURRENCE_SECONDS = {"gdn": 2.04e-3 / (32768 * 16), "mamba2": 2.17e-3 / (32768 * 16)}
-"""Per token and head of 128 × 128 on an H200, forward and backward (flash_qla at 8,192 tokens, our Triton kernels)."""
-COPY_TERABYTES = {"h100": 3.0, "h200": 4.27}
-"""TB/s that a card copies, read and written."""
-MEMORY_GIB = {"h100": 79.0, "h200": 141.0}
-"""Of a card."""
-PEAK = 989e12
-"""FLOP/s of an H200 in bf16, of which the constants above are shares."""
-LAUNCH_SECONDS = 3.1e-3
-"""What the host needs for a layer and microbatch, launched, forward and backward: `benchmarks/layouts.py --micro 1`."""
-COLLECTIVE_SECONDS = {"launched": 0.13e-3, "graphs": 0.05e-3}
-"""Of a collective beside its bytes, while ranks wait for each other: `benchmarks/layouts.py --layout tensor=2`."""
-UPDATE_BYTES = 46.0
-"""Moved per parameter that a GPU owns: cleared and scaled gradient, its norm, AdamW with master and moments in fp32."""
-EXCHANGE_SECONDS = 1.0e-3
-"""Of an exchange of context parallelism beside its bytes: 0.7 (mamba2) and 1.4 ms (gdn) with 8,192 tokens a rank."""
-OFFLOAD_SECONDS = 0.96e-9
-"""Per parameter that a GPU owns, with `optimizer.cpu_offload` and 16 cores of the host for the GPU."""
 OFFLOAD_BYTES = 16
 """Of host memory per parameter that a GPU owns, with `optimizer.cpu_offload`: weight, gradient and moments in fp32."""
 USABLE = 0.95
@@ -82,6 +61,11 @@ class Cluster:
     """Peak of one GPU in bf16, TFLOP/s."""
     copy_tbps: float = COPY_TERABYTES["h200"]
     """TB/s that one GPU copies."""
+
+    @classmethod
+    def of(cls, card: str, gpus: int) -> Cluster:
+        """GPUs of a kind that was measured (`planner_costs.MEMORY_GIB`)."""
+        return cls(gpus, MEMORY_GIB[card], copy_tbps=COPY_TERABYTES[card])
 
 
 @dataclass(frozen=True)
@@ -278,8 +262,13 @@ def memory_bytes(
     recompute: Recompute,
     stage: int,
     cpu_offload: bool = False,
+    *,
+    fp8: bool = False,
 ) -> dict[str, float]:
-    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded."""
+    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded.
+
+    With `fp8` beside them the weights of products and their transposes in FP8.
+    """
     parameters, experts = parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
     kept, once = _layer_bytes(model, layout, work.attention_share, recompute, stage)
@@ -289,6 +278,8 @@ def memory_bytes(
         "gradients": 4 * (parameters + experts),
         "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
     }
+    if fp8:
+        items["fp8 weights"] = 2 * (parameters + experts)
     if work.ema:
         items["average of weights"] = 4 * _owned(parameters, experts, layout)
     if recompute == "full":
@@ -364,58 +355,54 @@ def estimate(
     cpu_offload: bool = False,
     *,
     graphs: bool = True,
+    fp8: str = "none",
+    costs: Costs = COSTS,
 ) -> Estimate:
-    """Memory, traffic and time of one layout; `graphs`: microbatches are replayed as CUDA graphs where they can be."""
-    graphs = graphs and layout.cp == 1 and model.moe is None  # engine.why_launched
+    """Memory, traffic and time of one layout.
+
+    Args:
+        model, cluster, work, layout, micro_batch, recompute, cpu_offload: What is trained, on what and how.
+        graphs: Microbatches are replayed as CUDA graphs where they can be.
+        fp8: precision.fp8.
+        costs: Constants of speed.
+    """
+    graphs = graphs and layout.cp == 1 and model.moe is None and fp8 in REPLAYED_FP8  # engine.why_launched
     stages = [
-        memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload)
+        memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload, fp8=fp8 != "none")
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
     ]
     traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
-    speed, share = cluster.tflops * 1e12 / PEAK, work.attention_share
-    tokens = work.sequence * micro_batch / layout.cp
-    flops = flops_per_token(model, work.sequence, share)
-    scan = {"recurrence update", "recurrence read"}
-    linear = sum(value for name, value in flops.items() if name not in scan | {"attention", "conv", "output_layer"})
-    part = max(layout.stage_layers) / model.num_layers / layout.tp
-    forward = linear / (LINEAR_SHARE * PEAK) + flops.get("attention", 0.0) / (ATTENTION_SHARE * PEAK)
-    backward = 2 * forward
-    if recurrent := _recurrent_layers(model, share):
-        area = model.qk_head_dim * model.v_head_dim / 128**2
-        scans = RECURRENCE_SECONDS[model.mixer] * model.num_heads * area * recurrent
-        forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
-    # Norms, activations and copies: what is kept is written and read again about twice.
-    moved = 2.5 * sum(activation_bytes(model, dataclasses.replace(layout, tp=1), share).values()) * model.num_layers
-    copied = cluster.copy_tbps * 1e12
-    forward, backward = forward + moved / copied / 3, backward + 2 * moved / copied / 3
-    again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
-    head = 3 * flops["output_layer"] / (LINEAR_SHARE * PEAK) / layout.tp
-    micro = tokens * ((forward + backward + again) * part + head / layout.pp) / speed
-    if not graphs:
-        micro = max(micro, LAUNCH_SECONDS * max(layout.stage_layers))
     node, network = cluster.node_gbps * 1e9, cluster.network_gbps * 1e9
 
     def link(ranks: int) -> float:
         return node if ranks <= cluster.gpus_per_node else network
 
-    compute = layout.microbatches * micro
-    passes = layout.microbatches * max(layout.stage_layers)
+    # Of a microbatch on the slowest stage: what the GPU computes and sends, and what the host launches meanwhile.
+    passes = max(layout.stage_layers)
+    compute = compute_seconds(model, cluster, work, layout, micro_batch, recompute, fp8, costs)
+    steps = layout.microbatches
     tensor, context = traffic["tensor"] / link(layout.tp), traffic["context"] / link(layout.tp * layout.cp)
-    if layout.tp > 1:
-        tensor += COLLECTIVE_SECONDS["graphs" if graphs else "launched"] * _collectives(recompute) * passes
-    if layout.cp > 1:
-        context += EXCHANGE_SECONDS * 2 * _exchanges(recompute) * passes
+    collectives = _collectives(recompute) * passes if layout.tp > 1 else 0
+    exchanges = 2 * _exchanges(recompute) * passes if layout.cp > 1 else 0
+    tensor += costs.collective * collectives * steps
+    context += costs.exchange * exchanges * steps
     expert = traffic["expert"] / link(layout.tp * layout.cp if layout.ep <= layout.tp * layout.cp else layout.ep)
+    gpu = compute + (tensor + context + expert) / steps
+    host = 0.0
+    if not graphs:
+        again = 1 + (costs.launch_again if recompute == "full" else 0.3 * costs.launch_again * (recompute == "mixer"))
+        host = passes * _launch_seconds(model, costs) * again * (1.0 if fp8 == "none" else costs.launch_fp8)
+        host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
-    bubble = (layout.pp - 1) / (layout.microbatches * layout.vpp)
+    bubble = (layout.pp - 1) / (steps * layout.vpp)
     data = traffic["data"] / link(layout.tp * layout.cp * layout.dp)
     # Overlap hides reduction and gathering behind the last microbatch's backward and the next one's forward pass.
-    exposed = max(0.0, data - 0.8 * micro)
+    exposed = max(0.0, data - 0.8 * max(gpu, host))
     owned = max(
         _owned(parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage), layout)
         for stage in range(layout.pp)
     )
-    update = OFFLOAD_SECONDS * owned if cpu_offload else UPDATE_BYTES * owned / copied
+    update = costs.offload_seconds * owned if cpu_offload else costs.update_bytes * owned / cluster.copy_tbps / 1e12
     return Estimate(
         layout=layout,
         micro_batch=micro_batch,
@@ -423,19 +410,63 @@ def estimate(
         memory=max(stages, key=lambda items: sum(items.values())),
         traffic=traffic,
         seconds={
-            "compute": compute,
+            "compute": compute * steps,
             "tensor": tensor,
             "context": context,
             "expert": expert,
+            "host": max(0.0, host - gpu) * steps,
             "pipeline": pipeline,
-            "bubble": bubble * (compute + tensor + context + expert),
+            "bubble": bubble * max(gpu, host) * steps,
             "data, not hidden": exposed,
-            "optimizer": update,
+            "optimizer": update + costs.step_seconds,
         },
         bubble=bubble / (1 + bubble),
         tokens=work.sequence * work.batch,
         host=OFFLOAD_BYTES * owned if cpu_offload else 0.0,
     )
+
+
+REPLAYED_FP8 = ("none", "tensorwise", "blockwise")
+"""Values of precision.fp8 under which CUDA graphs are captured."""
+
+
+def compute_seconds(
+    model: ModelConfig,
+    cluster: Cluster,
+    work: Work,
+    layout: Layout,
+    micro_batch: int,
+    recompute: Recompute,
+    fp8: str,
+    costs: Costs,
+) -> float:
+    """Of a microbatch, forward and backward, on the slowest pipeline stage; nothing is sent or waited for."""
+    share, tokens = work.attention_share, work.sequence * micro_batch / layout.cp
+    flops = flops_per_token(model, work.sequence, share)
+    scan = {"recurrence update", "recurrence read"}
+    linear = sum(value for name, value in flops.items() if name not in scan | {"attention", "conv", "output_layer"})
+    product = costs.linear_share * PEAK
+    forward = linear / product * costs.fp8[fp8] + flops.get("attention", 0.0) / (costs.attention_share * PEAK)
+    backward = 2 * forward
+    if recurrent := _recurrent_layers(model, share):
+        area = model.qk_head_dim * model.v_head_dim / 128**2
+        scans = costs.recurrence_seconds[model.mixer] * model.num_heads * area * recurrent
+        forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
+    # Norms, activations and copies: what is kept is written and read again.
+    kept = activation_bytes(model, dataclasses.replace(layout, tp=1), share)
+    moved = costs.passes * sum(kept.values()) * model.num_layers / (cluster.copy_tbps * 1e12)
+    forward, backward = forward + moved / 3, backward + 2 * moved / 3
+    again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
+    blocks = (forward + backward + again) / model.num_layers
+    head = 3 * flops["output_layer"] / product
+    slowest = max(blocks * max(layout.stage_layers), blocks * layout.stage_layers[-1] + head)
+    return tokens * slowest / layout.tp / (cluster.tflops * 1e12 / PEAK)
+
+
+def _launch_seconds(model: ModelConfig, costs: Costs) -> float:
+    """Of the host for a layer and microbatch, the mean over layers."""
+    names = [(kind.layers, model.mixer if kind.model.has_recurrence else "attention") for kind in kinds(model)]
+    return sum(layers * costs.launch_seconds[name] for layers, name in names) / model.num_layers
 
 
 def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_batch: int, gpus: int) -> Layout:
@@ -491,7 +522,15 @@ def _expert_sizes(experts: int, ranks: int) -> tuple[int, ...]:
     return tuple(size for size in divisors(experts) if ranks % size == 0)
 
 
-def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = False) -> list[Estimate]:
+def plan(
+    model: ModelConfig,
+    cluster: Cluster,
+    work: Work,
+    cpu_offload: bool = False,
+    *,
+    graphs: bool = True,
+    fp8: str = "none",
+) -> list[Estimate]:
     """Layouts that fit in memory, fastest first; of each layout and micro batch the least recompute that fits.
 
     ConfigError when none fits, with the one that comes nearest.
@@ -501,7 +540,7 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = F
     for layout, micro_batch in layouts(model, cluster, work):
         modes: tuple[Recompute, ...] = ("none", "mixer", "full")
         for recompute in modes:
-            found = estimate(model, cluster, work, layout, micro_batch, recompute, cpu_offload)
+            found = estimate(model, cluster, work, layout, micro_batch, recompute, cpu_offload, graphs=graphs, fp8=fp8)
             if found.gib <= USABLE * cluster.memory_gib:
                 fitting.append(found)
                 break
@@ -517,74 +556,11 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work, cpu_offload: bool = F
         )
     hint = ""
     if not cpu_offload:
-        leaner = estimate(model, cluster, work, nearest.layout, nearest.micro_batch, nearest.recompute, True).gib
+        leanest = (nearest.layout, nearest.micro_batch, nearest.recompute)
+        leaner = estimate(model, cluster, work, *leanest, True, graphs=graphs, fp8=fp8).gib
         hint = f", with optimizer.cpu_offload (--cpu-offload) {leaner:.0f} GiB"
     raise ConfigError(
         f"model {model.name} does not fit on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB, of which "
         f"{USABLE * cluster.memory_gib:.0f} are usable: the leanest layout, {nearest.name()} with full recompute, "
         f"needs {nearest.gib:.0f} GiB{hint}"
     )
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One pass of one model chunk in the pipeline's schedule; times in units of a forward pass of a stage."""
-
-    rank: int
-    chunk: int
-    microbatch: int
-    forward: bool
-    start: float
-    stop: float
-
-
-def schedule(pp: int, vpp: int, microbatches: int) -> list[Slot]:
-    """megatron-core's schedule, 1F1B or interleaved, when a backward pass takes twice a forward one.
-
-    ValueError when vpp is above 1 and the microbatches do not come in groups of pp.
-    """
-    if vpp > 1 and microbatches % pp:
-        raise ValueError(f"{microbatches} microbatches are not groups of {pp}")
-    orders = [_order(rank, pp, vpp, microbatches) for rank in range(pp)]
-    done: dict[tuple[int, int, bool], float] = {}  # (stage of all chunks, microbatch, forward) -> when
-    free, next_up = [0.0] * pp, [0] * pp
-    slots: list[Slot] = []
-    last = pp * vpp - 1
-    while any(i < len(order) for i, order in zip(next_up, orders)):
-        moved = False
-        for rank, order in enumerate(orders):
-            while next_up[rank] < len(order):
-                chunk, microbatch, forward = order[next_up[rank]]
-                stage = chunk * pp + rank
-                if forward:
-                    need = (stage - 1, microbatch, True) if stage else None
-                else:
-                    need = (stage + 1, microbatch, False) if stage < last else (stage, microbatch, True)
-                if need is not None and need not in done:
-                    break
-                start = max(free[rank], 0.0 if need is None else done[need])
-                stop = start + (1.0 if forward else 2.0) / vpp
-                free[rank] = done[stage, microbatch, forward] = stop
-                slots.append(Slot(rank, chunk, microbatch, forward, start, stop))
-                next_up[rank] += 1
-                moved = True
-        if not moved:
-            raise ValueError("the schedule waits for itself")
-    return slots
-
-
-def _order(rank: int, pp: int, vpp: int, microbatches: int) -> list[tuple[int, int, bool]]:
-    """What one rank does, in order: (chunk, microbatch, forward)."""
-    total = microbatches * vpp
-
-    def piece(i: int, forward: bool) -> tuple[int, int, bool]:
-        if vpp == 1:
-            return 0, i, forward
-        chunk = i % (pp * vpp) // pp
-        return chunk if forward else vpp - 1 - chunk, i // (pp * vpp) * pp + i % pp, forward
-
-    warm = min(total, pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp)
-    order = [piece(i, True) for i in range(warm)]
-    for i in range(warm, total):
-        order += [piece(i, True), piece(i - warm, False)]
-    return order + [piece(i, False) for i in range(total - warm, total)]

@@ -11,8 +11,9 @@ Examples:
     python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 \\
         --sequence 32768 --batch 64 --tokens 100e9 --json
 
-On paper: times come from an H200's measured speeds, memory from the shapes of
-what is kept. Take the first few layouts as those to measure, not as promises.
+On paper: times come from what one and two H100s and H200s were measured to do
+(benchmarks/planner_error.py), memory from the shapes of what is kept. Take the
+first few layouts as those to measure, not as promises.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import math
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from oryx_megatron import resources
 from oryx_megatron.cli import HelpFormatter, main_guard
@@ -39,18 +41,17 @@ from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
+from oryx_megatron.pipeline_schedule import schedule
 from oryx_megatron.planner import (
-    COPY_TERABYTES,
     GIB,
-    MEMORY_GIB,
     USABLE,
     Cluster,
     Estimate,
     Work,
     estimate,
     plan,
-    schedule,
 )
+from oryx_megatron.planner_costs import COPY_TERABYTES, COSTS, MEMORY_GIB
 
 PICTURE_MICROBATCHES = 16
 """More would not be seen."""
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
     )
     parser.add_argument("--ema", action="store_true", help="as with train.ema: an fp32 average of the weights")
+    parser.add_argument("--fp8", choices=sorted(COSTS.fp8), help="precision.fp8 (default: the run's, else none)")
+    parser.add_argument("--launched", action="store_true", help="as with kernels.graphs off: the host may be the limit")
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
@@ -123,13 +126,14 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--price needs --tokens, or a run's YAML")
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
+    how: dict[str, Any] = {"graphs": not a.launched, "fp8": a.fp8 or "none"}
     work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema)
-    found = plan(model, cluster, work, a.cpu_offload)
+    found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:
         plain = [_plain(e) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
     else:
-        ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload)
+        ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload, **how)
         bill = _bill_lines(_bill(found[0], cluster, work, a.tokens, a.price), cluster, a.price)
         sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, [*ramp, *bill])))
     if a.picture:
@@ -162,6 +166,8 @@ def _of_run(a: argparse.Namespace) -> ModelConfig:
     if a.attention_share is None and run.model.single_mode is None and run.modes.fixed is None:
         a.attention_share = run.modes.p_attention + (1 - run.modes.p_attention - run.modes.p_recurrent) / 2
     a.cpu_offload = a.cpu_offload or run.optimizer.cpu_offload
+    a.launched = a.launched or run.kernels.graphs == "off"
+    a.fp8 = a.fp8 or run.precision.fp8
     a.ema = a.ema or run.train.ema is not None
     return run.model
 
@@ -233,14 +239,15 @@ def _settings(e: Estimate) -> list[str]:
     ]
 
 
-def ramp_lines(model: ModelConfig, cluster: Cluster, work: Work, best: Estimate, cpu_offload: bool) -> list[str]:
+def ramp_lines(
+    model: ModelConfig, cluster: Cluster, work: Work, best: Estimate, cpu_offload: bool, **how: Any
+) -> list[str]:
     """A layout's step at every size of a ramp: the pipeline idles more with fewer microbatches."""
     lines = ["", "batch    m  step s  tokens/s  bubble"]
     for size in (*work.ramp, work.batch):
         layout = dataclasses.replace(best.layout, microbatches=size // (best.micro_batch * best.layout.dp))
-        e = estimate(
-            model, cluster, dataclasses.replace(work, batch=size), layout, best.micro_batch, best.recompute, cpu_offload
-        )
+        then = dataclasses.replace(work, batch=size)
+        e = estimate(model, cluster, then, layout, best.micro_batch, best.recompute, cpu_offload, **how)
         rate = f"{e.tokens_per_second:,.0f}"
         lines.append(f"{size:>5}{layout.microbatches:>5}{e.step_seconds:>8.3g}{rate:>10}{e.bubble:>8.1%}")
     return lines

@@ -22,6 +22,8 @@ ORDER = (
     "PURE",
     "config",
     "arch",
+    "pipeline_schedule",
+    "planner_costs",
     "planner",
     "modes",
     "compat",
