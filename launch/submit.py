@@ -2,14 +2,14 @@
 """Write and submit the Slurm job of a run: batch script from a run config and a cluster profile.
 
 Examples:
-    python launch/submit.py configs/run/pretrain-1.4b-gdn.yaml \\
+    oryx submit configs/run/pretrain-1.4b-gdn.yaml \\
         --cluster configs/cluster/h100-infiniband.yaml parallel.tensor=2 --print
-    python launch/submit.py RUN.yaml --cluster PROFILE \\
-        --preprocess "--input corpus/ --tokenizer tokenizers/mine --output data/pretrain" \\
+    oryx submit RUN.yaml --cluster PROFILE \\
+        --preprocess "--input corpus/ --tokenizer T --output data/pretrain" \\
         --shards 16 --evaluate "perplexity --plans attention recurrent" \\
         --convert=--verify
 
-    python launch/submit.py preprocess --cluster PROFILE --shards 16 \\
+    oryx submit preprocess --cluster PROFILE --shards 16 \\
         --input corpus/ --tokenizer tokenizers/mine --output data/pretrain
 
 `preprocess` submits the preprocessing alone: an array of shards and their merge.
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 from cluster import Profile, Side, load_profile, one_line
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import read_json, replacing, write_json
@@ -524,7 +524,7 @@ def _split(option: str, text: str) -> list[str]:
 
 def _options(*names: str) -> argparse.ArgumentParser:
     """Finds a few options among another program's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="oryx submit", add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
     return parser
@@ -537,9 +537,11 @@ def _described(job: Job) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(prog="oryx submit", description=__doc__)
     parser.add_argument("config", metavar="RUN.yaml", help="run config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, e.g. parallel.tensor=2"
+    )
     parser.add_argument("--cluster", required=True, metavar="PROFILE", help="cluster profile (YAML)")
     parser.add_argument("--nodes", type=int, help="instead of the profile's")
     parser.add_argument("--time-limit", metavar="HH:MM:SS", help="instead of the profile's")
@@ -558,8 +560,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _preprocess_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="submit.py preprocess",
+    parser = Parser(
+        prog="oryx submit preprocess",
         description="Submit an array of shards, and their merge. Other options are tools/preprocess_data.py's.",
         allow_abbrev=False,
     )

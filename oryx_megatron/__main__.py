@@ -5,7 +5,6 @@ The same commands are `python -m oryx_megatron.train` and so on, and in a checko
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from oryx_megatron import __version__, environment
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.errors import ConfigError
 
 COMMANDS = {
@@ -76,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _other(words: list[str]) -> int:
     """Help, version, completion; or what is wrong."""
     listed = "\n".join(f"  {name:<24}{what}" for name, (_, what) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="oryx", description=__doc__, formatter_class=HelpFormatter, epilog=f"commands:\n{listed}"
-    )
+    parser = Parser(prog="oryx", description=__doc__, epilog=f"commands:\n{listed}")
     parser.add_argument("--version", action="version", version=f"oryx_megatron {__version__}")
     parser.add_argument("--completion", choices=["bash"], help='for your shell: eval "$(oryx --completion bash)"')
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="see below")
     if words and not words[0].startswith("-"):
         group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+        if group and set(words[1:]) & {"-h", "--help"}:
+            sys.stdout.write("".join(f"oryx {name:<24}{COMMANDS[name][1]}\n" for name in group))
+            sys.stdout.write(f"oryx {words[0]} COMMAND --help explains each.\n")
+            return 0
         if group:
             wanted = " or ".join(f"`oryx {name}`" for name in group)
             raise ConfigError(f"oryx {words[0]}: expected {wanted}" + (f", got `{words[1]}`" if words[1:] else ""))

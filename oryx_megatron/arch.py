@@ -1,6 +1,6 @@
 """Parameters, FLOPs and decode memory of a model by arithmetic alone, and how much of it both modes share.
 
-`python -m oryx_megatron.arch 1.4b-gdn` prints them. How shares count (docs/model.md, "What is shared"): per mode,
+`oryx arch 1.4b-gdn` prints them. How shares count (docs/model.md, "What is shared"): per mode,
 shared ÷ (used by that mode), without the embedding; the whole-model share and the shares with the embedding are
 reported beside. Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width,
 w convolution taps, V vocabulary, E experts, s sequence.
@@ -8,7 +8,6 @@ w convolution taps, V vocabulary, E experts, s sequence.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import ModelConfig, load_model
 from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import ConfigError
@@ -390,7 +389,7 @@ def table(model: ModelConfig, sequence: int) -> str:
 @main_guard
 def main(argv: list[str] | None = None) -> None:
     """Command line: print the table or JSON of one model."""
-    parser = argparse.ArgumentParser(prog="python -m oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="name of a preset in configs/model, or a YAML file")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens of context (default 2048)")
     parser.add_argument("--json", action="store_true", help="print JSON")

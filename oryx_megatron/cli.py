@@ -1,15 +1,18 @@
 """What every command line of the project shares: user errors become one line on stderr and exit code 2; its --help.
 
 Under torchrun an error of config, data or checkpoint is the same on all ranks, so rank 0 alone prints it; one that only
-a single rank can see carries `rank_local = True` and is printed there.
+a single rank can see carries `rank_local = True` and is printed there. torchrun itself starts all ranks again after any
+exit code but 0, up to --max-restarts times. What was told once is not told again: ranks of later starts end at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import re
 import sys
@@ -17,9 +20,10 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from oryx_megatron.display import shown
-from oryx_megatron.errors import ConfigError, OryxError, first_line
+from oryx_megatron.errors import USER_ERROR, ConfigError, OryxError, first_line
 
 PATIENCE = 10.0
 """Seconds that a rank waits under torchrun for rank 0 to tell their common error and to end."""
@@ -30,38 +34,35 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> int:
+        if (told := _told_file()) is not None and told.exists():
+            return _note()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode ends no command
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs) or 0
         except OryxError as error:
             rank = os.environ.get("RANK", "").strip() or "0"
-            if rank == "0":
-                print(f"error: {shown(error)}", file=sys.stderr, flush=True)
-            elif getattr(error, "rank_local", False):
-                print(f"error on rank {rank}: {shown(error)}", file=sys.stderr, flush=True)
-            elif "TORCHELASTIC_RUN_ID" in os.environ:
+            if rank == "0" or getattr(error, "rank_local", False):
+                return _tell(shown(error))
+            if "TORCHELASTIC_RUN_ID" in os.environ:
                 time.sleep(PATIENCE)  # the first rank to end has the others killed: rank 0 must have spoken
-            return 2
+            return USER_ERROR
         except BrokenPipeError:  # who reads our output has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"error{_rank()}: {shown(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
-            return 2
+            return _tell(f"{shown(error.filename)}: {error.strerror}")
         except ImportError as error:
             if error.name != "transformers":  # as hf/configuration_oryx.py refuses a version
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            return _tell(str(error))
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
                 raise
             why = first_line(error) if str(error).strip() else "no more can be allocated"
-            print(f"error{_rank()}: not enough memory: {shown(why)}", file=sys.stderr, flush=True)
-            return 2
+            return _tell(f"not enough memory: {shown(why)}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
@@ -79,10 +80,57 @@ def text_of(path: Path, source: str) -> str:
         raise ConfigError(f"{source} is not UTF-8 (byte {error.start})") from None
 
 
-def _rank() -> str:
-    """Of a fault that each rank has for itself: which one this is, where there are several."""
+def _tell(text: str) -> int:
+    """Print an error as one line; under torchrun, leave a note for later starts. Gives the exit code."""
     rank = os.environ.get("RANK", "").strip() or "0"
-    return "" if rank == "0" else f" on rank {rank}"
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # it is told all the same, perhaps more than once
+        if (told := _told_file()) is not None:
+            told.touch()
+            _note()
+    return USER_ERROR
+
+
+def _note() -> int:
+    """What torchrun's report shows of this rank, instead of the advice to look for a traceback. Gives the exit code."""
+    text = "an error of the user's: see the line that begins with `error`"
+    with contextlib.suppress(OSError):
+        note = json.dumps({"message": text, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note, encoding="utf-8")
+    return USER_ERROR
+
+
+def _told_file() -> Path | None:
+    """Exists when a rank of this node and launch has told an error of the user's; None: not under torchrun.
+
+    It lies in the folder that torchrun made for this launch alone, LAUNCH/attempt_N/LOCAL_RANK/error.json.
+    """
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    if error_file.name != "error.json" or not error_file.parent.parent.name.startswith("attempt_"):
+        return None
+    return error_file.parents[2] / "told"
+
+
+class Parser(argparse.ArgumentParser):
+    """Of every command: named as the user called it; help by HelpFormatter; a wrong argument is a ConfigError.
+
+    `module` is what `python -m` runs; without one, and not called by `oryx`, the name is that of the file.
+    """
+
+    def __init__(self, module: str | None = None, **options: Any) -> None:
+        if text := options.get("description"):  # a module's docstring may begin with its command
+            text = re.sub(r"^`[^`]*`: ", "", text.strip())
+            options["description"] = text[0].upper() + text[1:]
+        called = sys.argv[0] if sys.argv[0].startswith("oryx ") else module and f"python -m {module}"
+        super().__init__(**{"prog": called, "formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as any other error of the user's."""
+        kind, _, words = message.partition("unrecognized arguments: ")
+        if words and not kind:  # beside an unknown option parse_intermixed_args counts overrides among them
+            options = [word for word in words.split() if word.startswith("-")]
+            message = f"unrecognized arguments: {' '.join(options) or words}"
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -1,4 +1,4 @@
-"""`python -m oryx_megatron.doctor`: what this machine has for training, what is wrong with it, and how to fix it.
+"""`oryx doctor`: what this machine has for training, what is wrong with it, and how to fix it.
 
 Exit code 0 when a run can start here, 1 when something is wrong. A missing optional package is not wrong: the line says
 what it provides.
@@ -6,7 +6,6 @@ what it provides.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from oryx_megatron import environment, platform, resources
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 
 State = Literal["ok", "absent", "other", "wrong"]
 """`other`: not the version that was tested."""
@@ -259,7 +258,7 @@ def show(finding: Finding) -> str:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.doctor", description=__doc__)
+    parser = Parser("oryx_megatron.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)
     findings = []

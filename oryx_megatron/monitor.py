@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oryx_megatron import storage
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -26,7 +25,7 @@ CLEAR = "\x1b[H\x1b[J"
 @main_guard
 def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
     """Follow; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.monitor", description=(__doc__ or "").replace("`", ""))
+    parser = Parser("oryx_megatron.monitor", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folder (output_dir), also s3://…; may not exist yet"
     )

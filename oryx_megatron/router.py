@@ -1,4 +1,4 @@
-"""`python -m oryx_megatron.router`: train the router of a model, which chooses the mode of every token.
+"""`oryx router`: train the router of a model, which chooses the mode of every token.
 
     oryx router RUN
     torchrun --nproc-per-node 8 -m oryx_megatron.router RUN --texts 4096
@@ -11,7 +11,6 @@ mode plan wherever this model is evaluated, and an export carries the router.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import math
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -100,7 +99,7 @@ class Row:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, print the table, write."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.router", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("oryx_megatron.router", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder, or one checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run's router")
     docs = {

@@ -1,4 +1,4 @@
-"""`python -m oryx_megatron.warmup RUN.yaml [key=value …]`: compile a run's kernels into a cache that all nodes share.
+"""`oryx warmup RUN.yaml [key=value …]`: compile a run's kernels into a cache that all nodes share.
 
 Needs one GPU of the kind that the run will use, and no other rank: it builds one layer of one tensor-parallel rank's
 share. Set kernels.cache_dir to a folder on a file system that every node sees.
@@ -6,7 +6,6 @@ share. Set kernels.cache_dir to a folder on a file system that every node sees.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 
 from oryx_megatron import platform
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from oryx_megatron.display import shown
@@ -72,9 +71,9 @@ def compile_share(share: RunConfig) -> None:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, compile, say what is in the cache; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.warmup", description=__doc__)
+    parser = Parser("oryx_megatron.warmup", description=__doc__)
     parser.add_argument("config", help="run config (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
     run = load_run(arguments.config, arguments.overrides)
     validate(run, run.parallel.tensor * run.parallel.pipeline * run.parallel.context)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Make a checkpoint that every layout and tool reads of one that engine deepspeed wrote, optimizer state included.
 
-    python tools/convert_from_deepspeed.py runs/zero3 runs/zero3-megatron
-    python tools/convert_to_hf.py runs/zero3-megatron exported
+    oryx convert from-deepspeed runs/zero3 runs/zero3-megatron
+    oryx convert to-hf runs/zero3-megatron exported
 
 OUTPUT becomes a run folder: `output_dir=OUTPUT engine=megatron` resumes the training. Works on CPUs, with as many
 processes as there were ranks; under torchrun, with those that it starts.
@@ -13,7 +13,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import warnings
 from pathlib import Path
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConversionError
 from oryx_megatron.paths import expand_arguments
@@ -30,7 +29,7 @@ from oryx_megatron.paths import expand_arguments
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Start the ranks, convert; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, or a run folder (its newest checkpoint is taken)")
     parser.add_argument("output", type=Path, help="run folder to make")
     arguments = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Turn a Hugging Face folder into a checkpoint: an Oryx export, or a Llama as the start of an Oryx model.
 
-    python tools/convert_from_hf.py EXPORT RUN --verify
-    python tools/convert_from_hf.py EXPORT RUN --run configs/run/quickstart.yaml train.iterations=500
-    python tools/convert_from_hf.py LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml --mixer mamba2
+    oryx convert from-hf EXPORT RUN --verify
+    oryx convert from-hf EXPORT RUN --run configs/run/quickstart.yaml train.iterations=500
+    oryx convert from-hf LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml --mixer mamba2
 
 The checkpoint lies in RUN/checkpoints and loads under any layout; RUN/config.yaml is the run that resumes from it. An
 export made by convert_to_hf.py knows its run; for others, and for another run, --run (with key=value overrides) gives
@@ -22,7 +22,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError, ConversionError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -33,10 +33,10 @@ CHANGEABLE = ("rope_theta", "rope_scaling")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors")
     parser.add_argument("output", help="run folder to make")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to --run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to --run")
     parser.add_argument("--run", help="run config that the checkpoint shall belong to")
     parser.add_argument(
         "--mixer",

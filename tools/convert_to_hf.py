@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write a checkpoint as a Hugging Face folder that needs only torch and transformers.
 
-    python tools/convert_to_hf.py RUN OUT --verify
-    python tools/convert_to_hf.py RUN/checkpoints/iteration_0001000 OUT --dtype bf16 --shard-gb 2
+    oryx convert to-hf RUN OUT --verify
+    oryx convert to-hf RUN/checkpoints/iteration_0001000 OUT --dtype bf16 --shard-gb 2
 
 RUN is a run folder (its newest checkpoint) or a checkpoint, written under any layout. One process suffices; memory
 beyond the libraries' own stays far below the size of the model (--verify loads it whole).
@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 from oryx_megatron import storage
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
@@ -29,7 +29,7 @@ from oryx_megatron.storage import Remote, named
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="run folder or checkpoint; also s3://…")
     parser.add_argument("output", help="folder to make; also s3://…")
     parser.add_argument(

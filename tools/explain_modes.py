@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show which tokens of a text attend under a mode plan, and what attention gains there.
 
-    python tools/explain_modes.py RUN notes.txt --plan router:0.1 --output notes.html
-    python tools/explain_modes.py RUN notes.txt --plan ratio:0.1 --output notes.html
+    oryx explain RUN notes.txt --plan router:0.1 --output notes.html
+    oryx explain RUN notes.txt --plan ratio:0.1 --output notes.html
 
 RUN is a run folder (its newest checkpoint) or a checkpoint. Writes a page with the text, attention tokens framed, each
 token coloured by its gain: the nats by which attention mode at all tokens predicts the next token better than
@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.cli import HelpFormatter, main_guard, text_of
+from oryx_megatron.cli import Parser, main_guard, text_of
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -32,9 +32,7 @@ FULL = 4.0
 def _parser() -> argparse.ArgumentParser:
     from oryx_megatron.hf.plans_oryx import FORMS
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter, epilog=f"A plan is one of {FORMS}."
-    )
+    parser = Parser(description=__doc__, epilog=f"A plan is one of {FORMS}.")
     parser.add_argument("checkpoint", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("text", type=Path, metavar="TEXT", help="UTF-8 file")
     parser.add_argument("--plan", default="router:0.1", help="mode plan (default: %(default)s)")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Continue a text with a trained model, token by token, in a chosen mode.
 
-    python tools/generate.py RUN --prompt "def main(" --plan prompt:attention,new:recurrent
-    python tools/generate.py exports/mine --prompt "The " --plan runs:a0-25%,r25%-end
+    oryx generate RUN --prompt "def main(" --plan prompt:attention,new:recurrent
+    oryx generate exports/mine --prompt "The " --plan runs:a0-25%,r25%-end
     torchrun --nproc-per-node 2 tools/generate.py RUN --prompt-file notes.txt --plan ratio:0.1 --new-tokens 200
 
 RUN is a run folder (its newest checkpoint), a checkpoint, or a Hugging Face export. Under torchrun a checkpoint's model
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import HelpFormatter, main_guard, text_of
+from oryx_megatron.cli import Parser, main_guard, text_of
 from oryx_megatron.config.plans import HELP as PLANS
 from oryx_megatron.paths import expand_arguments
 
@@ -35,7 +35,7 @@ ORANGE, PLAIN = "\x1b[38;5;208m", "\x1b[0m"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run folder or checkpoint, also s3://…; or an export")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")

@@ -3,10 +3,10 @@
 shapes, sizes, config, evaluations.
 
 Examples:
-    python tools/inspect_checkpoint.py runs/quickstart
-    python tools/inspect_checkpoint.py runs/quickstart --part all --depth 3
-    python tools/inspect_checkpoint.py runs/quickstart --config
-    python tools/inspect_checkpoint.py runs/quickstart --verify
+    oryx inspect runs/quickstart
+    oryx inspect runs/quickstart --part all --depth 3
+    oryx inspect runs/quickstart --config
+    oryx inspect runs/quickstart --verify
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import json
 import sys
 import warnings
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import CheckpointError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse and print; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("path", help="a checkpoint, or a run folder (its newest checkpoint is taken); also s3://…")
     parser.add_argument("--part", choices=("model", "ema", "optimizer", "all"), default="model", help="tensors to list")
     parser.add_argument("--depth", type=int, help="levels of the tree to show; deeper tensors are summed")

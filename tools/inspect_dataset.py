@@ -2,11 +2,11 @@
 """Look into an indexed dataset: statistics, texts; check it; compare two.
 
 Examples:
-    python tools/inspect_dataset.py data/stdlib
-    python tools/inspect_dataset.py data/stdlib --documents 0 17 \\
+    oryx data inspect data/stdlib
+    oryx data inspect data/stdlib --documents 0 17 \\
         --tokenizer tokenizers/stdlib-8k
-    python tools/inspect_dataset.py data/stdlib --verify --plot lengths.png
-    python tools/inspect_dataset.py data/stdlib --compare data/other
+    oryx data inspect data/stdlib --verify --plot lengths.png
+    oryx data inspect data/stdlib --compare data/other
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import importlib.util
 import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown, shown_lines
 from oryx_megatron.errors import DataError
@@ -37,7 +36,7 @@ ENDS = ("bin", "idx", "json")
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("dataset", metavar="PREFIX")
     parser.add_argument("--documents", nargs="+", type=int, default=[], metavar="N", help="print these, from 0")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="to print text; its vocabulary is used by --verify")

@@ -2,8 +2,8 @@
 """Join indexed datasets into one: shards of a corpus, or corpora of one tokenizer.
 
 Examples:
-    python tools/merge_datasets.py --output data/pages data/pages-*-of-00016.idx
-    python tools/merge_datasets.py --output data/all data/books data/code
+    oryx data merge --output data/pages data/pages-*-of-00016.idx
+    oryx data merge --output data/all data/books data/code
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import sys
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.paths import expand_arguments
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("datasets", nargs="+", help="prefixes, or their .idx files, in the order of the documents")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the merged dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

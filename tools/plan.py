@@ -3,12 +3,12 @@
 bubble of each, best first.
 
 Examples:
-    python tools/plan.py 1.4b-gdn --gpus 8 --sequence 4096 --batch 256
-    python tools/plan.py configs/run/pretrain-1.4b-gdn.yaml --gpus 64 \\
+    oryx plan 1.4b-gdn --gpus 8 --sequence 4096 --batch 256
+    oryx plan configs/run/pretrain-1.4b-gdn.yaml --gpus 64 \\
         --card h100 --price 2.50
-    python tools/plan.py 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 \\
+    oryx plan 70b-gdn --gpus 1024 --sequence 8192 --batch 1024 \\
         --picture schedule.png
-    python tools/plan.py 1.4b-mamba2 --gpus 16 --memory 80 --network 25 \\
+    oryx plan 1.4b-mamba2 --gpus 16 --memory 80 --network 25 \\
         --sequence 32768 --batch 64 --tokens 100e9 --json
 
 On paper: times come from what one and two H100s and H200s were measured to do
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from oryx_megatron import resources
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_model, load_run
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.loading import config_text
@@ -60,7 +60,7 @@ PICTURE_MICROBATCHES = 16
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, plan and print; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     defaults = Cluster(1)
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="preset, model YAML, or run YAML (RUN.yaml)")
     parser.add_argument("--gpus", type=int, required=True)

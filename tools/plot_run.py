@@ -1,8 +1,8 @@
 """Draw runs: training loss, loss under every evaluation plan, loss of each mode, loss against attention share.
 
-    python tools/plot_run.py runs/mine --out mine.png
-    python tools/plot_run.py runs/a runs/b --names small large --out both.svg
-    python tools/plot_run.py runs/code runs/copies --beside --smooth 20 --out two.html
+    oryx plot runs/mine --out mine.png
+    oryx plot runs/a runs/b --names small large --out both.svg
+    oryx plot runs/code runs/copies --beside --smooth 20 --out two.html
 
 PNG, SVG, PDF, or an HTML page that needs no other file.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import contextlib
 import functools
 import html
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from oryx_megatron import storage
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run
 from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.data.files import MARK, check_output, is_marked, mark, replacing
@@ -82,7 +81,7 @@ class Curves:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Draw; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (the config's output_dir) or metrics.jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture of this command")

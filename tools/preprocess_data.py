@@ -2,10 +2,10 @@
 """Turn text into a megatron-core indexed dataset: PREFIX.bin, .idx, and .json.
 
 Examples (T is the folder of a tokenizer, as tokenizers/stdlib-8k):
-    python tools/preprocess_data.py --input stdlib --tokenizer T --output data/x
-    python tools/preprocess_data.py --input pages/*.jsonl.zst --text-key body \\
+    oryx data preprocess --input stdlib --tokenizer T --output data/x
+    oryx data preprocess --input pages/*.jsonl.zst --text-key body \\
         --tokenizer T --output data/pages
-    python tools/preprocess_data.py --input s3://bucket/corpus --shard 3/16 \\
+    oryx data preprocess --input s3://bucket/corpus --shard 3/16 \\
         --tokenizer T --output data/corpus
 
 Input is `stdlib` (the sources of the running Python's standard library), files,
@@ -25,7 +25,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import left_out_lines, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
@@ -176,7 +176,7 @@ def share(text: str) -> float:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", required=True, nargs="+", help="`stdlib`, files, folders, URLs; in this order")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="name of the dataset without ending")

@@ -10,7 +10,6 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.data.files import replacing
 from oryx_megatron.paths import expand_arguments
 
@@ -40,12 +39,12 @@ COPY_STEPS = 240
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run all steps; stops at the first that fails, with its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", default="runs/quickstart", help="run folder; numbered when it exists")
     parser.add_argument("--data", default="data/stdlib", help="prefix of the tokens; made when missing")
     parser.add_argument("--stop", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("--copy-steps", type=int, default=COPY_STEPS, help="of the copying task (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of " + CONFIG)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes of " + CONFIG)
     arguments = parser.parse_intermixed_args(argv)
     expand_arguments(arguments, "--output", "--data")
     os.chdir(ROOT)
@@ -147,10 +146,11 @@ Where things are
   {f"{data}.bin, .idx, .json":<32} the tokens
 
 What to try next
-  python -m oryx_megatron.monitor {run} {copies} --web
-  python tools/generate.py {run} --prompt "class " --plan ratio:0.1
-  python -m oryx_megatron.arch 1.4b-gdn
-  python -m oryx_megatron.train configs/run/pretrain-130m-gdn.yaml \\
+  oryx monitor {run} {copies} --web
+  oryx generate {run} --prompt "class " \\
+      --plan prompt:attention,new:recurrent
+  oryx arch 1.4b-gdn
+  oryx train configs/run/pretrain-130m-gdn.yaml \\
       --dry-run --config-only --world-size 64
 (with {VENV}/bin first in PATH: source {VENV}/bin/activate)"""
     )

@@ -2,8 +2,8 @@
 """Divide an indexed dataset by documents, into OUTPUT_NAME for each NAME.
 
 Examples:
-    python tools/split_dataset.py data/pages train=98 valid=2
-    python tools/split_dataset.py data/pages a=1 b=2 --seed 7 --output data/r
+    oryx data split data/pages train=98 valid=2
+    oryx data split data/pages a=1 b=2 --seed 7 --output data/r
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
-import argparse
 import sys
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.display import shown
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -22,7 +21,7 @@ from oryx_megatron.paths import expand_arguments, is_url
 
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("dataset", metavar="PREFIX")
     parser.add_argument("parts", nargs="+", metavar="NAME=SHARE", help="names and relative sizes of the parts")
     parser.add_argument("--seed", type=int, help="assign documents at random; default: parts follow each other")

@@ -2,10 +2,10 @@
 """Train a tokenizer on a corpus and measure it, or adopt an existing one.
 
 Examples:
-    python tools/train_tokenizer.py --vocab-size 8192 --output tokenizers/mine
-    python tools/train_tokenizer.py --input pages.jsonl --kind byte-level \\
+    oryx tokenizer --vocab-size 8192 --output tokenizers/mine
+    oryx tokenizer --input pages.jsonl --kind byte-level \\
         --vocab-size 32768 --output tokenizers/pages
-    python tools/train_tokenizer.py --adopt FOLDER --eod "<|endoftext|>"
+    oryx tokenizer --adopt FOLDER --eod "<|endoftext|>"
 
 Every tenth document (--held-out) is kept from training, for the report.
 """
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.data.corpus import SKIPPED, STDLIB, ReadOptions
 from oryx_megatron.data.tokenizer import MODEL_FILES, write_manifest
 from oryx_megatron.display import left_out_lines, shown, shown_lines
@@ -154,7 +154,7 @@ def share(text: str) -> float:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", default=[STDLIB], help=f"`{STDLIB}`, files, folders, URLs")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Evaluate a model under mode plans: `perplexity` over an indexed dataset, `retrieval` on made-up look-up tasks.
 
     torchrun --nproc-per-node 2 -m oryx_megatron.eval perplexity RUN --data data/stdlib --plans attention recurrent
-    python -m oryx_megatron.eval retrieval MODEL --tasks mqar needle --lengths 512 2048 --output results/
+    oryx eval retrieval MODEL --tasks mqar needle --lengths 512 2048 --output results/
 
 RUN is a run folder or a checkpoint; MODEL may also be a Hugging Face folder.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.display import log_lines, shown
@@ -31,7 +31,7 @@ PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="oryx_megatron.eval", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("oryx_megatron.eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     perplexity = commands.add_parser("perplexity", help="loss, perplexity and bits per byte per plan")
     perplexity.add_argument("model", help="run folder or checkpoint")

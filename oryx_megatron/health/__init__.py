@@ -1,6 +1,6 @@
 """Check the nodes of a job before it starts, and name the bad one.
 
-    srun --ntasks-per-node 8 python -m oryx_megatron.health RUN.yaml --gpus 8
+    srun --ntasks-per-node 8 oryx health RUN.yaml --gpus 8
     torchrun --nnodes 2 … -m oryx_megatron.health RUN.yaml --gpus 8 --json
 
 Looks at: ranks that never come; GPUs, their memory and speed; clocks; output folder (space, speed, shared by all
@@ -14,7 +14,6 @@ with both of its neighbours is the slow one.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from oryx_megatron import platform
-from oryx_megatron.cli import HelpFormatter, main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.errors import ConfigError, first_line
 from oryx_megatron.health import machine
 from oryx_megatron.health.rank import Rank
@@ -42,9 +41,9 @@ __all__ = ["Finding", "Options", "Report", "check", "main"]
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, print (rank 0)."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.health", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("oryx_megatron.health", description=__doc__)
     parser.add_argument("config", nargs="?", metavar="RUN.yaml", help="run config that is about to start")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="its overrides")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="its overrides")
     d = Options()
     add = parser.add_argument
     add("--output", metavar="FOLDER", help="folder to write to (default: the config's output_dir)")

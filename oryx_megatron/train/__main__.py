@@ -6,14 +6,13 @@ under torchrun see train/signals.py.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import textwrap
 import warnings
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
@@ -25,9 +24,11 @@ from oryx_megatron.train.signals import StopRequest, exit_code
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, validate and train; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.train", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="run config (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. parallel.tensor=2")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, e.g. parallel.tensor=2"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config for --world-size ranks, open what the run would, stop"
     )
@@ -82,7 +83,8 @@ def _look(run: RunConfig, layout: Layout) -> None:
         sys.stdout.write("".join(f"  {line}\n" for line in lines))
     for line in init_from.preview(run, remote.run_folder(run) / "checkpoints"):
         sys.stdout.write(f"{shown(line)}\n")
-    sys.stdout.write("not checked: memory of the GPUs (oryx plan), other nodes (oryx health), bytes of checkpoints\n")
+    sys.stdout.write("not checked: memory of the GPUs (oryx plan), other nodes (oryx health),\n")
+    sys.stdout.write("  bytes of checkpoints\n")
 
 
 def _quiet() -> None:

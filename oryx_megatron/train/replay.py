@@ -7,13 +7,12 @@ the same computation bit for bit: numbers that come out finite now point at the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import main_guard
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.display import shown
 from oryx_megatron.errors import CheckpointError, DataError
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Replay; see --help."""
-    parser = argparse.ArgumentParser(prog="oryx_megatron.train.replay", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.train.replay", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("record", help="RUN/faults/batch-….json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
     expand_arguments(arguments, "record")
     record = read_record(Path(arguments.record))

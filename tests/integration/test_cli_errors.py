@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,14 +219,43 @@ def test_missing_package(failing: Failing) -> None:
     assert failing("logging.wandb_project=x").startswith("logging.wandb_project: wandb is not installed; ")
 
 
-def test_under_torchrun(project: Path, tmp_path: Path) -> None:
-    """Two ranks, one line."""
-    command = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29761, "-m")
-    done = process(*command, "oryx_megatron.train", project, "data.blend=[nothing]", f"output_dir={tmp_path}/out")
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert errors == ["error: dataset nothing: nothing.idx is missing; make it with tools/preprocess_data.py"]
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "expected"),
+    [
+        (2, ["RUN", "data.blend=[nothing]"], "dataset nothing: nothing.idx is missing; make it with "
+         "tools/preprocess_data.py"),
+        (4, ["missing.yaml"], "missing.yaml: no such config file"),
+        (2, ["RUN", "--bogus"], "unrecognized arguments: --bogus; see python -m oryx_megatron.train --help"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_under_torchrun(project: Path, tmp_path: Path, ranks: int, arguments: list[str], expected: str) -> None:
+    """Several ranks, three starts: one line in all. What else there is are torchrun's own lines."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 29761 + ranks]
+    command += ["--max-restarts", 2, "--monitor-interval", "0.1", "-m", "oryx_megatron.train"]
+    arguments = [str(project) if word == "RUN" else word for word in arguments]
+    done = process(*command, *arguments, f"output_dir={tmp_path}/out", OMP_NUM_THREADS="1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    told, rest = done.stderr.split("Traceback", 1)
+    ours = [line for line in told.splitlines() if not re.match(r"[WE]\d{4} .*torch/|INFO ", line)]
+    assert ours == [f"error: {expected}"]
+    assert told.count("failed (exitcode: 2)") == 3
+    assert expected not in rest
+    assert "traceback : an error of the user's: see the line that begins with `error`" in rest
     assert not (tmp_path / "out").exists()
+
+
+def test_told_once_a_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A later start of the same launch says nothing; another launch, and one without torchrun's folders, does."""
+    for folder, expected in (
+        ("a/attempt_0/0", 1), ("a/attempt_1/0", 0), ("a/attempt_1/1", 0), ("b/attempt_0/0", 1), ("c", 1), ("c", 1),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / folder / "error.json"))
+        assert main([f"{tmp_path}/missing.yaml"]) == 2
+        assert capsys.readouterr().err.count("error: ") == expected
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["error.json"] * 4 + ["told"] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ tools

@@ -56,3 +56,12 @@ def test_the_test_sees_long_sentences() -> None:
     text = f"# Title\n\nShort. {long}.\n\n    {long}\n\n- {long}\n\n| {long} | a |\n|---|---|\n\n```\n{long}\n```\n"
     assert sum(len(words(sentence)) > LONGEST for sentence in sentences(text)) == 3
     assert len(list(sentences("One. Two! Three? Four: five; six."))) == 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_tables_are_whole(page: Path) -> None:
+    """Each begins with a header, and its rows have as many cells; a table cut in two is shown as text."""
+    for table in re.findall(r"(?:^ *\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert re.fullmatch(r" *\|(?: *:?-+:? *\|)+", table.splitlines()[1]), table
+        assert len(set(cells)) == 1, table
