@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import os
 import re
 import sys
@@ -35,7 +34,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> int:
         if (told := _told_file()) is not None and told.exists():
-            return _note()
+            return USER_ERROR
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode ends no command
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
@@ -87,16 +86,6 @@ def _tell(text: str) -> int:
     with contextlib.suppress(OSError):  # it is told all the same, perhaps more than once
         if (told := _told_file()) is not None:
             told.touch()
-            _note()
-    return USER_ERROR
-
-
-def _note() -> int:
-    """What torchrun's report shows of this rank, instead of the advice to look for a traceback. Gives the exit code."""
-    text = "an error of the user's: see the line that begins with `error`"
-    with contextlib.suppress(OSError):
-        note = json.dumps({"message": text, "timestamp": int(time.time())})
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(note, encoding="utf-8")
     return USER_ERROR
 
 
@@ -130,6 +119,8 @@ class Parser(argparse.ArgumentParser):
         if words and not kind:  # beside an unknown option parse_intermixed_args counts overrides among them
             options = [word for word in words.split() if word.startswith("-")]
             message = f"unrecognized arguments: {' '.join(options) or words}"
+            if field := next((re.match(r"--(\w+\.[\w.]+)", option) for option in options), None):
+                message += f"; fields of a run have no dashes: {field[1]}=VALUE"
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 

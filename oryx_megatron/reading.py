@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -10,6 +11,23 @@ from typing import Any, BinaryIO
 
 LIMIT = 1 << 20
 """Bytes of the largest config."""
+BEGINNINGS = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "gzip, whose name should end in .gz",
+    b"\x28\xb5\x2f\xfd": "zstd, whose name should end in .zst",
+    b"BZh": "bzip2, whose name should end in .bz2",
+    b"\xfd7zXZ\0": "xz, whose name should end in .xz",
+    b"PAR1": "parquet, whose name should end in .parquet",
+    b"PK\x03\x04": "a zip archive, to be unpacked first",
+    b"%PDF-": "a PDF, no text",
+}
+"""First bytes of files that are no UTF-8 text, and what they are."""
+
+
+def not_text(data: bytes) -> str:
+    """`: this is UTF-16`, …, where the first bytes of a file that is not UTF-8 tell; else empty."""
+    return next((f": this is {kind}" for start, kind in BEGINNINGS.items() if data.startswith(start)), "")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -38,7 +56,11 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
-    return data.decode("utf-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        error.reason = f"not UTF-8 (byte {error.start}{not_text(data)})"
+        raise
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -51,4 +73,6 @@ def parse_json(text: str | bytes) -> Any:
 
 def reason(error: Exception) -> str:
     """Why a file could not be read, in words on one line, without its name."""
+    if isinstance(error, UnicodeDecodeError) and error.reason.startswith("not UTF-8"):
+        return error.reason
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

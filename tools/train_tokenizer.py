@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int | None:
         return 0
     if not args.output:
         raise DataError("--output names the folder of the new tokenizer; it is missing")
+    if args.vocab_size < 1:
+        raise DataError(f"--vocab-size {args.vocab_size}: give a number above 0")
     check_folder(args.output, args.overwrite)
     source = " ".join(args.input)
     text = TrainingText(

@@ -45,7 +45,7 @@ def config_text(path: Path) -> str:
     try:
         return read_text(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such config file{_near_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
 
@@ -53,6 +53,15 @@ def config_text(path: Path) -> str:
 def _shown(value: object) -> str:
     text = " ".join(repr(value).split())
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _near_file(path: Path) -> str:
+    """`; did you mean FILE?` where a file beside it, or a recipe that ships, has nearly that name."""
+    beside = {file.name: file for file in path.parent.glob("*.yaml")}
+    shipped = {file.name: f"configs/run/{file.name}" for file in (resources.folder("configs") / "run").glob("*.yaml")}
+    name = path.name if path.suffix else f"{path.name}.yaml"
+    near = difflib.get_close_matches(name, names := {**shipped, **beside}, 1, 0.75)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -161,6 +170,8 @@ def _convert(kind: Any, value: Any, source: str, name: str) -> Any:
         return float(value)
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
+    if kind is int and isinstance(value, float) and value.is_integer():  # YAML's 1e6
+        raise ConfigError(f"{wrong()}; write {int(value)}")
     raise wrong()
 
 
@@ -341,6 +352,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = resources.shipped(expand(str(path), "run config"))
     data, source = _read(path), str(path)
+    if "mixer" in data and "model" not in data:
+        raise ConfigError(f"{source}: this is a model, which a run names as `model: {path.stem}`; see configs/run")
     for override in overrides:
         _override(data, override)
     if "model" in data:

@@ -34,6 +34,7 @@ from oryx_megatron.data.corpus_parts import (
     unreadable,
 )
 from oryx_megatron.errors import DataError
+from oryx_megatron.reading import not_text
 
 __all__ = [
     "NAMED",
@@ -191,8 +192,8 @@ def _decoded(
         text = data.decode()
     except UnicodeDecodeError as error:
         detail = f"byte {data[error.start]:#04x} at {error.start}{of}"
-        if begins and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            detail += ": this is UTF-16"
+        if begins:
+            detail += not_text(data)
         yield Bad(place, "not UTF-8", detail)
         return
     if begins and text.startswith(BOM):
@@ -257,7 +258,11 @@ def _check_long(file: BinaryIO, path: str, options: ReadOptions) -> Bad | None:
         try:
             decoder.decode(block)
         except UnicodeDecodeError as error:
-            return Bad(path, "not UTF-8", f"byte {error.object[error.start]:#04x} near {offset + error.start}")
+            return Bad(
+                path,
+                "not UTF-8",
+                f"byte {error.object[error.start]:#04x} near {offset + error.start}{'' if offset else not_text(block)}",
+            )
         if b"\0" in block and not options.keep_nul:
             return Bad(path, "NUL character", f"byte {offset + block.index(0)}")
         offset += len(block)
@@ -424,7 +429,7 @@ def _line_problem(line: bytes, key: str) -> str | tuple[str, str]:
         # Python refuses integers of thousands of digits; beside the text they do no harm.
         record = json.loads(line.decode(), parse_int=lambda _: 0)
     except UnicodeDecodeError as error:
-        return "not UTF-8", f"byte {line[error.start]:#04x} at {error.start} of the line"
+        return "not UTF-8", f"byte {line[error.start]:#04x} at {error.start} of the line{not_text(line)}"
     except json.JSONDecodeError as error:
         return "invalid JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:

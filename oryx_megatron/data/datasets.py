@@ -86,8 +86,9 @@ def split(
         if _shares_files(out, dataset.prefix):
             raise DataError(f"the output {out} is the input ({dataset.prefix})")
         check_outputs(out, overwrite=overwrite)
-    if any(share <= 0 for share in shares.values()):
-        raise DataError("shares must be above 0")
+    for name, share in shares.items():
+        if not 0 < share < np.inf:
+            raise DataError(f"part {name}={share:g}: shares must be above 0, and finite")
     edges = np.round(np.cumsum([0.0, *shares.values()]) / sum(shares.values()) * dataset.documents).astype(int)
     order = np.arange(dataset.documents) if seed is None else np.random.default_rng(seed).permutation(dataset.documents)
     chosen = {name: np.sort(order[a:b]) for name, a, b in zip(shares, edges, edges[1:])}

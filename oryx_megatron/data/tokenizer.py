@@ -401,6 +401,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     is the one that ships with the package.
     """
     folder = shipped(folder)
+    if folder.is_file():
+        raise DataError(f"tokenizer {folder} is a file; give its folder {folder.parent}")
     if not folder.is_dir():
         raise DataError(f"tokenizer folder {folder} does not exist; make one with tools/train_tokenizer.py")
     if not (folder / MANIFEST).is_file():

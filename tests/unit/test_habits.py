@@ -1,0 +1,148 @@
+"""What people do by habit: each is one line that names what is at fault and what to do, through the commands' mains."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oryx_megatron.cli import Parser
+from oryx_megatron.config import load_run
+from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.resources import folder
+
+QUICKSTART = (folder("configs") / "run/quickstart.yaml").read_text(encoding="utf-8")
+TOKENIZER = folder("tokenizers") / "stdlib-8k"
+Failing = Callable[..., str]
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failing:
+    """Run a command that must fail with one line; gives the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module: str, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["oryx command"])
+        assert importlib.import_module(f"oryx_megatron.{module}").main([*map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err[:7], err.count("\n")) == ("", "error: ", 1)
+        return err[7:-1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (QUICKSTART.encode("utf-16"), "not UTF-8 (byte 0: this is UTF-16)"),
+        (QUICKSTART.replace("name:", "name: \xe4").encode("latin-1") + b"\xe4", "not UTF-8 (byte "),
+        (gzip.compress(QUICKSTART.encode()), "not UTF-8 (byte 1: this is gzip"),
+        (QUICKSTART.replace("\ndata:\n", "\ndata:\n\tx: 1\n").encode(), ", line "),
+        ((QUICKSTART + "\nseed: 1\nseed: 2\n").encode(), "key `seed` is given twice"),
+        (b"", "expected `name: value` lines"),
+    ],
+    ids=["utf-16", "latin-1", "gzip", "tab", "twice", "empty"],
+)
+def test_run_files(failing: Failing, tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    error = failing("train.__main__", "run.yaml", "--dry-run")
+    assert error.startswith("run.yaml")
+    assert expected in error
+
+
+def test_run_files_of_other_editors(tmp_path: Path) -> None:
+    """A byte order mark and Windows' line ends change nothing; what Python reads as a number is one."""
+    path = tmp_path / "run.yaml"
+    path.write_text(QUICKSTART, encoding="utf-8")
+    run = load_run(path)
+    path.write_bytes(b"\xef\xbb\xbf" + QUICKSTART.replace("\n", "\r\n").encode())
+    assert load_run(path) == run
+    assert load_run(path, ["train.iterations=1_000", "optimizer.lr=5e-3"]).train.iterations == 1000
+    with pytest.raises(
+        ConfigError, match=r"train.iterations: expected integer, got 1000000.0 \(float\); write 1000000$"
+    ):
+        load_run(path, ["train.iterations=1e6"])
+
+
+def test_names_that_are_nearly_right(failing: Failing, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(QUICKSTART, encoding="utf-8")
+    train = "train.__main__"
+    assert failing(train, "configs/run/quickstar.yaml").endswith("; did you mean configs/run/quickstart.yaml?")
+    assert failing(train, "quickstart").endswith("; did you mean configs/run/quickstart.yaml?")
+    assert failing(train, "mien.yaml").endswith("; did you mean mine.yaml?")
+    assert failing(train, "else.yaml") == "else.yaml: no such config file"
+    assert failing(train, "configs/model/tiny-gdn.yaml").endswith(
+        ": this is a model, which a run names as `model: tiny-gdn`; see configs/run"
+    )
+    assert failing(train, "mine.yaml", "--train.iterations=5", "seed=1") == (
+        "unrecognized arguments: --train.iterations=5; fields of a run have no dashes: train.iterations=VALUE; "
+        "see oryx command --help"
+    )
+    assert failing(train) == "the following arguments are required: config; see oryx command --help"
+    with pytest.raises(ConfigError, match="invalid choice"):
+        Parser().error("invalid choice")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "a.jsonl",
+            gzip.compress(b'{"text": "a"}\n'),
+            "a.jsonl:1: not UTF-8 (byte 0x8b at 1 of the line: this is gzip,",
+        ),
+        ("a.txt", gzip.compress(b"a"), "not UTF-8 (byte 0x8b at 1: this is gzip, whose name should end in .gz)"),
+        ("a.txt", lzma.compress(b"a"), "this is xz, whose name should end in .xz"),
+        ("a.txt", bz2.compress(b"a" * 99) + b"\xff", "this is bzip2, whose name should end in .bz2"),
+        ("a.txt", b"PK\x03\x04\xff", "this is a zip archive, to be unpacked first"),
+        ("a.txt", b"%PDF-1.7 \xff", "this is a PDF"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "this is UTF-16"),
+        ("a.txt", b"caf\xe9 au lait", "not UTF-8 (byte 0xe9 at 3)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_files_named_wrong(failing: Failing, tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    error = failing(
+        "tools.preprocess_data", "--quiet", "--processes", 1, "--input", name, "--tokenizer", TOKENIZER, "--output", "x"
+    )
+    assert expected in error
+    assert not list(tmp_path.glob("x.[bij]*"))
+
+
+def test_values_out_of_range(failing: Failing, tmp_path: Path) -> None:
+    from oryx_megatron.data.datasets import split
+    from oryx_megatron.testing.project import tiny_project
+
+    (tmp_path / "a.txt").write_text("a b c\n")
+    data = tiny_project(tmp_path).with_name("data")
+    train = ("tools.train_tokenizer", "--input", "a.txt", "--output", "t")
+    assert failing(*train, "--vocab-size", 0) == "--vocab-size 0: give a number above 0"
+    assert failing(*train, "--vocab-size", "8k").startswith("argument --vocab-size: invalid int value: '8k'; see ")
+    model = TOKENIZER / "tokenizer.model"
+    error = failing("tools.preprocess_data", "--input", "a.txt", "--output", "x", "--tokenizer", model)
+    assert error == f"tokenizer {model} is a file; give its folder {TOKENIZER}"
+    for share in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=rf"^part b={share:g}: shares must be above 0, and finite$"):
+            split(str(data), {"a": 1.0, "b": share}, str(tmp_path / "out"))
+
+
+def test_groups_of_commands(failing: Failing, capsys: pytest.CaptureFixture[str]) -> None:
+    from oryx_megatron.__main__ import main
+
+    assert main(["data", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in shown.splitlines()[:-1]] == [
+        f"oryx data {name}" for name in ("preprocess", "inspect", "merge", "split")
+    ]
+    assert failing("__main__", "data", "cut").endswith("got `cut`")
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("oryx_megatron.config.__main__").main(["--help"])
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) < 12
+    assert failing("config.__main__", "nonsense").startswith("unrecognized arguments: nonsense; see ")
