@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import ModelConfig, load_model
+from oryx_megatron.config import ModelConfig, is_run, load_model, load_run
 from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import ConfigError
 
@@ -390,13 +390,13 @@ def table(model: ModelConfig, sequence: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line: print the table or JSON of one model."""
     parser = Parser("oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="name of a preset in configs/model, or a YAML file")
+    parser.add_argument("model", help="name of a preset in configs/model, or a YAML file of a model or a run")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens of context (default 2048)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.sequence < 1:
         raise ConfigError(f"--sequence: {args.sequence} should be above 0")
-    model = load_model(args.model)
+    model = load_run(args.model).model if is_run(args.model) else load_model(args.model)
     if args.json:
         sys.stdout.write(json.dumps(report(model, args.sequence), indent=2) + "\n")
     else:

@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between looks (default: 5)")
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "runs", urls=True)
+    for run in arguments.runs:
+        if not is_url(run) and Path(run).is_file():
+            raise ConfigError(f"{run} is a file; give a run folder (the config's output_dir)")
     if not 0 < arguments.interval < math.inf:
         raise ConfigError(f"--interval {arguments.interval:g}: give seconds above 0")
     if arguments.web and arguments.once:

@@ -59,7 +59,7 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        error.reason = f"not UTF-8 (byte {error.start}{not_text(data)})"
+        error.reason += not_text(data)
         raise
 
 
@@ -73,6 +73,4 @@ def parse_json(text: str | bytes) -> Any:
 
 def reason(error: Exception) -> str:
     """Why a file could not be read, in words on one line, without its name."""
-    if isinstance(error, UnicodeDecodeError) and error.reason.startswith("not UTF-8"):
-        return error.reason
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

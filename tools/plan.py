@@ -30,13 +30,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron import resources
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import load_model, load_run
+from oryx_megatron.config import is_run, load_model, load_run
 from oryx_megatron.config.batch_sizes import SampleCount
-from oryx_megatron.config.loading import config_text
 from oryx_megatron.config.schema import ModelConfig
-from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
 from oryx_megatron.errors import ConfigError
@@ -118,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
     if a.picture:
         check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
-    model = _of_run(a) if _is_run(a.model) else load_model(a.model)
+    model = _of_run(a) if is_run(a.model) else load_model(a.model)
     for name in ("sequence", "batch"):
         if getattr(a, name) is None:
             raise ConfigError(f"--{name} is missing: {a.model} is a model, which has none; give it, or a run's YAML")
@@ -140,15 +137,6 @@ def main(argv: list[str] | None = None) -> int:
         draw(found[0], a.picture)
         sys.stderr.write(f"wrote {shown(a.picture)}\n")
     return 0
-
-
-def _is_run(name: str) -> bool:
-    """Whether a name is a run's YAML: one with `train:` or `model:`."""
-    path = resources.shipped(name)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return False
-    data = parse_yaml(config_text(path), str(path))
-    return isinstance(data, dict) and bool({"train", "model", "data"} & data.keys())
 
 
 def _of_run(a: argparse.Namespace) -> ModelConfig:

@@ -3,7 +3,16 @@
 `python -m oryx_megatron.config` prints the reference of all fields.
 """
 
-from oryx_megatron.config.loading import from_dict, load_model, load_run, map_paths, preset_names, to_dict, to_yaml
+from oryx_megatron.config.loading import (
+    from_dict,
+    is_run,
+    load_model,
+    load_run,
+    map_paths,
+    preset_names,
+    to_dict,
+    to_yaml,
+)
 from oryx_megatron.config.schema import ModelConfig, ModesConfig, RunConfig
 from oryx_megatron.config.validate import Layout, check_model, validate
 
@@ -14,6 +23,7 @@ __all__ = [
     "RunConfig",
     "check_model",
     "from_dict",
+    "is_run",
     "load_model",
     "load_run",
     "map_paths",

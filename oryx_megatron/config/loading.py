@@ -292,6 +292,15 @@ def _model_data(value: Any, source: str, folder: Path, depth: int = 0) -> dict[s
     return base | changed
 
 
+def is_run(name: str) -> bool:
+    """Whether a name is a run's YAML, one with `train:`, `model:` or `data:`, rather than a model's."""
+    path = resources.shipped(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return False
+    data = parse_yaml(config_text(path), str(path))
+    return isinstance(data, dict) and bool({"train", "model", "data"} & data.keys())
+
+
 def load_model(name_or_path: str) -> ModelConfig:
     """The model of a preset's name or of a YAML file (absolute or relative to the working folder).
 

@@ -120,8 +120,11 @@ class Model:
         """
         if new_tokens < 1:
             raise ConfigError(f"new tokens: {new_tokens} should be at least 1")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ConfigError("temperature should not be negative, and top_p should be above 0 and at most 1")
+        if not (temperature >= 0 and 0 < top_p <= 1):
+            raise ConfigError(
+                "temperature should not be negative, and top_p should be above 0 and at most 1; "
+                f"they are {temperature:g} and {top_p:g}"
+            )
         tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eod_id]
         parts, known = self._parts(prompt, tokens, new_tokens, plan)
         read: list[bool] = []

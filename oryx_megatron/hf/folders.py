@@ -154,7 +154,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_text(path, LARGEST))
     except OSError as error:
-        raise ConversionError(f"{path} cannot be read ({error.strerror}); is this a Hugging Face folder?") from None
+        hub = path.parent.as_posix()
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not path.parent.exists()
+        more = f" One of a hub: hf download {hub} --local-dir FOLDER" if named else ""
+        raise ConversionError(
+            f"{path} cannot be read ({error.strerror}); is this a Hugging Face folder?{more}"
+        ) from None
     except ValueError as error:
         raise ConversionError(f"{path} is damaged ({error})") from None
     if not isinstance(value, dict):

@@ -237,5 +237,5 @@ def serve(runs: Sequence[Recorded], port: int, interval: float, copies: Sequence
     try:
         return Server(runs, port, interval, copies)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise ConfigError(f"--port {port}: {why}; choose another, or 0 for any that is free") from None

@@ -39,9 +39,15 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (QUICKSTART.encode("utf-16"), "not UTF-8 (byte 0: this is UTF-16)"),
-        (QUICKSTART.replace("name:", "name: \xe4").encode("latin-1") + b"\xe4", "not UTF-8 (byte "),
-        (gzip.compress(QUICKSTART.encode()), "not UTF-8 (byte 1: this is gzip"),
+        (
+            QUICKSTART.encode("utf-16"),
+            "cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte: this is UTF-16",
+        ),
+        (
+            QUICKSTART.replace("name:", "name: \xe4").encode("latin-1") + b"\xe4",
+            "cannot be read: 'utf-8' codec can't decode byte 0xe4 in position ",
+        ),
+        (gzip.compress(QUICKSTART.encode()), "invalid start byte: this is gzip, whose name should end in .gz"),
         (QUICKSTART.replace("\ndata:\n", "\ndata:\n\tx: 1\n").encode(), ", line "),
         ((QUICKSTART + "\nseed: 1\nseed: 2\n").encode(), "key `seed` is given twice"),
         (b"", "expected `name: value` lines"),
@@ -83,6 +89,7 @@ def test_names_that_are_nearly_right(failing: Failing, tmp_path: Path) -> None:
         "unrecognized arguments: --train.iterations=5; fields of a run have no dashes: train.iterations=VALUE; "
         "see oryx command --help"
     )
+    assert failing("arch", "configs/run/quickstar.yaml").startswith("configs/run/quickstar.yaml: model: no such config")
     assert failing(train) == "the following arguments are required: config; see oryx command --help"
     with pytest.raises(ConfigError, match="invalid choice"):
         Parser().error("invalid choice")
@@ -130,6 +137,34 @@ def test_values_out_of_range(failing: Failing, tmp_path: Path) -> None:
     for share in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match=rf"^part b={share:g}: shares must be above 0, and finite$"):
             split(str(data), {"a": 1.0, "b": share}, str(tmp_path / "out"))
+
+
+def test_folders_of_others(failing: Failing, tmp_path: Path) -> None:
+    """What is no run and no export of ours; a model's name on a hub."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "run.yaml").write_text(QUICKSTART, encoding="utf-8")
+    generate = ("tools.generate", "--prompt", "a")
+    assert failing(*generate, "other") == "other: model type 'gpt2', not oryx: no export of this project"
+    hub = "meta-llama/Llama-3.2-1B"
+    assert failing("tools.convert_from_hf", hub, "out") == (
+        f"{hub}/config.json cannot be read (No such file or directory); is this a Hugging Face folder? "
+        f"One of a hub: hf download {hub} --local-dir FOLDER"
+    )
+    assert failing("monitor", "run.yaml", "--once") == "run.yaml is a file; give a run folder (the config's output_dir)"
+    assert failing("monitor", ".", "--web", "--port", 99999).startswith("--port 99999: bind(): port must be 0-65535; ")
+
+
+def test_a_run_has_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`oryx arch` takes a run's YAML too, as `oryx plan` does."""
+    from oryx_megatron import arch
+
+    path = tmp_path / "run.yaml"
+    path.write_text(QUICKSTART, encoding="utf-8")
+    assert arch.main([str(path)]) == 0
+    of_run = capsys.readouterr().out
+    assert arch.main([load_run(path).model.name]) == 0
+    assert capsys.readouterr().out == of_run
 
 
 def test_groups_of_commands(failing: Failing, capsys: pytest.CaptureFixture[str]) -> None:
