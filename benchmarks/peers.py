@@ -16,7 +16,7 @@ from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradien
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import Slicer, normal_draw
-from oryx_megatron.model.norm import RMSNorm
+from oryx_megatron.model.parts import RMSNorm
 from oryx_megatron.train.engine import MegatronEngine
 from oryx_megatron.train.optimizer import connect
 from oryx_megatron.train.step import Microbatch, sum_loss

@@ -1,4 +1,4 @@
-"""Parts of the mixer's weights, and the linear layers and autograd functions that it is made of besides."""
+"""Parts of the mixer's weights, and the norms, linear layers and autograd functions that a layer is made of besides."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import ops, platform
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.config import OryxTransformerConfig
 
@@ -66,6 +67,48 @@ class OryxMixerSubmodules:
     every rank already. None: queries are rows of in_proj."""
 
 
+class RMSNorm(torch.nn.Module):
+    """RMSNorm over the residual stream, without TransformerEngine; unlike torch's, it works under sequence parallelism.
+
+    There, each tensor-parallel rank sees some tokens only, and megatron-core sums the gradients of weights that are
+    marked `sequence_parallel`.
+    """
+
+    def __init__(self, config: OryxTransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=_device(config)))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, hidden_size] → same."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(torch.nn.Module):
+    """Weight of an RMSNorm over the width of a head, one vector for all heads on all tensor-parallel ranks."""
+
+    def __init__(self, config: OryxTransformerConfig, width: int) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.tensor_parallel = config.tensor_model_parallel_size > 1
+        self.weight = torch.nn.Parameter(torch.empty(width, dtype=config.params_dtype, device=_device(config)))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def summed_weight(self) -> Tensor:
+        """The weight, such that its gradient becomes the sum over the heads of all tensor-parallel ranks.
+
+        Under sequence parallelism megatron-core sums marked gradients once per step; otherwise it is done here.
+        """
+        if self.tensor_parallel and not self.weight.sequence_parallel:  # type: ignore[attr-defined]
+            return copy_to_tensor_model_parallel_region(self.weight)
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, width] → same."""
+        return ops.rms_norm(x, self.summed_weight(), self.eps)
+
+
 class ConvWeight(torch.nn.Module):
     """Taps of the depthwise convolution over key and value channels, [channels, width]."""
 
@@ -88,10 +131,8 @@ class LocalLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.tp_group = tp_group
-        device = None if config.use_cpu_initialization else platform.device()
-        self.weight = torch.nn.Parameter(
-            torch.empty(output_size // tp_group.size(), input_size, dtype=config.params_dtype, device=device)
-        )
+        shape = (output_size // tp_group.size(), input_size)
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=_device(config)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[…, input_size] → […, output_size / tp], and no bias."""
@@ -105,6 +146,10 @@ class LocalLinear(torch.nn.Module):
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         state = self.state_dict(keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+def _device(config: OryxTransformerConfig) -> torch.device | None:
+    return None if config.use_cpu_initialization else platform.device()
 
 
 class WithZeroGradients(torch.autograd.Function):

@@ -21,8 +21,7 @@ from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.experts import moe_spec
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mlp import FusedMLP
-from oryx_megatron.model.norm import RMSNorm
-from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules
+from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules, RMSNorm
 from oryx_megatron.ops import fused
 
 NORM_NAMES = {

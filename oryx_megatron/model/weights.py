@@ -21,9 +21,9 @@ from torch import Tensor
 
 from oryx_megatron import compat, platform
 from oryx_megatron.model.config import OryxTransformerConfig
-from oryx_megatron.model.norm import HeadNorm
 from oryx_megatron.model.parts import (
     ConvWeight,
+    HeadNorm,
     OryxMixerSubmodules,
     conv_parts,
     decay_proj_parts,

@@ -2,13 +2,13 @@
 
 from oryx_megatron.ops import fused, packages
 from oryx_megatron.ops.attend import attend
-from oryx_megatron.ops.attention import mode_attention
 from oryx_megatron.ops.layout import TokenLayout
 from oryx_megatron.ops.reference import (
     Rope,
     causal_conv,
     gated_delta_rule,
     gated_rms_norm,
+    mode_attention,
     rms_norm,
     rope_of,
     rotary,

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from oryx_megatron import platform
 from oryx_megatron.modes import ModePlan
 from oryx_megatron.ops import backends
-from oryx_megatron.ops.attention import mode_attention
 from oryx_megatron.ops.layout import BLOCK, BlockTable, TokenLayout
+from oryx_megatron.ops.reference import mode_attention
 
 
 @backends.dispatched("attention")

@@ -30,7 +30,6 @@ from oryx_megatron.paths import is_url
 from oryx_megatron.train.ema import WeightAverage
 from oryx_megatron.train.freeze import freeze
 from oryx_megatron.train.graphs import MicrobatchGraphs
-from oryx_megatron.train.guard import bad_step
 from oryx_megatron.train.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -240,7 +239,7 @@ def run_step(
     lr = engine.learning_rate()
     reduced = platform.mark()
     norm = engine.gradient_norm()
-    found = exchange(bad_step(totals, norm, limit))
+    found = exchange(totals.bad(norm, limit))
     local = [] if totals.local is None else [totals.local[:, :2]]
     bad, *numbers = totals.read(found, norm, *local)  # the one moment at which the host waits for the device
     exchanged, (grad_norm, *of_batches) = numbers[: found.numel() - 1], numbers[found.numel() - 1 :]

@@ -17,7 +17,6 @@ import torch
 
 from oryx_megatron.config.schema import FaultsConfig
 from oryx_megatron.data.loader import Blend
-from oryx_megatron.train.step import Totals
 
 SCALE = 1.4826
 """From median absolute deviation to standard deviation, for normally distributed values."""
@@ -81,12 +80,6 @@ class Guard:
         self.losses.clear()
         self.losses.extend(state.get("losses", ()))
         self.row = 0
-
-
-def bad_step(totals: Totals, norm: torch.Tensor, limit: float | None = None) -> torch.Tensor:
-    """Whether `Guard.reason` will have one, as a bool [] on the device: nobody waits for the numbers."""
-    bad = ~(totals.mean.isfinite() & norm.isfinite())
-    return bad if limit is None else bad | (totals.mean > limit)
 
 
 class Prolonged(Blend):

@@ -258,6 +258,11 @@ class Totals:
         """`mean_loss`, [] on the device."""
         return self.sums[0] / self.sums[1].clamp(min=1)
 
+    def bad(self, norm: Tensor, limit: float | None = None) -> Tensor:
+        """Whether `Guard.reason` will have a reason, as a bool [] on the device: nobody waits for the numbers."""
+        bad = ~(self.mean.isfinite() & norm.isfinite())
+        return bad if limit is None else bad | (self.mean > limit)
+
     @property
     def mean_loss(self) -> float:
         """Nats per token."""

@@ -26,7 +26,7 @@ def local_stack() -> Any:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from peers import LocalAttention
 
-    from oryx_megatron.model.norm import RMSNorm
+    from oryx_megatron.model.parts import RMSNorm
 
     class Sum(torch.nn.Module):
         def __init__(self, config: Any, d_model: int, **unused: Any) -> None:
@@ -55,7 +55,7 @@ def train_hybrid() -> tuple[list[str], list[float], dict[str, float]]:
 
     from oryx_megatron import parallel
     from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig
-    from oryx_megatron.model.norm import RMSNorm
+    from oryx_megatron.model.parts import RMSNorm
     from oryx_megatron.testing.layouts import tiny_run
 
     parallel.initialize(ParallelConfig(), seed=1)

@@ -2,7 +2,11 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "oryx_megatron"
 ROOT, TRAIN = PACKAGE.parent, PACKAGE / "train"
@@ -65,6 +69,18 @@ def test_deepspeed_is_a_plugin() -> None:
     }
     assert naming <= set(MAY_NAME_DEEPSPEED)
     assert "train/deepspeed.py" in naming
+
+
+@pytest.mark.slow
+def test_the_way_of_a_token_is_short() -> None:
+    """Files that arrays pass through from corpus to export, as docs/architecture.md counts them."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "structure.py"), "--way"],
+        capture_output=True, text=True, timeout=600, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count = int(done.stdout.splitlines()[-1].removesuffix(" files"))
+    assert 20 < count <= 30
 
 
 def test_files_that_texts_name_are_there() -> None:
