@@ -58,7 +58,7 @@ ROUTER = {"texts": 3072, "held_out": 128, "epochs": 3, "batch_size": 16}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--work", type=Path, help="folder of text and weights (default: OUT/work)")
+    parser.add_argument("--work", type=Path, help="folder of text and weights, gigabytes (default: OUT.work)")
     parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: %(default)s)")
     parser.add_argument("--tokens", type=float, default=40.0, help="millions a language model reads (default: 40)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="those for which there is time")
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--texts", type=int, default=64, help="texts of a held-out set under a policy (default: 64)")
     parser.add_argument("--summarize", action="store_true", help="only read results and write tables and plots")
     arguments = parser.parse_args(argv)
-    arguments.out, work = arguments.out.resolve(), (arguments.work or arguments.out / "work").resolve()
+    arguments.out = arguments.out.resolve()
+    work = (arguments.work or arguments.out.with_name(arguments.out.name + ".work")).resolve()
     runs = language_runs(arguments, work) if "language" in arguments.parts else []
     failed: list[str] = []
     if not arguments.summarize:

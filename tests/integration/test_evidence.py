@@ -121,7 +121,7 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence.Schedule, "run", run)
         with pytest.raises(Stop):
-            evidence.main.__wrapped__(["--out", str(tmp_path), "--tokens", "6.5536", "--seeds", "4", "5"])
+            evidence.main.__wrapped__(["--out", str(tmp_path / "out"), "--tokens", "6.5536", "--seeds", "4", "5"])
     names = [job.name for job in seen["jobs"]]
     assert names[:4] == ["texts", "language-gdn-4", "routing-gdn-4", "language-mamba2-4"]
     assert "routing-gdn-hybrid-4" not in names
@@ -129,9 +129,9 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
     by_name = {job.name: job for job in seen["jobs"]}
     assert by_name["routing-gdn-4"].after == ("language-gdn-4",)
     assert by_name["policy-needle-gdn-5"].after == ("needle-gdn-5",)
-    text = (tmp_path / "work" / "language" / "gdn-hybrid-4" / "run.yaml").read_text()
+    text = (tmp_path / "out.work" / "language" / "gdn-hybrid-4" / "run.yaml").read_text()
     assert "iterations: 100\n" in text
-    assert f"{tmp_path}/work/texts/prose" in text
+    assert f"{tmp_path}/out.work/texts/prose" in text
     command = by_name["needle-gdn-4"].command()
     assert command[:3] == ["nice", "-n", "10"]
     assert 300 < float(command[command.index("--budget") + 1]) < 540
