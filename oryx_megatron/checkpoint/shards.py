@@ -22,7 +22,7 @@ from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDevice
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from oryx_megatron import compat
+from oryx_megatron import compat, platform
 from oryx_megatron.errors import CheckpointError
 
 FORM = "fully_reshardable"
@@ -76,22 +76,45 @@ def own_shards(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     return singles if plain else []
 
 
+def common_step(optimizer: MegatronOptimizer) -> int:
+    """Updates done, also where this rank owns nothing that was updated, as in a frozen pipeline stage; collective."""
+    steps = [0]
+    for single in compat.megatron.singles(optimizer):
+        if single.optimizer is None:
+            continue
+        steps += [int(state["step"]) for state in single.optimizer.state.values() if "step" in state]  # torch's
+        steps += [int(group.get("step", 0)) for group in single.optimizer.param_groups if group["params"]]
+    most = platform.to_device(torch.tensor(max(steps)))
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _settings(optimizer: DistributedOptimizer, step: int) -> dict[str, Any]:
+    """What megatron-core's `state_dict` gives; it fails, or knows no step, where the rank owns nothing."""
+    if any(group["params"] for group in optimizer.optimizer.param_groups):
+        return optimizer.state_dict()
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    plain = [{name: value for name, value in group.items() if name != "params"} | {"step": step} for group in groups]
+    return {"optimizer": {"param_groups": plain}}
+
+
 def sharded_optimizer_state(
-    optimizer: DistributedOptimizer, model_state: dict[str, Any], *, loading: bool = False
+    optimizer: DistributedOptimizer, model_state: dict[str, Any], *, step: int = 0, loading: bool = False
 ) -> dict[str, Any]:
     """Sharded state of an optimizer of `own_shards`.
 
     Args:
         optimizer: For loading, its state tensors must exist or be of a kind that megatron-core allocates.
         model_state: Sharded state of its model, which says where a parameter lies in the whole tensor.
+        step: Of `common_step`.
         loading: Leave the tensors to be read empty; `fill` takes them.
 
     Raises:
         CheckpointError: a fused weight is stored in parts that do not follow each other in it.
     """
-    state = optimizer.state_dict()
+    state = _settings(optimizer, step)
     if loading:  # as megatron-core does: allocates what is not there yet
-        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.load_state_dict(_settings(optimizer, step))
     sharded = by_parameter(model_state)
     parameters: dict[int, Any] = {}
     for i, (parameter, start, stop) in enumerate(owned_ranges(optimizer)):

@@ -47,16 +47,20 @@ def sharded_state(
         scales.unpickle(model, state[_name(i)])
     if optimizer is not None:
         model_state = state if len(models) > 1 else state[_name(0)]
+        step = shards.common_step(optimizer)  # rank 0 writes it for all
         if singles := shards.own_shards(optimizer):
-            parts = [shards.sharded_optimizer_state(single, model_state, loading=loading) for single in singles]
+            parts = [
+                shards.sharded_optimizer_state(single, model_state, step=step, loading=loading) for single in singles
+            ]
             state["optimizer"] = parts[0] if len(parts) == 1 else dict(enumerate(parts))
         elif whole.owns_whole(optimizer):
-            state["optimizer"] = whole.sharded_optimizer_state(optimizer, model_state)
+            state["optimizer"] = whole.sharded_optimizer_state(optimizer, model_state, step)
         else:
             with compat.megatron.numbering_all_parameters(optimizer):
                 own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-            for part in _parts(own):
+            for part, single in zip(_parts(own), compat.megatron.singles(optimizer), strict=True):
                 compat.megatron.keep_groups(part)
+                _note_step(part, single, step)
             state["optimizer"] = compat.megatron.without_classes(own)
         if models[0].config.freezes:
             model_states = [state[_name(i)] for i in range(len(models))]
@@ -66,6 +70,16 @@ def sharded_state(
             model_states = [state[_name(i)] for i in range(len(models))]
             state[EMA] = average.sharded_average(averages, optimizer, models, model_states)
     return state
+
+
+def _note_step(state: dict[str, Any], single: Any, step: int) -> None:
+    """The number of updates, where this rank has none of its own to tell."""
+    inner = state.get("optimizer", state)
+    if step and type(single.optimizer).__name__ == "FusedAdam":  # TransformerEngine's has one for each group
+        for group in inner["param_groups"]:
+            group.setdefault("step", step)
+    elif step and not inner["state"]:
+        inner["state"]["common_step"] = step
 
 
 def _parts(state: dict[Any, Any]) -> list[dict[str, Any]]:

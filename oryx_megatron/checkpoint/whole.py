@@ -23,8 +23,11 @@ def owns_whole(optimizer: Any) -> bool:
     return isinstance(optimizer, LayerWiseDistributedOptimizer)
 
 
-def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """Sharded state of such an optimizer; `model_state` says where its weights lie in the whole tensors."""
+def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], step: int) -> dict[str, Any]:
+    """Sharded state of such an optimizer after `step` updates.
+
+    `model_state` says where its weights lie in the whole tensors.
+    """
     sharded = by_parameter(model_state)
     parameters = {
         i: {
@@ -33,7 +36,7 @@ def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any]) -> dict
         }
         for i, (weight, tensors) in enumerate(_tensors(optimizer))
     }
-    return {"param_state": parameters, STEP: max((int(state[STEP]) for state in _states(optimizer)), default=0)}
+    return {"param_state": parameters, STEP: step}
 
 
 @torch.no_grad()

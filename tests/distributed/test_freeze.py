@@ -35,6 +35,14 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
 }
 
 
+STAGES: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
+    "ranges": (ParallelConfig(pipeline=2), {}),
+    "unsharded": (ParallelConfig(pipeline=2, distributed_optimizer=False), {}),
+    "muon": (ParallelConfig(pipeline=2), {"optimizer__name": "muon"}),
+}
+"""Rank 0, which writes what is common to all, has nothing to update: its whole stage is frozen."""
+
+
 def run_of(patterns: tuple[str, ...], parallel: ParallelConfig, **changes: Any) -> RunConfig:
     return tiny_run("mamba2", parallel=parallel, train__freeze=patterns, **changes)
 
@@ -68,6 +76,12 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                         if torch.is_tensor(tensor) and tensor.dim()
                     )
                     found[f"{name} {patterns[0]}"] = [steps, moved, states]
+    for name, (layout, changes) in STAGES.items():
+        with worlds.of(2, name):
+            root = [tempfile.mkdtemp()]
+            torch.distributed.broadcast_object_list(root)
+            run = run_of(FIRST_STAGE, layout, **changes)
+            found[f"stage {name}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
     return found
 
 
@@ -109,6 +123,14 @@ def test_layouts(found: dict[str, list[list[Any]]], patterns: tuple[str, ...]) -
     assert sum(states for _, _, states in found[f"data {patterns[0]}"]) == states  # none for what is frozen
     ((going, resumed), *_) = found[f"resume {patterns[0]}"]
     assert going[2:] == resumed
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_frozen_stage_resumes_bit_by_bit(found: dict[str, list[list[Any]]], name: str) -> None:
+    for going, resumed in found[f"stage {name}"]:
+        assert going[2:] == resumed
+        assert going[3] != going[2]
 
 
 def test_state_of_the_recurrent_path_alone(found: dict[str, list[list[Any]]]) -> None:

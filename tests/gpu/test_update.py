@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_graphs import evaluated
 from test_training import WIDE
 from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.config.schema import KernelsConfig, ModesConfig, PrecisionConfig, RunConfig
+from oryx_megatron.config.schema import EmaConfig, KernelsConfig, ModesConfig, PrecisionConfig, RunConfig
 from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import Session, session, stop_and_go_on, tiny_run
 from oryx_megatron.train.optimizer import connect
@@ -83,6 +85,31 @@ def test_a_bad_step_leaves_everything_as_it_was():
         program.forward = forward
         assert opened.step()[0] > 0
         assert any(not torch.equal(own, other) for own, other in zip(state_of(opened), before, strict=True))
+
+
+@pytest.mark.parametrize("fp8", ["none", "tensorwise"])
+def test_an_average_of_the_weights_beside_it(fp8, tmp_path: Path):
+    """train.ema: an fp64 loop over the masters; neither it nor its evaluation between replays changes a loss."""
+    run = run_of(precision=PrecisionConfig(fp8=fp8), train__ema=EmaConfig(decay=0.75, start=2))
+    with session(dataclasses.replace(run, train=dataclasses.replace(run.train, ema=None))) as opened:
+        plain = opened.steps(6)
+    with session(run) as opened:
+        assert opened.engine.fused_update is not None
+        found, loop = [], []
+        for number in range(1, 7):
+            found.append(opened.step())
+            masters = [part.master.double() for part in opened.engine.average.parts]
+            loop = masters if number <= 2 else [0.75 * a + 0.25 * b for a, b in zip(loop, masters, strict=True)]
+            weights = [p.detach().clone() for p in opened.chunks[0].parameters()]
+            with opened.engine.averaged() as there:
+                assert there == (number >= 2)
+                assert math.isfinite(evaluated(run, opened.chunks, number))
+            assert all(map(torch.equal, weights, opened.chunks[0].parameters()))
+        assert found == plain
+        for part, wanted in zip(opened.engine.average.parts, loop, strict=True):
+            torch.testing.assert_close(part.average.double(), wanted, rtol=1e-6, atol=1e-9)
+    going, resumed = stop_and_go_on(run, tmp_path, before=3, after=3)
+    assert resumed == going[3:]
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
