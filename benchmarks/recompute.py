@@ -72,7 +72,7 @@ def measure(
     text = torch.randint(model.vocab_size, (batch, sequence + 1), generator=generator).to(device)
     sort = get_model_config(network).fused_mixer
     info = SequenceInfo.build(parse_plan(plan, sequence, chunk=chunk), device=device, sort=sort)
-    tokens, labels = info.arrange(text[:, :-1]), info.arrange(text[:, 1:])
+    tokens, labels = info.arrange(text[:, :-1]), info.arrange_labels(text[:, 1:])
     network.train()
 
     def forward() -> torch.Tensor:

@@ -38,7 +38,7 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.data.files import replacing
-from oryx_megatron.modes import Mode, ModePlan, draw_plan, parse_plan
+from oryx_megatron.modes import Mode, ModePlan, Plan, draw_plan, parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.testing.layouts import forget_hooks
 from oryx_megatron.train.engine import MegatronEngine, take_step
@@ -95,7 +95,7 @@ def run_config(model: ModelConfig, sequence: int, batch: int, precision: Precisi
     )
 
 
-def plans_of(spec: str, sequence: int) -> list[ModePlan]:
+def plans_of(spec: str, sequence: int) -> list[Plan]:
     """Plans of the steps of a case, in turn."""
     if not spec:
         return [ModePlan.uniform(Mode.ATTENTION, sequence)]
@@ -136,11 +136,11 @@ class Runner:
             self.graphs.forget()
         self.engine.graphs = self.graphs if graphs else None
 
-    def step(self, plan: ModePlan) -> float:
+    def step(self, plan: Plan) -> float:
         """As Trainer.step: gradients, their norm, the update; loss and norm are read by the host."""
         return take_step(self.engine, [Microbatch(*self.batch, plan)])[0]
 
-    def time(self, plans: list[ModePlan], steps: int) -> tuple[float, float]:
+    def time(self, plans: list[Plan], steps: int) -> tuple[float, float]:
         """Mean milliseconds of a step over whole rounds of the plans, and the last loss per token."""
         rounds = max(1, -(-steps // len(plans)))
         torch.cuda.synchronize()
@@ -247,7 +247,7 @@ def measure(case: str, runner: Runner, precision: str, graphs: bool, steps: int,
     )
 
 
-def write_profile(runner: Runner, plans: list[ModePlan], path: Path | None) -> float:
+def write_profile(runner: Runner, plans: list[Plan], path: Path | None) -> float:
     """Share of four steps without a kernel; with `path`, their kernels by share of GPU time too."""
     profile = Trace.of(lambda: runner.time(plans[:2], 4))  # the first begins with an empty queue
     if path is not None:

@@ -1,6 +1,7 @@
 """Mode plans: which tokens of a sequence are read by attention and which by the recurrence (docs/model.md).
 
-A plan is the same for all layers and all sequences of a microbatch. Pure Python and numpy.
+A plan is the same for all sequences of a microbatch, and for all layers unless it is of `LayerPlans`. Pure Python and
+numpy.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-from oryx_megatron.config.plans import PlanRuns, chunk_runs, merge_runs, parse_runs, read_plan
-from oryx_megatron.config.schema import ModesConfig
+from oryx_megatron.config.plans import PlanRuns, chunk_runs, layer_plans, merge_runs, parse_runs, read_plan
+from oryx_megatron.config.schema import MixStage, ModesConfig
 
 
 class Mode(enum.IntEnum):
@@ -132,11 +133,154 @@ class ModePlan:
         runs = [(run.start, run.stop, bool(run.mode)) for run in self.runs]
         return self._of(merge_runs([*runs, (self.length, self.length + n, bool(mode))]))
 
+    def tiled(self, n: int) -> ModePlan:
+        """This plan `n` times, one after the other."""
+        return ModePlan.from_mask(np.tile(self.is_attention(), n))
+
+    def of_layer(self, layer: int) -> ModePlan:
+        """The plan of a layer: this one, whichever it is."""
+        return self
+
+    @property
+    def anywhere(self) -> ModePlan:
+        """See `LayerPlans.anywhere`."""
+        return self
+
+    def kinds(self) -> np.ndarray:
+        """See `LayerPlans.kinds`."""
+        return self.is_attention().astype(np.int64)
+
     def __str__(self) -> str:
         """A spec that `parse_plan` reads back to this plan."""
         if len(self.runs) > 1:
             return "runs:" + ",".join(f"{'ra'[run.mode]}{run.start}-{run.stop}" for run in self.runs)
         return self.runs[0].mode.name.lower() if self.runs else "recurrent"
+
+
+@dataclass(frozen=True)
+class LayerPlans:
+    """Plans of the same tokens that differ over the layers of a model. `of` makes one.
+
+    Immutable and hashable, as ModePlan. ValueError when they are of different lengths, or no layer has one.
+    """
+
+    layers: tuple[ModePlan | None, ...]
+    """The plan of each layer, counted from 0; None: the layer has one mode only and reads no plan."""
+
+    def __post_init__(self) -> None:
+        if len({plan.length for plan in self._read}) != 1:
+            raise ValueError("the plans of a model's layers should be of one length")
+
+    @classmethod
+    def of(cls, plans: Sequence[ModePlan], reads: Sequence[bool]) -> Plan:
+        """The plan of each layer, of which those with `reads` have both modes; a ModePlan where these are equal."""
+        own = [plan if read else None for plan, read in zip(plans, reads, strict=True)]
+        distinct = {plan for plan in own if plan is not None}
+        return cls(tuple(own)) if len(distinct) > 1 else next(iter(distinct), plans[0])
+
+    @cached_property
+    def _read(self) -> list[ModePlan]:
+        return [plan for plan in self.layers if plan is not None]
+
+    @cached_property
+    def of_layers(self) -> tuple[ModePlan, ...]:
+        """A plan for every layer: where it reads none, that of the nearest layer before it that does, or after it."""
+        found, last = list[ModePlan](), self._read[0]
+        for plan in self.layers:
+            last = plan or last
+            found.append(last)
+        return tuple(found)
+
+    @cached_property
+    def orders(self) -> tuple[ModePlan, ...]:
+        """The plan by which the tokens are sorted where a fast mixer of each layer runs (ops/layout.py).
+
+        A layer whose tokens are all in one mode runs in any order; it takes that of its neighbour, so that rows move
+        only between layers with different plans of both modes.
+        """
+        mixed = [plan if 0 < plan.attention_tokens < plan.length else None for plan in self.of_layers]
+        last = next((plan for plan in mixed if plan is not None), self.of_layers[0])
+        found = list[ModePlan]()
+        for plan in mixed:
+            last = plan or last
+            found.append(last)
+        return tuple(found)
+
+    def of_layer(self, layer: int) -> ModePlan:
+        """The plan of a layer, counted from 0; negative numbers count from the last."""
+        return self.of_layers[layer]
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self._read[0].length
+
+    @cached_property
+    def attention_share(self) -> float:
+        """Share of the tokens in attention mode, mean over the layers that read plans."""
+        return sum(plan.attention_share for plan in self._read) / len(self._read)
+
+    def is_attention(self) -> np.ndarray:
+        """Mask, bool [layers, 1, length]: true where a token attends, in the form that exports take."""
+        return np.stack([plan.is_attention()[None] for plan in self.of_layers])
+
+    @cached_property
+    def anywhere(self) -> ModePlan:
+        """The plan in which a token attends that attends in some layer."""
+        return ModePlan.from_mask(np.any([plan.is_attention() for plan in self._read], axis=0))
+
+    def kinds(self) -> np.ndarray:
+        """int64 [length]: 0 where a token recurs in all layers that read plans, 1 where it attends in all, else 2."""
+        masks = np.stack([plan.is_attention() for plan in self._read])
+        return np.where(masks.all(0), 1, np.where(masks.any(0), 2, 0)).astype(np.int64)
+
+    def slice(self, start: int, stop: int) -> Plan:
+        """The plans of tokens start … stop - 1; IndexError outside."""
+        return self._map(lambda plan: plan.slice(start, stop))
+
+    def tiled(self, n: int) -> Plan:
+        """These plans `n` times, one after the other."""
+        return self._map(lambda plan: plan.tiled(n))
+
+    def _map(self, change: Callable[[ModePlan], ModePlan]) -> Plan:
+        changed = {plan: change(plan) for plan in self._read}
+        return LayerPlans.of([changed[plan] for plan in self.of_layers], [plan is not None for plan in self.layers])
+
+    def __str__(self) -> str:
+        """A spec that `plan_for` reads back to these plans."""
+        parts, first = [], 0
+        for plan, run in itertools.groupby(self.of_layers):
+            last = first + len(list(run)) - 1
+            parts.append(f"{first}={plan}" if first == last else f"{first}-{last}={plan}")
+            first = last + 1
+        return "layers:" + ",".join(parts)
+
+
+Plan = ModePlan | LayerPlans
+"""What a model reads a text by."""
+
+
+def plan_for(
+    layers: Sequence[bool],
+    spec: str,
+    length: int,
+    *,
+    chunk: int,
+    prompt: int | None = None,
+    characters: Callable[[int], int] | None = None,
+) -> Plan:
+    """The plan that `spec` gives to a text in a model of these layers, true for those that read plans.
+
+    Otherwise as `parse_plan`; `layers:0-5=PLAN,rest=PLAN` is read here alone.
+    """
+    parts = layer_plans(spec, len(layers))
+    if parts is None:
+        return parse_plan(spec, length, chunk=chunk, prompt=prompt, characters=characters)
+    plans = {
+        part: parse_plan(part, length, chunk=chunk, prompt=prompt, characters=characters)
+        for part in dict.fromkeys(parts)
+    }
+    return LayerPlans.of([plans[part] for part in parts], layers)
 
 
 def parse_plan(
@@ -162,7 +306,8 @@ def draw_plan(
     microbatch: int,
     length: int,
     documents: Sequence[int] | None = None,
-) -> ModePlan:
+    layers: Sequence[bool] = (),
+) -> Plan:
     """Training plan of one microbatch: a pure function of its arguments, so equal on all ranks and after a resume.
 
     `microbatch` counts over the whole global batch: microbatch m of data-parallel rank r of dp is number m · dp + r,
@@ -170,19 +315,27 @@ def draw_plan(
 
     All attention with probability p_attention, all recurrent with p_recurrent; with p_prompt each text is split at a
     chunk drawn for it, and `modes.prompt` gives the plans before and after; else ρ ~ U(0, 1) is drawn and every chunk
-    attends with probability ρ (mixed training, arXiv 2605.28769; the other draws are this project's). Chunks count
-    from the start of every text: the sequence, or each of `documents`, the cumulative starts [0, …, length].
-    `modes.schedule` replaces the probabilities from its stages' iterations on; `modes.fixed` replaces the draw.
+    attends with probability ρ (mixed training, arXiv 2605.28769; the other draws are this project's). With p_layers
+    each of `modes.layer_groups` groups of neighbouring layers has a ratio and chunks of its own. Chunks count from the
+    start of every text: the sequence, or each of `documents`, the cumulative starts [0, …, length]. `modes.schedule`
+    replaces the probabilities from its stages' iterations on; `modes.fixed` replaces the draw. `layers` are the
+    model's, true for those that read plans.
     """
     bounds = [0, length] if documents is None else list(documents)
     texts = [stop - start for start, stop in itertools.pairwise(bounds)]
     short = documents is not None  # than the tokens that a plan names
     if modes.fixed is not None:
-        return _joined([parse_runs(modes.fixed, n, chunk=modes.chunk, shorter=short) for n in texts], bounds)
-    p_attention, p_recurrent, p_prompt = modes.p_attention, modes.p_recurrent, modes.p_prompt
+        parts = layer_plans(modes.fixed, len(layers)) or (modes.fixed,)
+        plans = {
+            part: _joined([parse_runs(part, n, chunk=modes.chunk, shorter=short) for n in texts], bounds)
+            for part in dict.fromkeys(parts)
+        }
+        return LayerPlans.of([plans[part] for part in parts], layers) if len(plans) > 1 else plans[parts[0]]
+    now: ModesConfig | MixStage = modes
     for stage in modes.schedule:
         if stage.start <= iteration:
-            p_attention, p_recurrent, p_prompt = stage.p_attention, stage.p_recurrent, stage.p_prompt
+            now = stage
+    p_attention, p_recurrent, p_prompt = now.p_attention, now.p_recurrent, now.p_prompt
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, microbatch))))
     u = rng.random()
     if u < p_attention:
@@ -199,10 +352,17 @@ def draw_plan(
         return _joined(
             [parse_runs(spec, n, chunk=modes.chunk, prompt=cut, shorter=True) for n, cut in zip(texts, cuts)], bounds
         )
-    ratio = rng.random()
-    attends = rng.random(sum(chunks)) < ratio
-    parts = np.split(attends, np.cumsum(chunks)[:-1])
-    return _joined([chunk_runs(part.tolist(), modes.chunk, n) for part, n in zip(parts, texts)], bounds)
+
+    def mixed() -> ModePlan:
+        ratio = rng.random()
+        attends = rng.random(sum(chunks)) < ratio
+        parts = np.split(attends, np.cumsum(chunks)[:-1])
+        return _joined([chunk_runs(part.tolist(), modes.chunk, n) for part, n in zip(parts, texts)], bounds)
+
+    if layers and u < p_attention + p_recurrent + p_prompt + now.p_layers:
+        groups = [mixed() for _ in range(modes.layer_groups)]
+        return LayerPlans.of([groups[i * len(groups) // len(layers)] for i in range(len(layers))], layers)
+    return mixed()
 
 
 def _joined(texts: Sequence[PlanRuns], bounds: Sequence[int]) -> ModePlan:

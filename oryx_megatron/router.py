@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from oryx_megatron.eval.generation import LoadedModel
     from oryx_megatron.hf.router_oryx import OryxRouter
-    from oryx_megatron.modes import ModePlan
+    from oryx_megatron.modes import ModePlan, Plan
 
 log = logging.getLogger(__name__)
 CLIP = 8.0
@@ -229,7 +229,7 @@ def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
     return Gains(tokens, both[1] - both[0], counted > 0, both, labels)
 
 
-def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan | Sequence[ModePlan]) -> Tensor:
+def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | Sequence[ModePlan]) -> Tensor:
     """Nats per token [n, s] of texts under a plan, or each under its own, on the host.
 
     Texts of different plans are read as isolated documents of one sequence.
@@ -237,12 +237,12 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan
     import numpy as np
     import torch
 
-    from oryx_megatron.modes import ModePlan
+    from oryx_megatron.modes import ModePlan, Plan
 
     n, s = tokens.shape
     size, found = max(1, TOKENS // s), []
     for rows in torch.arange(n).split(size):
-        if isinstance(plan, ModePlan):
+        if isinstance(plan, Plan):
             found.append(_pass(model, tokens[rows], labels[rows], plan, None))
         else:
             joined = ModePlan.from_mask(np.concatenate([plan[i].is_attention() for i in rows]))
@@ -253,7 +253,7 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan
     return torch.cat(found)
 
 
-def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: ModePlan, documents: Tensor | None) -> Tensor:
+def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, documents: Tensor | None) -> Tensor:
     """Losses [b, s] by the step that training evaluates with, on the host."""
     import torch
 
@@ -304,14 +304,14 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains) -> list[Row
 
     from oryx_megatron.eval.routed import Plans
 
-    plans = Plans(model.run.modes.chunk, router)
+    plans = Plans(model.run.modes.chunk, router, model.run.model.reads_plans)
     specs = ["attention", "recurrent", *(f"{kind}:{share:g}" for kind in ("ratio", "router") for share in SHARES)]
     rows = []
     for spec in specs:
         if spec in ("attention", "recurrent"):
             losses, share = held_out.losses[int(spec == "recurrent")], float(spec == "attention") * len(held_out.tokens)
         else:
-            chosen = [plans.of(spec, text) for text in held_out.tokens]
+            chosen = [plans.of(spec, text).anywhere for text in held_out.tokens]  # the same in all layers
             losses = losses_of(model, held_out.tokens, held_out.labels, chosen)
             share = sum(plan.attention_share for plan in chosen)
         loss = (losses * held_out.counted).sum(dtype=torch.float64)

@@ -96,7 +96,7 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
     from oryx_megatron.eval.routed import Plans
-    from oryx_megatron.modes import Mode, ModePlan
+    from oryx_megatron.modes import Mode, ModePlan, Plan
     from oryx_megatron.router import losses_of
 
     model = load_for_inference(checkpoint)
@@ -108,15 +108,17 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens; at least 2 are needed")
     length = len(ids)
-    plans = {
-        "plan": Plans.of_checkpoint(model.folder, model.run.modes.chunk, (plan,)).of(plan, ids),
+    plans: dict[str, Plan] = {
+        "plan": Plans.of_checkpoint(model.folder, model.run.modes.chunk, (plan,), model.run.model.reads_plans).of(
+            plan, ids
+        ),
         "attention": ModePlan.uniform(Mode.ATTENTION, length),
         "recurrent": ModePlan.uniform(Mode.RECURRENT, length),
     }
     labels = torch.cat((ids[1:], ids[-1:]))
     losses = {name: losses_of(model, ids[None], labels[None], of)[0, :-1] for name, of in plans.items()}
     gains = [*(losses["recurrent"] - losses["attention"]).tolist(), None]  # nothing follows the last token
-    attends = plans["plan"].is_attention().tolist()
+    attends = plans["plan"].anywhere.is_attention().tolist()
     pieces = _pieces(spoken, ids.tolist())
     return {
         "plan": plan,

@@ -28,7 +28,7 @@ from oryx_megatron.paths import expand_arguments
 
 if TYPE_CHECKING:
     from oryx_megatron.eval.text import Speech
-    from oryx_megatron.modes import ModePlan
+    from oryx_megatron.modes import Plan
 
 ORANGE, PLAIN = "\x1b[38;5;208m", "\x1b[0m"
 """Of a terminal: tokens read by attention, and by the recurrence."""
@@ -101,7 +101,8 @@ def _coloured(asked: str) -> bool:
 
 
 class _Printer:
-    """Writes text as it becomes certain (a character may need several tokens), coloured by the mode of its last token.
+    """Writes text as it becomes certain (a character may need several tokens), coloured by the mode of its last token:
+    by attention where it is in some layer.
 
     Nothing before the first new token: an error comes before any text.
     """
@@ -112,11 +113,11 @@ class _Printer:
         self.shown = self.written = 0
         self.orange = False
 
-    def __call__(self, plan: ModePlan, prompt: list[int], token: int) -> None:
+    def __call__(self, plan: Plan, prompt: list[int], token: int) -> None:
         self.tokens = [*(self.tokens or prompt), token]
         self._show(plan.slice(0, min(len(self.tokens), plan.length)))
 
-    def end(self, plan: ModePlan, tokens: list[int]) -> None:
+    def end(self, plan: Plan, tokens: list[int]) -> None:
         """What was not written yet: the prompt, when the model ended at once; a last token; the end of the line."""
         self.tokens = tokens
         self._show(plan)
@@ -124,10 +125,10 @@ class _Printer:
         sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def _show(self, plan: ModePlan) -> None:
+    def _show(self, plan: Plan) -> None:
         """Write the tokens that `plan` knows, stretch by stretch of one mode."""
         start = self.shown
-        for run in plan.slice(start, plan.length).runs:
+        for run in plan.slice(start, plan.length).anywhere.runs:
             self.shown = start + run.stop
             text = self.tokenizer.decode(self.tokens[: self.shown])
             if not text.endswith("�"):

@@ -28,7 +28,7 @@ from typing import Any
 from oryx_megatron import storage
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run
-from oryx_megatron.config.plans import parse_runs
+from oryx_megatron.config.plans import attention_share
 from oryx_megatron.data.files import MARK, check_output, is_marked, mark, replacing
 from oryx_megatron.display import plain_texts, shown
 from oryx_megatron.errors import ConfigError, DataError, OryxError
@@ -199,8 +199,8 @@ def _shares(config: Path, plans: set[str]) -> dict[str, float]:
         run = load_run(config)
         for plan in plans:
             with contextlib.suppress(OryxError):
-                runs = parse_runs(plan, run.data.sequence_length, chunk=run.modes.chunk)
-                found[plan] = sum(stop - start for start, stop, attends in runs if attends) / run.data.sequence_length
+                length, chunk, layers = run.data.sequence_length, run.modes.chunk, run.model.reads_plans
+                found[plan] = attention_share(plan, length, chunk=chunk, layers=layers)
     return {plan: share for plan, share in found.items() if plan in plans}
 
 

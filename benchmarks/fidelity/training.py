@@ -28,7 +28,7 @@ from oryx_megatron.eval.retrieval import (
     WordCodec,
 )
 from oryx_megatron.model import SequenceInfo
-from oryx_megatron.modes import ModePlan, draw_plan
+from oryx_megatron.modes import Plan, draw_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.train.engine import MegatronEngine, take_step
 from oryx_megatron.train.step import Microbatch
@@ -158,18 +158,18 @@ class Training:
         loss, _ = take_step(self.engine, microbatches)
         return loss
 
-    def _plan(self, iteration: int, microbatch: int, length: int) -> ModePlan:
+    def _plan(self, iteration: int, microbatch: int, length: int) -> Plan:
         run = self.run
         return draw_plan(run.modes, seed=run.seed, iteration=iteration, microbatch=microbatch, length=length)
 
-    def logits(self, tokens: Tensor, plan: ModePlan) -> Tensor:
+    def logits(self, tokens: Tensor, plan: Plan) -> Tensor:
         """[n, s] → [n, s, vocabulary]"""
         info = SequenceInfo.build(plan, device=platform.device())
         return self.chunks[0].module(
             tokens.to(platform.device()), None, None, packed_seq_params=info, runtime_gather_output=True
         )
 
-    def predict(self, tokens: Tensor, plan: ModePlan) -> Tensor:
+    def predict(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Most likely next token after each, for eval.grid."""
         with torch.no_grad():  # not inference_mode: training goes on, and tables that ops keep would be of no use to it
             return self.logits(tokens, plan).argmax(-1).cpu()

@@ -189,6 +189,13 @@ class ModelConfig:
         return next(iter(self.kinds)) if len(self.kinds) == 1 and not self.takes_plans else None
 
     @property
+    def reads_plans(self) -> tuple[bool, ...]:
+        """For every layer, whether it reads mode plans: not where it has one mode and others have others."""
+        if not self.pattern or self.single_mode is not None:
+            return (True,) * self.num_layers
+        return tuple(modes == "both" for modes in self.layer_modes)
+
+    @property
     def ignores_plans(self) -> bool:
         """Whether layers differ and none of them reads a mode plan."""
         return not self.takes_plans and self.single_mode is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf import plans_oryx
@@ -11,24 +11,38 @@ from oryx_megatron.hf.plans_oryx import FORMS, PlanRuns, chunk_runs, merge_runs
 from oryx_megatron.paths import expand
 from oryx_megatron.reading import read_text, reason
 
-__all__ = ["FORMS", "HELP", "PlanRuns", "chunk_runs", "merge_runs", "parse_runs", "read_plan"]
+__all__ = [
+    "FORMS",
+    "HELP",
+    "PlanRuns",
+    "attention_share",
+    "chunk_runs",
+    "layer_plans",
+    "merge_runs",
+    "parse_runs",
+    "read_plan",
+]
 
 _EDGE = r"(?:\d+(?:\.\d+)?%|\d+c?|end)"
 _RUNS = re.compile(rf"[ar]{_EDGE}-{_EDGE}(\s*,\s*[ar]{_EDGE}-{_EDGE})*,?")
 HELP = (
     "mode plan: attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-end, prompt:PLAN,new:PLAN, "
-    "file:PATH; N in tokens, R a share of the chunks, K-th chunks, runs also as 25%% of the text"
+    "layers:0-5=PLAN,rest=PLAN, file:PATH; N in tokens, R a share of the chunks, K-th chunks, runs also as 25%% of the "
+    "text, layers also as 3, 6-end, even or odd"
 )
 """The forms, for --help of options that take one."""
 
 
 def read_plan(spec: str) -> str:
-    """The plan that a file holds, of `file:PATH`; any other spec as it is.
+    """The plan that a file holds, of `file:PATH`, also as a part of `layers:`; any other spec as it is.
 
-    The file is text: one plan, or runs such as `a0-256`, one a line or between commas. `#` begins a comment.
+    The file is text: one plan, or runs such as `a0-256` or parts such as `0-5=PLAN`, one a line or between commas. `#`
+    begins a comment.
     Raises ConfigError for a file that cannot be read or holds no plan.
     """
     kind, _, path = spec.strip().partition(":")
+    if kind == "layers" and "=file:" in spec.replace(" ", ""):
+        return "layers:" + ",".join(f"{name}={read_plan(plan)}" for name, plan in _parts(spec))
     if kind.strip() != "file":
         return spec
     path = expand(path.strip(), f"mode plan `{spec}`")
@@ -41,6 +55,11 @@ def read_plan(spec: str) -> str:
     if not lines:
         raise ConfigError(f"mode plan `{spec}`: {path} holds no plan; write one, or runs such as a0-256, one a line")
     first = next(iter(lines.values()))
+    if re.match(r"[\w-]+\s*=", first):
+        for number, line in lines.items():
+            if "=" not in line:
+                raise ConfigError(f"mode plan `{spec}`: {path}:{number}: `{line:.60}` is no part like 0-5=attention")
+        return "layers:" + ",".join(line.rstrip(",") for line in lines.values())
     if len(lines) == 1 and not _RUNS.fullmatch(first):
         if first.startswith("file:"):
             raise ConfigError(f"mode plan `{spec}`: {path} names another file; write the plan itself")
@@ -49,6 +68,31 @@ def read_plan(spec: str) -> str:
         if not _RUNS.fullmatch(line):
             raise ConfigError(f"mode plan `{spec}`: {path}:{number}: `{line:.60}` is no run like a0-256 or r256-512")
     return "runs:" + ",".join(line.rstrip(",") for line in lines.values())
+
+
+def _parts(spec: str) -> list[tuple[str, str]]:
+    try:
+        return plans_oryx.split_layers(spec) or []
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def layer_plans(spec: str, layers: int) -> tuple[str, ...] | None:
+    """`plans_oryx.layer_plans` of a spec or of `file:PATH`; raises ConfigError."""
+    try:
+        return plans_oryx.layer_plans(read_plan(spec), layers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def attention_share(spec: str, length: int, *, chunk: int, layers: Sequence[bool] = ()) -> float:
+    """Share of a text's tokens in attention mode, mean over the `layers` that read plans; ConfigError for no plan."""
+    parts = layer_plans(spec, len(layers))
+    plans = [spec] if parts is None else [part for part, reads in zip(parts, layers) if reads] or [*parts]
+    tokens = 0
+    for plan in plans:
+        tokens += sum(stop - start for start, stop, attends in parse_runs(plan, length, chunk=chunk) if attends)
+    return tokens / length / len(plans)
 
 
 def parse_runs(

@@ -88,6 +88,8 @@ class MixStage:
     """Probability that a whole microbatch is in recurrent mode."""
     p_prompt: Probability = 0.0
     """Probability that the texts of a microbatch are split as `modes.prompt` says."""
+    p_layers: Probability = 0.0
+    """Probability that groups of layers have plans of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,10 @@ class ModesConfig:
     """Probability that each text of a microbatch has the plan `prompt`, split at a chunk that is drawn for it."""
     prompt: str = "prompt:attention,new:recurrent"
     """What `p_prompt` draws: a plan for the beginning of a text, and one for the rest."""
+    p_layers: Probability = 0.0
+    """Probability that each of `layer_groups` groups of layers draws a ratio and a plan of its own."""
+    layer_groups: Annotated[int, Range(ge=2)] = 2
+    """Groups of neighbouring layers, as equal as can be, for `p_layers`; at most model.num_layers."""
     align: Literal["sequence", "documents"] = "sequence"
     """What counts as a text: a whole sequence, or each document in it (with data.documents: isolated)."""
     schedule: tuple[MixStage, ...] = ()

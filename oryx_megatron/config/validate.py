@@ -24,14 +24,12 @@ from oryx_megatron.config.moe import (
     check_expert_stages,
     expert_widths,
 )
-from oryx_megatron.config.plans import parse_runs
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
     DeepSpeedConfig,
     FaultsConfig,
     ModelConfig,
-    ModesConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -40,6 +38,7 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.config.validate_model import check_model, divisible
+from oryx_megatron.config.validate_modes import check_modes, check_stages
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import is_url
 
@@ -100,61 +99,6 @@ class Layout:
         return [chunk * total + before + i for chunk in range(self.vpp) for i in range(own)]
 
 
-def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
-    """One plan of a run: it parses at this length, is not empty by rounding, and the model has its modes."""
-    try:
-        runs = parse_runs(spec, length, chunk=modes.chunk)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    kind, _, value = spec.strip().partition(":")
-    attends = {run[2] for run in runs}
-    if True not in attends and (kind == "every" or (kind == "ratio" and float(value) > 0)):
-        chunks = -(-length // modes.chunk)
-        raise ConfigError(
-            f"{name}: `{spec}` gives no attention at all: the {length} tokens are only {chunks} chunks of modes.chunk "
-            f"{modes.chunk}; use a smaller chunk or at least ratio:{1 / chunks:g}"
-        )
-    if model.single_mode is not None and attends != {model.has_attention}:
-        raise ConfigError(f"{name}: `{spec}` is not all {model.single_mode}, the one mode of model {model.name}")
-
-
-def _check_modes(run: RunConfig) -> None:
-    model, modes, length = run.model, run.modes, run.data.sequence_length
-    divisible("data.sequence_length", length, f"modes.chunk {modes.chunk}", modes.chunk)
-    if modes.align == "documents" and run.data.documents != "isolated":
-        raise ConfigError("modes.align: documents needs data.documents: isolated")
-    stages = [("modes", modes.p_attention, modes.p_recurrent, modes.p_prompt)]
-    stages += [(f"modes.schedule[{i}]", s.p_attention, s.p_recurrent, s.p_prompt) for i, s in enumerate(modes.schedule)]
-    for name, p_attention, p_recurrent, p_prompt in stages:
-        if p_attention + p_recurrent + p_prompt > 1 + 1e-9:
-            prompt = f" + p_prompt {p_prompt}" if p_prompt else ""
-            raise ConfigError(f"{name}: p_attention {p_attention} + p_recurrent {p_recurrent}{prompt} is more than 1")
-        only = {None: None, "attention": (1.0, 0.0), "recurrent": (0.0, 1.0)}[model.single_mode]
-        if modes.fixed is None and only is not None and (p_attention, p_recurrent) != only:
-            raise ConfigError(
-                f"{name}: model {model.name} has only the mode {model.single_mode}: set p_attention: {only[0]:g} and "
-                f"p_recurrent: {only[1]:g}, or modes.fixed: {model.single_mode}"
-            )
-    _check_stages("modes.schedule", [stage.start for stage in modes.schedule], run.train.iterations)
-    if modes.fixed is not None:
-        if modes.schedule:
-            raise ConfigError("modes.fixed: a fixed plan and modes.schedule exclude each other; remove one")
-        _check_plan("modes.fixed", modes.fixed, model, modes, length)
-        if modes.align == "documents" and modes.fixed.strip().startswith("runs:"):
-            raise ConfigError("modes.fixed: runs end at one place, documents do not; set modes.align: sequence")
-    elif any(p_prompt for *_, p_prompt in stages):
-        if not modes.prompt.strip().startswith("prompt:"):
-            raise ConfigError(f"modes.prompt: `{modes.prompt}` is no prompt:PLAN,new:PLAN")
-        try:
-            parse_runs(modes.prompt, length, chunk=modes.chunk, prompt=0, shorter=True)
-        except ConfigError as error:
-            raise ConfigError(f"modes.prompt: {error}") from None
-    for i, spec in enumerate(run.evaluation.plans):
-        _check_plan(f"evaluation.plans[{i}]", spec, model, modes, length)
-    if len(set(run.evaluation.plans)) != len(run.evaluation.plans):
-        raise ConfigError(f"evaluation.plans: a plan is given twice in {', '.join(run.evaluation.plans)}")
-
-
 def _check_moments(run: RunConfig) -> None:
     """When a run saves, evaluates and is profiled, and which checkpoint is its best."""
     iterations, best = run.train.iterations, run.checkpoint.keep_best
@@ -181,14 +125,6 @@ def _check_moments(run: RunConfig) -> None:
             raise ConfigError("logging.profile_ranks: names no rank; name one, or set logging.profile to null")
 
 
-def _check_stages(name: str, starts: list[int], iterations: int) -> None:
-    for i, start in enumerate(starts):
-        if start >= iterations:
-            raise ConfigError(f"{name}[{i}].start: {start} is not within the run's {iterations} iterations")
-        if i and start <= starts[i - 1]:
-            raise ConfigError(f"{name}[{i}].start: {start} should be after the stage before it at {starts[i - 1]}")
-
-
 def _check_blend(name: str, blend: tuple[BlendEntry, ...]) -> None:
     if not blend:
         raise ConfigError(f"{name}: no dataset; give at least one path")
@@ -209,7 +145,7 @@ def _check_data(data: DataConfig, iterations: int) -> None:
         _check_blend("data.blend", data.blend)
     for i, stage in enumerate(data.stages):
         _check_blend(f"data.stages[{i}].blend", stage.blend)
-    _check_stages("data.stages", starts, iterations)
+    check_stages("data.stages", starts, iterations)
     if min(data.split) < 0 or data.split[0] <= 0 or not math.isfinite(sum(data.split)):
         raise ConfigError(
             f"data.split: {list(data.split)} should be sizes ≥ 0 of train, validation, test; train above 0"
@@ -222,7 +158,7 @@ def _check_data(data: DataConfig, iterations: int) -> None:
 
 def _check_training(run: RunConfig) -> None:
     train, schedule, optimizer = run.train, run.schedule, run.optimizer
-    _check_stages("train.batch_schedule", [stage.start for stage in train.batch_schedule], train.iterations)
+    check_stages("train.batch_schedule", [stage.start for stage in train.batch_schedule], train.iterations)
     if train.exit_after is not None and train.exit_after > train.iterations:
         raise ConfigError(f"train.exit_after: {train.exit_after} is not within the run's {train.iterations} iterations")
     _check_optimizer(optimizer, run.parallel)
@@ -582,7 +518,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     _check_training(run)
     _check_faults(run.faults)
     _check_moments(run)
-    _check_modes(run)
+    check_modes(run)
     check_expert_run(run)
     check_ema(run)
     check_license(run.license)

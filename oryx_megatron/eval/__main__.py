@@ -157,6 +157,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         on_cell=show,
         text_plans=plans.of_texts(arguments.plans),
+        layers=plans.layers,
     )
     if arguments.output is not None and parallel.is_main_rank():
         write_cells(cells, arguments.output / "retrieval.json", model=name, seed=arguments.seed)
@@ -188,7 +189,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
     check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
     run = loaded.run
-    plans = Plans.of_checkpoint(loaded.folder, run.modes.chunk, arguments.plans)
+    plans = Plans.of_checkpoint(loaded.folder, run.modes.chunk, arguments.plans, run.model.reads_plans)
     return predict_with_checkpoint(loaded), codec, run.model.vocab_size, plans, run.model.name
 
 

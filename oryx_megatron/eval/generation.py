@@ -16,10 +16,10 @@ from oryx_megatron.config.schema import ParallelConfig, RunConfig, WeightsKind
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.routed import Plans, routes
 from oryx_megatron.model import LayerState, SequenceInfo, build_model
-from oryx_megatron.modes import ModePlan, parse_plan
+from oryx_megatron.modes import Plan, plan_for
 from oryx_megatron.ops import backends
 
-Step = Callable[[Tensor, ModePlan, int], Tensor]
+Step = Callable[[Tensor, Plan, int], Tensor]
 """Tokens [1, s], their plan and the number of tokens before them → logits [vocabulary] after the last, fp32."""
 
 
@@ -62,7 +62,7 @@ class LoadedModel:
 
     def plans(self, spec: str) -> Plans:
         """See Decoder."""
-        return Plans.of_checkpoint(self.folder, self.run.modes.chunk, (spec,))
+        return Plans.of_checkpoint(self.folder, self.run.modes.chunk, (spec,), self.run.model.reads_plans)
 
     def begin(self) -> Step:
         """See Decoder."""
@@ -98,19 +98,19 @@ def load_for_inference(path: str | Path, *, tensor: int = 1, weights: WeightsKin
 
 
 @torch.inference_mode()
-def logits_of(chunk: Any, tokens: Tensor, plan: ModePlan, states: dict[int, LayerState], offset: int) -> Tensor:
+def logits_of(chunk: Any, tokens: Tensor, plan: Plan, states: dict[int, LayerState], offset: int) -> Tensor:
     """Logits [b, s, vocabulary] of tokens [b, s] that follow `offset` earlier ones; `states` are advanced."""
     info = SequenceInfo.build(plan, device=platform.device(), offset=offset, states=states)
     return chunk(tokens, None, None, packed_seq_params=info, runtime_gather_output=True)
 
 
-Follow = Callable[[Tensor], ModePlan]
+Follow = Callable[[Tensor], Plan]
 """The plan of a text that comes in parts, each int64 [s]: called with one part after the other."""
 
 
 def plan_of(
     model: Decoder, spec: str, prompt: int, new_tokens: int, characters: Callable[[int], int] | None = None
-) -> ModePlan | None:
+) -> Plan | None:
     """The plan of `prompt` given and `new_tokens` further tokens; None where a router makes it as it reads them.
 
     Raises:
@@ -121,17 +121,17 @@ def plan_of(
         if plans.router is None:
             raise ConfigError(f"plan {spec}: {model.name} has no router here; train one: oryx router RUN")
         return None
-    plan = parse_plan(spec, total, chunk=plans.chunk, prompt=prompt, characters=characters)
-    if model.modes != "both" and plan.attention_tokens != total * (model.modes == "attention"):
+    plan = plan_for(plans.layers, spec, total, chunk=plans.chunk, prompt=prompt, characters=characters)
+    if model.modes != "both" and plan.attention_share != float(model.modes == "attention"):
         raise ConfigError(f"plan {spec}: model {model.name} has only the mode {model.modes}")
     return plan
 
 
-def follow(plan: ModePlan) -> Follow:
+def follow(plan: Plan) -> Follow:
     """The parts of a plan that is known, one after the other."""
     done = 0
 
-    def part(tokens: Tensor) -> ModePlan:
+    def part(tokens: Tensor) -> Plan:
         nonlocal done
         done += len(tokens)
         return plan.slice(done - len(tokens), done)

@@ -18,9 +18,9 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
 from oryx_megatron.eval.retrieval import RetrievalBatch, RetrievalTask, Score, score
 from oryx_megatron.model import SequenceInfo
-from oryx_megatron.modes import ModePlan, parse_plan
+from oryx_megatron.modes import ModePlan, Plan, plan_for
 
-Predict = Callable[[Tensor, ModePlan], Tensor]
+Predict = Callable[[Tensor, Plan], Tensor]
 """(tokens [n, s], plan) → most likely next token after each, [n, s]."""
 
 
@@ -32,7 +32,7 @@ class Cell:
     length: int
     plan: str
     attention_share: float
-    """Share of the tokens in attention mode."""
+    """Share of the tokens in attention mode, mean over layers."""
     accuracy: float
     """Share of answers found in full."""
     token_accuracy: float
@@ -51,6 +51,7 @@ def run_grid(
     seed: int = 0,
     on_cell: Callable[[Cell], None] | None = None,
     text_plans: Mapping[str, Callable[[Tensor], ModePlan]] | None = None,
+    layers: Sequence[bool] = (),
 ) -> list[Cell]:
     """Score every combination on the same texts per task and length.
 
@@ -64,13 +65,14 @@ def run_grid(
         seed: Of the texts.
         on_cell: Called with every result.
         text_plans: Of the specs whose plan depends on the text (`router:R`).
+        layers: The model's, true for those that read plans; plans by layer need them.
 
     Raises:
         ConfigError: a plan that does not parse at a length, or a length too small for a task.
     """
     routed = text_plans or {}
     parsed = {
-        (spec, length): parse_plan(spec, length, chunk=chunk)
+        (spec, length): plan_for(layers, spec, length, chunk=chunk)
         for spec in plans
         if spec not in routed
         for length in lengths
@@ -115,7 +117,7 @@ def predict_with_checkpoint(model: LoadedModel) -> Predict:
     """Predictions of a training checkpoint; under tensor parallelism every rank calls it alike."""
 
     @torch.inference_mode()
-    def predict(tokens: Tensor, plan: ModePlan) -> Tensor:
+    def predict(tokens: Tensor, plan: Plan) -> Tensor:
         info = SequenceInfo.build(plan, device=platform.device())
         logits = model.chunk(
             tokens.to(platform.device()), None, None, packed_seq_params=info, runtime_gather_output=True
@@ -129,11 +131,11 @@ def predict_with_export(model: Any) -> Predict:
     """Predictions of a Hugging Face Oryx model (or any causal model there, when the plan is all attention)."""
 
     @torch.inference_mode()
-    def predict(tokens: Tensor, plan: ModePlan) -> Tensor:
+    def predict(tokens: Tensor, plan: Plan) -> Tensor:
         options: dict[str, Any] = {}
         if model.config.model_type == "oryx":
             options["mode_plan"] = torch.from_numpy(plan.is_attention())
-        elif plan.attention_tokens < plan.length:
+        elif plan.attention_share < 1:
             raise ConfigError(f"a {model.config.model_type} model attends to all tokens; its only plan is `attention`")
         return model(tokens.to(model.device), use_cache=False, **options).logits.argmax(-1).cpu()
 

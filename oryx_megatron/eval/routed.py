@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.hf.router import load_router, router_of
 from oryx_megatron.hf.router_oryx import OryxRouter
-from oryx_megatron.modes import ModePlan, parse_plan
+from oryx_megatron.modes import ModePlan, Plan, plan_for
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,31 @@ class Plans:
     chunk: int
     """Tokens per chunk of `ratio:R` and `every:K`."""
     router: OryxRouter | None = None
+    layers: tuple[bool, ...] = ()
+    """The model's, true for those that read plans: for plans by layer."""
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: Path, chunk: int, specs: Iterable[str]) -> Plans:
+    def of_checkpoint(cls, checkpoint: Path, chunk: int, specs: Iterable[str], layers: Sequence[bool] = ()) -> Plans:
         """With the router of a checkpoint where one of the specs asks for it. ConfigError where there is none."""
         routed = [spec for spec in specs if routes(spec)]
         if not routed:
-            return cls(chunk)
+            return cls(chunk, layers=tuple(layers))
         path = router_of(checkpoint)
         if not path.is_file():
             raise ConfigError(f"plan {routed[0]}: {path} is missing; train a router: oryx router {path.parent}")
         router, _ = load_router(path)
-        return cls(chunk, router.to(platform.device()))
+        return cls(chunk, router.to(platform.device()), tuple(layers))
 
     @classmethod
     def of_export(cls, model: Any) -> Plans:
         """Of a Hugging Face model: an Oryx export, with its router if it has one, or another that only attends."""
-        return cls(getattr(model.config, "mode_chunk", 256), getattr(model.base_model, "mode_router", None))
+        config = model.config
+        router, layers = getattr(model.base_model, "mode_router", None), getattr(config, "reads_plans", ())
+        return cls(getattr(config, "mode_chunk", 256), router, layers)
 
     def of_texts(self, specs: Iterable[str]) -> dict[str, Callable[[Tensor], ModePlan]]:
         """The plan of a text by spec, for the specs that need the router."""
-        return {spec: partial(self.of, spec) for spec in specs if routes(spec)}
+        return {spec: partial(self._routed, spec) for spec in specs if routes(spec)}
 
     def follow(self, spec: str) -> Callable[[Tensor], ModePlan]:
         """The plan of a text that comes in parts, each int64 [s]: called with one part after the other."""
@@ -62,11 +66,13 @@ class Plans:
 
         return plan
 
-    def of(self, spec: str, tokens: Tensor, prompt: int | None = None) -> ModePlan:
+    def of(self, spec: str, tokens: Tensor, prompt: int | None = None) -> Plan:
         """The plan of a text, int64 [s]. ConfigError for a spec that does not parse or fit."""
-        share = _share(spec)
-        if share is None:
-            return parse_plan(spec, len(tokens), chunk=self.chunk, prompt=prompt)
+        if not routes(spec):
+            return plan_for(self.layers, spec, len(tokens), chunk=self.chunk, prompt=prompt)
+        return self._routed(spec, tokens)
+
+    def _routed(self, spec: str, tokens: Tensor) -> ModePlan:
         if self.router is None:
             raise ConfigError(f"plan {spec}: there is no router here; train one: oryx router RUN")
         return self.follow(spec)(tokens)

@@ -16,7 +16,7 @@ from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import Decoder, Follow, Step, follow, generate, load_for_inference, plan_of
 from oryx_megatron.eval.routed import Plans
-from oryx_megatron.modes import ModePlan
+from oryx_megatron.modes import ModePlan, Plan
 
 
 class Speech(Protocol):
@@ -43,17 +43,17 @@ class Generated:
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     """The new ones."""
-    plan: ModePlan
+    plan: Plan
     """Of prompt and new tokens; under a router, a last token that nothing read counts as recurrent."""
 
     @property
     def attended(self) -> list[bool]:
-        """For every token of prompt and text, whether it was read by attention."""
-        return self.plan.is_attention().tolist()
+        """For every token of prompt and text, whether it was read by attention, in some layer."""
+        return self.plan.anywhere.is_attention().tolist()
 
     @property
     def share(self) -> float:
-        """Share of all tokens that attended."""
+        """Share of all tokens that attended, mean over layers."""
         return self.plan.attention_share
 
     def __str__(self) -> str:
@@ -63,8 +63,12 @@ class Generated:
         """How many tokens attended, in one line."""
         given = self.plan.slice(0, len(self.prompt_tokens))
         new = self.plan.slice(len(self.prompt_tokens), self.plan.length)
-        parts = ", ".join(f"{p.attention_tokens} of {p.length} {name}" for p, name in ((given, "given"), (new, "new")))
-        return f"attention read {self.share:.0%} of {self.plan.length} tokens: {parts}"
+        named = ((given, "given"), (new, "new"))
+        if isinstance(self.plan, ModePlan):
+            parts = ", ".join(f"{p.anywhere.attention_tokens} of {p.length} {name}" for p, name in named)
+            return f"attention read {self.share:.0%} of {self.plan.length} tokens: {parts}"
+        parts = ", ".join(f"{p.attention_share:.0%} of {p.length} {name}" for p, name in named)
+        return f"attention read {self.share:.0%} of {self.plan.length} tokens, mean over layers: {parts}"
 
 
 class Model:
@@ -73,9 +77,7 @@ class Model:
     def __init__(self, decoder: Decoder, tokenizer: Speech, default_plan: str) -> None:
         self.decoder, self.tokenizer, self.default_plan = decoder, tokenizer, default_plan
 
-    def _parts(
-        self, prompt: str, tokens: list[int], new_tokens: int, spec: str | None
-    ) -> tuple[Follow, ModePlan | None]:
+    def _parts(self, prompt: str, tokens: list[int], new_tokens: int, spec: str | None) -> tuple[Follow, Plan | None]:
         """The parts of the plan of a prompt and what follows it, and the whole where it is known before.
 
         Raises:
@@ -102,7 +104,7 @@ class Model:
         temperature: float = 0.8,
         top_p: float = 0.95,
         seed: int = 0,
-        on_token: Callable[[ModePlan, list[int], int], None] | None = None,
+        on_token: Callable[[Plan, list[int], int], None] | None = None,
     ) -> Generated:
         """Continue a text by up to `new_tokens` tokens; it ends where the model ends the document.
 
@@ -129,9 +131,9 @@ class Model:
         parts, known = self._parts(prompt, tokens, new_tokens, plan)
         read: list[bool] = []
 
-        def part(piece: Tensor) -> ModePlan:
+        def part(piece: Tensor) -> Plan:
             modes = parts(piece)
-            read.extend(modes.is_attention().tolist())
+            read.extend(modes.anywhere.is_attention().tolist())
             return modes
 
         def tell(token: int) -> None:
@@ -228,7 +230,7 @@ class _Exported:
 
         cache = OryxCache(self.model.config)
 
-        def step(tokens: Tensor, plan: ModePlan, done: int) -> Tensor:
+        def step(tokens: Tensor, plan: Plan, done: int) -> Tensor:
             mask = torch.from_numpy(plan.is_attention())
             out = self.model(tokens, past_key_values=cache, use_cache=True, mode_plan=mask, logits_to_keep=1)
             return out.logits[0, -1].float()

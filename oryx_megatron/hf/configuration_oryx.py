@@ -133,6 +133,12 @@ class OryxConfig(PreTrainedConfig):
         return self.modes if self.layer_modes is None else self.layer_modes[layer]
 
     @property
+    def reads_plans(self) -> tuple[bool, ...]:
+        """For every layer, whether it reads mode plans: not where it has one mode and others have others."""
+        modes = [self.modes_of(layer) for layer in range(self.num_hidden_layers)]
+        return tuple(self.layer_modes is None or mode == "both" for mode in modes)
+
+    @property
     def kinds(self) -> set[str]:
         """Modes of layers that occur."""
         return {self.modes} if self.layer_modes is None else set(self.layer_modes)

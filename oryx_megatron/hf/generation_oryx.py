@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_oryx import OryxCache
-from .modes_oryx import FirstSlots, RoutedPlan, SlotPlan, TokenModes, plan_mask
+from .modes_oryx import FirstSlots, LayerModes, RoutedPlan, SlotPlan, TokenModes, distinct_plans, plan_mask
 from .plans_oryx import routed_share
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -64,22 +64,31 @@ class OryxGenerationMixin(GenerationMixin):
         positions, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
         prompt, new = positions.shape[-1], generation_config._new_tokens
 
-        def table_of(virtual: int) -> Tensor:
+        plans, of_layer = distinct_plans(plan, self.config.num_hidden_layers)
+
+        def tables_of(virtual: int) -> list[Tensor]:
             real = torch.ones(1, prompt, dtype=torch.bool) if mask is None else mask.bool().cpu()
             real = F.pad(real, (virtual, 0), value=True)
             lengths = real.sum(1).tolist()
-            tables = {
-                n: plan_mask(plan, n + new, chunk=self.config.mode_chunk, prompt=n, shorter=not given)
-                for n in sorted(set(lengths))
-            }
-            index = F.pad(real, (0, new), value=True).long().cumsum(1) - 1
-            return torch.stack([tables[n][i] for n, i in zip(lengths, index.clamp(min=0))])
+            index = (F.pad(real, (0, new), value=True).long().cumsum(1) - 1).clamp(min=0)
+            found = []
+            for own in plans:
+                tables = {
+                    n: plan_mask(own, n + new, chunk=self.config.mode_chunk, prompt=n, shorter=not given)
+                    for n in sorted(set(lengths))
+                }
+                found.append(torch.stack([tables[n][i] for n, i in zip(lengths, index)]))
+            return found
 
         done = 0 if cache is None else int(cache.get_seq_length())
-        slots = SlotPlan(table_of, positions.device, done) if share is None else RoutedPlan(self.model, share, done)
+        slots: SlotPlan | RoutedPlan
+        if share is None:
+            slots = SlotPlan(tables_of, positions.device, done, of_layer)
+        else:
+            slots = RoutedPlan(self.model, share, done)
         # The last new token is never read.
         always = self.config.layer_modes is not None and "attention" in self.config.kinds
-        planned = isinstance(slots, SlotPlan) and bool(slots.table[:, prompt : prompt + new - 1].any())
+        planned = isinstance(slots, SlotPlan) and slots.attends(prompt, prompt + new - 1)
         if not keep_kv and new > 1 and (always or planned):
             raise ValueError(
                 "keep_kv=False with attention: the mode plan reads new tokens by attention, which needs the keys and "
@@ -202,8 +211,9 @@ class OryxGenerationMixin(GenerationMixin):
 class OryxDecoder:
     """Steps of one token over a static cache: compiled, and on a GPU replayed as CUDA graphs, one per kind of step.
 
-    The kinds are: every row attends, every row recurs, rows differ. The first two steps of a kind run as they are
-    (they compile and choose kernels), the third is recorded; so short texts pay for nothing they do not use.
+    The kinds are: every row attends, every row recurs, rows differ; where layers differ, one of these for each of their
+    plans. The first two steps of a kind run as they are (they compile and choose kernels), the third is recorded; so
+    short texts pay for nothing they do not use.
     """
 
     def __init__(self, model: PreTrainedModel, cache: OryxCache, positions: Tensor, mask: Tensor | None = None) -> None:
@@ -211,18 +221,23 @@ class OryxDecoder:
         self.model, self.cache, self.mask = model, cache, mask
         self.positions = positions.clone()
         self.tokens = torch.zeros_like(self.positions)
-        self.rows = torch.zeros_like(self.positions, dtype=torch.bool)
-        self.seen: dict[str, int] = {}
-        self.graphs: dict[str, tuple[Any, Tensor]] = {}
+        self.rows: list[Tensor] = []
+        """[b, 1] which rows attend where they differ, for each plan of a step."""
+        self.seen: dict[str | LayerModes, int] = {}
+        self.graphs: dict[str | LayerModes, tuple[Any, Tensor]] = {}
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, modes: TokenModes | str) -> Tensor:
+    def step(self, tokens: Tensor, modes: TokenModes | LayerModes | str) -> Tensor:
         """Logits [b, vocabulary] after tokens [b]; overwritten by the next step."""
-        kind = modes if isinstance(modes, str) else "rows"
+        own = modes.distinct if isinstance(modes, LayerModes) else (modes,)
+        kinds = tuple(mode if isinstance(mode, str) else "rows" for mode in own)
+        kind = LayerModes(kinds, modes.of_layer) if isinstance(modes, LayerModes) else kinds[0]
         self.tokens.copy_(tokens[:, None])
-        if not isinstance(modes, str):
-            rows = modes.rows
-            self.rows.copy_(torch.full_like(self.rows, not modes.recurs) if rows is None else rows)
+        while len(self.rows) < len(own):
+            self.rows.append(torch.zeros_like(self.positions, dtype=torch.bool))
+        for buffer, mode in zip(self.rows, own):
+            if not isinstance(mode, str):
+                buffer.copy_(torch.full_like(buffer, not mode.recurs) if mode.rows is None else mode.rows)
         self.seen[kind] = self.seen.get(kind, 0) + 1
         if kind not in self.graphs and self.tokens.is_cuda and self.seen[kind] > 2:
             graph = torch.cuda.CUDAGraph()
@@ -235,7 +250,9 @@ class OryxDecoder:
             return logits
         return self._forward(kind)
 
-    def _forward(self, kind: str) -> Tensor:
+    def _forward(self, kind: str | LayerModes) -> Tensor:
+        kinds = kind.distinct if isinstance(kind, LayerModes) else (kind,)
+        own = tuple(k if k != "rows" else TokenModes(((0, 1),), True, rows) for k, rows in zip(kinds, self.rows))
         base = self.model.model
         base.compiled = self.tokens.is_cuda
         try:
@@ -245,7 +262,7 @@ class OryxDecoder:
                 position_ids=self.positions,
                 cache=self.cache,
                 use_cache=True,
-                mode_plan=kind if kind != "rows" else TokenModes(((0, 1),), True, self.rows),
+                mode_plan=LayerModes(own, kind.of_layer) if isinstance(kind, LayerModes) else own[0],
             )
         finally:
             base.compiled = False

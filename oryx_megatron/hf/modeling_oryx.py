@@ -45,8 +45,8 @@ from .layers_oryx import (
     OryxShortConv,
     compiled_block,
 )
-from .modes_oryx import FirstSlots, ModePlan, TokenModes, plan_mask
-from .plans_oryx import FORMS, parse_runs, routed_share
+from .modes_oryx import FirstSlots, LayerModes, ModePlan, TokenModes, distinct_plans, plan_mask
+from .plans_oryx import FORMS, layer_plans, parse_runs, routed_share
 from .recurrences_oryx import wide
 from .router_oryx import OryxRouter, Routed, shape_of
 
@@ -62,9 +62,10 @@ def check_default_plan(config: OryxConfig) -> None:
         if config.router is None:
             raise ValueError(f"mode plan `{plan}`: this model has no router")
         return
-    parse_runs(plan, 0, chunk=1, prompt=0, shorter=True)
-    single = config.single_mode
-    if single is not None and plan not in (single, f"prompt:{single},new:{single}"):
+    single, plans = config.single_mode, layer_plans(plan, config.num_hidden_layers) or (plan,)
+    for own in plans:
+        parse_runs(own, 0, chunk=1, prompt=0, shorter=True)
+    if single is not None and not {*plans} <= {single, f"prompt:{single},new:{single}"}:
         raise ValueError(f"mode plan `{plan}`: this model has {single} mode only; its plan is `{single}`")
 
 
@@ -168,7 +169,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        mode_plan: ModePlan | TokenModes | None = None,
+        mode_plan: ModePlan | TokenModes | LayerModes | None = None,
         output_attentions: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -177,10 +178,10 @@ class OryxModel(OryxPreTrainedModel, Routed):
 
         attention_mask [b, t], over the cached tokens too, is false for padding, which enters neither attention nor
         recurrence nor convolution, wherever it stands. `mode_plan` is a spec or function over the real tokens of each
-        row up to the end of this call, or a mask [s] or [b, s] over the tokens of this call; default
-        `config.default_plan`. Without mask and cache, `position_ids` that restart mark packed documents, which are kept
-        apart. `past_key_values` and `cache` are two names of one argument. Raises ValueError with one line on what does
-        not fit, TypeError for an argument that is not known here.
+        row up to the end of this call, or a mask [s], [b, s] or [layers, b or 1, s] over the tokens of this call;
+        default `config.default_plan`. Without mask and cache, `position_ids` that restart mark packed documents, which
+        are kept apart. `past_key_values` and `cache` are two names of one argument. Raises ValueError with one line on
+        what does not fit, TypeError for an argument that is not known here.
         """
         cache = one_cache(past_key_values, cache)
         _check_arguments("OryxModel", kwargs, position_ids is not None and attention_mask is None and cache is None)
@@ -225,7 +226,9 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 position_ids = (count[:, -s:] if slots is None else count[:, slots]).clamp(min=0)
         if mode_plan is None and attention_mask is None and b > 1 and s > 1 and not self.training:
             plan = self.config.default_plan
-            if (counted := re.match(r"\s*(prompt:)?\s*last:", plan)) is not None:
+            parts = layer_plans(plan, len(self.layers)) or (plan,)
+            found = (re.match(r"\s*(prompt:)?\s*last:", part) for part in parts)
+            if (counted := next((match for match in found if match is not None), None)) is not None:
                 why = (
                     f"mode plan `{plan}` counts from the end of each text, and no attention_mask says where the {b} "
                     "texts of this batch end; give one, or one text per call (lm-eval: --batch_size 1)"
@@ -236,7 +239,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
         if (share := self.routed_share(mode_plan)) is not None:
             mode_plan = self.route(share, input_ids, valid, cache)
         modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
-        of_layers = self._of_layers(modes, s)
+        keys, of_layers = self._of_layers(modes, s)
         attends, recurs = (any(values) for values in zip(*((m.runs, m.recurs) for m in of_layers.values())))
         if attends and cache is not None and not cache.keep_kv and cache.started:
             raise ValueError(
@@ -267,29 +270,35 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 own, masks, key_counts, rotary, rotary_recurrent, valid, bool(output_attentions)
             )
         for i, layer in enumerate(self.layers):
-            memory, context = None if cache is None else cache.layers[i], contexts[self.config.modes_of(i)]
+            memory, context = None if cache is None else cache.layers[i], contexts[keys[i]]
             # One compiled block serves all layers of the same modes: nothing in it depends on which layer it is.
             x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache if use_cache else None})
 
-    def _of_layers(self, modes: TokenModes, s: int) -> dict[str, TokenModes]:
-        """Modes of the tokens by modes of a layer: one that has a single mode, beside others, ignores the plan."""
-        if self.config.layer_modes is None:
-            return {self.config.modes: modes}
-        own = {"attention": TokenModes.uniform(True, s), "recurrent": TokenModes.uniform(False, s)}
-        return {kind: own.get(kind, modes) for kind in sorted(self.config.kinds)}
+    def _of_layers(self, modes: TokenModes | LayerModes, s: int) -> tuple[list[int | str], dict[int | str, TokenModes]]:
+        """A key for every layer, and modes of the tokens by key.
+
+        A layer that has a single mode, beside others, ignores the plan.
+        """
+        by_layer = isinstance(modes, LayerModes)
+        keys: list[int | str] = list(modes.of_layer) if by_layer else [0] * len(self.layers)
+        found: dict[int | str, TokenModes] = dict(enumerate(modes.distinct)) if by_layer else {0: modes}
+        if self.config.layer_modes is not None:
+            found |= {"attention": TokenModes.uniform(True, s), "recurrent": TokenModes.uniform(False, s)}
+            keys = [kind if kind in found else key for kind, key in zip(self.config.layer_modes, keys)]
+        return keys, {key: found[key] for key in dict.fromkeys(keys)}
 
     def _forward_packed(
         self,
         x: Tensor,
         input_ids: Tensor | None,
         starts: Tensor,
-        plan: ModePlan | TokenModes | None,
+        plan: ModePlan | TokenModes | LayerModes | None,
         output_attentions: bool | None,
     ) -> BaseModelOutputWithPast:
         """Documents packed into rows, unpacked into one row each, and put back."""
         b, s = x.shape[:2]
-        if isinstance(plan, TokenModes) or output_attentions:
+        if isinstance(plan, TokenModes | LayerModes) or output_attentions:
             raise ValueError("packed documents take a mode plan as spec, function or mask, and no output_attentions")
         first = torch.cat([starts.new_ones(b, 1), starts], 1).flatten()
         document = first.long().cumsum(0) - 1
@@ -303,9 +312,9 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 input_ids = input_ids.new_zeros(shape).index_put((document, offset), input_ids.flatten())
             plan = self.route(share, input_ids, valid)
         elif plan is not None and not isinstance(plan, str) and not callable(plan):
-            flat = self._token_mask(plan, b, s).to(x.device).flatten()
-            plan = torch.zeros_like(valid)
-            plan[document, offset] = flat
+            flat = self._token_mask(plan, b, s).to(x.device).flatten(-2)
+            plan = valid.new_zeros(*flat.shape[:-1], *shape)
+            plan[..., document, offset] = flat
         out = self(inputs_embeds=rows, attention_mask=valid, use_cache=False, mode_plan=plan)
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state[document, offset].unflatten(0, (b, s)))
 
@@ -332,18 +341,18 @@ class OryxModel(OryxPreTrainedModel, Routed):
         valid = mask[:, -s:] if slots is None or mask.shape[1] != limit else mask[:, slots]
         return mask, valid
 
-    @staticmethod
-    def _token_mask(plan: Any, b: int, s: int) -> Tensor:
-        """A mask over this call's tokens, [s] or [b, s] → CPU bool [b, s]."""
+    def _token_mask(self, plan: Any, b: int, s: int) -> Tensor:
+        """A mask over this call's tokens, [s], [b, s] or [layers, b or 1, s] → CPU bool [b, s] or [layers, b, s]."""
         mask = plan if isinstance(plan, Tensor) else torch.as_tensor(plan)
         mask = mask.detach().to("cpu").bool()
-        if mask.shape not in ((s,), (b, s)):
+        layers = len(self.layers)
+        if mask.shape not in ((s,), (b, s), (layers, b, s), (layers, 1, s)):
             raise ValueError(f"mode plan of shape {list(mask.shape)} does not fit {s} tokens in {b} rows")
-        return mask.expand(b, s)
+        return mask.expand(*mask.shape[:-2], b, s) if mask.dim() > 1 else mask.expand(b, s)
 
     def _modes(
         self,
-        plan: ModePlan | TokenModes | None,
+        plan: ModePlan | TokenModes | LayerModes | None,
         mask: Tensor | None,
         valid: Tensor | None,
         past: int | Tensor,
@@ -351,16 +360,22 @@ class OryxModel(OryxPreTrainedModel, Routed):
         b: int,
         s: int,
         device: torch.device,
-    ) -> TokenModes:
+        by_default: bool = False,
+    ) -> TokenModes | LayerModes:
         """Modes of this call's tokens. To the default plan `prompt:PLAN,new:PLAN` they are all prompt."""
-        by_default = plan is None
         if isinstance(plan, FirstSlots):
             plan = plan.modes(s)
         elif plan is None:
-            plan = self.config.default_plan
-            if plan.startswith("prompt:"):
-                check_default_plan(self.config)  # it may have been set since
-                plan = plan.removeprefix("prompt:").partition(",new:")[0].strip()
+            plan, by_default = self.config.default_plan, True
+        if isinstance(plan, str):
+            plans, of_layer = distinct_plans(plan, len(self.layers))
+            plan = plan if of_layer is None else LayerModes(tuple(plans), of_layer)
+        if isinstance(plan, LayerModes):
+            given = (mask, valid, past, slots, b, s, device, by_default)
+            return LayerModes(tuple(self._modes(own, *given) for own in plan.distinct), plan.of_layer)
+        if by_default and isinstance(plan, str) and plan.startswith("prompt:"):
+            check_default_plan(self.config)  # it may have been set since
+            plan = plan.removeprefix("prompt:").partition(",new:")[0].strip()
         if isinstance(plan, TokenModes):
             modes = plan
         elif isinstance(plan, str) and plan in ("attention", "recurrent"):
@@ -383,8 +398,11 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 tables[0] = torch.zeros(1, dtype=torch.bool)
                 rows = torch.stack([tables[n][i] for n, i in zip(real.sum(1).tolist(), index)])
             modes = TokenModes.from_mask(rows, device)
+        elif (rows := self._token_mask(plan, b, s)).dim() == 3:
+            plan = LayerModes.from_masks(rows, device)
+            return self._modes(plan, mask, valid, past, slots, b, s, device)
         else:
-            modes = TokenModes.from_mask(self._token_mask(plan, b, s), device)
+            modes = TokenModes.from_mask(rows, device)
         if modes.runs and not self.config.has_attention:
             raise ValueError("the mode plan asks for attention, but this model has recurrent mode only")
         if modes.recurs and not self.config.has_recurrence:
@@ -457,7 +475,7 @@ class OryxForCausalLM(OryxPreTrainedModel, OryxGenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        mode_plan: ModePlan | TokenModes | None = None,
+        mode_plan: ModePlan | TokenModes | LayerModes | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,

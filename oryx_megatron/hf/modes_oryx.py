@@ -12,11 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plans_oryx import parse_runs
+from .plans_oryx import layer_plans, parse_runs
 from .router_oryx import OryxRouter, RouterSteps
 
 ModePlan = str | Callable[[int], Any] | Tensor | Sequence[Any]
 """A spec, a function from position to mode, or a mask that is true where a token attends."""
+
+
+def distinct_plans(spec: ModePlan, layers: int) -> tuple[list[ModePlan], tuple[int, ...] | None]:
+    """The plans in a spec, and which of them each layer has; None for a plan of all layers.
+
+    Raises ValueError for a spec `layers:…` that does not name each of the model's layers once.
+    """
+    parts = layer_plans(spec, layers) if isinstance(spec, str) else None
+    if parts is None:
+        return [spec], None
+    distinct: list[ModePlan] = list(dict.fromkeys(parts))
+    return distinct, tuple(distinct.index(part) for part in parts)
 
 
 def plan_mask(plan: ModePlan, length: int, *, chunk: int, prompt: int | None = None, shorter: bool = False) -> Tensor:
@@ -71,12 +83,38 @@ class TokenModes:
         return cls(tuple(zip(starts, stops)), not bool(mask.all()), None if same else mask.to(device))
 
 
+@dataclass(frozen=True)
+class LayerModes:
+    """Modes of the tokens of one call in every layer, where layers differ."""
+
+    distinct: tuple[Any, ...]
+    """TokenModes, or plans on their way to become that."""
+    of_layer: tuple[int, ...]
+    """Which of them each layer has."""
+
+    @classmethod
+    def from_masks(cls, masks: Tensor, device: torch.device) -> LayerModes:
+        """Of a CPU mask [layers, b, s]."""
+        found: dict[bytes, int] = {}
+        of_layer = tuple(found.setdefault(mask.numpy().tobytes(), len(found)) for mask in masks)
+        return cls(tuple(TokenModes.from_mask(masks[of_layer.index(i)], device) for i in range(len(found))), of_layer)
+
+
 class SlotPlan:
     """The plan of a whole generation, per slot: slot i is the i-th column of the padded batch, prompt or new."""
 
-    def __init__(self, table_of: Callable[[int], Tensor], device: torch.device, done: int = 0) -> None:
-        """`table_of(n)`: bool [b, n + total] on the CPU, with n virtual tokens in front; `done` slots are cached."""
-        self.table_of, self.device, self.done = table_of, device, done
+    def __init__(
+        self,
+        tables_of: Callable[[int], list[Tensor]],
+        device: torch.device,
+        done: int = 0,
+        of_layer: tuple[int, ...] | None = None,
+    ) -> None:
+        """`tables_of(n)`: bool [b, n + total] on the CPU, with n virtual tokens in front; `done` slots are cached.
+
+        One table, or with `of_layer` as many as it counts: which of them each layer has.
+        """
+        self.tables_of, self.device, self.done, self.of_layer = tables_of, device, done, of_layer
         self.virtual = -1
         self.widen(0)
 
@@ -84,15 +122,23 @@ class SlotPlan:
         """Count `virtual` tokens before the prompt, as prompt tuning puts them there."""
         if virtual != self.virtual:
             self.done += virtual - max(self.virtual, 0)
-            self.virtual, self.table = virtual, self.table_of(virtual)
-            every, some = self.table.all(0).tolist(), self.table.any(0).tolist()
-            self.same = [a if a == o else None for a, o in zip(every, some)]
+            self.virtual, self.tables = virtual, self.tables_of(virtual)
+            edges = [(table.all(0).tolist(), table.any(0).tolist()) for table in self.tables]
+            self.same = [[a if a == o else None for a, o in zip(every, some)] for every, some in edges]
 
-    def modes(self, start: int, stop: int) -> TokenModes | str:
+    def attends(self, start: int, stop: int) -> bool:
+        """Whether any of slots start … stop - 1 attends, in any layer."""
+        return any(bool(table[:, start:stop].any()) for table in self.tables)
+
+    def modes(self, start: int, stop: int) -> TokenModes | LayerModes | str:
         """Modes of slots start … stop - 1. Plain strings for single tokens: a compiled step then has two variants."""
-        if stop - start == 1 and (attends := self.same[start]) is not None:
+        found = tuple(self._modes(i, start, stop) for i in range(len(self.tables)))
+        return found[0] if self.of_layer is None else LayerModes(found, self.of_layer)
+
+    def _modes(self, number: int, start: int, stop: int) -> TokenModes | str:
+        if stop - start == 1 and (attends := self.same[number][start]) is not None:
             return "attention" if attends else "recurrent"
-        return TokenModes.from_mask(self.table[:, start:stop], self.device)
+        return TokenModes.from_mask(self.tables[number][:, start:stop], self.device)
 
 
 class RoutedPlan:
@@ -144,7 +190,7 @@ class FirstSlots:
     plan: SlotPlan
     tokens: int
 
-    def modes(self, s: int) -> TokenModes | str:
+    def modes(self, s: int) -> TokenModes | LayerModes | str:
         """Modes of the s tokens that arrive."""
         self.plan.widen(s - self.tokens)
         return self.plan.modes(0, s)

@@ -12,13 +12,16 @@ from fractions import Fraction
 PlanRuns = tuple[tuple[int, int, bool], ...]
 
 FORMS = (
-    "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN, router:R "
-    "(N tokens, R from 0 to 1, every K-th chunk; runs also by share or to the end: runs:a0-25%,r25%-end)"
+    "attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-512, prompt:PLAN,new:PLAN, router:R, "
+    "layers:0-5=PLAN,rest=PLAN (N tokens, R from 0 to 1, every K-th chunk; runs also by share or to the end: "
+    "runs:a0-25%,r25%-end; layers from 0, also 3, 6-end, even, odd)"
 )
 
 _EDGE = r"\d+(?:\.\d+)?%|\d+c?|end"
 _RUN = re.compile(rf"([ar])({_EDGE})-({_EDGE})")
 _RATIO = re.compile(r"\d+\.?\d*|\.\d+")
+_PART = re.compile(r"(?:^|,)\s*([^,=]*?)\s*=")
+_LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}|end))?")
 
 
 def routed_share(spec: str) -> float | None:
@@ -29,6 +32,74 @@ def routed_share(spec: str) -> float | None:
     if not _RATIO.fullmatch(value.strip()) or Fraction(value.strip()) > 1:
         raise ValueError(f"mode plan `{spec}`: `{value}` is not a number from 0 to 1; a plan is one of {FORMS}")
     return float(value)
+
+
+def split_layers(spec: str) -> list[tuple[str, str]] | None:
+    """The parts of `layers:0-5=PLAN,rest=PLAN` as written: which layers, and their plan. None for every other plan.
+
+    ValueError for `layers:` without parts.
+    """
+    kind, colon, value = spec.strip().partition(":")
+    if kind != "layers" or not colon:
+        return None
+    found = list(_PART.finditer(value))
+    if not found or found[0].start():
+        raise ValueError(f"mode plan `{spec}`: `layers:` needs parts like 0-5=attention; a plan is one of {FORMS}")
+    ends = [match.start() for match in found[1:]] + [len(value)]
+    return [(match[1], value[match.end() : end].strip()) for match, end in zip(found, ends)]
+
+
+def layer_plans(spec: str, layers: int) -> tuple[str, ...] | None:
+    """Plan of each of a model's layers, for `layers:0-5=PLAN,rest=PLAN`; None for every other plan.
+
+    A part names a layer (`3`), a range with both its ends (`0-5`, `6-end`), `even` or `odd` layers counted from 0, or
+    the `rest`. Raises ValueError unless every layer is named once, and for a plan that no single layer can have.
+    """
+
+    def wrong(why: str) -> ValueError:
+        return ValueError(f"mode plan `{spec}`: {why}; a plan is one of {FORMS}")
+
+    parts = split_layers(spec)
+    if parts is None:
+        return None
+    if not layers:
+        raise wrong("no model is known here whose layers it could name")
+    plans: dict[int, str] = {}
+    names: dict[int, str] = {}
+    for name, plan in sorted(parts, key=lambda part: part[0] == "rest"):
+        if plan.startswith(("layers:", "router:")):
+            kind = plan.partition(":")[0]
+            raise wrong(f"the part `{name}` cannot be a plan `{kind}:`, which is for all layers")
+        for layer in _named(name, layers, [i for i in range(layers) if i not in plans], wrong):
+            if layer in plans:
+                raise wrong(f"layer {layer} is named twice, by `{names[layer]}` and `{name}`")
+            plans[layer], names[layer] = plan, name
+    if missing := [i for i in range(layers) if i not in plans]:
+        which = f"layer {missing[0]} has" if len(missing) == 1 else f"layers {missing[0]} to {missing[-1]} have"
+        if len(missing) not in (1, missing[-1] - missing[0] + 1):
+            which = f"{len(missing)} of the {layers} layers, {missing[0]} the first of them, have"
+        raise wrong(f"{which} no plan; name every layer, or add rest=PLAN")
+    return tuple(plans[i] for i in range(layers))
+
+
+def _named(name: str, layers: int, unnamed: list[int], wrong: Callable[[str], ValueError]) -> Iterable[int]:
+    """The layers that one part of `layers:` names."""
+    if name in ("even", "odd"):
+        return range(name == "odd", layers, 2)
+    if name == "rest":
+        if not unnamed:
+            raise wrong(f"`rest` is no layer: the other parts name all {layers}")
+        return unnamed
+    match = _LAYERS.fullmatch(name)
+    if match is None:
+        raise wrong(f"`{name}` names no layers; write 3, 0-5, 6-end, even, odd or rest")
+    first = int(match[1])
+    last = first if match[2] is None else layers - 1 if match[2] == "end" else int(match[2])
+    if max(first, last) >= layers:
+        raise wrong(f"layer {max(first, last)} of `{name}` is not there: the model has {layers}, 0 to {layers - 1}")
+    if last < first:
+        raise wrong(f"`{name}` ends before it begins")
+    return range(first, last + 1)
 
 
 def merge_runs(runs: Iterable[tuple[int, int, bool]]) -> PlanRuns:
@@ -126,6 +197,8 @@ def parse_runs(
         return chunk_runs(((i + 1) % every == 0 for i in range(chunks)), chunk, length)
     if routed_share(spec) is not None:
         raise wrong("a router chooses by the text, which is not known here; use it where a trained model reads a text")
+    if kind == "layers":
+        raise wrong("`layers:` goes around all other forms, and only where a model's layers are known")
     if kind == "runs":
         runs: list[tuple[int, int, bool]] = []
         for part in value.split(","):

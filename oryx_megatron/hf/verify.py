@@ -24,7 +24,7 @@ from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.tables import CHECKPOINT_FP32
 from oryx_megatron.hf.tensors import SafetensorsReader
 from oryx_megatron.model import SequenceInfo, build_model
-from oryx_megatron.modes import Mode, ModePlan, parse_plan
+from oryx_megatron.modes import LayerPlans, Mode, ModePlan, Plan, parse_plan
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 """fp32: greatest difference of a logit (÷ the greatest logit where all are below 1). bf16: root mean square of the
@@ -49,14 +49,21 @@ class Agreement:
         return f"verified {self.dtype} under {self.plan}: difference {self.difference:.1e}"
 
 
-def random_plans(model: ModelConfig, length: int, count: int, seed: int) -> list[ModePlan]:
-    """The pure plans and `count` random ones, with changes of mode at any token."""
-    plans = [ModePlan.uniform(mode, length) for mode, present in
+def random_plans(model: ModelConfig, length: int, count: int, seed: int) -> list[Plan]:
+    """The pure plans and `count` random ones, with changes of mode at any token; the last differs over layers."""
+    plans: list[Plan] = [ModePlan.uniform(mode, length) for mode, present in
              ((Mode.ATTENTION, model.has_attention), (Mode.RECURRENT, model.has_recurrence)) if present]  # fmt: skip
     if model.single_mode is not None:
         return plans
     draw = np.random.default_rng(seed)
-    return plans + [ModePlan.from_mask(draw.random(length) < draw.random()) for _ in range(count)]
+
+    def drawn() -> ModePlan:
+        return ModePlan.from_mask(draw.random(length) < draw.random())
+
+    plans += [drawn() for _ in range(count)]
+    if count > 1:
+        plans[-1] = LayerPlans.of([drawn() for _ in range(model.num_layers)], model.reads_plans)
+    return plans
 
 
 def verify(
@@ -196,7 +203,7 @@ def _generated(
 @contextlib.contextmanager
 def _trained(
     source: Path, folder: str | Path, model: ModelConfig, dtype: str, weights: WeightsKind
-) -> Iterator[Callable[[Tensor, ModePlan], Tensor]]:
+) -> Iterator[Callable[[Tensor, Plan], Tensor]]:
     """Logits of tokens [b, s] under a plan by the checkpoint, its weights rounded as the folder's are.
 
     Experts take all tokens that come to them, as those of an export do.
@@ -218,7 +225,7 @@ def _trained(
         device = platform.device()
 
         @torch.inference_mode()
-        def logits_of(tokens: Tensor, plan: ModePlan) -> Tensor:
+        def logits_of(tokens: Tensor, plan: Plan) -> Tensor:
             info = SequenceInfo.build(plan, device=device)
             return chunk(tokens.to(device), None, None, packed_seq_params=info).float().cpu()
 
@@ -234,7 +241,7 @@ def _exported(folder: str | Path, dtype: str) -> Any:
 
 
 @torch.inference_mode()
-def _export_logits(folder: str | Path, dtype: str, tokens: Tensor, plans: list[ModePlan]) -> list[Tensor]:
+def _export_logits(folder: str | Path, dtype: str, tokens: Tensor, plans: list[Plan]) -> list[Tensor]:
     model = _exported(folder, dtype)
     return [
         model(tokens.to(model.device), mode_plan=torch.from_numpy(plan.is_attention())).logits.float().cpu()

@@ -11,7 +11,6 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 from oryx_megatron import compat
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.experts import moe_spec
+from oryx_megatron.model.layer import OryxLayer
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mlp import FusedMLP
 from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules, RMSNorm
@@ -86,7 +86,7 @@ def _layer_spec(
 ) -> ModuleSpec:
     decay_proj = LocalLinear if "query_proj" in mixer else ColumnParallelLinear
     return ModuleSpec(
-        module=TransformerLayer,
+        module=OryxLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=input_layernorm,
             self_attention=ModuleSpec(

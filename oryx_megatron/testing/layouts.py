@@ -138,6 +138,7 @@ class Session:
             iteration=self.iteration,
             data_rank=self.data_rank,
             data_size=self.layout.dp,
+            layers=self.run.model.reads_plans,
         )
         found = take_step(self.engine, batches)
         self.iteration += 1

@@ -16,7 +16,7 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.stream import Batch, SampleStream
 from oryx_megatron.errors import DataError
-from oryx_megatron.modes import ModePlan, draw_plan
+from oryx_megatron.modes import ModePlan, Plan, draw_plan
 from oryx_megatron.train.step import Microbatch
 
 
@@ -60,13 +60,23 @@ def next_samples(stream: SampleStream) -> list[Batch]:
 
 
 def training_batches(
-    samples: Sequence[Batch], modes: ModesConfig, *, seed: int, iteration: int, data_rank: int, data_size: int
+    samples: Sequence[Batch],
+    modes: ModesConfig,
+    *,
+    seed: int,
+    iteration: int,
+    data_rank: int,
+    data_size: int,
+    layers: Sequence[bool] = (),
 ) -> list[Microbatch]:
-    """The microbatches of one step of this data-parallel rank, each with its drawn plan."""
+    """The microbatches of one step of this data-parallel rank, each with its drawn plan.
+
+    `layers`: `ModelConfig.reads_plans`, which plans by layers need.
+    """
 
     def drawn(number: int, batch: Batch) -> Microbatch:
         rows, length = batch["tokens"].shape
-        draw = partial(draw_plan, modes, seed=seed, iteration=iteration, microbatch=number)
+        draw = partial(draw_plan, modes, seed=seed, iteration=iteration, microbatch=number, layers=layers)
         if modes.align == "sequence" or batch["documents"] is None:
             return _microbatch(batch, draw(length=length))
         starts = join_documents(batch["documents"], length)
@@ -79,17 +89,17 @@ TextPlan = Callable[[Tensor], ModePlan]
 """The plan of one text, int64 [s], where it depends on the text."""
 
 
-def evaluation_batches(
-    samples: Sequence[Batch], plan: ModePlan | TextPlan, token_bytes: np.ndarray
-) -> list[Microbatch]:
+def evaluation_batches(samples: Sequence[Batch], plan: Plan | TextPlan, token_bytes: np.ndarray) -> list[Microbatch]:
     """The microbatches of one evaluation step, all under `plan`; `token_bytes` [vocabulary] makes bits per byte.
 
     Where the plan depends on the text every row is a microbatch of its own.
 
     Labels are grouped by the mode of the token before them and by its position: group `mode · n + i` for recurrent
-    (0) and attention mode (1), where i is the first of the n `position_bounds` above the position.
+    (0) and attention mode (1) and a mode that differs over the layers (2), where i is the first of the n
+    `position_bounds` above the position.
     """
     sizes = torch.from_numpy(token_bytes)
+    planned: list[tuple[Batch, Plan]]
     if callable(plan):
         rows = [row for batch in samples for row in _rows(batch)]
         planned = [(row, _plan_of_documents(plan, row)) for row in rows]
@@ -101,9 +111,14 @@ def evaluation_batches(
         bounds = position_bounds(batch["tokens"].shape[1])
         positions = _positions(batch).reshape(made.tokens.shape).contiguous()
         places = torch.bucketize(positions, torch.tensor(bounds), right=True)
-        modes = torch.from_numpy(made.plan.is_attention().astype(np.int64))
-        found.append(dataclasses.replace(made, groups=modes * len(bounds) + places, group_count=2 * len(bounds)))
+        modes = torch.from_numpy(made.plan.kinds())
+        count = len(TOKEN_MODES) * len(bounds)
+        found.append(dataclasses.replace(made, groups=modes * len(bounds) + places, group_count=count))
     return found
+
+
+TOKEN_MODES = ("recurrent", "attention", "mixed")
+"""Modes of a token, by number; mixed: not the same in all layers."""
 
 
 def position_bounds(length: int) -> list[int]:
@@ -143,14 +158,14 @@ def _plan_of_documents(plan: TextPlan, row: Batch) -> ModePlan:
     return ModePlan.from_mask(np.concatenate(parts))
 
 
-def _microbatch(batch: Batch, plan: ModePlan, text_bytes: float = 0.0) -> Microbatch:
+def _microbatch(batch: Batch, plan: Plan, text_bytes: float = 0.0) -> Microbatch:
     tokens, labels, mask = batch["tokens"], batch["labels"], batch["loss_mask"]
     documents = batch["documents"]
     if documents is None:
         return Microbatch(tokens, labels, mask, plan, text_bytes=text_bytes)
     # Rows end documents at different places; laid end to end they are one row of isolated documents.
     rows, length = tokens.shape
-    tiled = plan if plan.length == rows * length else ModePlan.from_mask(np.tile(plan.is_attention(), rows))
+    tiled = plan if plan.length == rows * length else plan.tiled(rows)
     tokens, labels, mask = (t.reshape(1, -1) for t in (tokens, labels, mask))
     return Microbatch(tokens, labels, mask, tiled, join_documents(documents, length), text_bytes)
 

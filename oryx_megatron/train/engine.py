@@ -287,6 +287,9 @@ def why_launched(run: RunConfig) -> str | None:
         return "not with parallel.context"  # not yet seen on GPUs
     if run.modes.align == "documents":
         return "not with modes.align documents, whose plans have any number of attention rows: each is a shape"
+    drawn = run.modes.p_layers or any(stage.p_layers for stage in run.modes.schedule)
+    if drawn and run.modes.fixed is None:
+        return "not with modes.p_layers, whose groups of layers have any numbers of attention rows: each is a shape"
     if run.model.moe is not None:
         return "not with model.moe: how many tokens an expert takes is known only when the router has run"
     return None

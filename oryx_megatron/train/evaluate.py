@@ -16,8 +16,8 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
-from oryx_megatron.modes import ModePlan, parse_plan
-from oryx_megatron.train.batches import TextPlan, evaluation_batches, open_stream, position_bounds
+from oryx_megatron.modes import Plan, plan_for
+from oryx_megatron.train.batches import TOKEN_MODES, TextPlan, evaluation_batches, open_stream, position_bounds
 from oryx_megatron.train.step import REPORTED, Totals, forward_backward
 
 
@@ -33,9 +33,9 @@ class Evaluation:
     """Bits per UTF-8 byte of text: comparable between tokenizers."""
     tokens: int
     attention_share: float
-    """Share of the tokens in attention mode."""
+    """Share of the tokens in attention mode, mean over layers."""
     modes: dict[str, float] = field(default_factory=dict)
-    """Loss of the labels after tokens in each mode: `attention`, `recurrent`."""
+    """Loss of the labels after tokens in each mode: `attention`, `recurrent`; `mixed` where layers differ."""
     positions: dict[str, float] = field(default_factory=dict)
     """Loss by position (in the document where isolated): the bound below which a group's positions are, its loss."""
     ema_loss: float | None = None
@@ -80,14 +80,15 @@ def evaluate(
         averaged: Engine.averaged; the losses of that average come beside those of the weights.
     """
     token_bytes = tokenizer.token_bytes()
+    length, size, layers = run.data.sequence_length, run.modes.chunk, run.model.reads_plans
 
     def losses() -> Iterator[Evaluation]:
         for name, dataset in datasets.items():
             for spec in plans or run.evaluation.plans:
-                plan = (text_plans or {}).get(spec) or parse_plan(spec, run.data.sequence_length, chunk=run.modes.chunk)
+                plan = (text_plans or {}).get(spec) or plan_for(layers, spec, length, chunk=size)
                 totals, share = _run(run, layout, chunks, dataset, tokenizer, token_bytes, plan, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan
-                apart = _apart(totals, position_bounds(run.data.sequence_length))
+                apart = _apart(totals, position_bounds(length))
                 yield Evaluation(name, spec, totals.mean_loss, bits, int(totals.tokens), share, *apart)
 
     training = [chunk.training for chunk in chunks]
@@ -110,7 +111,7 @@ def _run(
     dataset: Blend,
     tokenizer: Tokenizer,
     token_bytes: np.ndarray,
-    plan: ModePlan | TextPlan,
+    plan: Plan | TextPlan,
     data_rank: int,
     progress: Callable[[], None],
 ) -> tuple[Totals, float]:
@@ -119,25 +120,26 @@ def _run(
         run, layout, dataset, data_rank=data_rank, eod=tokenizer.eod_id, vocab_size=tokenizer.vocab_size
     )
     sums = []
-    attention = tokens = 0
+    attention, tokens = 0.0, 0
     try:
         held = len(dataset) // run.train.global_batch_size
         for _ in range(held if run.evaluation.batches is None else min(run.evaluation.batches, held)):
             batches = evaluation_batches(stream.next_batches(), plan, token_bytes)
             sums.append(forward_backward(chunks, batches, forward_only=True).sums)
-            attention += sum(batch.plan.attention_tokens for batch in batches)
+            attention += sum(batch.plan.attention_share * batch.plan.length for batch in batches)
             tokens += sum(batch.plan.length for batch in batches)
             progress()
     finally:
         stream.close()
-    empty = torch.zeros(REPORTED + 4 * len(position_bounds(run.data.sequence_length)), dtype=torch.float64)
+    groups = len(TOKEN_MODES) * len(position_bounds(run.data.sequence_length))
+    empty = torch.zeros(REPORTED + 2 * groups, dtype=torch.float64)
     totals = Totals(torch.stack(sums).sum(0) if sums else empty)
     if not callable(plan):
         return totals, plan.attention_share
     return totals, _share_over_ranks(attention, tokens)
 
 
-def _share_over_ranks(attention: int, tokens: int) -> float:
+def _share_over_ranks(attention: float, tokens: int) -> float:
     """Share of attention tokens, where every rank has counted its own texts."""
     counts = torch.tensor([attention, tokens], dtype=torch.float64, device=platform.device())
     if torch.distributed.is_initialized():
@@ -147,8 +149,8 @@ def _share_over_ranks(attention: int, tokens: int) -> float:
 
 def _apart(totals: Totals, bounds: list[int]) -> tuple[dict[str, float], dict[str, float]]:
     """Mean loss by mode and by position, of `evaluation_batches`' groups; without those that hold no label."""
-    groups = np.array(totals.groups).reshape(2, len(bounds), 2)  # mode, position, loss and labels
-    modes = dict(zip(("recurrent", "attention"), groups.sum(1), strict=True))
+    groups = np.array(totals.groups).reshape(len(TOKEN_MODES), len(bounds), 2)  # mode, position, loss and labels
+    modes = dict(zip(TOKEN_MODES, groups.sum(1), strict=True))
     positions = dict(zip(map(str, bounds), groups.sum(0), strict=True))
     return _means(modes), _means(positions)
 

@@ -18,7 +18,7 @@ from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.experts import SUMS, routers
 from oryx_megatron.model.sequence import SequenceInfo
-from oryx_megatron.modes import Mode, ModePlan
+from oryx_megatron.modes import Mode, ModePlan, Plan
 from oryx_megatron.ops import TokenLayout
 
 
@@ -32,8 +32,8 @@ class Microbatch:
     """int64 [b, s], the token after each."""
     loss_mask: Tensor
     """float32 [b, s], 0 where a label does not count."""
-    plan: ModePlan
-    """Mode of each of the s tokens."""
+    plan: Plan
+    """Mode of each of the s tokens, by layer where layers differ."""
     documents: Tensor | None = None
     """int32 cumulative document starts, or None when documents are joined."""
     text_bytes: float = 0.0
@@ -89,21 +89,27 @@ class OryxProgram:
     def __init__(self, model: ModelConfig | None) -> None:
         self.one_order = model is not None and model.ignores_plans
 
-    def _plan(self, batch: Microbatch) -> ModePlan:
+    def _plan(self, batch: Microbatch) -> Plan:
         return ModePlan.uniform(Mode.ATTENTION, batch.plan.length) if self.one_order else batch.plan
 
     def shape(self, batch: Microbatch) -> Hashable:
         """See Program."""
-        return batch.tokens.shape, TokenLayout.shape_of(self._plan(batch), batch.documents)
+        plan = self._plan(batch)
+        if isinstance(plan, ModePlan):
+            return batch.tokens.shape, TokenLayout.shape_of(plan, batch.documents)
+        orders = list(dict.fromkeys(plan.orders))
+        shapes = tuple(TokenLayout.shape_of(order, batch.documents) for order in orders)
+        layers = (
+            (orders.index(order), own.attention_tokens) for order, own in zip(plan.orders, plan.of_layers, strict=True)
+        )
+        return batch.tokens.shape, shapes, tuple(layers)
 
     def parts(self, batch: Microbatch) -> frozenset[str]:
-        """See Program: the queries of the modes of this rank's rows, and the recurrence."""
-        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        """See Program: the queries of the modes of this rank's rows, and the recurrence; by layer where they differ."""
         plan = self._plan(batch)
-        rows, attention = plan.length // ranks, plan.attention_tokens
-        own = min(max(attention - rank * rows, 0), rows)
-        found = {"attention query": own > 0, "recurrent query": own < rows, "recurrence": attention < plan.length}
-        return frozenset(part for part, computed in found.items() if computed)
+        if isinstance(plan, ModePlan):
+            return _parts(plan)
+        return frozenset(f"{part} of layer {i}" for i, own in enumerate(plan.of_layers) for part in _parts(own))
 
     def place(self, batch: Microbatch, chunk: torch.nn.Module) -> Placed:
         """See Program."""
@@ -111,8 +117,8 @@ class OryxProgram:
         info = SequenceInfo.build(self._plan(batch), device=platform.device(), documents=batch.documents, sort=sort)
         # Every context-parallel rank reports its tokens; the bytes of the whole microbatch are counted once.
         text_bytes = batch.text_bytes if parallel_state.get_context_parallel_rank() == 0 else 0.0
-        layout, ranks = info.layout, parallel_state.get_context_parallel_world_size()
-        if layout is not None and ranks > 1:
+        ranks = parallel_state.get_context_parallel_world_size()
+        for layout in info.layouts if ranks > 1 else ():
             layout.shard(ranks)  # its tables come from the host too
         tokens, labels, mask = (platform.to_device(x) for x in _texts(batch))
         groups = None if batch.groups is None else platform.to_device(batch.groups)
@@ -120,19 +126,21 @@ class OryxProgram:
 
     def refill(self, placed: Placed, batch: Microbatch) -> None:
         """See Program."""
-        layout = placed.info.layout
-        assert layout is not None, "only microbatches of fused mixers are of equal shape"
-        sources = (*_texts(batch), *TokenLayout.tables_of(self._plan(batch), batch.documents))
-        targets = (placed.tokens, placed.labels, placed.loss_mask, layout.tokens, layout.rows, layout.starts)
+        plan, layouts = self._plan(batch), placed.info.layouts
+        assert layouts, "only microbatches of fused mixers are of equal shape"
+        orders = [plan] if isinstance(plan, ModePlan) else dict.fromkeys(plan.orders)
+        sources, targets = [*_texts(batch)], [placed.tokens, placed.labels, placed.loss_mask]
+        for layout, order in zip(layouts, orders, strict=True):
+            sources += TokenLayout.tables_of(order, batch.documents)
+            targets += (layout.tokens, layout.rows, layout.starts)
         for target, source in zip(targets, sources):
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
     def forward(self, placed: Placed, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """See Program."""
         info, local = placed.info, _context_slice(placed.tokens.shape[1])
-        tokens, labels, mask = (
-            info.arrange(x)[:, local].contiguous() for x in (placed.tokens, placed.labels, placed.loss_mask)
-        )
+        tokens = info.arrange(placed.tokens)[:, local].contiguous()
+        labels, mask = (info.arrange_labels(x)[:, local].contiguous() for x in (placed.labels, placed.loss_mask))
         output = chunk(
             tokens,
             None,  # position_ids: the mixer makes its own
@@ -142,8 +150,17 @@ class OryxProgram:
         )
         if placed.groups is None:
             return output, partial(sum_loss, mask, placed.text_bytes)
-        groups = info.arrange(placed.groups)[:, local]
+        groups = info.arrange_labels(placed.groups)[:, local]
         return output, partial(_sum_groups, mask, placed.text_bytes, groups, placed.group_count)
+
+
+def _parts(plan: ModePlan) -> frozenset[str]:
+    """What a layer computes for a plan on this rank."""
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    rows, attention = plan.length // ranks, plan.attention_tokens
+    own = min(max(attention - rank * rows, 0), rows)
+    found = {"attention query": own > 0, "recurrent query": own < rows, "recurrence": attention < plan.length}
+    return frozenset(part for part, computed in found.items() if computed)
 
 
 def _texts(batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -194,6 +194,7 @@ class Trainer:
             iteration=self.iteration,
             data_rank=self.data_rank,
             data_size=self.layout.dp,
+            layers=run.model.reads_plans,
         )
         share = sum(batch.plan.attention_share for batch in batches) / len(batches)
         taken = run_step(

@@ -6,6 +6,7 @@ of another site can read it through the browser.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import importlib.resources
 import itertools
@@ -18,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from oryx_megatron.config.loading import config_text
-from oryx_megatron.config.plans import parse_runs
+from oryx_megatron.config.loading import config_text, from_dict
+from oryx_megatron.config.plans import attention_share
+from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError, OryxError
@@ -121,17 +123,19 @@ class Recorded(Followed):
 def plan_shares(config: Any, plans: set[str]) -> dict[str, float]:
     """Attention share of plans at a run's sequence length; without its config, of whole modes alone."""
     found = {"attention": 1.0, "recurrent": 0.0}
+    data: Any = {}
+    layers: tuple[bool, ...] = ()
     try:
         data = parse_yaml(config_text(config), str(config))
         length, chunk = int(data["data"]["sequence_length"]), int(data["modes"]["chunk"])
     except (OryxError, KeyError, TypeError, ValueError):
         length = chunk = 0
+    with contextlib.suppress(OryxError, KeyError, TypeError):
+        model = from_dict(ModelConfig, data["model"], source=str(config))
+        layers = model.reads_plans if model.num_layers < 2**16 else ()
     for plan in plans if 0 < length < 2**27 and chunk > 0 else ():
-        try:
-            runs = parse_runs(plan, length, chunk=chunk)
-        except OryxError:
-            continue
-        found[plan] = sum(stop - start for start, stop, attends in runs if attends) / length
+        with contextlib.suppress(OryxError):
+            found[plan] = attention_share(plan, length, chunk=chunk, layers=layers)
     return {plan: share for plan, share in found.items() if plan in plans}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig, RopeScalingConfig
+from oryx_megatron.config.schema import ModesConfig, MoEConfig, ParallelConfig, RopeScalingConfig
 from oryx_megatron.model import build
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import compile_kernels
@@ -33,6 +33,11 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2-cp2-ep2-experts": ("experts gdn", 4, {"tensor": 2, "context": 2, "expert": 2, "overlap": True}),
     "yarn": ("yarn gdn", 1, {}),
     "yarn-tp2-cp2": ("yarn gdn", 4, {"tensor": 2, "context": 2}),
+    "layers": ("layers gdn", 1, {}),
+    "layers-tp2": ("layers gdn", 2, {"tensor": 2}),
+    "layers-pp2-virtual": ("layers gdn", 2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "layers-tp2-cp2": ("layers gdn", 4, {"tensor": 2, "context": 2}),
+    "layers-pp2-cp2-recompute-full": ("layers gdn", 4, {"pipeline": 2, "context": 2, "recompute": "full"}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
@@ -50,6 +55,9 @@ def _run(name: str, layout: dict[str, Any], documents: str):
     kind, mixer = name.split()[0], name.split()[-1]
     fields: dict[str, Any] = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
     fields["model__moe"] = EXPERTS if kind == "experts" else None
+    if kind == "layers":  # every layer draws a plan of its own in most microbatches
+        modes = ModesConfig(chunk=8, p_attention=0.1, p_recurrent=0.1, p_layers=0.8, layer_groups=4)
+        fields["modes"] = modes
     if kind == "yarn":  # documents are about as long as a quarter of a sequence
         fields["model__rope_scaling"] = RopeScalingConfig(
             rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=1.0, beta_slow=0.01
@@ -59,7 +67,7 @@ def _run(name: str, layout: dict[str, Any], documents: str):
 
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
-    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "yarn gdn")
+    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "yarn gdn", "layers gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)

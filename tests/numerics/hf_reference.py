@@ -40,8 +40,8 @@ def tiny_model(mixer: str, seed: int = 0, dtype: torch.dtype = torch.float64, **
     return model
 
 
-def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bool]) -> torch.Tensor:
-    """ids [s] → logits [s, vocabulary], fp64."""
+def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bool] | list[list[bool]]) -> torch.Tensor:
+    """ids [s], attends [s] or [layers, s] → logits [s, vocabulary], fp64."""
     config = model.config
     w = {name: parameter.double() for name, parameter in model.state_dict().items()}
     heads, groups, n, p = (
@@ -63,8 +63,8 @@ def reference_logits(model: OryxForCausalLM, ids: torch.Tensor, attends: list[bo
         return y
 
     xs = [w["model.embed_tokens.weight"][i] for i in ids.tolist()]
-    whole = attends
-    for layer in range(config.num_hidden_layers):
+    plans = attends if isinstance(attends[0], list) else [attends] * config.num_hidden_layers
+    for layer, whole in enumerate(plans):
         kind = config.modes_of(layer)
         if config.layer_modes is not None and kind != "both":  # it ignores the plan
             attends = [kind == "attention"] * len(whole)

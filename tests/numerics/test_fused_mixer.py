@@ -18,11 +18,12 @@ from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from oryx_megatron.model import SequenceInfo
+from oryx_megatron.model import SequenceInfo, layer
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import initialize_weights
-from oryx_megatron.modes import parse_plan
+from oryx_megatron.model.layer import regroup
+from oryx_megatron.modes import parse_plan, plan_for
 from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.fused_steps import delta_by_steps
 
@@ -30,6 +31,12 @@ INTERPRETED = platform.installed("triton") and os.environ.get("TRITON_INTERPRET"
 pytestmark = pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels")
 
 PLANS = ("attention", "recurrent", "ratio:0.5", "runs:a0-13,r13-30,a30-37")
+LAYER_PLANS = (
+    "layers:0=ratio:0.5,rest=runs:a0-13,r13-30,a30-end",
+    "layers:0=attention,rest=recurrent",
+    "layers:0=attention,rest=every:3",
+)
+"""Rows move in the first alone: layers whose tokens are in one mode take the order of their neighbours."""
 LENGTH, ROWS, VOCABULARY = 37, 2, 31
 RANKS = 2
 DOCUMENTS = (0, 9, 10, 26, 37)
@@ -78,11 +85,12 @@ def gradients(
     rows = 1 if documents is not None else ROWS
     tokens = torch.randint(0, VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(1))
     where = {"device": platform.device(), "documents": documents, "sort": fused if sort is None else sort}
-    info = SequenceInfo.build(parse_plan(plan, length, chunk=8), **where)
+    info = SequenceInfo.build(plan_for(model.reads_plans, plan, length, chunk=8), **where)
     weights = torch.linspace(0.5, 1.5, length).expand(rows, -1)
     rank, share = parallel_state.get_context_parallel_rank(), length // context
     own = slice(rank * share, (rank + 1) * share)
-    inputs, labels, weights = (info.arrange(x)[:, own] for x in (tokens[:, :-1], tokens[:, 1:], weights))
+    inputs = info.arrange(tokens[:, :-1])[:, own]
+    labels, weights = (info.arrange_labels(x)[:, own] for x in (tokens[:, 1:], weights))
     loss = (chunk(inputs, None, None, labels=labels, packed_seq_params=info) * weights).sum()
     loss.backward()
     found = {"loss": loss.detach()}
@@ -103,7 +111,7 @@ def gradients(
     return found
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *LAYER_PLANS])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -124,6 +132,8 @@ def gradients(
     ],
 )
 def test_fused_equals_separate(changes, plan):
+    if plan in LAYER_PLANS and not changes.get("pattern"):
+        changes = {**changes, "num_layers": 3}
     for documents in (None, torch.tensor(DOCUMENTS, dtype=torch.int32)):
         separate = gradients(config(**changes), plan, fused=False, documents=documents)
         fused = gradients(config(**changes), plan, fused=True, documents=documents)
@@ -131,6 +141,34 @@ def test_fused_equals_separate(changes, plan):
         for name, want in separate.items():
             error = (fused[name] - want).norm() / want.norm().clamp(min=1e-3)
             assert error < 2e-4, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("plan", "moves"),
+    [
+        ("ratio:0.5", 0),
+        ("layers:0-2=ratio:0.5,3=ratio:.5", 0),
+        (LAYER_PLANS[1], 0),
+        (LAYER_PLANS[2], 0),
+        ("layers:0=attention,1=ratio:0.5,2=recurrent,3=ratio:0.5", 0),
+        ("layers:0-1=ratio:0.5,2=recurrent,3=every:4", 1),
+        ("layers:even=ratio:0.5,odd=every:4", 3),
+    ],
+)
+def test_rows_move_only_between_different_plans_of_both_modes(plan, moves, monkeypatch):
+    found = []
+    monkeypatch.setattr(layer, "regroup", lambda *given, **keywords: found.append(given) or regroup(*given, **keywords))
+    gradients(config(num_layers=4), plan, fused=True, documents=None)
+    assert len(found) == moves
+
+
+def test_one_plan_everywhere_is_that_plan():
+    """Bit by bit, also where it is written by layers."""
+    for spec in ("attention", "every:3"):
+        for fused in (False, True):
+            want = gradients(config(), spec, fused=fused, documents=None)
+            found = gradients(config(), f"layers:even={spec},odd={spec}", fused=fused, documents=None)
+            assert all(torch.equal(found[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +210,7 @@ def of_one_rank_in_two(changes: dict, plans: tuple[str, ...]) -> list[list[dict[
 )
 def test_fused_under_context_parallelism(changes):
     """Two ranks, of which one has rows of both modes or none of attention, against the separate steps on one."""
-    plans = (*PLANS[:3], "runs:a0-5,r5-30,a30-31,r31-38", "runs:r0-3,a3-38")
+    plans = (*PLANS[:3], "runs:a0-5,r5-30,a30-31,r31-38", "runs:r0-3,a3-38", LAYER_PLANS[0], LAYER_PLANS[2])
     found = run_distributed(of_one_rank_in_two, RANKS, changes, plans)
     for plan, *ranks in zip(plans, *found, strict=True):
         for i, documents in enumerate((None, torch.tensor((*DOCUMENTS[:-1], LENGTH + 1), dtype=torch.int32))):

@@ -19,7 +19,7 @@ from oryx_megatron import arch, parallel, platform
 from oryx_megatron.config import load_model, preset_names
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import SequenceInfo, build_meta, build_model
-from oryx_megatron.modes import Mode, ModePlan
+from oryx_megatron.modes import LayerPlans, Mode, ModePlan, Plan
 
 VARIANTS = ("gdn", "mamba2")
 VOCABULARY, ROWS = 41, 2
@@ -70,7 +70,7 @@ def build(model: ModelConfig, dtype: torch.dtype = torch.float64, **layout) -> G
     return chunk.to(dtype)
 
 
-def forward(chunk: GPTModel, tokens: Tensor, plan: ModePlan, **info) -> Tensor:
+def forward(chunk: GPTModel, tokens: Tensor, plan: Plan, **info) -> Tensor:
     """Logits [b, s, vocabulary]."""
     sequence = SequenceInfo.build(plan, device=platform.device(), **info)
     return chunk(tokens.to(platform.device()), None, None, packed_seq_params=sequence)
@@ -85,6 +85,12 @@ def random_plan(model: ModelConfig, length: int, seed: int = 2) -> ModePlan:
     if model.single_mode is not None:
         return ModePlan.uniform(Mode[model.single_mode.upper()], length)
     return ModePlan.from_mask(torch.rand(length, generator=torch.Generator().manual_seed(seed)).numpy() < 0.5)
+
+
+def layer_plan(model: ModelConfig, length: int) -> Plan:
+    """A random plan of its own for every layer that reads one."""
+    plans = [random_plan(model, length, seed) for seed in range(model.num_layers)]
+    return LayerPlans.of(plans, model.reads_plans)
 
 
 # ------------------------------------------------------------------------------------------- the written-out models
@@ -150,12 +156,13 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dt_bias: Tensor, 
 
 
 def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
-    """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s]."""
-    whole, plan = model, attends
+    """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s] or [layers, s]."""
+    whole, plans = model, attends.expand(model.num_layers, -1)
     heads, groups, n, p = model.num_heads, model.kv_heads, model.qk_head_dim, model.v_head_dim
     serving = [head // (heads // groups) for head in range(heads)]
     x = w["embedding.word_embeddings.weight"][tokens]
-    for layer in range(whole.num_layers):
+    for layer, plan in enumerate(plans):
+        attends = plan
         if whole.pattern:  # layers of one mode ignore the plan
             model = whole.with_modes(whole.layer_modes[layer])
             attends = plan if model.modes == "both" else torch.full_like(plan, model.modes == "attention")
@@ -208,15 +215,15 @@ def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attend
 @variants
 @cases
 def test_plain_models(variant: str, changes: dict) -> None:
-    """All attention = a Transformer, all recurrent = a Mamba-2 or Gated DeltaNet model, and a plan that mixes them:
-    logits and the gradient of every parameter, which none lacks under any plan (fp64)."""
+    """All attention = a Transformer, all recurrent = a Mamba-2 or Gated DeltaNet model, plans that mix
+    them, one of them over the layers too: logits and the gradient of every parameter, which none lacks (fp64)."""
     model = config(variant, **changes)
     chunk = build(model)
     for length in (1, 33):
         tokens = random_tokens(length)
         probe = torch.randn(ROWS, length, VOCABULARY, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         plans = [ModePlan.uniform(mode, length) for mode in Mode if model.single_mode in (None, mode.name.lower())]
-        for plan in [*plans, random_plan(model, length)]:
+        for plan in [*plans, random_plan(model, length), layer_plan(model, length)]:
             chunk.zero_grad()
             logits = forward(chunk, tokens, plan)
             (logits * probe.to(logits.device)).sum().backward()
@@ -264,8 +271,13 @@ def test_decoding_equals_one_pass(variant: str, changes: dict) -> None:
     length = 28 if changes else 70  # 70 outgrows the cache's first capacity
     tokens = random_tokens(length)
     with torch.no_grad():
-        for seed, sizes in ((2, [1] * length), (3, [13, 1, 1, 9, length - 24]), (4, [length - 1, 1])):
-            plan = random_plan(model, length, seed)
+        by_layer = layer_plan(model, length)
+        for plan, sizes in (
+            (random_plan(model, length, 2), [1] * length),
+            (random_plan(model, length, 3), [13, 1, 1, 9, length - 24]),
+            (random_plan(model, length, 4), [length - 1, 1]),
+            (by_layer, [13, 1, 1, 9, length - 24]),
+        ):
             states: dict = {}
             parts, start = [], 0
             for size in sizes:
@@ -306,12 +318,13 @@ def test_the_modes_of_the_past_are_in_the_states(variant: str) -> None:
 def test_isolated_documents(variant: str) -> None:
     """Documents in one row = each document alone."""
     model = config(variant, rotary="both")
-    chunk, tokens, plan = build(model), random_tokens(50), random_plan(model, 50)
+    chunk, tokens = build(model), random_tokens(50)
     bounds = [0, 2, 3, 20, 50]
-    with torch.no_grad():
-        together = forward(chunk, tokens, plan, documents=torch.tensor(bounds, dtype=torch.int32))
-        alone = [forward(chunk, tokens[:, a:b], plan.slice(a, b)) for a, b in itertools.pairwise(bounds)]
-    torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-10, rtol=1e-10)
+    for plan in (random_plan(model, 50), layer_plan(model, 50)):
+        with torch.no_grad():
+            together = forward(chunk, tokens, plan, documents=torch.tensor(bounds, dtype=torch.int32))
+            alone = [forward(chunk, tokens[:, a:b], plan.slice(a, b)) for a, b in itertools.pairwise(bounds)]
+        torch.testing.assert_close(together, torch.cat(alone, 1), atol=1e-10, rtol=1e-10)
 
 
 @variants
@@ -322,7 +335,7 @@ def test_recomputing_changes_nothing(variant: str) -> None:
     for recompute in ("none", "mixer", "full"):
         chunk = build(model, recompute=recompute).train()
         grads = []
-        for plan in (ModePlan.uniform(Mode.ATTENTION, 24), random_plan(model, 24)):
+        for plan in (ModePlan.uniform(Mode.ATTENTION, 24), random_plan(model, 24), layer_plan(model, 24)):
             chunk.zero_grad()
             forward(chunk, tokens, plan).square().mean().backward()
             assert all(p.grad is not None for p in chunk.parameters())

@@ -24,7 +24,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
-from oryx_megatron.modes import Mode, parse_plan
+from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing.layouts import tiny_run
@@ -59,9 +59,12 @@ def test_fused_blocks_save_under_the_names_of_the_others(changes: dict) -> None:
     assert parts[0] == parts[1]
 
 
+DEEP = dataclasses.replace(load_model("tiny-gdn"), num_layers=4)
+
+
 def _batch(spec: str, length: int = 512) -> Microbatch:
     tokens = torch.zeros(1, length, dtype=torch.long)
-    return Microbatch(tokens, tokens, torch.ones(1, length), parse_plan(spec, length, chunk=128))
+    return Microbatch(tokens, tokens, torch.ones(1, length), plan_for(DEEP.reads_plans, spec, length, chunk=128))
 
 
 def test_a_hybrid_has_one_graph_whatever_the_plan() -> None:
@@ -90,6 +93,57 @@ def test_layers_of_one_mode_see_what_a_replay_brings() -> None:
         assert torch.equal(view.tokens, want.tokens)
         assert torch.equal(view.rows, want.rows)
         assert torch.equal(view.in_order.tokens, torch.arange(512))
+
+
+def test_shapes_count_the_rows_of_every_layer():
+    """Equal shapes launch the same kernels; all that host code branches on makes a shape."""
+    shape = OryxProgram(DEEP).shape
+    first = "layers:0-1=runs:a0-128,r128-end,rest=runs:r0-256,a256-end"
+    assert shape(_batch(first)) == shape(_batch("layers:0-1=runs:r0-384,a384-end,rest=runs:a0-256,r256-end"))
+    others = (
+        "ratio:0.5",
+        "layers:0-1=runs:a0-128,r128-end,rest=runs:r0-128,a128-end",  # other numbers of rows
+        "layers:0-2=runs:a0-128,r128-end,rest=runs:r0-256,a256-end",  # other layers
+        "layers:0-1=runs:r0-256,a256-end,rest=runs:a0-128,r128-end",  # the other way round
+        "layers:0-1=runs:a0-128,r128-end,rest=recurrent",
+        "layers:0-1=runs:a0-128,r128-end,rest=attention",
+        "layers:0-1=recurrent,rest=runs:a0-128,r128-end",
+        "layers:0-1=runs:a0-127,r127-end,rest=runs:r0-257,a257-end",  # rows that fill no blocks
+        "layers:0=attention,rest=recurrent",
+        "layers:even=runs:a0-128,r128-end,odd=runs:r0-256,a256-end",
+    )
+    shapes = [shape(_batch(spec)) for spec in (first, *others)]
+    assert len(set(shapes)) == len(shapes)
+
+
+def test_parts_are_those_of_each_layer():
+    """A graph is captured when every layer's kernels have been launched."""
+    parts = OryxProgram(DEEP).parts(_batch("layers:0=attention,1=every:2,rest=recurrent"))
+    assert "attention query of layer 0" in parts
+    assert "recurrent query of layer 0" not in parts
+    assert {"attention query of layer 1", "recurrent query of layer 1", "recurrence of layer 1"} <= parts
+    assert "attention query of layer 2" not in parts
+
+
+def test_a_replay_brings_the_order_of_every_group_of_layers():
+    """Tables are overwritten in place, so that layers, and rows that move between them, see the new ones."""
+    program, built = OryxProgram(DEEP), chunk(DEEP, **FUSED)
+    first = _batch("layers:0=attention,1=runs:a0-128,r128-end,rest=runs:r0-256,a256-end")
+    second = _batch("layers:0=attention,1=runs:r0-384,a384-end,rest=runs:a0-256,r256-end")
+    assert program.shape(first) == program.shape(second)
+    placed = program.place(first, built)
+    assert len(placed.info.layouts) == 2
+    moves = placed.info.moves(2)
+    assert [placed.info.moves(i) for i in (0, 1, 3)] == [None] * 3
+    program.refill(placed, second)
+    for i, own in enumerate(second.plan.orders):
+        want, layout = TokenLayout.of(own, device=platform.device()), placed.info.of_layer(i).layout
+        assert torch.equal(layout.tokens, want.tokens)
+        assert torch.equal(layout.rows, want.rows)
+    assert placed.info.of_layer(0).layout.attention == 512
+    assert [torch.equal(table.tokens, placed.info.of_layer(i).layout.tokens) for table, i in zip(moves, (1, 2))] == [
+        True
+    ] * 2
 
 
 def test_one_layer_of_each_kind_is_warmed_up() -> None:
