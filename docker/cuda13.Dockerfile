@@ -13,6 +13,8 @@ WORKDIR /opt/source
 COPY configs/install/cuda13.txt configs/install/
 RUN pip install --constraint configs/install/cuda13.txt torch setuptools wheel ninja packaging
 # Packages that compile against torch see it: no build isolation. The longest step, and the same for every source.
+# A layer of its own: torch's, before it, is kept when this one changes.
+# hadolint ignore=DL3059
 RUN pip install --constraint configs/install/cuda13.txt --no-build-isolation "transformer-engine[pytorch]" mamba-ssm \
         causal-conv1d flash-linear-attention tilelang flash-qla flash-attn-4
 COPY . .

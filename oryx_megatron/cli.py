@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from oryx_megatron.display import shown
-from oryx_megatron.errors import USER_ERROR, ConfigError, OryxError, first_line
+from oryx_megatron.errors import NO_ROOM, USER_ERROR, ConfigError, OryxError, first_line
 
 PATIENCE = 10.0
 """Seconds that a rank waits under torchrun for rank 0 to tell their common error and to end."""
@@ -51,7 +51,9 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             return 1
         except OSError as error:
             if error.filename is None:
-                raise
+                if error.errno not in NO_ROOM:
+                    raise
+                return _tell(f"{error.strerror}: make room, or write to another disk")
             return _tell(f"{shown(error.filename)}: {error.strerror}")
         except ImportError as error:
             if error.name != "transformers":  # as hf/configuration_oryx.py refuses a version

@@ -1,5 +1,6 @@
 """The errors a user can cause or fix. Each is shown as one line and ends the process with exit code 2."""
 
+import errno
 from typing import Self
 
 USER_ERROR = 2
@@ -8,6 +9,8 @@ REQUEUE_EXIT_CODE = 75
 """Exit code (EX_TEMPFAIL) of a run stopped by a signal or by its time limit, with everything saved: start it again."""
 HANG_EXIT_CODE = 70
 """Exit code (EX_SOFTWARE) of a rank that made no progress for faults.hang_timeout: torchrun starts all ranks again."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a full disk, a used-up quota, a file beyond a limit; writing a file gives them no name."""
 
 
 class OryxError(Exception):

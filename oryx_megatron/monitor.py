@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
         runs = [web.Recorded(path, name) for path, name in zip(paths, _names(paths), strict=True)]
         with web.serve(runs, arguments.port, arguments.interval, list(copies.values())) as server:
             out.write(
-                f"{server.url} (Ctrl-C ends; from elsewhere: ssh -L {server.server_port}:{web.HOST}:"
-                f"{server.server_port} THIS_HOST)\n"
+                f"{server.url} (Ctrl-C ends)\n"
+                f"from elsewhere: ssh -L {server.server_port}:{web.HOST}:{server.server_port} THIS_HOST\n"
             )
             out.flush()
             server.serve_forever()

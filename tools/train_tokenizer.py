@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:
     import checkout  # noqa: F401
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,8 +95,11 @@ def main(argv: list[str] | None = None) -> int | None:
         )
     print(shown(describe(args.output, tokenizer)))
     print(shown_lines(account(args.output, text)))
-    if args.held_out != 0:
-        print(shown_lines(report(measure(tokenizer, progress(text, "measuring", held_out=True)))))
+    measured = progress(text, "measuring", held_out=True) if args.held_out != 0 else iter(())
+    if first := next(measured, None):
+        print(shown_lines(report(measure(tokenizer, itertools.chain([first], measured)))))
+    elif args.held_out != 0:
+        print(f"  held out           none: of every {args.held_out} documents the last is, and there are fewer")
     return 0
 
 

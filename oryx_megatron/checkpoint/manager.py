@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.checkpoint.state import gather_weights, has_stepped, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig, WeightsKind
-from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+from oryx_megatron.errors import NO_ROOM, CheckpointError, NewerCheckpointError
 from oryx_megatron.storage import StorageError
 
 log = logging.getLogger(__name__)
@@ -507,6 +506,6 @@ def _cause(error: BaseException) -> str:
     """The last line of a message: there torch's reports name the error itself."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     # What torch's writer of zip files says when not all bytes could be written, and what a system says.
-    numbers = (f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    numbers = (f"[Errno {number}]" for number in NO_ROOM)
     full = any(text in line for text in ("inline_container", "iostream error", *numbers))
     return f"{line}; is the disk full, or a quota used up?" if full else line

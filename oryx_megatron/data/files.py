@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.errors import DataError, OryxError
+from oryx_megatron.errors import NO_ROOM, DataError, OryxError
 from oryx_megatron.reading import parse_json, read_text
 
 MARK = "oryx_megatron output"
@@ -194,6 +194,10 @@ def appearing(
         else:
             folder.rename(target)
         sync(target.parent)
+    except OSError as failure:
+        if failure.errno not in NO_ROOM:
+            raise
+        raise error(f"cannot write {target}: {failure.strerror}") from failure
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -41,8 +42,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from oryx_megatron.checkpoint.safe import SafeReader
-from oryx_megatron.errors import CheckpointError, ConversionError, first_line
-from oryx_megatron.reading import parse_json, read_text
+from oryx_megatron.errors import CheckpointError, ConversionError, OryxError, first_line
+from oryx_megatron.reading import parse_json, read_text, reason
 
 Shape = tuple[int, ...]
 
@@ -155,8 +156,13 @@ def write_checkpoint(
         dcp.save({}, storage_writer=writer, planner=_Streaming(items, produce, stacked), no_dist=True)
         torch.save({}, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist"), str(folder))
-    except OSError as error:
-        raise ConversionError(f"cannot write {folder}: {error.strerror or error}") from error
+    except CheckpointException as error:  # no subclass of Exception
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OryxError):  # of what was to be written
+            raise cause from None
+        raise ConversionError(f"cannot write {folder}: {reason(cause)}") from error  # type: ignore[arg-type]
+    except (OSError, RuntimeError) as error:  # torch.save's on a full disk is a RuntimeError
+        raise ConversionError(f"cannot write {folder}: {reason(error)}") from error
 
 
 class _Streaming(DefaultSavePlanner):

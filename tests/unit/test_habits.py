@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
+import errno
 import gzip
 import importlib
 import lzma
-from collections.abc import Callable
+import re
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from oryx_megatron.cli import Parser
+from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.resources import folder
@@ -137,6 +142,58 @@ def test_values_out_of_range(failing: Failing, tmp_path: Path) -> None:
     for share in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match=rf"^part b={share:g}: shares must be above 0, and finite$"):
             split(str(data), {"a": 1.0, "b": share}, str(tmp_path / "out"))
+
+
+def test_one_long_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer of one document: made, and not measured."""
+    from oryx_megatron.tools.train_tokenizer import main
+
+    (tmp_path / "a.txt").write_text("a few words and numbers, 1 2 3\n" * 500)
+    assert main(["--input", str(tmp_path / "a.txt"), "--vocab-size", "290", "--output", str(tmp_path / "made")]) == 0
+    assert "held out           none: of every 10 documents the last is, and there are fewer" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file may become longer than `size` bytes: what is written beyond fails as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk(failing: Failing, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and nothing under the final name: export, import, dataset, tokenizer, whatever writes."""
+    from oryx_megatron import parallel
+    from oryx_megatron.hf.convert import export
+    from oryx_megatron.testing.project import tiny_project
+    from oryx_megatron.train.__main__ import main
+
+    run = str(tiny_project(tmp_path))
+    assert main([run, "train.iterations=1", "model.num_layers=1", "data.split=[1,0,0]", "evaluation.plans=[]"]) == 0
+    parallel.destroy()
+    export(tmp_path / "out", tmp_path / "exported")
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    for module, *arguments in (
+        ("tools.convert_from_hf", "exported", "made"),
+        ("tools.convert_to_hf", "out", "made"),
+        ("tools.split_dataset", "data", "a=1", "b=1", "--output", "made"),
+        ("tools.plot_run", "out", "--out", "made.png"),
+    ):
+        with room(1000):
+            error = failing(module, *arguments)
+        assert re.search(r"made.*: .*(File too large|unexpected pos)", error), (module, error)
+        assert sorted(tmp_path.rglob("*")) == before, module
+
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert main_guard(full)() == 2
+    assert capsys.readouterr().err == "error: No space left on device: make room, or write to another disk\n"
 
 
 def test_folders_of_others(failing: Failing, tmp_path: Path) -> None:

