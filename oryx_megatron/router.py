@@ -52,7 +52,7 @@ class Options:
     """Times that every training text is used."""
     batch_size: int = 4
     """Texts per update and rank."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """Peak learning rate of AdamW; it falls to zero along a cosine."""
     width: int = 64
     layers: int = 2
