@@ -78,7 +78,7 @@ def _note_step(state: dict[str, Any], single: Any, step: int) -> None:
     if step and type(single.optimizer).__name__ == "FusedAdam":  # TransformerEngine's has one for each group
         for group in inner["param_groups"]:
             group.setdefault("step", step)
-    elif step and not inner["state"]:
+    elif step and not inner.get("state", True):  # megatron-core's offloading optimizer has its state elsewhere
         inner["state"]["common_step"] = step
 
 

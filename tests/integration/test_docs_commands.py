@@ -90,6 +90,7 @@ def test_runs(block: Block, project: Path, monkeypatch: pytest.MonkeyPatch, caps
     """Every command ends well; what the page says that it prints, it prints."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    shutil.rmtree("results", ignore_errors=True)  # pages write to one of this name
     if block.language == "python":
         exec(compile(block.text, block.page, "exec"), {})
         return
