@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_layer import (
 from oryx_megatron import compat
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.experts import moe_spec
-from oryx_megatron.model.layer import OryxLayer
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mlp import FusedMLP
 from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules, RMSNorm
+from oryx_megatron.model.sequence import OryxLayer
 from oryx_megatron.ops import fused
 
 NORM_NAMES = {

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from oryx_megatron.model import SequenceInfo, layer
+from oryx_megatron.model import SequenceInfo, sequence
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.initialize import initialize_weights
-from oryx_megatron.model.layer import regroup
+from oryx_megatron.model.sequence import regroup
 from oryx_megatron.modes import parse_plan, plan_for
 from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.fused_steps import delta_by_steps
@@ -157,7 +157,9 @@ def test_fused_equals_separate(changes, plan):
 )
 def test_rows_move_only_between_different_plans_of_both_modes(plan, moves, monkeypatch):
     found = []
-    monkeypatch.setattr(layer, "regroup", lambda *given, **keywords: found.append(given) or regroup(*given, **keywords))
+    monkeypatch.setattr(
+        sequence, "regroup", lambda *given, **keywords: found.append(given) or regroup(*given, **keywords)
+    )
     gradients(config(num_layers=4), plan, fused=True, documents=None)
     assert len(found) == moves
 

@@ -156,8 +156,8 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dt_bias: Tensor, 
 
 
 def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
-    """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s] or [layers, s]."""
-    whole, plans = model, attends.expand(model.num_layers, -1)
+    """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s] or [layers, 1, s]."""
+    whole, plans = model, attends.reshape(-1, attends.shape[-1]).expand(model.num_layers, -1)
     heads, groups, n, p = model.num_heads, model.kv_heads, model.qk_head_dim, model.v_head_dim
     serving = [head // (heads // groups) for head in range(heads)]
     x = w["embedding.word_embeddings.weight"][tokens]
