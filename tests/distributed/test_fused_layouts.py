@@ -53,7 +53,12 @@ PATTERNS = {
 
 def _run(name: str, layout: dict[str, Any], documents: str):
     kind, mixer = name.split()[0], name.split()[-1]
-    fields: dict[str, Any] = {"data__documents": documents, "model__pattern": PATTERNS.get(kind, ())}
+    # At a learning rate of 1e-2 rounding of 1e-7 in the first step is 1.5e-4 in the third.
+    fields: dict[str, Any] = {
+        "data__documents": documents,
+        "model__pattern": PATTERNS.get(kind, ()),
+        "optimizer__lr": 1e-3,
+    }
     fields["model__moe"] = EXPERTS if kind == "experts" else None
     if kind == "layers":  # every layer draws a plan of its own in most microbatches
         modes = ModesConfig(chunk=8, p_attention=0.1, p_recurrent=0.1, p_layers=0.8, layer_groups=4)
