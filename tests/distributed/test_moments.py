@@ -104,7 +104,7 @@ def test_losses_by_mode_and_position(
             kept = [dataclasses.replace(b, loss_mask=b.loss_mask * choose(b.groups), groups=None, group_count=0)
                     for b in batches]  # fmt: skip
             totals = forward_backward(chunks, kept, forward_only=forward_only)
-            return dataclasses.replace(totals, sums=torch.cat((totals.sums, torch.zeros(4 * groups))))
+            return dataclasses.replace(totals, sums=torch.cat((totals.sums, torch.zeros(6 * groups))))
 
         with monkeypatch.context() as patched:
             patched.setattr(evaluate, "forward_backward", run)
