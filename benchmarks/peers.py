@@ -57,6 +57,14 @@ def peer_engine(run: RunConfig, model: list[Any]) -> MegatronEngine:
     return engine
 
 
+def _config(run: RunConfig, **changes: Any) -> Any:
+    """Of megatron-core's own layers, with every fusion it offers on a GPU."""
+    gpu = platform.has_gpu()
+    fusions = {"fused_mixer": False, "use_te_activation_func": False}
+    fusions |= {"bias_activation_fusion": gpu, "apply_rope_fusion": gpu}
+    return transformer_config(run.model, run.parallel, run.precision, **fusions, **changes)
+
+
 def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
     """This rank's stages of megatron-core's GPT, with TransformerEngine and every fusion it offers.
 
@@ -64,16 +72,7 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
     """
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    model, gpu = run.model, platform.has_gpu()
-    config = transformer_config(
-        model,
-        run.parallel,
-        run.precision,
-        fused_mixer=False,
-        use_te_activation_func=False,
-        bias_activation_fusion=gpu,
-        apply_rope_fusion=gpu,
-    )
+    model, gpu, config = run.model, platform.has_gpu(), _config(run)
     stages = run.parallel.virtual_pipeline
     chunks = []
     for stage in range(stages):
@@ -182,17 +181,7 @@ def hybrid_chunks(run: RunConfig, mixers: Sequence[str], stack: Any = None) -> l
     Args:
         stack: Spec of its layers; None: megatron-core's, with TransformerEngine and mamba_ssm.
     """
-    model, gpu = run.model, platform.has_gpu()
-    config = transformer_config(
-        model,
-        run.parallel,
-        run.precision,
-        fused_mixer=False,
-        use_te_activation_func=False,
-        bias_activation_fusion=gpu,
-        apply_rope_fusion=gpu,
-        num_layers=2 * model.num_layers,
-    )
+    model, gpu, config = run.model, platform.has_gpu(), _config(run, num_layers=2 * run.model.num_layers)
     chunk = compat.megatron.hybrid_model(
         "".join(f"{mixer}-" for mixer in mixers),
         stack,

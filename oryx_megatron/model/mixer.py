@@ -101,10 +101,10 @@ class OryxMixer(MixerWeights):
         Returns:
             [s, b, d] (sharded as the input), and no bias.
         """
-        if not isinstance(packed_seq_params, SequenceInfo):
-            raise TypeError("OryxMixer needs packed_seq_params=SequenceInfo(plan=…)")
-        info = packed_seq_params.of_layer(self.layer_number - 1)
-        if info.plan is None:
+        info = packed_seq_params
+        if isinstance(info, SequenceInfo):
+            info = info.of_layer(self.layer_number - 1)
+        if not isinstance(info, SequenceInfo) or info.plan is None:
             raise TypeError("OryxMixer needs packed_seq_params=SequenceInfo(plan=…)")
         if self.fixed is not None:
             info = info.in_mode(self.fixed)

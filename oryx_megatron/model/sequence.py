@@ -1,4 +1,7 @@
-"""What travels with a microbatch to every layer: mode plan, documents, positions, and the states of decoding."""
+"""What travels with a microbatch to every layer: mode plan, documents, positions, and the states of decoding.
+
+And the layer, which moves rows where its plan sorts them otherwise than the one before.
+"""
 
 from __future__ import annotations
 

@@ -102,4 +102,4 @@ def trained() -> dict[str, list[tuple[float, float]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_and_gradient_norms(name: str, documents: str, trained: dict[str, list[tuple[float, float]]]) -> None:
     for found, want in zip(trained[f"{name} {documents}"], trained[f"{LAYOUTS[name][0]} {documents}"], strict=True):
-        assert found == pytest.approx(want, rel=1e-4)
+        assert found == pytest.approx(want, rel=1e-5)
