@@ -95,7 +95,6 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
 
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
-    from oryx_megatron.eval.routed import Plans
     from oryx_megatron.modes import Mode, ModePlan, Plan
     from oryx_megatron.router import losses_of
 
@@ -109,9 +108,7 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
         raise ConfigError(f"the text has {len(ids)} tokens; at least 2 are needed")
     length = len(ids)
     plans: dict[str, Plan] = {
-        "plan": Plans.of_checkpoint(model.folder, model.run.modes.chunk, (plan,), model.run.model.reads_plans).of(
-            plan, ids
-        ),
+        "plan": model.plans(plan).of(plan, ids),
         "attention": ModePlan.uniform(Mode.ATTENTION, length),
         "recurrent": ModePlan.uniform(Mode.RECURRENT, length),
     }

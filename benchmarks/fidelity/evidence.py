@@ -135,7 +135,8 @@ class Schedule:
 
     def run(self, jobs: Sequence[Job], slots: dict[str, int]) -> list[str]:
         """Returns the names of jobs that failed; those without time are reported on the way."""
-        waiting = [job for job in jobs if not job.done()]
+        done = {job.name for job in jobs if job.done()}
+        waiting = [job for job in jobs if job.name not in done]
         running: list[Job] = []
         failed: list[str] = []
         told = 0.0
@@ -143,7 +144,8 @@ class Schedule:
         try:
             while (waiting or running) and self.left > 0:
                 for job in list(waiting):
-                    if sum(other.pool == job.pool for other in running) < slots[job.pool] and self._ready(job, jobs):
+                    free = sum(other.pool == job.pool for other in running) < slots[job.pool]
+                    if free and done.issuperset(job.after):
                         waiting.remove(job)
                         if self._fits(job):
                             running.append(self._started(job))
@@ -153,9 +155,13 @@ class Schedule:
                 for job in list(running):
                     if job.process is not None and job.process.poll() is not None:
                         running.remove(job)
-                        if not self._ended(job):
+                        if self._ended(job):
+                            done.add(job.name)
+                        else:
                             failed.append(job.name)
-                            waiting = [other for other in waiting if job.name not in other.after]
+                # What needs a job that failed or had no time is left out, and what needs that.
+                known = done.union(job.name for job in (*waiting, *running))
+                waiting = [job for job in waiting if known.issuperset(job.after)]
                 if time.time() - told > 10:
                     told = time.time()
                     self.keep()
@@ -174,10 +180,6 @@ class Schedule:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target.with_suffix(".part"))
                 os.replace(target.with_suffix(".part"), target)
-
-    def _ready(self, job: Job, jobs: Sequence[Job]) -> bool:
-        by_name = {other.name: other for other in jobs}
-        return all(by_name[name].process is None and by_name[name].done() for name in job.after)
 
     def _fits(self, job: Job) -> bool:
         return self.left > job.leaves + self.took.get(job.pool, SHORTEST if job.pool == "train" else 0.0)

@@ -229,13 +229,17 @@ class Outcome:
     @property
     def attention_layers(self) -> float:
         """Share of the layers that attend, or may."""
-        kinds = from_dict(ModelConfig, self.run["model"], source=self.model, prefix="model").layer_modes
+        kinds = self._model.layer_modes
         return sum(kind != "recurrent" for kind in kinds) / len(kinds)
 
     @property
     def takes_plans(self) -> bool:
         """Whether modes are chosen by a plan: hybrids and models of one mode are what they are."""
-        return from_dict(ModelConfig, self.run["model"], source=self.model, prefix="model").takes_plans
+        return self._model.takes_plans
+
+    @property
+    def _model(self) -> ModelConfig:
+        return from_dict(ModelConfig, self.run["model"], source=self.model, prefix="model")
 
     def accuracies(self, task: str | None = None) -> dict[str, float]:
         """Share of answers found, by plan; empty where a task was not scored. None: the experiment's own task."""

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -147,7 +148,7 @@ def closed(result: dict[str, Any], policy: str, sets: Sequence[str]) -> list[tup
 
 def closed_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
     """Part of the gap closed at exactly this share, between the two nearest points; None outside of them."""
-    for (low, before), (high, after) in zip([(0.0, 0.0), *points], points, strict=False):
+    for (low, before), (high, after) in itertools.pairwise([(0.0, 0.0), *points]):
         if low <= share <= high and high > low:
             return before + (after - before) * (share - low) / (high - low)
     return None

@@ -5,6 +5,7 @@ Shapes: n texts, s tokens of a text.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,9 @@ BEFORE = 3
 """The token and those before it that the linear model sees."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Texts:
-    """Texts and what the two modes make of them, all on the host."""
+    """Texts and what the two modes make of them, all on the host; hashed by identity, for what is computed once."""
 
     tokens: Tensor
     """int64 [n, s]"""
@@ -61,9 +62,9 @@ class Sets:
         self.names = list(run.data.validation)
         tokenizer = load_tokenizer(run.data.tokenizer)
         self.bytes = torch.from_numpy(tokenizer.token_bytes())
-        asked = {"train": training, "valid": held_out}
-        sets = build_datasets(run, tokenizer, asked | dict.fromkeys(self.names, texts), once=True)
-        self.texts = {name: self._read(sets[name], (asked.get(name, texts))) for name in sets}
+        asked = {"train": training, "valid": held_out} | dict.fromkeys(self.names, texts)
+        sets = build_datasets(run, tokenizer, asked, once=True)
+        self.texts = {name: self._read(sets[name], asked[name]) for name in sets}
 
     def _read(self, dataset: Any, count: int) -> Texts:
         samples = [dataset[i] for i in range(min(count, len(dataset)))]
@@ -71,21 +72,22 @@ class Sets:
             torch.stack([torch.as_tensor(sample[name]) for sample in samples])
             for name in ("tokens", "labels", "loss_mask")
         )
-        losses, entropies = zip(*(self._predict(tokens, labels, mode) for mode in (Mode.ATTENTION, Mode.RECURRENT)))
-        return Texts(tokens.long(), labels.long(), mask > 0, torch.stack(losses), entropies[1])
+        tokens, labels = tokens.long(), labels.long()
+        plans = [ModePlan.uniform(mode, tokens.shape[1]) for mode in (Mode.ATTENTION, Mode.RECURRENT)]
+        losses = torch.stack([losses_of(self.model, tokens, labels, plan) for plan in plans])
+        return Texts(tokens, labels, mask > 0, losses, self._entropies(tokens, plans[1]))
 
     @torch.no_grad()
-    def _predict(self, tokens: Tensor, labels: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-        """Losses and entropies [n, s] in one mode."""
-        losses, entropies, size = [], [], max(1, TOKENS // tokens.shape[1])
-        info = SequenceInfo.build(ModePlan.uniform(mode, tokens.shape[1]), device=platform.device())
-        for part, wanted in zip(tokens.split(size), labels.split(size), strict=True):
-            part, wanted = platform.to_device(part.long()), platform.to_device(wanted.long())
+    def _entropies(self, tokens: Tensor, plan: ModePlan) -> Tensor:
+        """[n, s] of the predictions under one plan."""
+        found, size = [], max(1, TOKENS // tokens.shape[1])
+        info = SequenceInfo.build(plan, device=platform.device())
+        for part in tokens.split(size):
+            part = platform.to_device(part)
             logits = self.model.chunk(part, None, None, packed_seq_params=info, runtime_gather_output=True)
             logs = logits.float().log_softmax(-1)
-            losses.append(-logs.gather(-1, wanted.unsqueeze(-1)).squeeze(-1).cpu())
-            entropies.append(-(logs.exp() * logs).sum(-1).cpu())
-        return torch.cat(losses), torch.cat(entropies)
+            found.append(-(logs.exp() * logs).sum(-1).cpu())
+        return torch.cat(found)
 
     def loss(self, name: str, rule: Rule) -> dict[str, float]:
         """Mean loss of a set under a rule's plans, the share that it lets attend, and the set's size."""
@@ -125,7 +127,8 @@ def policies(
 def _rule(name: str, share: float, valid: Texts, router: OryxRouter, learned: Linear | None) -> Rule | None:
     """The rule of a policy at a share; None where it cannot have so many tokens."""
     if name == "router":
-        return lambda texts: routed(router, texts) > router.threshold(share)
+        least = router.threshold(share)
+        return lambda texts: routed(router, texts) > least
     if name == "random":
         return lambda texts: torch.rand(texts.tokens.shape, generator=torch.Generator().manual_seed(7)) < share
     if name == "ratio":
@@ -152,11 +155,13 @@ def _above(score: Score, share: float, valid: Texts) -> Rule:
     return lambda texts: score(texts) > least
 
 
+@functools.cache
 def repeated(texts: Texts) -> Tensor:
     """bool [n, s]: tokens that have occurred before in their text."""
     return torch.from_numpy(np.stack([seen(row) for row in texts.tokens.numpy()]))
 
 
+@functools.cache
 @torch.no_grad()
 def routed(router: OryxRouter, texts: Texts) -> Tensor:
     """A router's scores."""
@@ -212,6 +217,7 @@ class Linear(nn.Module):
             found = found + table(ids[..., i])
         return found.squeeze(-1)
 
+    @functools.cache  # noqa: B019 - lives as long as the comparison
     @torch.no_grad()
     def scores(self, texts: Texts) -> Tensor:
         """Expected gains, nats."""

@@ -210,7 +210,6 @@ def gather(found: list[File], out: Path, *, most: dict[str, float], processes: i
 def _json_lines(path: Path) -> Iterator[TextIO]:
     with replacing(path) as temporary, temporary.open("w") as file:
         yield file
-        file.flush()
 
 
 if __name__ == "__main__":

@@ -188,9 +188,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
     loaded = load_for_inference(arguments.model, tensor=ranks.world_size(), weights=arguments.weights)
     codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
     check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
-    run = loaded.run
-    plans = Plans.of_checkpoint(loaded.folder, run.modes.chunk, arguments.plans, run.model.reads_plans)
-    return predict_with_checkpoint(loaded), codec, run.model.vocab_size, plans, run.model.name
+    model, plans = loaded.run.model, loaded.plans(*arguments.plans)
+    return predict_with_checkpoint(loaded), codec, model.vocab_size, plans, model.name
 
 
 if __name__ == "__main__":

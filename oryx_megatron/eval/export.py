@@ -12,7 +12,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConversionError, OryxError, first_line
 from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
-from oryx_megatron.hf.folders import check_export, read_json, recognised
+from oryx_megatron.hf.folders import check_export, recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 
@@ -32,8 +32,7 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
     Raises:
         ConversionError: it does not load, or asks for what no export has.
     """
-    recognised(folder)
-    if (kind := read_json(Path(folder) / "config.json").get("model_type")) not in (None, OryxConfig.model_type):
+    if (kind := recognised(folder).get("model_type")) not in (None, OryxConfig.model_type):
         raise ConversionError(f"{folder}: model type {kind!r}, not oryx: no export of this project")
     check_export(Path(folder))
     AutoConfig.register(OryxConfig.model_type, OryxConfig, exist_ok=True)

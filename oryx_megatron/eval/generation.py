@@ -60,9 +60,9 @@ class LoadedModel:
         """See Decoder."""
         return self.run.model.single_mode or "both"
 
-    def plans(self, spec: str) -> Plans:
-        """See Decoder."""
-        return Plans.of_checkpoint(self.folder, self.run.modes.chunk, (spec,), self.run.model.reads_plans)
+    def plans(self, *specs: str) -> Plans:
+        """See Decoder; of several specs."""
+        return Plans.of_checkpoint(self.folder, self.run.modes.chunk, specs, self.run.model.reads_plans)
 
     def begin(self) -> Step:
         """See Decoder."""

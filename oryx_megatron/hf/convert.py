@@ -132,13 +132,13 @@ def export(
     except ValueError as error:
         raise ConversionError(f"--mode-plan: {error}") from None
     reader = CheckpointReader(source)
+    stored = reader.shapes()
     if weights == "ema":
-        if not has_average(reader.shapes()):
+        if not has_average(stored):
             raise ConversionError(f"{source} {NO_AVERAGE}; export its trained weights")
         manifest = dataclasses.replace(manifest, evaluations=_of_average(manifest.evaluations))
     rules = weight_rules(model)
     wanted = hf_shapes(config)
-    stored = reader.shapes()
     found = {name: shape for name, shape in stored.items() if not _beside_weights(name)}
     check_names(checkpoint_shapes(rules, wanted, model.num_layers), found, f"{source}:")
     store.check_files(source, manifest)

@@ -46,7 +46,7 @@ from .layers_oryx import (
     compiled_block,
 )
 from .modes_oryx import FirstSlots, LayerModes, ModePlan, TokenModes, distinct_plans, plan_mask
-from .plans_oryx import FORMS, layer_plans, parse_runs, routed_share
+from .plans_oryx import FORMS, parse_runs, routed_share
 from .recurrences_oryx import wide
 from .router_oryx import OryxRouter, Routed, shape_of
 
@@ -62,7 +62,7 @@ def check_default_plan(config: OryxConfig) -> None:
         if config.router is None:
             raise ValueError(f"mode plan `{plan}`: this model has no router")
         return
-    single, plans = config.single_mode, layer_plans(plan, config.num_hidden_layers) or (plan,)
+    single, (plans, _) = config.single_mode, distinct_plans(plan, config.num_hidden_layers)
     for own in plans:
         parse_runs(own, 0, chunk=1, prompt=0, shorter=True)
     if single is not None and not {*plans} <= {single, f"prompt:{single},new:{single}"}:
@@ -226,7 +226,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 position_ids = (count[:, -s:] if slots is None else count[:, slots]).clamp(min=0)
         if mode_plan is None and attention_mask is None and b > 1 and s > 1 and not self.training:
             plan = self.config.default_plan
-            parts = layer_plans(plan, len(self.layers)) or (plan,)
+            parts, _ = distinct_plans(plan, len(self.layers))
             found = (re.match(r"\s*(prompt:)?\s*last:", part) for part in parts)
             if (counted := next((match for match in found if match is not None), None)) is not None:
                 why = (
@@ -348,7 +348,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
         layers = len(self.layers)
         if mask.shape not in ((s,), (b, s), (layers, b, s), (layers, 1, s)):
             raise ValueError(f"mode plan of shape {list(mask.shape)} does not fit {s} tokens in {b} rows")
-        return mask.expand(*mask.shape[:-2], b, s) if mask.dim() > 1 else mask.expand(b, s)
+        return mask.expand(*mask.shape[:-2], b, s)
 
     def _modes(
         self,

@@ -83,6 +83,8 @@ def repetitions(history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """
     text, length = torch.cat((history, tokens), 1), history.shape[1] + tokens.shape[1]
     places = torch.arange(length, device=text.device)
+    if tokens.shape[1] == 1:
+        return next_repetitions(text, places[-1:])
     run, whole, found = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
     for n in range(GRAMS):
         back = _shifted(text, n)

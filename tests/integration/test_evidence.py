@@ -89,6 +89,11 @@ def test_jobs_follow_each_other_and_the_time_ends(
         job(evidence, tmp_path, "long", f"open({str(grows)!r}, 'w').write('so far'); " + child.format(late)),
         job(evidence, tmp_path, "no time", "WROTE", pool="train"),
     ]
+    jobs += [job(evidence, tmp_path, f"after {name}", "WROTE", name) for name in ("after wrong", "no time")]
+    idle = evidence.Schedule(time.time() + 20, tmp_path / "out", time.time())
+    assert idle.run([*jobs[2:4], *jobs[5:]], {"cpu": 4, "train": 1}) == ["wrong"]
+    assert idle.left > 10  # what needs a job that is lost is not waited for
+    capsys.readouterr()
     schedule = evidence.Schedule(time.time() + 5, tmp_path / "out", time.time(), [(grows, kept)])
     assert schedule.run(jobs, {"cpu": 4, "train": 1}) == ["wrong"]
     assert time.time() < schedule.end + 3
