@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
@@ -159,26 +160,33 @@ def missing_shards(prefix: Path, shards: int, parsed: argparse.Namespace) -> lis
 
 def _other(manifest: dict[str, Any], shard: tuple[int, int], parsed: argparse.Namespace) -> str | None:
     """Why a dataset is not the shard that these arguments make; None when it is, as far as its manifest tells."""
-    from oryx_megatron.data.tokenizer import difference, load_tokenizer
+    from oryx_megatron.data.tokenizer import difference
 
     if manifest.get("shard") != list(shard):
         return f"is no shard {shard[0]}/{shard[1]}"
-    if (why := difference(manifest["tokenizer"], load_tokenizer(parsed.tokenizer).describe())) is not None:
+    if (why := difference(manifest["tokenizer"], _described_tokenizer(parsed.tokenizer))) is not None:
         return f"was made with {why}"
     if _places(source := manifest["source"]) != _places(parsed.input):
         return f"was made from {' '.join(source)}, not {' '.join(parsed.input)}"
     return None
 
 
+@functools.cache
+def _described_tokenizer(folder: str) -> dict[str, Any]:
+    from oryx_megatron.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder).describe()
+
+
 def _places(inputs: list[str]) -> list[str]:
-    return [text if "://" in text else str(Path(text).absolute()) for text in inputs]
+    return [text if is_url(text) else str(Path(text).absolute()) for text in inputs]
 
 
 def _check_queue(folder: Path) -> None:
     """Raise ConfigError while jobs that were submitted from a folder of scripts are queued or running."""
     try:
         known = read_json(folder / SUBMITTED)
-    except (DataError, OSError):
+    except DataError:
         return
     command = ["squeue", "--noheader", "--format=%F"]
     try:

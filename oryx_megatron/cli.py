@@ -40,8 +40,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except OryxError as error:
-            rank = os.environ.get("RANK", "").strip() or "0"
-            if rank == "0" or getattr(error, "rank_local", False):
+            if error.rank_local or _rank() == "0":
                 return _tell(shown(error))
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 time.sleep(PATIENCE)  # the first rank to end has the others killed: rank 0 must have spoken
@@ -83,12 +82,16 @@ def text_of(path: Path, source: str) -> str:
 
 def _tell(text: str) -> int:
     """Print an error as one line; under torchrun, leave a note for later starts. Gives the exit code."""
-    rank = os.environ.get("RANK", "").strip() or "0"
+    rank = _rank()
     print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # it is told all the same, perhaps more than once
         if (told := _told_file()) is not None:
             told.touch()
     return USER_ERROR
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "").strip() or "0"
 
 
 def _told_file() -> Path | None:

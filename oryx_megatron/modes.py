@@ -142,6 +142,16 @@ class ModePlan:
         return self
 
     @property
+    def of_layers(self) -> tuple[ModePlan, ...]:
+        """See `LayerPlans.of_layers`; one stands for all."""
+        return (self,)
+
+    @property
+    def orders(self) -> tuple[ModePlan, ...]:
+        """See `LayerPlans.orders`; one stands for all."""
+        return (self,)
+
+    @property
     def anywhere(self) -> ModePlan:
         """See `LayerPlans.anywhere`."""
         return self

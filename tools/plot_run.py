@@ -194,9 +194,14 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
 def _shares(config: Path, plans: set[str]) -> dict[str, float]:
     """Attention share of plans at the run's sequence length; without a config to read, of whole modes alone."""
     found = {"attention": 1.0, "recurrent": 0.0}
-    logging.getLogger("oryx_megatron.config").setLevel(logging.ERROR)  # names of older versions are no matter here
+    logger = logging.getLogger("oryx_megatron.config")
+    level = logger.level
     with contextlib.suppress(OryxError):
-        run = load_run(config)
+        logger.setLevel(logging.ERROR)  # names of older versions are no matter here
+        try:
+            run = load_run(config)
+        finally:
+            logger.setLevel(level)
         for plan in plans:
             with contextlib.suppress(OryxError):
                 length, chunk, layers = run.data.sequence_length, run.modes.chunk, run.model.reads_plans

@@ -24,6 +24,7 @@ from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.config.schema import WeightsKind
 from oryx_megatron.errors import CheckpointError
+from oryx_megatron.parallel.wait import on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -60,26 +61,14 @@ def sharded_state(
                 own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
             for part, single in zip(_parts(own), compat.megatron.singles(optimizer), strict=True):
                 compat.megatron.keep_groups(part)
-                _note_step(part, single, step)
+                compat.megatron.note_step(part, single, step)
             state["optimizer"] = compat.megatron.without_classes(own)
+        model_states = [state[_name(i)] for i in range(len(models))]
         if models[0].config.freezes:
-            model_states = [state[_name(i)] for i in range(len(models))]
-            in_ranges = bool(shards.own_shards(optimizer))
-            state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=in_ranges)
+            state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=bool(singles))
         if averages is not None:
-            model_states = [state[_name(i)] for i in range(len(models))]
             state[EMA] = average.sharded_average(averages, optimizer, models, model_states)
     return state
-
-
-def _note_step(state: dict[str, Any], single: Any, step: int) -> None:
-    """The number of updates, where this rank has none of its own to tell."""
-    inner = state.get("optimizer", state)
-    if step and type(single.optimizer).__name__ == "FusedAdam":  # TransformerEngine's has one for each group
-        for group in inner["param_groups"]:
-            group.setdefault("step", step)
-    elif step and not inner.get("state", True):  # megatron-core's offloading optimizer has its state elsewhere
-        inner["state"]["common_step"] = step
 
 
 def _parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
@@ -196,15 +185,7 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = sorted(manifest.files)[rank::world]
-    found: list[CheckpointError | None] = [None] * world
-    mine = None
-    try:
-        check_files(folder, manifest, share)
-    except CheckpointError as error:
-        mine = error
-    torch.distributed.all_gather_object(found, mine)
-    if (first := next(filter(None, found), None)) is not None:
-        raise first
+    on_all_ranks(lambda: check_files(folder, manifest, share))
 
 
 def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `fp32_apart` | DistributedOptimizer saves and loads the state of parameters in fp32 as another's where a group has bf16 ones, too |
 | `allocate_torch_state` | describing what to load fails on torch's AdamW that never stepped |
 | `own_steps` | loading gives all parameters of torch's AdamW one step tensor, which each increases |
+| `note_step` | a rank whose parameters are all frozen has no number of updates to save, and rank 0 writes it for all |
 | `keep_groups`, `lists_of_groups` | an empty group's list of masters does not come back from a checkpoint |
 | `without_classes` | groups of the offloading optimizer hold classes, which no safe reader builds |
 | `count_fp32_as_copied` | the offloading optimizer does not load what it saved of parameters in fp32 |
@@ -306,6 +307,16 @@ def own_steps(optimizer: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------- checkpoints of an optimizer
+
+
+def note_step(state: dict[str, Any], single: Any, step: int) -> None:
+    """Add the number of updates to an optimizer's state, where this rank has none of its own to tell."""
+    inner = state.get("optimizer", state)
+    if step and type(single.optimizer).__name__ == "FusedAdam":  # TransformerEngine's has one for each group
+        for group in inner["param_groups"]:
+            group.setdefault("step", step)
+    elif step and not inner.get("state", True):  # the offloading optimizer has its state elsewhere
+        inner["state"]["common_step"] = step
 
 
 @contextlib.contextmanager

@@ -232,8 +232,8 @@ def _check_shards(parts: Sequence[Dataset]) -> None:
     for part, corpus in zip(parts, corpora, strict=True):
         if None not in (corpus, corpora[0]) and corpus != corpora[0]:
             raise DataError(
-                f"{part.prefix} is no shard of what {parts[0].prefix} is of: files were other or of other sizes; make "
-                "both again"
+                f"{part.prefix} is no shard of what {parts[0].prefix} is of: its input files, or their sizes, "
+                "differ; make both again"
             )
 
 

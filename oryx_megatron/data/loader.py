@@ -151,9 +151,7 @@ def build_datasets(
         try:
             blends.update(_build(run, tokenizer, samples, once, count, identities))
         except (DataError, OSError) as error:
-            mine = _as_data_error(error)
-            mine.rank_local = True  # rank 0 saw no fault
-            raise mine from error
+            raise DataError.of_one_rank(str(_as_data_error(error))) from error  # rank 0 saw no fault
     return blends
 
 

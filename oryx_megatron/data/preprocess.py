@@ -77,7 +77,7 @@ def preprocess(
     left_out: list[LeftOut] = []
     outputs = [file_of(prefix, end) for end in ("bin", "idx", "json", "skipped.jsonl", "work")]
     units = plan(job.inputs, job.read, job.unit_bytes, job.shard[1], left_out=left_out, outputs=outputs)
-    corpus = _corpus(units)
+    corpus = _corpus(units) if job.shard[1] > 1 else ""
     units = _shard(units, job.shard)
     if job.shard[0] != 1:
         left_out = []  # the first shard tells of them
@@ -170,7 +170,7 @@ def _corpus(units: list[tuple[Segment, ...]]) -> str:
 
 
 def _key(job: Job, units: list[tuple[Segment, ...]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What must be the same for an unfinished run to be gone on with."""
+    """What must be the same to resume an unfinished run."""
     times = {
         segment.path: os.stat(segment.path).st_mtime_ns
         for unit in units

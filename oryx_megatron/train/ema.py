@@ -53,7 +53,7 @@ class WeightAverage:
         if found and not self.begun:
             log.info("train.ema.start %d: the average of the checkpoint of step %d is dropped", start, iteration)
         elif not found and iteration >= start:
-            log.info("train.ema: the checkpoint has no average; it begins with the weights of step %d", iteration + 1)
+            log.info("train.ema: the checkpoint has no average; a new one begins")
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[bool]:

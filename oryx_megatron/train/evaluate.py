@@ -63,7 +63,7 @@ def evaluate(
     plans: tuple[str, ...] | None = None,
     progress: Callable[[], None] = lambda: None,
     text_plans: Mapping[str, TextPlan] | None = None,
-    averaged: Callable[[], AbstractContextManager[bool]] | None = None,
+    averaged: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
 ) -> list[Evaluation]:
     """Evaluate every dataset under every plan on the same `evaluation.batches` global batches (null: on all).
 
@@ -96,7 +96,7 @@ def evaluate(
         for chunk in chunks:
             chunk.eval()
         results = list(losses())
-        with averaged() if averaged is not None else nullcontext(False) as there:
+        with averaged() as there:
             beside = [result.loss for result in losses()] if there else [None] * len(results)
     finally:
         for chunk, mode in zip(chunks, training):

@@ -235,7 +235,7 @@ class RunLock:
             error.filename = self.name
             raise
         if not self.path.is_file() and self.path.exists():
-            raise ConfigError(f"output_dir: {self.path} should be a file; choose another output_dir") from None
+            raise ConfigError(f"output_dir: {self.path} should be a file; choose another output_dir")
         return False
 
     def take_over(self, text: str) -> bool:
@@ -419,15 +419,19 @@ def _read(path: Path) -> str:
         return ""
 
 
+def _write_new(path: Path, text: str) -> None:
+    """Make a file, on disk; FileExistsError where there is one."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _written(path: Path, text: str) -> Path:
     """A new file beside `path`, on disk."""
     new = path.with_name(f".{NAME}.{uuid.uuid4().hex}.new")
     try:
-        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(new, text)
     except OSError:
         new.unlink(missing_ok=True)
         raise
@@ -446,13 +450,9 @@ def _make(path: Path, text: str) -> bool:
             raise
         # No hard links here: the file is empty for a moment, which makes it nobody's after STALE seconds.
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            _write_new(path, text)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         return _read(path) == text
     finally:
         new.unlink(missing_ok=True)

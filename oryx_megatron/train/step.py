@@ -95,8 +95,6 @@ class OryxProgram:
     def shape(self, batch: Microbatch) -> Hashable:
         """See Program."""
         plan = self._plan(batch)
-        if isinstance(plan, ModePlan):
-            return batch.tokens.shape, TokenLayout.shape_of(plan, batch.documents)
         orders = list(dict.fromkeys(plan.orders))
         shapes = tuple(TokenLayout.shape_of(order, batch.documents) for order in orders)
         layers = (
@@ -128,9 +126,8 @@ class OryxProgram:
         """See Program."""
         plan, layouts = self._plan(batch), placed.info.layouts
         assert layouts, "only microbatches of fused mixers are of equal shape"
-        orders = [plan] if isinstance(plan, ModePlan) else dict.fromkeys(plan.orders)
         sources, targets = [*_texts(batch)], [placed.tokens, placed.labels, placed.loss_mask]
-        for layout, order in zip(layouts, orders, strict=True):
+        for layout, order in zip(layouts, dict.fromkeys(plan.orders), strict=True):
             sources += TokenLayout.tables_of(order, batch.documents)
             targets += (layout.tokens, layout.rows, layout.starts)
         for target, source in zip(targets, sources):

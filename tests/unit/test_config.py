@@ -177,11 +177,9 @@ def test_overrides(run_file):
     assert run.data.validation == {"web": (BlendEntry(path="v"),)}
 
 
-def test_old_names_are_read_with_a_note(run_file, tmp_path, caplog, monkeypatch):
+def test_old_names_are_read_with_a_note(run_file, tmp_path, caplog):
     """Run files, model files, overrides and manifests of 0.1, each with the names of that time."""
     loading._note.cache_clear()
-    monkeypatch.setattr(loading.log, "disabled", False)  # whatever tests before it did to logging
-    caplog.set_level("WARNING", logger=loading.log.name)
     old = tmp_path / "old.yaml"
     text = RUN.replace("qk_head_dim", "key_width").replace("v_head_dim: 16", "value_width: 16\n  rotary_base: 5e3")
     old.write_text(text + "faults: {returns: 5}\n")

@@ -238,7 +238,10 @@ def test_shards_are_contiguous_and_cover_everything(tmp_path: Path) -> None:
     (Path(source) / "zz.txt").write_text("A file that came while the shards were made.")
     third = shard_prefix(tmp_path / "part", (3, 3))
     preprocess(job(source, unit_bytes=500, shard=(3, 3)), third, overwrite=True)
-    with pytest.raises(DataError, match=r"part-00003-of-00003 is no shard of what .*part-00001-of-00003 is of: files"):
+    with pytest.raises(
+        DataError,
+        match=r"part-00003-of-00003 is no shard of what .*part-00001-of-00003 is of: its input files",
+    ):
         merge([shard_prefix(tmp_path / "part", (number, 3)) for number in (1, 2, 3)], tmp_path / "mixed")
     assert not (tmp_path / "mixed.idx").exists()
     with pytest.raises(DataError, match="shard 4/3: count shards from 1 to 3"):

@@ -1,4 +1,4 @@
-"""Docs in short sentences. Their commands: test_commands_in_docs.py."""
+"""Docs in short sentences and whole tables. Their commands: test_commands_in_docs.py."""
 
 from __future__ import annotations
 
