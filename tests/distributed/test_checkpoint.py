@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from tiny_runs import BF16_HALF, CHANGED, CONSUMED, HALF, RESUMED, STEPS, VARIANTS, Runs
+from tiny_runs import BF16_HALF, CHANGED, CONSUMED, HALF, RESUMED, STEPS, VARIANTS, Runs, trainer_of
 
 from oryx_megatron import compat
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, store
@@ -98,13 +98,7 @@ def test_a_writer_that_fails_on_one_rank(runs: Runs) -> None:
 @pytest.fixture
 def trainer(project: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer of a one-layer model in a fresh folder; called again it resumes."""
-
-    def make(*overrides: str) -> Trainer:
-        small = ("model.num_layers=1", "train.global_batch_size=2", "train.iterations=3", "data.split=[9, 0, 1]")
-        run = load_run(project, [*small, f"output_dir={tmp_path}", *overrides])
-        return Trainer(run, validate(run, 1))
-
-    return make
+    return trainer_of(project, tmp_path, "train.iterations=3", "data.split=[9, 0, 1]")
 
 
 def iterations(trainer: Trainer) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import lines, trainer_of
 from torch import Tensor
 
 from oryx_megatron.checkpoint import find_checkpoint, list_checkpoints, store
@@ -33,19 +33,8 @@ def evaluating(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.fixture
 def trainer(project: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer of a one-layer model in a fresh folder; called again it resumes."""
-
-    def make(*overrides: str) -> Trainer:
-        small = ("model.num_layers=1", "train.global_batch_size=2", "train.iterations=6", "optimizer.lr=0.02")
-        few = ("evaluation.plans=[recurrent]", "evaluation.batches=1", "checkpoint.interval=2", "checkpoint.keep=0")
-        run = load_run(project, [*small, *few, f"output_dir={tmp_path / 'run'}", *overrides])
-        return Trainer(run, validate(run, 1))
-
-    return make
-
-
-def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in found if line["kind"] == kind]
+    few = ("evaluation.plans=[recurrent]", "evaluation.batches=1", "checkpoint.interval=2", "checkpoint.keep=0")
+    return trainer_of(project, tmp_path / "run", "train.iterations=6", "optimizer.lr=0.02", *few)
 
 
 def losses(folder: Path) -> list[float]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import trainer_of
 
 from oryx_megatron import compat, parallel
 from oryx_megatron.checkpoint import list_checkpoints, read_manifest, safe, store
@@ -39,13 +40,7 @@ from oryx_megatron.train.trainer import Trainer
 @pytest.fixture
 def trainer(project: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer of a one-layer model in a fresh folder; called again it resumes."""
-
-    def make(*overrides: str, **arguments: Any) -> Trainer:
-        small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", "checkpoint.interval=1")
-        run = load_run(project, [*small, f"output_dir={tmp_path}", *overrides])
-        return Trainer(run, validate(run, 1), **arguments)
-
-    return make
+    return trainer_of(project, tmp_path, "data.split=[9, 0, 1]", "checkpoint.interval=1")
 
 
 class At(Callback):

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import lines, trainer_of
 
 from oryx_megatron.checkpoint import list_checkpoints, store
-from oryx_megatron.config import load_run, validate
 from oryx_megatron.train import evaluate
 from oryx_megatron.train.step import forward_backward
 from oryx_megatron.train.trainer import Trainer
@@ -22,18 +22,7 @@ from oryx_megatron.train.trainer import Trainer
 @pytest.fixture
 def trainer(project: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer of a one-layer model in a fresh folder; called again it resumes."""
-
-    def make(*overrides: str) -> Trainer:
-        small = ("model.num_layers=1", "train.global_batch_size=2", "train.iterations=4")
-        run = load_run(project, [*small, f"output_dir={tmp_path}", *overrides])
-        return Trainer(run, validate(run, 1))
-
-    return make
-
-
-def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in found if line["kind"] == kind]
+    return trainer_of(project, tmp_path, "train.iterations=4")
 
 
 def saved(folder: Path) -> list[int]:

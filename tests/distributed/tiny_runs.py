@@ -9,14 +9,18 @@ import os
 import shutil
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.testing.layouts import Worlds, forget_hooks
+
+if TYPE_CHECKING:
+    from oryx_megatron.train.trainer import Trainer
 
 VARIANTS = ("gdn", "mamba2")
 LAYOUTS = {
@@ -207,3 +211,21 @@ class Runs:
     def loaded(self, name: str) -> dict[str, float]:
         """Validation loss by plan right after loading a checkpoint."""
         return json.loads((self.root / name / "loaded.json").read_text())
+
+
+def trainer_of(project: Path, folder: Path, *fixed: str) -> Callable[..., Trainer]:
+    """Makes trainers of a one-layer model on this process in a folder; called again it resumes."""
+    from oryx_megatron.train.trainer import Trainer
+
+    def make(*overrides: str, **arguments: Any) -> Trainer:
+        small = ("model.num_layers=1", "train.global_batch_size=2", *fixed)
+        run = load_run(project, [*small, f"output_dir={folder}", *overrides])
+        return Trainer(run, validate(run, 1), **arguments)
+
+    return make
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Of a run's metrics.jsonl."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
