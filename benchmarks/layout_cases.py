@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,6 @@ class Case:
     warm: int = 3
     """Steps before the timed ones: they compile, capture and fill caches."""
     steps: int = 5
-
-    @property
-    def tokens(self) -> str:
-        """Of a sequence, sequences of a microbatch, microbatches of a rank."""
-        return f"{self.sequence} × {self.micro} × {self.batch // self.micro // data_size(self.layout, self.gpus)}"
 
     def name(self) -> str:
         """In words."""
@@ -103,12 +99,15 @@ def _fields(text: str) -> dict[str, int | str]:
     return found
 
 
+def _split(changes: dict[str, int | str]) -> int:
+    """Ranks that share one batch."""
+    return math.prod(int(changes.get(name, 1)) for name in SPLITS)
+
+
 def parse_layout(text: str, world: int) -> ParallelConfig:
     """tensor=2,recompute=full → ParallelConfig. `data` is what the others leave and may be named for the reader."""
     changes = _fields(text)
-    split = 1
-    for name in SPLITS:
-        split *= int(changes.get(name, 1))
+    split = _split(changes)
     if int(changes.pop("data", world // split)) * split != world:
         raise ConfigError(f"--layout {text}: does not use the {world} ranks there are")
     return ParallelConfig(**({"overlap": True} | changes))  # type: ignore[arg-type]
@@ -123,9 +122,7 @@ def data_size(text: str, world: int) -> int:
 def with_data(text: str, world: int) -> str | None:
     """A layout with its data-parallel size named; None where it does not come out even on `world` GPUs."""
     changes = _fields(text)
-    split = 1
-    for name in SPLITS:
-        split *= int(changes.get(name, 1))
+    split = _split(changes)
     data = world // split
     if world % split or int(changes.get("data", data)) != data:
         return None

@@ -65,7 +65,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutList:
     """A list as its file says it."""
 
     models: tuple[str, ...]
@@ -113,12 +113,12 @@ class Launch:
         return self.cases[max(self.current, 0)] if max(self.current, 0) not in self.done else None
 
 
-def read_list(path: Path) -> Plan:
+def read_list(path: Path) -> LayoutList:
     """A list; ConfigError names the file and the field at fault."""
-    return from_dict(Plan, parse_yaml(config_text(path), str(path)), source=str(path))
+    return from_dict(LayoutList, parse_yaml(config_text(path), str(path)), source=str(path))
 
 
-def launches(plan: Plan, gpus: int) -> Iterator[Launch]:
+def launches(plan: LayoutList, gpus: int) -> Iterator[Launch]:
     """The starts of a list on so many GPUs; an entry that does not come out even there needs none."""
     for entry in plan.cases:
         count = 1 if entry.one_gpu else gpus
@@ -161,7 +161,7 @@ def shape(case: Case) -> str:
     return f"{case.model}, {heads} heads, {case.sequence} × {case.micro}, tensor {layout.tensor}"
 
 
-class Books:
+class Results:
     """OUT/layouts.json: what was measured, what failed, and the shapes whose kernels are in the cache."""
 
     def __init__(self, path: Path) -> None:
@@ -202,8 +202,8 @@ class Books:
 class Runner:
     """Works through launches until a deadline."""
 
-    def __init__(self, queue: list[Launch], books: Books, arguments: argparse.Namespace) -> None:
-        self.queue, self.books, self.a = queue, books, arguments
+    def __init__(self, queue: list[Launch], kept: Results, arguments: argparse.Namespace) -> None:
+        self.queue, self.kept, self.a = queue, kept, arguments
         self.free = list(range(arguments.gpus))
         self.running: list[Launch] = []
         self.begun = time.monotonic()
@@ -304,14 +304,14 @@ class Runner:
             launch.done.add(number)
             if "found" in line:
                 found = Found(**line["found"])
-                self.books.note(launch.cases[number], found=found)
-                say(row(found, self.books.found))
+                self.kept.note(launch.cases[number], found=found)
+                say(row(found, self.kept.found))
             else:
                 self._failed(launch.cases[number], line["failed"])
         launch.read = len(lines)
 
     def _failed(self, case: Case, why: str) -> None:
-        self.books.note(case, why=why)
+        self.kept.note(case, why=why)
         say(f"{case.name()}: {why}")
 
     def _finish(self, launch: Launch, why: str) -> None:
@@ -322,9 +322,9 @@ class Runner:
         seconds = time.monotonic() - self.begun
         if launch.compiles:
             if all(process.returncode == 0 for process in launch.ranks):
-                self.books.compiled.append(shape(launch.cases[0]))
-                self.books.write()
-                say(f"compiled: {self.books.compiled[-1]} ({seconds:.0f} s since the start)")
+                self.kept.compiled.append(shape(launch.cases[0]))
+                self.kept.write()
+                say(f"compiled: {self.kept.compiled[-1]} ({seconds:.0f} s since the start)")
             else:
                 say(f"not compiled ahead: {shape(launch.cases[0])}: {why}")
             return
@@ -401,9 +401,9 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def prepared(plan: Plan, books: Books, gpus: int, *, compiles: bool) -> list[Launch]:
+def prepared(plan: LayoutList, kept: Results, gpus: int, *, compiles: bool) -> list[Launch]:
     """What is left to do: cases never tried first, and before the first of a shape the compilation of its kernels."""
-    tried, seen = {case for case, _ in books.failed}, {case for case, _ in books.results}
+    tried, seen = {case for case, _ in kept.failed}, {case for case, _ in kept.results}
     fresh: list[Launch] = []
     again: list[Launch] = []
     for launch in launches(plan, gpus):
@@ -425,7 +425,7 @@ def prepared(plan: Plan, books: Books, gpus: int, *, compiles: bool) -> list[Lau
                 last.cases += cases
                 last.entries += 1
     queue: list[Launch] = []
-    known = set(books.compiled)
+    known = set(kept.compiled)
     for launch in fresh + again:
         for case in launch.cases if compiles else ():
             if case.model != PEER and shape(case) not in known:
@@ -453,22 +453,22 @@ def main(argv: list[str] | None = None) -> int:
     plan = read_list(arguments.list)
     arguments.out.mkdir(parents=True, exist_ok=True)
     use_kernel_cache(str(arguments.cache or arguments.out / "kernels"))
-    books = Books(arguments.out / "layouts.json")
-    queue = prepared(plan, books, arguments.gpus, compiles=has_gpu())
+    kept = Results(arguments.out / "layouts.json")
+    queue = prepared(plan, kept, arguments.gpus, compiles=has_gpu())
     if arguments.only_compile:
         queue = [launch for launch in queue if launch.compiles]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
     say(table([]))
-    runner = Runner(queue, books, arguments)
+    runner = Runner(queue, kept, arguments)
     runner.run()
-    text = table(books.found)
-    failed = "".join(f"- {case.name()}: {why}\n" for case, why in books.failed)
+    text = table(kept.found)
+    failed = "".join(f"- {case.name()}: {why}\n" for case, why in kept.failed)
     with replacing(arguments.out / "layouts.md") as temporary:
         temporary.write_text(f"{text}\n" + (f"\nFailed:\n\n{failed}" if failed else ""))
     if arguments.plot:
-        plot(books.found, arguments.out / "layouts.png")
-    left = sum(len(launch.cases) for launch in prepared(plan, books, arguments.gpus, compiles=False))
-    say(f"\n{text}\n\n{len(books.results)} measured, {len(books.failed)} failed, {left - len(books.failed)} left"
+        plot(kept.found, arguments.out / "layouts.png")
+    left = sum(len(launch.cases) for launch in prepared(plan, kept, arguments.gpus, compiles=False))
+    say(f"\n{text}\n\n{len(kept.results)} measured, {len(kept.failed)} failed, {left - len(kept.failed)} left"
         + (": the same command continues" if left else ""))  # fmt: skip
     return 0
 

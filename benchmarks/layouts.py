@@ -77,8 +77,8 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str, float]:
-    """What the planner says of a case on this card; the card's name in the planner, and its memory in GiB."""
+def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str]:
+    """What the planner says of a case on this card, and the card's name there."""
     name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
     card = next((card for card in MEMORY_GIB if card.upper() in name_of_card), "h200")
     plan = parse_plan(case.plan, case.sequence, chunk=case.chunk)
@@ -88,7 +88,7 @@ def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str,
     found = estimate(
         run.model, cluster, work, split, case.micro, recompute, case.cpu_offload, graphs=graphs, fp8=case.fp8
     )
-    return found, card, MEMORY_GIB[card]
+    return found, card
 
 
 def timed(opened: Session, steps: int) -> tuple[list[float], float]:
@@ -137,7 +137,7 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
                 (profiles / name).write_text(profile.report())
     most = torch.tensor(own, device=platform.device())
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    on_paper, _, _ = planned(case, run, graphs=graphs)
+    on_paper, _ = planned(case, run, graphs=graphs)
     return Found(
         model=case.model,
         layout=case.layout,
@@ -163,7 +163,8 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
 
 def check_memory(case: Case) -> None:
     """ConfigError where a case is far from what the GPU holds, which costs most of a minute to find out."""
-    found, card, gib = planned(case, run_config(case), graphs=case.graphs)
+    found, card = planned(case, run_config(case), graphs=case.graphs)
+    gib = MEMORY_GIB[card]
     if platform.has_gpu() and found.gib > ROOM * gib:
         raise ConfigError(f"needs {found.gib:.0f} GiB on paper, an {card} has {gib:.0f}")
 
@@ -194,7 +195,6 @@ def work_through(cases: list[Case], report: Path, profiles: Path | None) -> None
             with report.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    number = -1
     try:
         parallel.initialize(ParallelConfig(), seed=1)
         for number, case in enumerate(cases):
@@ -211,16 +211,17 @@ def work_through(cases: list[Case], report: Path, profiles: Path | None) -> None
                     raise
                 tell(case=number, failed=str(error))
     except Exception as error:  # noqa: BLE001 - whatever it was: the list says it in a line and continues
-        line = {"case": number, "failed": f"{type(error).__name__}: {first_line(error)}"}
+        line = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         traceback.print_exc()
-        report.with_suffix(f".{ranks_of_host()}.error").write_text(json.dumps(line))
+        report.with_suffix(f".{own_rank()}.error").write_text(json.dumps(line))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # leaving NCCL's groups would wait for the others
     parallel.destroy()
 
 
-def ranks_of_host() -> int:
+def own_rank() -> int:
+    """Of this process; 0 where it is the only one."""
     launch = ranks.read()
     return 0 if launch is None else launch.rank
 

@@ -26,14 +26,14 @@ from layout_cases import PEER, parse_layout
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
-from oryx_megatron.config.plans import parse_runs
+from oryx_megatron.config.plans import attention_share
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.planner import Cluster, Estimate, Work, estimate, layout_of
 from oryx_megatron.planner_costs import COSTS, MEMORY_GIB, Costs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = (
-    *("h100-graphs.json", "h100-launched.json", "h100x2-layouts.json"),
+    *("h100-graphs.json", "h100-graphs-more.json", "h100-launched.json", "h100x2-layouts.json"),
     *("h200-throughput.json", "h200-throughput-quiet.json", "h200-mamba.json", "h200x2-layouts.json"),
 )
 """What the planner is held to."""
@@ -111,17 +111,11 @@ def _row(source: str, card: str, r: dict[str, Any]) -> Measured | None:
         )  # fmt: skip
     # Earlier results of layouts.py do not say what was asked of all of them.
     sequence, plan = r.get("sequence") or 2048, r.get("plan") or "ratio:0.5"
-    share = 1.0 if r["model"] in PEERS else attention_share(plan, sequence)
+    share = 1.0 if r["model"] in PEERS else attention_share(plan, sequence, chunk=256)
     return Measured(
         source, card, r["model"], r["layout"], r.get("gpus") or 2, sequence, r.get("batch") or 32, r["micro"], share,
         r.get("graphs", False), r.get("fp8", "none"), r["tokens_per_second"],
     )  # fmt: skip
-
-
-def attention_share(plan: str, sequence: int) -> float:
-    """Of the tokens of a text under a plan in chunks of 256."""
-    runs = parse_runs(plan, sequence, chunk=256)
-    return sum(end - start for start, end, attends in runs if attends) / sequence
 
 
 def card_of(name: str) -> str:

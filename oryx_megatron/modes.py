@@ -9,9 +9,9 @@ from __future__ import annotations
 import bisect
 import enum
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -137,10 +137,6 @@ class ModePlan:
         """This plan `n` times, one after the other."""
         return ModePlan.from_mask(np.tile(self.is_attention(), n))
 
-    def of_layer(self, layer: int) -> ModePlan:
-        """The plan of a layer: this one, whichever it is."""
-        return self
-
     @property
     def of_layers(self) -> tuple[ModePlan, ...]:
         """See `LayerPlans.of_layers`; one stands for all."""
@@ -195,11 +191,7 @@ class LayerPlans:
     @cached_property
     def of_layers(self) -> tuple[ModePlan, ...]:
         """A plan for every layer: where it reads none, that of the nearest layer before it that does, or after it."""
-        found, last = list[ModePlan](), self._read[0]
-        for plan in self.layers:
-            last = plan or last
-            found.append(last)
-        return tuple(found)
+        return _carried(self.layers, self._read[0])
 
     @cached_property
     def orders(self) -> tuple[ModePlan, ...]:
@@ -209,16 +201,7 @@ class LayerPlans:
         only between layers with different plans of both modes.
         """
         mixed = [plan if 0 < plan.attention_tokens < plan.length else None for plan in self.of_layers]
-        last = next((plan for plan in mixed if plan is not None), self.of_layers[0])
-        found = list[ModePlan]()
-        for plan in mixed:
-            last = plan or last
-            found.append(last)
-        return tuple(found)
-
-    def of_layer(self, layer: int) -> ModePlan:
-        """The plan of a layer, counted from 0; negative numbers count from the last."""
-        return self.of_layers[layer]
+        return _carried(mixed, next((plan for plan in mixed if plan is not None), self.of_layers[0]))
 
     @property
     def length(self) -> int:
@@ -266,6 +249,14 @@ class LayerPlans:
         return "layers:" + ",".join(parts)
 
 
+def _carried(plans: Iterable[ModePlan | None], first: ModePlan) -> tuple[ModePlan, ...]:
+    """Each plan; where there is none, the one before it."""
+    found = [first]
+    for plan in plans:
+        found.append(plan or found[-1])
+    return tuple(found[1:])
+
+
 Plan = ModePlan | LayerPlans
 """What a model reads a text by."""
 
@@ -283,13 +274,16 @@ def plan_for(
 
     Otherwise as `parse_plan`; `layers:0-5=PLAN,rest=PLAN` is read here alone.
     """
+    read = partial(parse_plan, length=length, chunk=chunk, prompt=prompt, characters=characters)
+    return _by_layer(spec, layers, read)
+
+
+def _by_layer(spec: str, layers: Sequence[bool], read: Callable[[str], ModePlan]) -> Plan:
+    """The plan of a spec whose parts, if it has any, `read` makes."""
     parts = layer_plans(spec, len(layers))
     if parts is None:
-        return parse_plan(spec, length, chunk=chunk, prompt=prompt, characters=characters)
-    plans = {
-        part: parse_plan(part, length, chunk=chunk, prompt=prompt, characters=characters)
-        for part in dict.fromkeys(parts)
-    }
+        return read(spec)
+    plans = {part: read(part) for part in dict.fromkeys(parts)}
     return LayerPlans.of([plans[part] for part in parts], layers)
 
 
@@ -335,12 +329,11 @@ def draw_plan(
     texts = [stop - start for start, stop in itertools.pairwise(bounds)]
     short = documents is not None  # than the tokens that a plan names
     if modes.fixed is not None:
-        parts = layer_plans(modes.fixed, len(layers)) or (modes.fixed,)
-        plans = {
-            part: _joined([parse_runs(part, n, chunk=modes.chunk, shorter=short) for n in texts], bounds)
-            for part in dict.fromkeys(parts)
-        }
-        return LayerPlans.of([plans[part] for part in parts], layers) if len(plans) > 1 else plans[parts[0]]
+        return _by_layer(
+            modes.fixed,
+            layers,
+            lambda spec: _joined([parse_runs(spec, n, chunk=modes.chunk, shorter=short) for n in texts], bounds),
+        )
     now: ModesConfig | MixStage = modes
     for stage in modes.schedule:
         if stage.start <= iteration:

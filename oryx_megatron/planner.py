@@ -366,7 +366,7 @@ def estimate(
         fp8: precision.fp8.
         costs: Constants of speed.
     """
-    graphs = graphs and layout.cp == 1 and model.moe is None and fp8 in REPLAYED_FP8  # engine.why_launched
+    graphs = graphs and layout.cp == 1 and model.moe is None and fp8 != "mxfp8"  # engine.why_launched
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload, fp8=fp8 != "none")
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
@@ -379,7 +379,7 @@ def estimate(
 
     # Of a microbatch on the slowest stage: what the GPU computes and sends, and what the host launches meanwhile.
     passes = max(layout.stage_layers)
-    compute = compute_seconds(model, cluster, work, layout, micro_batch, recompute, fp8, costs)
+    compute = _compute_seconds(model, cluster, work, layout, micro_batch, recompute, fp8, costs)
     steps = layout.microbatches
     tensor, context = traffic["tensor"] / link(layout.tp), traffic["context"] / link(layout.tp * layout.cp)
     collectives = _collectives(recompute) * passes if layout.tp > 1 else 0
@@ -390,7 +390,7 @@ def estimate(
     gpu = compute + (tensor + context + expert) / steps
     host = 0.0
     if not graphs:
-        again = 1 + (costs.launch_again if recompute == "full" else 0.3 * costs.launch_again * (recompute == "mixer"))
+        again = 1 + costs.launch_again * {"none": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
         host = passes * _launch_seconds(model, costs) * again * (1.0 if fp8 == "none" else costs.launch_fp8)
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
@@ -426,11 +426,7 @@ def estimate(
     )
 
 
-REPLAYED_FP8 = ("none", "tensorwise", "blockwise")
-"""Values of precision.fp8 under which CUDA graphs are captured."""
-
-
-def compute_seconds(
+def _compute_seconds(
     model: ModelConfig,
     cluster: Cluster,
     work: Work,

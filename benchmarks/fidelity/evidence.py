@@ -40,6 +40,7 @@ import routing
 from oryx_megatron.cli import main_guard
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError, OryxError
 
 HERE = Path(__file__).resolve().parent
@@ -177,9 +178,8 @@ class Schedule:
         """Copy what has grown."""
         for source, target in self.kept:
             if source.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target.with_suffix(".part"))
-                os.replace(target.with_suffix(".part"), target)
+                with replacing(target) as temporary:
+                    shutil.copyfile(source, temporary)
 
     def _fits(self, job: Job) -> bool:
         return self.left > job.leaves + self.took.get(job.pool, SHORTEST if job.pool == "train" else 0.0)

@@ -83,7 +83,7 @@ def test_type():
     assert attention_share(spec, 8, chunk=2, layers=ALL) == pytest.approx(plan.attention_share)
     assert plan.is_attention().shape == (6, 1, 8)
     assert (plan.is_attention()[2, 0] == parse_plan("prefix:4", 8, chunk=2).is_attention()).all()
-    assert plan.of_layer(-1) == parse_plan("last:2", 8, chunk=2)
+    assert plan.of_layers[-1] == parse_plan("last:2", 8, chunk=2)
     assert plan.anywhere == parse_plan("attention", 8, chunk=2)
     assert plan.kinds().tolist() == [2] * 8
     late = plan.slice(3, 8)
@@ -128,7 +128,7 @@ def test_draw_of_groups():
     assert plans[3] == draw_plan(modes, seed=7, iteration=0, microbatch=3, length=256, layers=(True,) * 7)
     assert all(isinstance(plan, LayerPlans) for plan in plans)
     assert all(plan.of_layers[0] == plan.of_layers[2] and plan.of_layers[3] == plan.of_layers[4] for plan in plans)
-    shares = np.array([[plan.of_layer(i).attention_share for i in (0, 3, 5)] for plan in plans])
+    shares = np.array([[plan.of_layers[i].attention_share for i in (0, 3, 5)] for plan in plans])
     assert (np.abs(shares.mean(0) - 0.5) < 0.06).all()
     assert (np.abs(np.corrcoef(shares.T) - np.eye(3)) < 0.2).all()
     plain = dataclasses.replace(modes, p_layers=0.0)
@@ -149,8 +149,8 @@ def test_draw_of_groups():
 def test_draw_of_a_fixed_plan_by_documents():
     modes = ModesConfig(chunk=4, fixed="layers:0=prefix:6,rest=every:2")
     plan = draw_plan(modes, seed=1, iteration=0, microbatch=0, length=20, documents=[0, 5, 20], layers=ALL)
-    assert str(plan.of_layer(0)) == "runs:a0-11,r11-20"
-    assert str(plan.of_layer(1)) == "runs:r0-4,a4-5,r5-9,a9-13,r13-17,a17-20"
+    assert str(plan.of_layers[0]) == "runs:a0-11,r11-20"
+    assert str(plan.of_layers[1]) == "runs:r0-4,a4-5,r5-9,a9-13,r13-17,a17-20"
 
 
 def test_files(tmp_path):

@@ -72,20 +72,20 @@ HEAD = "models: [tiny-gdn, gpt]\ngpt: tiny-transformer\nsequence: 64\nmicro: 1\n
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Work through a list with ranks that only say what they would have measured; returns books and what started."""
+    """Work through a list with ranks that only say what they would have measured; returns results and what started."""
     log = tmp_path / "log"
     (tmp_path / "layouts.py").write_text(STAND_IN.format(log=str(log)))
     monkeypatch.setattr(layout_list, "HERE", tmp_path)
     monkeypatch.setattr(layout_list, "POLL", 0.02)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def go(cases: str, *more: str, gpus: int = 2, head: str = HEAD) -> tuple[layout_list.Books, list[list]]:
+    def go(cases: str, *more: str, gpus: int = 2, head: str = HEAD) -> tuple[layout_list.Results, list[list]]:
         (tmp_path / "list.yaml").write_text(head + textwrap.indent(textwrap.dedent(cases).strip("\n"), "  ") + "\n")
         log.write_text("")
         out = tmp_path / "out"
         asked = [str(tmp_path / "list.yaml"), "--gpus", str(gpus), "--out", str(out), *more]
         assert layout_list.main(asked) == 0
-        return layout_list.Books(out / "layouts.json"), [json.loads(line) for line in log.read_text().splitlines()]
+        return layout_list.Results(out / "layouts.json"), [json.loads(line) for line in log.read_text().splitlines()]
 
     return go
 
@@ -99,9 +99,9 @@ def test_what_fails_is_said_and_the_next_case_begins(run, capsys) -> None:
     - {layout: tensor=4}
     """
     head = HEAD.replace("cases:", "together: 5\ncases:")
-    books, started = run(cases, head=head)
-    assert [(r.model, r.layout) for r in books.found] == [("tiny-gdn", "tensor=2"), ("gpt", "tensor=2")]
-    why = {(case.model, case.plan): why for case, why in books.failed}
+    results, started = run(cases, head=head)
+    assert [(r.model, r.layout) for r in results.found] == [("tiny-gdn", "tensor=2"), ("gpt", "tensor=2")]
+    why = {(case.model, case.plan): why for case, why in results.failed}
     assert why["tiny-gdn", "ratio:0.5"] == why["gpt", "ratio:0.5"] == "RuntimeError: rank 1 has no kernel"
     assert why["gpt", "optimizer"] == "such a run would be refused"
     assert why["tiny-gdn", "killed"].startswith(("rank 0 ended with signal 9", "rank 1 ended with signal 9"))
@@ -117,10 +117,10 @@ def test_a_case_that_hangs_costs_its_seconds_alone(run) -> None:
     - {layout: "tensor=2,recompute=full", models: [tiny-gdn]}
     - {layout: tensor=2, models: [tiny-gdn]}
     """
-    books, _ = run(cases, "--case-seconds", "3")
+    results, _ = run(cases, "--case-seconds", "3")
     assert time.monotonic() - begun < 20
-    assert [why for _, why in books.failed] == ["did not end within 3 s"]
-    assert [r.layout for r in books.found] == ["tensor=2"]
+    assert [why for _, why in results.failed] == ["did not end within 3 s"]
+    assert [r.layout for r in results.found] == ["tensor=2"]
 
 
 def test_continues_where_it_was_cut_off(run, capsys) -> None:
@@ -128,21 +128,21 @@ def test_continues_where_it_was_cut_off(run, capsys) -> None:
     - {layout: tensor=2, models: [tiny-gdn]}
     - {layout: "data=2,recompute=full", models: [tiny-gdn]}
     """
-    books, _ = run(cases, "--minutes", "0.1")
-    assert [r.layout for r in books.found] == ["tensor=2"]
-    assert books.failed == []
+    results, _ = run(cases, "--minutes", "0.1")
+    assert [r.layout for r in results.found] == ["tensor=2"]
+    assert results.failed == []
     printed = capsys.readouterr().out
     assert "cut off, the 0.1 minutes are over" in printed
     assert "1 measured, 0 failed, 1 left: the same command continues" in printed
-    books, started = run(cases.replace("recompute=full", "overlap=false"))
-    assert [r.layout for r in books.found] == ["tensor=2", "data=2,overlap=false"]
+    results, started = run(cases.replace("recompute=full", "overlap=false"))
+    assert [r.layout for r in results.found] == ["tensor=2", "data=2,overlap=false"]
     assert len(started) == 2  # ranks of one start
 
 
 def test_ranks_that_hold_memory_begin_anew(run, capsys) -> None:
-    books, started = run("- {one_gpu: true}")
-    assert [r.model for r in books.found] == ["tiny-gdn", "gpt"]
-    assert books.failed == []
+    results, started = run("- {one_gpu: true}")
+    assert [r.model for r in results.found] == ["tiny-gdn", "gpt"]
+    assert results.failed == []
     assert len(started) == 2
     assert "9.9 GiB are still held" in capsys.readouterr().out
 
@@ -155,18 +155,18 @@ def test_side_by_side_on_own_gpus(run, monkeypatch: pytest.MonkeyPatch) -> None:
     - {layout: tensor=2}
     - {layout: data}
     """
-    books, started = run(cases)
-    assert len(books.found) == 3 + 4
+    results, started = run(cases)
+    assert len(results.found) == 3 + 4
     compiled = [gpus for _, _, gpus, what in started if what == "compile"]
-    assert len(compiled) == len(books.compiled) == 3  # 4 heads of both mixers, 2 heads of one
+    assert len(compiled) == len(results.compiled) == 3  # 4 heads of both mixers, 2 heads of one
     assert compiled[:2] == ["0", "1"]
     alone = [row for row in started if row[3] == "measure" and "," not in row[2]]
     assert {row[2] for row in alone} == {"0", "1"}
     assert len(alone) == 3
     assert [row[2] for row in started if row[3] == "measure" and row not in alone] == ["0,1"] * 4
-    data = [r for r in books.found if r.layout == "data=2"]
-    assert [versus_gpt(r, books.found) for r in data] == [0.5, 1.0]
-    assert [versus_one(r, books.found) for r in data] == [2.0, 2.0]
+    data = [r for r in results.found if r.layout == "data=2"]
+    assert [versus_gpt(r, results.found) for r in data] == [0.5, 1.0]
+    assert [versus_one(r, results.found) for r in data] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_list_for_eight_gpus(gpus: int) -> None:
             assert layouts.share_of(case).parallel == ParallelConfig()
 
 
-def test_errors(run, tmp_path: Path, capsys) -> None:
+def test_errors(tmp_path: Path, capsys) -> None:
     (tmp_path / "wrong.yaml").write_text(HEAD + "  - {layout: tensor=2, sequense: 64}\n")
     asked = [str(tmp_path / "wrong.yaml"), "--gpus", "2", "--out", str(tmp_path / "out")]
     assert layout_list.main(asked) == 2
