@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.data.files import read_json, replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.platform import use_kernel_cache
+from oryx_megatron.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 GRAPHS = {"replayed": (True,), "launched": (False,), "both": (True, False)}
@@ -276,8 +276,8 @@ class Runner:
         self.running.append(launch)
 
     def _watch(self, launch: Launch) -> None:
-        self._take_in(launch)
         codes = [process.poll() for process in launch.ranks]
+        self._take_in(launch)  # after: the last words of ranks that have just ended count
         limit = COMPILE_SECONDS if launch.compiles else self.a.case_seconds
         if len(launch.done) == len(launch.cases) or all(code == 0 for code in codes):
             self._finish(launch, "ended without a result")
@@ -375,13 +375,6 @@ def end_with_parent() -> None:
     """In a new rank: end when this command ends, however it does."""
     if hasattr(LIBC, "prctl"):  # Linux
         LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def free_port() -> int:
-    """For the rendezvous of a launch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def visible(devices: list[int]) -> str:

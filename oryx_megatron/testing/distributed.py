@@ -7,7 +7,6 @@ most of ten seconds. CUDA does not survive a fork, so beside a GPU every rank is
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -41,7 +40,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     if forks:
         context.set_forkserver_preload(["oryx_megatron.testing.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ) | _torchrun(world_size)
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = dict(os.environ) | _torchrun(world_size, store.port)
         processes = [
             context.Process(
                 target=_rank_main, args=(environment | {"RANK": str(rank)}, os.getcwd(), folder, function, args)
@@ -57,6 +57,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             for process in processes:
                 process.kill()
                 process.join()
+            del store  # it served all ranks to their end, as that of torchrun's agent does
 
 
 def _join(processes: list[Any], folder: Path, timeout: float) -> None:
@@ -86,8 +87,6 @@ def _rank_main(
     try:
         result = function(*args)
         torch.save(result, Path(folder, f"{rank}.pt"))
-        if rank == "0":
-            _await_others(Path(folder), int(environment["WORLD_SIZE"]))
     except BaseException:  # noqa: BLE001 - whatever it was, the parent process reports it
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise SystemExit(1) from None
@@ -96,16 +95,8 @@ def _rank_main(
             torch.distributed.destroy_process_group()
 
 
-def _await_others(folder: Path, world_size: int) -> None:
-    """Rank 0 hosts the rendezvous store, as torchrun's agent does otherwise: it must outlive the other ranks' work."""
-    while not all(any(Path(folder, f"{rank}.{end}").exists() for end in ("pt", "error")) for rank in range(world_size)):
-        time.sleep(0.01)
-
-
-def _torchrun(world_size: int) -> dict[str, str]:
-    """Its environment, but for the rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _torchrun(world_size: int, port: int) -> dict[str, str]:
+    """Its environment, but for the rank: this process hosts the rendezvous store, as torchrun's agent does."""
     size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    return size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return size | place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}

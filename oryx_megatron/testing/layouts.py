@@ -231,7 +231,7 @@ class Worlds:
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.size, is_master=self.rank == 0
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
 
     def share(self, size: int, cases: Iterable[T]) -> list[T]:

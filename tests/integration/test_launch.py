@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from torch.distributed import TCPStore
 from oryx_megatron.data.train_tokenizer import train_sentencepiece
 from oryx_megatron.errors import REQUEUE_EXIT_CODE, ConfigError
 from oryx_megatron.platform import store as stores
+from oryx_megatron.ports import free_port
 from oryx_megatron.testing.project import synthetic_texts, tiny_project
 from oryx_megatron.tools import preprocess_data
 from oryx_megatron.train import signals
@@ -499,9 +499,7 @@ torch.distributed.destroy_process_group()  # else its threads may abort the proc
 def test_agents_that_count_restarts_differently(tmp_path) -> None:
     """Only one of two agents sees its rank die; the ranks of the next start find each other all the same."""
     (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for group in range(2):
         command = [

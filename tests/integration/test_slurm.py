@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from oryx_megatron.checkpoint import list_checkpoints
+from oryx_megatron.ports import free_port
 from oryx_megatron.testing.project import synthetic_texts, tiny_project
 from oryx_megatron.train import __main__ as train
 
@@ -69,12 +70,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.configuration = folder / "slurm.conf"
-        ports = []
-        with contextlib.ExitStack() as stack:
-            for _ in range(3):
-                probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", 0))
-                ports.append(probe.getsockname()[1])
+        ports = [free_port() for _ in range(3)]
         for name in ("state", "spool/n1", "spool/n2", "log", "munge"):
             (folder / name).mkdir(parents=True)
         self.configuration.write_text(CONFIGURATION.format(host=socket.gethostname(), folder=folder, ports=ports))

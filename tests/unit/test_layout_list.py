@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -145,6 +146,37 @@ def test_ranks_that_hold_memory_begin_anew(run, capsys) -> None:
     assert results.failed == []
     assert len(started) == 2
     assert "9.9 GiB are still held" in capsys.readouterr().out
+
+
+class EndsWhenAsked:
+    """A rank that says its last words just before it is seen to have ended."""
+
+    pid, returncode = 0, 0
+
+    def __init__(self, report: Path) -> None:
+        self.report = report
+
+    def poll(self) -> int:
+        with self.report.open("a") as file:
+            file.write(json.dumps({"anew": "9.9 GiB are still held"}) + "\n")
+        return 0
+
+    def wait(self) -> int:
+        return 0
+
+
+def test_last_words_of_ranks_that_have_ended_count(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(HEAD + "  - {one_gpu: true}\n")
+    [launch] = layout_list.launches(layout_list.read_list(tmp_path / "list.yaml"), 1)
+    launch.report = tmp_path / "report"
+    launch.report.touch()
+    launch.ranks = [EndsWhenAsked(launch.report)]
+    arguments = argparse.Namespace(gpus=1, minutes=1, case_seconds=60, out=tmp_path)
+    runner = layout_list.Runner([], layout_list.Results(tmp_path / "layouts.json"), arguments)
+    runner.running = [launch]
+    runner._watch(launch)
+    assert runner.kept.failed == []
+    assert [again.cases for again in runner.queue] == [launch.cases]
 
 
 def test_side_by_side_on_own_gpus(run, monkeypatch: pytest.MonkeyPatch) -> None:
