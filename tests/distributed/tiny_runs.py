@@ -39,12 +39,23 @@ RAMP = "train.batch_schedule=[{start: 2, global_batch_size: 8}, {start: 4, globa
 SIZES = (4, 4, 8, 8, 12, 12)
 """Batch sizes of the steps of that ramp; a run is stopped in the middle of its second stage."""
 BY_DOCUMENT = ("data.documents=isolated", "modes.align=documents", "modes.p_prompt=0.3")
+MIXED = {"gdn": "layers:0=ratio:0.25,1=attention", "mamba2": "ratio:0.25"}
+"""The third plan of an evaluation."""
+BY_LAYER = f"evaluation.plans=[attention,recurrent,'{MIXED['gdn']}']"
 YARN = "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 12}"
 FIELDS = {
-    "gdn": ("train.z_loss=1e-2", "model.logit_softcap=4.0"),
+    "gdn": (
+        "train.z_loss=1e-2",
+        "model.logit_softcap=4.0",
+        "modes.p_layers=0.5",
+        "modes.p_attention=0.1",
+        "modes.p_recurrent=0.1",
+        BY_LAYER,
+    ),
     "mamba2": ("model.mixer=mamba2", *BY_DOCUMENT, RAMP, YARN),
 }
-"""The variants differ in more than their mixer: the same runs cover kinds of documents, losses, a ramp and YaRN."""
+"""The variants differ in more than their mixer: the same runs cover kinds of documents and plans, losses, a ramp,
+YaRN."""
 CONSUMED = {"gdn": 4 * HALF, "mamba2": sum(SIZES[:HALF])}
 """Samples read half-way."""
 SPECIAL = {"gdn": "2x1x1 whole sequence", "mamba2": "1x1x2 whole optimizer"}
@@ -200,11 +211,11 @@ class Runs:
         return {line["plan"]: line["loss"] for line in lines}
 
     def apart(self, name: str) -> dict[tuple[str, str], float]:
-        """Validation loss under ratio:0.25 at the end, by mode and by position."""
+        """Validation loss under the plan of both modes at the end, by mode and by position."""
         (line,) = (
             line
             for line in self._lines(name, "evaluation")
-            if line["iteration"] == STEPS and line["plan"] == "ratio:0.25"
+            if line["iteration"] == STEPS and line["plan"] in MIXED.values()
         )
         return {(kind, group): loss for kind in ("modes", "positions") for group, loss in line[kind].items()}
 
