@@ -113,14 +113,9 @@ class Checkpoints:
             self._fill(folder, manifest)
             return manifest
         if damaged:
-            raise CheckpointError(
-                f"{self.name}: every checkpoint is damaged ({', '.join(damaged)}); "
-                "restore one, or start anew in another output_dir"
-            )
+            raise store.all_damaged(self.name, damaged)
         if foreign := self._foreign():
-            raise CheckpointError(
-                f"{self.name} holds {foreign[0]}, which is no checkpoint of this project; choose another output_dir"
-            )
+            raise store.not_ours(self.name, foreign[0])
         return None
 
     def start_from(self, folder: Path, manifest: Manifest, *, optimizer: bool, weights: WeightsKind) -> None:

@@ -93,8 +93,8 @@ class RemoteCheckpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def foreign(self) -> list[str]:
-        """Names there that are no checkpoint's."""
-        return sorted({name.partition("/")[0] for name in self.remote.files()} - set(self._folders()))
+        """On rank 0: see `foreign`."""
+        return foreign(self.remote.url)
 
     def retain(
         self,
@@ -169,6 +169,12 @@ class RemoteCheckpoints:
                 (self.remote / name / file).remove()
                 files.pop(file)
         return f"it holds {min(files)}, which is no part of a checkpoint" if files else ""
+
+
+def foreign(url: str) -> list[str]:
+    """Names in the folder `url` that are no checkpoint's."""
+    files = Remote(url).files()
+    return sorted({name.partition("/")[0] for name in files} - set(_folders(files)))
 
 
 def mirror(url: str, root: Path) -> None:

@@ -63,6 +63,18 @@ def foreign_files(root: Path) -> list[str]:
     return sorted(f.name for f in root.iterdir() if not f.name.startswith((PREFIX, WRITING)) and f.name not in SCRIPTS)
 
 
+def all_damaged(name: str, damaged: Collection[str]) -> CheckpointError:
+    """The error of a run none of whose checkpoints, kept at `name`, is whole."""
+    return CheckpointError(
+        f"{name}: every checkpoint is damaged ({', '.join(damaged)}); restore one, or start anew in another output_dir"
+    )
+
+
+def not_ours(name: str, found: str) -> CheckpointError:
+    """The error of a folder for checkpoints, `name`, that holds something else and no checkpoint."""
+    return CheckpointError(f"{name} holds {found}, which is no checkpoint of this project; choose another output_dir")
+
+
 def find_checkpoint(path: str | Path, *, only: Collection[str] | None = None) -> Path:
     """`path` itself if it is a checkpoint, else the newest one of the run folder `path`; of a URL, a copy of it here.
 

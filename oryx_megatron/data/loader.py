@@ -54,6 +54,16 @@ class Part:
     """How often that is its whole."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a run would read of one split or validation set, without indices of samples."""
+
+    name: str
+    parts: tuple[Part, ...]
+    identity: dict[str, Any]
+    """See Blend; without `epochs`."""
+
+
 class Blend(torch.utils.data.Dataset):
     """Samples of one split or validation set, in the order of the run."""
 
@@ -197,7 +207,7 @@ def _build(
     return blends
 
 
-def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -> dict[str, tuple[Part, ...]]:
+def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -> dict[str, Look]:
     """What a run would read of each dataset, by blend: opened and checked as `build_datasets` does; writes nothing.
 
     `samples` of a part are its share by weight: the exact order is drawn when the run starts.
@@ -214,9 +224,10 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
         _, tokens = _parts(list(wanted), opened, share, split)
         if name != "train" and stages[-1].stop == EVERY:
             wanted = {path: float(_held(tokens[path], run)) for path in wanted}
-        found[name] = tuple(
+        parts = (
             Part(path, round(part), part * run.data.sequence_length / tokens[path]) for path, part in wanted.items()
         )
+        found[name] = Look(name, tuple(parts), _identity(run, tokenizer, stages, share, split, opened))
     return found
 
 
@@ -361,20 +372,7 @@ def _blend(
     paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
     size = stages[-1].stop
     cache = Path(run.data.cache_dir) if run.data.cache_dir is not None else None
-    identity: dict[str, Any] = {
-        "sequence_length": run.data.sequence_length,
-        "seed": run.seed,
-        "share": list(share),
-        "split": split.name,
-        "eod": tokenizer.eod_id,
-        "fingerprint": tokenizer.fingerprint,
-        "tokenizer": tokenizer.describe(),
-        "files": {opened[path].identity(): {"path": path, **opened[path].record()} for path in paths},
-        "stages": [
-            {"start": s.start, "stop": s.stop, "blend": [[opened[e.path].identity(), e.weight] for e in s.blend]}
-            for s in stages
-        ],
-    }
+    identity = _identity(run, tokenizer, stages, share, split, opened)
     bounds, tokens = _parts(paths, opened, share, split)
     held = [_held(tokens[path], run) for path in paths]
     order = None
@@ -438,6 +436,32 @@ def _blend(
         batch = run.train.global_batch_size
         size = min(size, -(-counted // batch) * batch)
     return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
+
+
+def _identity(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    stages: tuple[_Stage, ...],
+    share: tuple[float, float, float],
+    split: Split,
+    opened: dict[str, Dataset],
+) -> dict[str, Any]:
+    """What decides the order of samples, but for how many of each dataset there are (`epochs`)."""
+    paths = dict.fromkeys(entry.path for stage in stages for entry in stage.blend)
+    return {
+        "sequence_length": run.data.sequence_length,
+        "seed": run.seed,
+        "share": list(share),
+        "split": split.name,
+        "eod": tokenizer.eod_id,
+        "fingerprint": tokenizer.fingerprint,
+        "tokenizer": tokenizer.describe(),
+        "files": {opened[path].identity(): {"path": path, **opened[path].record()} for path in paths},
+        "stages": [
+            {"start": s.start, "stop": s.stop, "blend": [[opened[e.path].identity(), e.weight] for e in s.blend]}
+            for s in stages
+        ],
+    }
 
 
 def _parts(
@@ -506,7 +530,7 @@ def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> 
     np.save(target / "sample.npy", sample_of)
 
 
-def check_resume(state: dict[str, Any], blend: Blend) -> None:
+def check_resume(state: dict[str, Any], blend: Blend | Look) -> None:
     """Compare a checkpoint's data state with the blend about to be read.
 
     Raises DataError when samples before `consumed` were drawn from other data or in another order than now; warns when
@@ -549,7 +573,11 @@ def check_resume(state: dict[str, Any], blend: Blend) -> None:
                 "same (to compare all of it: tools/inspect_dataset.py %s --verify)", found["path"], found["path"],
             )  # fmt: skip
     for data, (samples, repeats) in then["epochs"].items():
-        if data in now["epochs"] and now["epochs"][data] != [samples, repeats] and (repeats or now["epochs"][data][1]):
+        if (
+            data in now.get("epochs", {})
+            and now["epochs"][data] != [samples, repeats]
+            and (repeats or now["epochs"][data][1])
+        ):
             logger.warning("the run's length changed: samples still to come may repeat some of those already seen")
             return
 

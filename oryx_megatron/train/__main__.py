@@ -73,16 +73,17 @@ def _look(run: RunConfig, layout: Layout) -> None:
     from oryx_megatron import platform
 
     platform.install()
-    from oryx_megatron.train import init_from, preflight, remote
+    from oryx_megatron.train import preflight, remote
 
     remote.check(run)
     sys.stdout.write("checked on this machine:\n")
     for checked in preflight.look(run, layout):
+        if not checked.what:
+            sys.stdout.write(f"{shown(checked.found)}\n")
+            continue
         text = shown(f"{checked.what:<10} {checked.found}")
         lines = textwrap.wrap(text, 78, subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False)
         sys.stdout.write("".join(f"  {line}\n" for line in lines))
-    for line in init_from.preview(run, remote.run_folder(run) / "checkpoints"):
-        sys.stdout.write(f"{shown(line)}\n")
     sys.stdout.write("not checked: memory of the GPUs (oryx plan), other nodes (oryx health),\n")
     sys.stdout.write("  bytes of checkpoints\n")
 

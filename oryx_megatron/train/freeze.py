@@ -8,6 +8,8 @@ norm is taken, and it gets no weight decay. A weight that is frozen as a whole h
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,8 +21,9 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.tables import layers_differ, weight_rules
 from oryx_megatron.model.mixer import OryxMixer
 
 log = logging.getLogger(__name__)
@@ -70,14 +73,9 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     for chunk in chunks:
         found += _named(unwrap_model(chunk), tied=run.model.tie_embeddings)
     sizes = _sizes(found)
-    for i, pattern in enumerate(patterns):
-        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in sizes):
-            examples = ", ".join(sorted({_general(name) for name in sizes})[:4])
-            raise ConfigError(f"train.freeze[{i}]: {pattern!r} matches no parameter; names are like {examples}, …")
+    check(patterns, sizes)
     frozen = sum(size for name, size in sizes.items() if is_frozen(name, patterns))
     whole = sum(sizes.values())
-    if frozen == whole:
-        raise ConfigError("train.freeze: freezes every parameter; leave some out, e.g. by a last pattern `!*a_log`")
     kinds = sorted({_general(name) for name in sizes if not is_frozen(name, patterns)})
     log.info("train.freeze: %s of %s parameters are frozen; trained: %s", f"{frozen:,}", f"{whole:,}", ", ".join(kinds))
     get_model_config(chunks[0]).freezes = True
@@ -89,6 +87,33 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
         elif rows:
             partly.append((parameter, rows))
     return Frozen(partly)
+
+
+def check(patterns: tuple[str, ...], names: Collection[str]) -> None:
+    """Raise ConfigError for a pattern that matches none of a model's names, or when nothing is left to train."""
+    for i, pattern in enumerate(patterns):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
+            examples = ", ".join(sorted({_general(name) for name in names})[:4])
+            raise ConfigError(f"train.freeze[{i}]: {pattern!r} matches no parameter; names are like {examples}, …")
+    if all(is_frozen(name, patterns) for name in names):
+        raise ConfigError("train.freeze: freezes every parameter; leave some out, e.g. by a last pattern `!*a_log`")
+
+
+def names(model: ModelConfig) -> list[str]:
+    """Those of a whole model that is not built: for --dry-run."""
+    found = []
+    for name in (name for rule in weight_rules(model) for name in rule.checkpoint):
+        if name.endswith("expert_bias"):  # no parameter: routers set it
+            continue
+        own = re.sub(r"(decay_proj\.weight)\..*", r"\1", name)
+        layers = [own]
+        if not layers_differ(model) and own.startswith("decoder.layers."):
+            layers = [own.replace("layers.", f"layers.{i}.", 1) for i in range(model.num_layers)]
+        for name_of_layer in layers:
+            head, experts, tail = name_of_layer.partition(".experts.experts.")
+            count = model.moe.experts if experts and model.moe is not None else 0
+            found += [f"{head}.experts.{i}.{tail}" for i in range(count)] if experts else [name_of_layer]
+    return list(dict.fromkeys(found))
 
 
 def _named(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str, slice]]]:
@@ -109,7 +134,7 @@ def _named(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str
     named = []
     for name, parameter in model.named_parameters():
         own = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
-        own = names.get(id(parameter), own)
+        own = _of_experts(names.get(id(parameter), own), model)
         rows, start = {}, 0
         for part, count in parts.get(id(parameter), {}).items():
             rows[f"{own}.{part}"] = slice(start, start + count)
@@ -122,18 +147,31 @@ def _sizes(found: list[tuple[torch.nn.Parameter, dict[str, slice]]]) -> dict[str
     """Elements of every named part of the whole model; collective."""
     own: dict[str, int] = {}
     for parameter, parts in found:
-        expert = not getattr(parameter, "allreduce", True)
-        shards = parallel_state.get_expert_model_parallel_world_size() if expert else 1
+        shards = 1
         if getattr(parameter, "tensor_model_parallel", False):
-            shards *= (
+            shards = (
                 parallel_state.get_expert_tensor_parallel_world_size()
-                if expert
+                if not getattr(parameter, "allreduce", True)
                 else parallel_state.get_tensor_model_parallel_world_size()
             )
         own |= {name: _count(parameter, rows) * shards for name, rows in parts.items()}
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, own)
     return {name: size for rank in ranks for name, size in rank.items()}
+
+
+def _of_experts(name: str, model: Any) -> str:
+    """A parameter's name with the number of its expert in the whole model, however experts are held on this rank."""
+    one = re.sub(r"\.experts\.(linear_fc[12]\.weight)(\d+)$", r".experts.local_experts.\2.\1", name)  # grouped
+    found = re.fullmatch(r"(.*\.experts\.)local_experts\.(\d+)\.(.*)", one)
+    if found is None:
+        return name
+    ranks, rank = (
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
+    first = rank * (get_model_config(model).num_moe_experts // ranks)
+    return f"{found[1]}{first + int(found[2])}.{found[3]}"
 
 
 def _count(parameter: Tensor, rows: slice) -> int:

@@ -28,9 +28,10 @@ from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.pattern import layer_modes, pattern_of
 from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
-from oryx_megatron.data.loader import Blend, check_resume
+from oryx_megatron.data.loader import Blend, Look, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import (
+    WEIGHTS_ALONE,
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -61,6 +62,7 @@ NOT_LISTED = (
     *("engine", *(name for name in ENGINES if name != "megatron"), "train.exit_after"),
 )
 """Parts of a run that change nothing of what it learns."""
+NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
 @dataclass
@@ -92,20 +94,14 @@ class Start:
         if settings is None:
             return None
         with self._source(run) as (folder, manifest):
+            check_data(settings, manifest, blend)
             if settings.data:
-                assert manifest.trained_on is not None
-                try:
-                    check_resume(manifest.trained_on, blend)
-                except DataError as error:
-                    raise DataError(f"init_from.data: {error}") from None
                 guard.load_state(manifest.guard)
             for line in describe(run, folder, manifest):
                 log.info("%s", line)
-            made = manifest.data.get("tokenizer") if self.checkpoint is not None else None
-            if made and (why := difference(made, tokenizer.describe())) is not None:
-                log.warning("init_from: the source was trained with %s: its embeddings mean other tokens", why)
-            if settings.schedule and (text := resume.jump(manifest.run(), run, self.count.iteration)):
-                log.warning("%s", text)
+            if self.checkpoint is not None:
+                for line in warnings(run, manifest, tokenizer):
+                    log.warning("%s", line)
             checkpoints.start_from(folder, manifest, optimizer=settings.optimizer, weights=settings.weights)
             torch.distributed.barrier()  # until no rank reads any more
         return self.count.iteration
@@ -141,7 +137,7 @@ def find(run: RunConfig, root: Path, before: int | None = None) -> Start:
     found = first_rank_alone(lambda: _look(run, root, before, opened), "looks for checkpoints", CheckpointError)
     if "count" in found:
         if run.init_from is not None:
-            log.info("init_from: has no effect: this run has checkpoints of its own")
+            log.info(NO_EFFECT)
         return Start(SampleCount.read(*found["count"]), found["record"])
     new, settings = SampleCount.of(run.train), run.init_from
     if settings is None:
@@ -182,19 +178,45 @@ def expected_count(run: RunConfig, root: Path) -> SampleCount:
     return _count(run, run.init_from, read_manifest(_newest(run.init_from.path)))
 
 
-def preview(run: RunConfig, root: Path) -> list[str]:
-    """For --dry-run: what `find` would find, in lines, and its errors; without ranks, and files are not compared."""
+def preview(run: RunConfig, tokenizer: Tokenizer, blend: Look) -> list[str]:
+    """For --dry-run of a run without checkpoints: what `find` and `take` would say, and their errors.
+
+    Without ranks; files are not compared.
+    """
     if run.init_from is None:
         return []
-    if _own(run, root, None) is not None:
-        return [f"init_from: has no effect: this run has checkpoints of its own in {root}"]
     if (path := _hugging_face(run.init_from.path)) is not None:
         weights = _open(run, path)
         return _headline(run, run.init_from.path, None) + _differences(weights.model, run.model)
     folder = _newest(run.init_from.path)
     manifest = read_manifest(folder)
     check(run, folder, manifest)
-    return describe(run, folder, manifest)
+    check_data(run.init_from, manifest, blend)
+    return describe(run, folder, manifest) + warnings(run, manifest, tokenizer)
+
+
+def check_data(settings: InitFromConfig, manifest: Manifest, blend: Blend | Look) -> None:
+    """Raise DataError when a run takes the position in data that are not its own."""
+    if not settings.data:
+        return
+    assert manifest.trained_on is not None
+    try:
+        check_resume(manifest.trained_on, blend)
+    except DataError as error:
+        why = str(error).replace(WEIGHTS_ALONE, "set init_from.data to false")
+        raise DataError(f"init_from.data: {why}") from None
+
+
+def warnings(run: RunConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
+    """What of a checkpoint to start from may not be meant: lines for a terminal."""
+    found = []
+    made = manifest.data.get("tokenizer")
+    if made and (why := difference(made, tokenizer.describe())) is not None:
+        found.append(f"init_from: the source was trained with {why}: its embeddings mean other tokens")
+    assert run.init_from is not None
+    if run.init_from.schedule and (text := resume.jump(manifest.run(), run, manifest.iteration)):
+        found.append(text)
+    return found
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -284,6 +306,22 @@ def describe(run: RunConfig, folder: Path, manifest: Manifest) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------- internals
+
+
+def newest_own(root: Path) -> Manifest | None:
+    """Of a run's checkpoints, the manifest of the newest whose manifest can be read.
+
+    Raises:
+        NewerCheckpointError: the newest is of a newer version.
+    """
+    for folder in reversed(store.list_folders(root)):
+        try:
+            return read_manifest(folder)
+        except NewerCheckpointError:
+            raise
+        except CheckpointError as error:
+            log.warning("%s", error)
+    return None
 
 
 def _own(run: RunConfig, root: Path, before: int | None) -> dict[str, Any] | None:

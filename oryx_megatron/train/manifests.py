@@ -8,13 +8,12 @@ from typing import Any
 
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Blend, check_resume
+from oryx_megatron.data.loader import Blend, Look, check_resume
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError
 from oryx_megatron.train import init_from
 
@@ -69,39 +68,43 @@ def make(
     )
 
 
-def check(manifest: Manifest, run: RunConfig, checkpoints: Checkpoints, *, count: SampleCount, blend: Blend) -> None:
+def check(
+    manifest: Manifest, run: RunConfig, *, name: str, root: Path, count: SampleCount, blend: Blend | Look
+) -> None:
     """Refuse to resume from the checkpoint of another model, or of other data or batches so far.
 
     Args:
         manifest: Of the checkpoint.
         run: The config now.
-        checkpoints: The run's, for messages.
+        name: Where the run's checkpoints are kept, for messages.
+        root: Their folder on this machine.
         count: Samples of this run by iteration.
         blend: The training data now.
 
     Raises:
         CheckpointError, DataError: it does not fit.
     """
-    written, root = manifest.run(), checkpoints.name
+    written = manifest.run()
     then, now = written.model, run.model
-    names = tuple(field.name for field in dataclasses.fields(now) if field.name not in OF_NO_MATTER)
+    fields = tuple(field.name for field in dataclasses.fields(now) if field.name not in OF_NO_MATTER)
     if changed := [
-        f"{name} (there {before}, here {after})" for name, before, after in init_from.unlike(then, now, names)
+        f"{field} (there {before}, here {after})" for field, before, after in init_from.unlike(then, now, fields)
     ]:
+        fits = not init_from.unlike(then, now, init_from.SHAPES)
         raise CheckpointError(
-            f"{root}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
-            f"{_own_config(manifest, checkpoints.root)}choose another output_dir"
+            f"{name}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
+            f"{_own_config(manifest, root)}{WEIGHTS_ALONE if fits else 'choose another output_dir'}"
         )
     skipped = int(manifest.guard.get("skipped_samples", 0))
     if manifest.consumed_samples != count.samples_at(manifest.iteration) + skipped:
         raise CheckpointError(
-            f"{root}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which the run's "
+            f"{name}: its {manifest.iteration} iterations read {manifest.consumed_samples} samples, which the run's "
             f"batch sizes ({count}) do not give; choose another output_dir"
         )
     if (trained_on := manifest.trained_on) is None:  # a conversion: of weights alone, read from no data
         return
     if (why := init_from.foreign_optimizer(written, run)) is not None:
-        raise CheckpointError(f"{root}: {why}; set it back, or {WEIGHTS_ALONE}")
+        raise CheckpointError(f"{name}: {why}; set it back, or {WEIGHTS_ALONE}")
     check_resume(trained_on, blend)
 
 

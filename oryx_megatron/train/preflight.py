@@ -12,13 +12,16 @@ from pathlib import Path
 
 from oryx_megatron import arch, platform
 from oryx_megatron.checkpoint import store
+from oryx_megatron.checkpoint.remote import foreign
+from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import look_at_datasets
-from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.data.loader import Look, look_at_datasets
+from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
-from oryx_megatron.train import init_from
+from oryx_megatron.paths import is_url
+from oryx_megatron.train import freeze, init_from, manifests, resume
 from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
 
@@ -32,6 +35,7 @@ class Checked:
     """One thing that was looked at."""
 
     what: str
+    """Empty: a line that the start of the run logs."""
     found: str
 
 
@@ -47,22 +51,48 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     yield Checked("tokenizer", f"{run.data.tokenizer}: {tokenizer.kind}, {rows}")
     root = run_folder(run) / "checkpoints"
     expected = init_from.expected_count(run, root)  # of a run on object storage, it brings the manifests here
-    own = store.list_folders(root)
-    for name, parts in look_at_datasets(run, tokenizer, expected).items():
-        for part in parts:
+    data = look_at_datasets(run, tokenizer, expected)
+    for name, seen in data.items():
+        for part in seen.parts:
             wanted = f"{'' if name == 'train' else 'up to '}{part.samples:,} samples"
             yield Checked(
                 name, f"{part.path}: {wanted} of {run.data.sequence_length:,} tokens, {part.epochs:.2f} epochs"
             )
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     yield Checked("kernels", f"{backends.describe()} ({'GPU' if platform.has_gpu() else 'CPU'})")
-    if own:
-        yield Checked("start", f"resumes from iteration {store.iteration_of(own[-1])} of {run.output_dir}/checkpoints")
-    elif run.init_from is None:
-        yield Checked("start", f"new weights, seed {run.seed}")
-    else:
-        yield Checked("start", f"from {run.init_from.path}, as listed below")
-    yield Checked("disk", _disk(run, root, len(own)))
+    if run.train.freeze:
+        names = freeze.names(run.model)
+        freeze.check(run.train.freeze, names)
+        frozen = sum(freeze.is_frozen(name, run.train.freeze) for name in names)
+        yield Checked("freeze", f"{frozen:,} of {len(names):,} weights and parts of weights")
+    start, lines = _start(run, layout, root, tokenizer, data["train"], expected)
+    yield Checked("start", start)
+    yield Checked("disk", _disk(run, root, len(store.list_folders(root))))
+    for line in lines:
+        yield Checked("", line)
+
+
+def _start(
+    run: RunConfig, layout: Layout, root: Path, tokenizer: Tokenizer, data: Look, count: SampleCount
+) -> tuple[str, list[str]]:
+    """Where the run starts, and what it tells then."""
+    name = f"{run.output_dir}/checkpoints"
+    if own := store.list_folders(root):
+        if (manifest := init_from.newest_own(root)) is None:
+            raise store.all_damaged(name, [folder.name for folder in reversed(own)])
+        manifests.check(manifest, run, name=name, root=root, count=count, blend=data)
+        layout.microbatches_from(manifest.iteration, count, run.train)
+        lines = [text for _, text in resume.lines(manifest, run)]
+        if run.init_from is not None:
+            lines.insert(0, init_from.NO_EFFECT)
+        return f"resumes from iteration {manifest.iteration} of {name}", lines
+    if others := foreign(name) if is_url(run.output_dir) else store.foreign_files(root):
+        raise store.not_ours(name, others[0])
+    lines = init_from.preview(run, tokenizer, data)
+    layout.microbatches_from(count.iteration, count, run.train)
+    if run.init_from is None:
+        return f"new weights, seed {run.seed}", lines
+    return f"from {run.init_from.path}, as listed below", lines
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
@@ -76,9 +106,13 @@ def checkpoints_held(run: RunConfig) -> int:
     """Most checkpoints on disk at once: those kept, and the one being written."""
     settings, last = run.checkpoint, run.train.iterations
     saved = last // settings.interval + bool(last % settings.interval) if settings.interval else 1
+    listed = {step for step in (*settings.steps, *run.schedule.restarts) if step < last}
+    saved += len([step for step in listed if not settings.interval or step % settings.interval or not step])
     kept = saved if settings.keep == 0 else settings.keep
     if settings.keep and settings.keep_every and settings.interval:
         kept += last // settings.keep_every
+    if settings.keep:
+        kept += len([step for step in settings.steps if step < last]) + (settings.keep_best is not None)
     return min(kept + 1, saved)
 
 

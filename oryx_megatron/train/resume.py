@@ -28,27 +28,30 @@ JUMP = 0.01
 
 def tell(manifest: Manifest, run: RunConfig, root: str) -> list[tuple[str, Any, Any]]:
     """Log how a run resumes from a checkpoint of `root`; returns the fields that changed, with both values."""
-    done, train = manifest.iteration, run.train
-    log.info("resumed from iteration %d of %s", done, root)
+    log.info("resumed from iteration %d of %s", manifest.iteration, root)
+    for level, text in lines(manifest, run):
+        log.log(level, "%s", text)
+    return [] if manifest.data["train"] is None else changes(manifest.run(), run)
+
+
+def lines(manifest: Manifest, run: RunConfig) -> list[tuple[int, str]]:
+    """What there is to tell of a resume from a checkpoint, each with its level of logging."""
+    done, train, found = manifest.iteration, run.train, []
     then, now = manifest.count(), sample_count(manifest, run)
     if (before := then.batch_at(done)) != (after := now.batch_at(done)) and done < train.iterations:
-        log.info(
-            "train.global_batch_size %d → %d from step %d on: samples continue at %d; learning rate and schedules stay "
-            "per step", before, after, done + 1, now.samples_at(done),
-        )  # fmt: skip
+        text = f"samples continue at {now.samples_at(done)}; learning rate and schedules stay per step"
+        found.append((logging.INFO, f"train.global_batch_size {before} → {after} from step {done + 1} on: {text}"))
     if done >= train.iterations:
-        log.info("already at train.iterations=%d; increase it to continue", train.iterations)
+        found.append((logging.INFO, f"already at train.iterations={train.iterations}; increase it to continue"))
     elif train.exit_after is not None and done >= train.exit_after:
-        log.warning(
-            "already at iteration %d, train.exit_after=%d; increase or remove it to continue", done, train.exit_after
-        )
+        text = f"already at iteration {done}, train.exit_after={train.exit_after}; increase or remove it to continue"
+        found.append((logging.WARNING, text))
     elif manifest.data["train"] is not None and (text := jump(manifest.run(), run, done)):
-        log.warning("%s", text)
+        found.append((logging.WARNING, text))
     if manifest.data["train"] is None:  # a conversion
-        return []
-    found = changes(manifest.run(), run)
-    for name, before, after in found:
-        log.info("changed since the checkpoint: %s %s → %s", name, to_text(before), to_text(after))
+        return found
+    for name, old, new in changes(manifest.run(), run):
+        found.append((logging.INFO, f"changed since the checkpoint: {name} {to_text(old)} → {to_text(new)}"))
     return found
 
 

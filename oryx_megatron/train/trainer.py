@@ -318,7 +318,8 @@ class Trainer:
 
     def _check(self, manifest: Manifest) -> None:
         count, blend = self.start.count, self.datasets["train"]
-        manifests.check(manifest, self.run, self.checkpoints, count=count, blend=blend)
+        name, root = self.checkpoints.name, self.checkpoints.root
+        manifests.check(manifest, self.run, name=name, root=root, count=count, blend=blend)
 
     def _rolled_back(self) -> bool:
         """Keep the batch of a bad step, and after several in a row roll back to before them; True when rolled back."""

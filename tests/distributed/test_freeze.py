@@ -15,12 +15,12 @@ import torch
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.arch import parameter_counts
-from oryx_megatron.config.schema import ParallelConfig, RunConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
 from oryx_megatron.train import optimizer
-from oryx_megatron.train.freeze import is_frozen
+from oryx_megatron.train.freeze import is_frozen, names
 
 RECURRENT = ("*", "!*query_recurrent", "!*decay_proj.weight", "!*a_log", "!*dt_bias", "!*self_attention.d")
 """The recurrent path alone, as of an imported Transformer: part of in_proj trains, the rest of it does not."""
@@ -41,6 +41,17 @@ STAGES: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
     "muon": (ParallelConfig(pipeline=2), {"optimizer__name": "muon"}),
 }
 """Rank 0, which writes what is common to all, has nothing to update: its whole stage is frozen."""
+EXPERTS = MoEConfig(
+    experts=4,
+    ffn_hidden_size=20,
+    shared_ffn_hidden_size=16,
+    first_dense=1,
+    score="sigmoid",
+    aux_loss=0.0,
+    bias_update_rate=0.01,
+)
+OF_EXPERTS = ("*.experts.[01].*", "!decoder.layers.2.*", "*shared_experts*")
+"""Those of the first rank, but for one layer; each is named by its number in the whole model."""
 
 
 def run_of(patterns: tuple[str, ...], parallel: ParallelConfig, **changes: Any) -> RunConfig:
@@ -76,6 +87,15 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                         if torch.is_tensor(tensor) and tensor.dim()
                     )
                     found[f"{name} {patterns[0]}"] = [steps, moved, states]
+    for size, expert in ((2, 2), (1, 1)):
+        for _ in worlds.share(size, ["experts"]):
+            with worlds.of(size, f"experts {size}"):
+                run = tiny_run(parallel=ParallelConfig(expert=expert), train__freeze=OF_EXPERTS, model__moe=EXPERTS)
+                with session(run) as opened:
+                    before = rows_of(opened)
+                    steps = opened.steps(4)
+                    moved = {key: not torch.equal(rows, before[key]) for key, rows in rows_of(opened).items()}
+                    found[f"experts {expert}"] = [steps, moved]
     for name, (layout, changes) in STAGES.items():
         with worlds.of(2, name):
             root = [tempfile.mkdtemp()]
@@ -131,6 +151,27 @@ def test_a_frozen_stage_resumes_bit_by_bit(found: dict[str, list[list[Any]]], na
     for going, resumed in found[f"stage {name}"]:
         assert going[2:] == resumed
         assert going[3] != going[2]
+
+
+@pytest.mark.timeout(500)
+def test_experts_by_their_number_in_the_whole_model(found: dict[str, list[list[Any]]]) -> None:
+    ((expected, whole),) = found["experts 1"]
+    assert {part for part, moves in whole.items() if not moves} == {
+        part for part in whole if is_frozen(part, OF_EXPERTS)
+    }
+    (one, first), (two, second) = found["experts 2"]
+    assert one == two == [pytest.approx(step, rel=1e-4) for step in expected]
+    assert first | second == whole
+    assert len([name for name in whole if is_frozen(name, OF_EXPERTS)]) == 2 * 2 * 2 + 3 * 2
+
+
+@pytest.mark.timeout(500)
+def test_names_without_a_model(found: dict[str, list[list[Any]]]) -> None:
+    """--dry-run knows those of the model that the run builds."""
+    ((_, whole),) = found["experts 1"]
+    assert set(names(tiny_run(model__moe=EXPERTS).model)) == set(whole)
+    ((_, whole, _),) = found[f"one {FIRST_STAGE[0]}"]
+    assert set(names(run_of(FIRST_STAGE, ParallelConfig()).model)) == set(whole)
 
 
 def test_state_of_the_recurrent_path_alone(found: dict[str, list[list[Any]]]) -> None:

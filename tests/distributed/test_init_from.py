@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -244,6 +245,74 @@ def test_what_does_not_fit(
     with pytest.raises(error, match=message) as raised:
         trainer(f"init_from={project.parent / 'source'}", *overrides)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.hidden_size=64",),
+        ("model.rope_theta=5e4",),
+        ("seed=7",),
+        ("optimizer.name=muon",),
+        ("train.freeze=['*mlp*']",),
+        ("train.freeze=['*nothing*']",),
+        ("data.sequence_length=40",),
+        ("parallel.distributed_optimizer=false",),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_dry_run_of_a_resume(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...]
+) -> None:
+    """What would refuse to resume refuses the dry run, in the same words."""
+    shutil.copytree(project.parent / "source", tmp_path / "new")
+    small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", "train.iterations=8")
+    assert main([str(project), "--dry-run", *small, f"output_dir={tmp_path / 'new'}", *overrides]) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    with pytest.raises((CheckpointError, ConfigError, DataError)) as refused:
+        make(project, tmp_path / "new", "train.iterations=8", *overrides)
+    assert error == f"error: {refused.value}"
+
+
+def test_dry_run_tells_what_the_resume_tells(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    shutil.copytree(project.parent / "source", tmp_path / "new")
+    small = ("model.num_layers=1", "data.split=[9, 0, 1]", f"output_dir={tmp_path / 'new'}", "init_from=/nowhere")
+    changed = ("train.iterations=8", "train.global_batch_size=6")
+    assert main([str(project), "--dry-run", *small, *changed]) == 0
+    told = capsys.readouterr().out
+    assert "start      resumes from iteration 5 of" in told
+    caplog.clear()
+    make(project, tmp_path / "new", "init_from=/nowhere", *changed).stream.close()
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("oryx_megatron")]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("resumed from"))
+    tail = lines[begin + 1 :]
+    assert len([line for line in tail if "learning rate jumps" in line or "changed since" in line]) == 3
+    for line in ("init_from: has no effect: this run has checkpoints of its own", *tail):
+        assert f"{line}\n" in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("init_from.data=true", "seed=7"),
+            "init_from.data: .* had seed 1234, now it is 7: set it back, or set init_f",
+        ),
+        (("init_from.data=true", "data.sequence_length=40"), "init_from.data: .* had sequence_length 48, now it is 40"),
+    ],
+)
+def test_dry_run_of_a_start(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str
+) -> None:
+    small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", f"output_dir={tmp_path / 'n'}")
+    source = f"init_from={project.parent / 'source'}"
+    assert main([str(project), "--dry-run", *small, source, *overrides]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(DataError, match=message):
+        make(project, tmp_path / "n", source, *overrides)
 
 
 def test_every_field_of_a_model_is_of_one_kind() -> None:
