@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oryx_megatron import platform
 from oryx_megatron.data.files import replacing
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import Rope, TokenLayout, attend, backends, fused, scans, ssd
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    platform.install()
     groups = {"attention": attention_parts, "recurrence": recurrence_parts, "steps": step_parts}
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for sequence in args.sequence:

@@ -256,7 +256,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="of layout_list.py: where to tell of them")
     parser.add_argument("--compile", action="store_true", help="of layout_list.py: compile the kernels of the cases")
     arguments = parser.parse_args(argv)
-    platform.use_kernel_cache(None)
     if arguments.cases is not None:
         cases = [Case(**case) for case in json.loads(arguments.cases.read_text())]
         if arguments.compile:

@@ -24,7 +24,7 @@ import torch
 from peers import gpt_chunks, hybrid_chunks, peer_engine
 from torch import Tensor
 
-from oryx_megatron import arch, parallel, platform
+from oryx_megatron import arch, parallel
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import (
     DataConfig,
@@ -345,7 +345,6 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kernels = KernelsConfig(**dict(item.split("=") for item in args.kernels))
-    platform.use_kernel_cache(None)
     parallel.initialize(ParallelConfig(), seed=1)
     results: list[Result] = []
     for shape, name, *cases in args.run or DEFAULT:

@@ -1,15 +1,16 @@
 """What this project changes in other packages, so that they work here: one file per upstream.
 
-`torch.py`, `megatron.py`, `deepspeed.py` and `transformer_engine.py` hold every patch with the versions that it is for
-and its reason; tests/unit/test_compat.py fails when an upstream no longer needs one. Nothing here knows of the product.
+`torch.py`, `megatron.py`, `deepspeed.py`, `transformer_engine.py` and `tilelang.py` hold every patch with the versions
+that it is for and its reason; tests/unit/test_compat*.py fail when an upstream no longer needs one. Nothing here knows
+of the product.
 
 Importing this package loads none of them; it installs the hook (hook.py) that puts off what they load in vain.
 """
 
-from oryx_megatron.compat import deepspeed, hook, megatron, torch, transformer_engine
+from oryx_megatron.compat import deepspeed, hook, megatron, tilelang, torch, transformer_engine
 from oryx_megatron.compat.hook import late
 
 hook.install({**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND})
 megatron.quiet()
 
-__all__ = ["deepspeed", "late", "megatron", "torch", "transformer_engine"]
+__all__ = ["deepspeed", "late", "megatron", "tilelang", "torch", "transformer_engine"]

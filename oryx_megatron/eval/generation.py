@@ -89,6 +89,7 @@ def load_for_inference(path: str | Path, *, tensor: int = 1, weights: WeightsKin
         )
     # One token is not divisible over ranks, so decoding goes without sequence parallelism.
     layout = ParallelConfig(tensor=tensor, sequence=False)
+    platform.use_kernel_cache(run.kernels.cache_dir)
     parallel.initialize(layout, seed=run.seed)
     check_whole(folder, manifest)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oryx_megatron import parallel
+from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
 from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig, WeightsKind
 from oryx_megatron.config.validate import Layout, validate
@@ -89,6 +89,7 @@ def evaluate_checkpoint(
                 f"{run.data.sequence_length}; use fewer ranks or a smaller sequence length"
             )
         run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batches=whole))
+    platform.use_kernel_cache(run.kernels.cache_dir)
     parallel.initialize(run.parallel, seed=run.seed)
     check_whole(folder, manifest)
     text_plans = Plans.of_checkpoint(folder, run.modes.chunk, plans).of_texts(plans)

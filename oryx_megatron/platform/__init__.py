@@ -66,6 +66,7 @@ def install() -> None:
     """Prepare this process for megatron-core: choose the GPU of this local rank, or redirect CUDA calls to the CPU."""
     import torch
 
+    use_kernel_cache(None)
     if has_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     else:

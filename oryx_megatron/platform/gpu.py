@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 WRONG_TRITON = ((3, 4, 0), (3, 7, 1))
 """From the first (included) to the second, FLA's gated backward kernels give wrong gradients on Hopper (its #640)."""
@@ -133,11 +137,19 @@ KERNEL_CACHES = {
 def use_kernel_cache(folder: str | None) -> None:
     """Let every kernel compiler keep its results under `folder`; before any of them is imported.
 
-    Variables that are set already stay as they are. Triton keeps what its autotuner found, too.
+    Variables that are set already stay as they are. Triton keeps what its autotuner found, too. None, or a folder that
+    cannot be written (with a warning): each compiler's own folder.
     """
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            log.warning("kernels.cache_dir %s is not used: %s", folder, error.strerror)
+            return
         for variable, name in KERNEL_CACHES.items():
             os.environ.setdefault(variable, str(Path(folder).resolve() / name))
 

@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     record = read_record(Path(arguments.record))
     run = load_run(Path(arguments.record).parent.parent / "config.yaml", arguments.overrides)
     layout = validate(run, ranks.world_size())
-    from oryx_megatron import parallel
+    from oryx_megatron import parallel, platform
     from oryx_megatron.train.trainer import Trainer
 
     try:
+        platform.use_kernel_cache(run.kernels.cache_dir)
         parallel.initialize(run.parallel, seed=run.seed)
         trainer = Trainer(run, layout, before=record["iteration"], reports=False)
         again = replay(trainer, record)

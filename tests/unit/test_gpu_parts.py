@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -309,3 +310,32 @@ def test_parameters_can_be_handed_to_another_optimizer() -> None:
     groups = optimizer.param_groups
     assert {parameter.dtype for group in groups for parameter in group["params"]} == {torch.float32}
     assert all(parameter.is_leaf for group in groups for parameter in group["params"])
+
+
+@pytest.fixture
+def no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in platform.KERNEL_CACHES:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_caches")
+def test_a_folder_for_every_kernel_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/own")
+    platform.use_kernel_cache(str(tmp_path / "deep" / "kernels"))
+    found = {name: os.environ[name] for name in platform.KERNEL_CACHES}
+    assert found.pop("TRITON_CACHE_DIR") == "/own"
+    assert found == {
+        name: str(tmp_path / "deep" / "kernels" / part)
+        for name, part in platform.KERNEL_CACHES.items()
+        if name != "TRITON_CACHE_DIR"
+    }
+
+
+@pytest.mark.usefixtures("no_caches")
+def test_a_kernel_cache_that_cannot_be_written_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As that of a run which is evaluated on another machine."""
+    (tmp_path / "file").touch()
+    platform.use_kernel_cache(str(tmp_path / "file" / "kernels"))
+    assert not any(name in os.environ for name in platform.KERNEL_CACHES)
+    assert f"kernels.cache_dir {tmp_path / 'file' / 'kernels'} is not used: Not a directory" in caplog.text
