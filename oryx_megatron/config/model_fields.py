@@ -40,8 +40,6 @@ class MoEConfig:
     """Tokens over which that loss balances the load."""
     bias_update_rate: NotNegative = 0.0
     """Step of the per-expert bias that balances load without a loss (arXiv 2408.15664), sigmoid only; 0: no bias."""
-    freeze: tuple[str, ...] = ()
-    """Patterns (`*`, `?`) of parameters that do not train; `!PATTERN` trains what an earlier one freezes."""
     z_loss: NotNegative = 0.0
     """Coefficient of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0: none."""
     capacity_factor: Positive | None = None

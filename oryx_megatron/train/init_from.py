@@ -26,7 +26,7 @@ from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.pattern import layer_modes, pattern_of
-from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RunConfig
+from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RopeScalingConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, Look, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
@@ -44,7 +44,7 @@ from oryx_megatron.storage import named
 from oryx_megatron.train import resume
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.remote import run_folder
-from oryx_megatron.train.resume import to_text
+from oryx_megatron.train.resume import as_override, to_text
 
 if TYPE_CHECKING:
     from oryx_megatron.hf.folders import Weights
@@ -62,6 +62,8 @@ NOT_LISTED = (
     *("engine", *(name for name in ENGINES if name != "megatron"), "train.exit_after"),
 )
 """Parts of a run that change nothing of what it learns."""
+DATA_PATHS = tuple(f"data.{name}" for name in ("tokenizer", "blend", "stages", "validation", "cache_dir"))
+"""Of which an export keeps the last part alone; its tokenizer is compared by content."""
 NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
@@ -97,11 +99,11 @@ class Start:
             check_data(settings, manifest, blend)
             if settings.data:
                 guard.load_state(manifest.guard)
-            for line in describe(run, folder, manifest):
+            kept = None if self.weights is None else self.weights.kept
+            for line in describe(run, folder, manifest, kept):
                 log.info("%s", line)
-            if self.checkpoint is not None:
-                for line in warnings(run, manifest, tokenizer):
-                    log.warning("%s", line)
+            for line in warnings(run, kept or manifest, tokenizer):
+                log.warning("%s", line)
             checkpoints.start_from(folder, manifest, optimizer=settings.optimizer, weights=settings.weights)
             torch.distributed.barrier()  # until no rank reads any more
         return self.count.iteration
@@ -186,8 +188,9 @@ def preview(run: RunConfig, tokenizer: Tokenizer, blend: Look) -> list[str]:
     if run.init_from is None:
         return []
     if (path := _hugging_face(run.init_from.path)) is not None:
-        weights = _open(run, path)
-        return _headline(run, run.init_from.path, None) + _differences(weights.model, run.model)
+        opened = _open(run, path)
+        lines = _headline(run, run.init_from.path, None) + _of_folder(opened.model, opened.kept, run)
+        return lines if opened.kept is None else lines + warnings(run, opened.kept, tokenizer)
     folder = _newest(run.init_from.path)
     manifest = read_manifest(folder)
     check(run, folder, manifest)
@@ -250,11 +253,23 @@ def check(run: RunConfig, folder: Path, manifest: Manifest) -> None:
 def check_shapes(then: ModelConfig, now: ModelConfig, path: str) -> None:
     """Raise ConfigError unless the models have the same parameters."""
     if changed := unlike(then, now, SHAPES):
-        told = ", ".join(f"{name} (there {before}, here {after})" for name, before, after in changed)
-        settings = " ".join(f"model.{name}={to_text(before)}" for name, before, _ in changed)
+        settings = " ".join(as_override(f"model.{name}", before) for name, before, _ in changed)
         raise ConfigError(
-            f"init_from: {path} holds model {then.name}, whose weights do not fit {now.name}: {told}; set {settings}"
+            f"init_from: {path} holds model {then.name}, whose weights do not fit {now.name}: {told(changed)}; set "
+            f"{settings}"
         )
+
+
+def told(changed: list[tuple[str, Any, Any]]) -> str:
+    """Fields of two models that differ, in words."""
+    values = [
+        (
+            name,
+            *(to_text(value) if isinstance(value, (tuple, MoEConfig, RopeScalingConfig)) else value for value in both),
+        )
+        for name, *both in changed
+    ]
+    return ", ".join(f"{name} (there {before}, here {after})" for name, before, after in values)
 
 
 def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
@@ -263,11 +278,18 @@ def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[
     Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change.
     """
     then, now = (
-        dataclasses.replace(model, num_kv_heads=model.kv_heads, moe=_architecture(model.moe), pattern=_shortest(model))
-        for model in (then, now)
+        dataclasses.replace(model, num_kv_heads=model.kv_heads, pattern=_shortest(model)) for model in (then, now)
     )
-    pairs = ((name, getattr(then, name), getattr(now, name)) for name in names)
-    return [(name, before, after) for name, before, after in pairs if before != after]
+    found: list[tuple[str, Any, Any]] = []
+    for name in names:
+        before, after = getattr(then, name), getattr(now, name)
+        if isinstance(before, MoEConfig) and isinstance(after, MoEConfig):
+            one, two = _architecture(before), _architecture(after)
+            changed = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(two, f.name)]
+            found += [(f"{name}.{field}", getattr(before, field), getattr(after, field)) for field in changed]
+        elif before != after:
+            found.append((name, before, after))
+    return found
 
 
 def _shortest(model: ModelConfig) -> tuple[str, ...]:
@@ -275,9 +297,7 @@ def _shortest(model: ModelConfig) -> tuple[str, ...]:
     return pattern_of(layer_modes(model.pattern, model.num_layers)) if model.pattern else ()
 
 
-def _architecture(moe: MoEConfig | None) -> MoEConfig | None:
-    if moe is None:
-        return None
+def _architecture(moe: MoEConfig) -> MoEConfig:
     same = {"aux_loss": 0.0, "aux_loss_over": "microbatch", "z_loss": 0.0, "capacity_factor": None}
     return dataclasses.replace(moe, **same, bias_update_rate=float(moe.bias_update_rate > 0))  # type: ignore[arg-type]
 
@@ -296,13 +316,23 @@ def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
     return None
 
 
-def describe(run: RunConfig, folder: Path, manifest: Manifest) -> list[str]:
-    """What a run takes from a checkpoint, and in what it differs from that one's run: lines for a terminal."""
+def describe(run: RunConfig, folder: Path, manifest: Manifest, kept: Manifest | None = None) -> list[str]:
+    """What a run takes from a checkpoint, and in what it differs from that one's run: lines for a terminal.
+
+    `kept`: of a Hugging Face folder that is an export, the manifest of the checkpoint that it was made of.
+    """
     assert run.init_from is not None
     written = manifest.run()
     if _hugging_face(run.init_from.path) is not None:
-        return _headline(run, run.init_from.path, None) + _differences(written.model, run.model)
+        return _headline(run, run.init_from.path, None) + _of_folder(written.model, kept, run)
     return _headline(run, named(folder), manifest) + _differences(written, run)
+
+
+def _of_folder(model: ModelConfig, kept: Manifest | None, run: RunConfig) -> list[str]:
+    """In what a run differs from a Hugging Face folder's model or, of an export, from the run that made it."""
+    if kept is None:
+        return _differences(model, run.model)
+    return _differences(dataclasses.replace(kept.run(), model=model), run, hidden=DATA_PATHS)
 
 
 # ----------------------------------------------------------------------------------------------------- internals
@@ -463,10 +493,10 @@ def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[st
     return [f"init_from: {', '.join(taken) if len(taken) > 1 else f'{weights} alone'} of {source}"]
 
 
-def _differences(then: Any, now: Any) -> list[str]:
+def _differences(then: Any, now: Any, hidden: tuple[str, ...] = ()) -> list[str]:
     """`field before → after` for everything that differs, of runs or of models."""
     prefix = "model." if isinstance(now, ModelConfig) else ""
     return [
         f"init_from: {prefix}{name} {to_text(before)} → {to_text(after)}"
-        for name, before, after in resume.differences(then, now, NOT_LISTED)
+        for name, before, after in resume.differences(then, now, (*NOT_LISTED, *hidden))
     ]

@@ -87,12 +87,10 @@ def check(
     written = manifest.run()
     then, now = written.model, run.model
     fields = tuple(field.name for field in dataclasses.fields(now) if field.name not in OF_NO_MATTER)
-    if changed := [
-        f"{field} (there {before}, here {after})" for field, before, after in init_from.unlike(then, now, fields)
-    ]:
+    if changed := init_from.unlike(then, now, fields):
         fits = not init_from.unlike(then, now, init_from.SHAPES)
         raise CheckpointError(
-            f"{name}: belongs to model {then.name}, which differs in {', '.join(changed)}; "
+            f"{name}: belongs to model {then.name}, which differs in {init_from.told(changed)}; "
             f"{_own_config(manifest, root)}{WEIGHTS_ALONE if fits else 'choose another output_dir'}"
         )
     skipped = int(manifest.guard.get("skipped_samples", 0))

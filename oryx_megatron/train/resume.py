@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Collection, Iterator
 from typing import Any
+
+import yaml
 
 from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.config import to_dict
@@ -86,8 +89,27 @@ def to_text(value: Any) -> str:
     """A value as a config file has it, in short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else _in_yaml(value)
     return text if len(text) <= LISTED else text[: LISTED - 1] + "…"
+
+
+def as_override(name: str, value: Any) -> str:
+    """`name=value` as a command line takes it."""
+    return f"{name}={shlex.quote(_in_yaml(value)) if _is_nested(value) else to_text(value)}"
+
+
+def _is_nested(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, (dict, list, tuple))
+
+
+def _in_yaml(value: Any) -> str:
+    """On one line; of a config class, what differs from its defaults."""
+    if not _is_nested(value):
+        return str(value)
+    plain = to_dict(value)
+    if dataclasses.is_dataclass(value):
+        plain = {f.name: plain[f.name] for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 20).strip()
 
 
 def _with_kv_heads(config: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -19,15 +21,16 @@ from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.checkpoint.manifest import file_digest
 from oryx_megatron.compat.megatron import allocate_torch_state
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RopeScalingConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, RopeScalingConfig
+from oryx_megatron.data.train_tokenizer import train_sentencepiece
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError
 from oryx_megatron.hf.convert import export
 from oryx_megatron.hf.tensors import CheckpointReader
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.project import VOCABULARY, tiny_project
+from oryx_megatron.testing.project import VOCABULARY, synthetic_texts, tiny_project
 from oryx_megatron.tools import convert_from_hf
 from oryx_megatron.train.__main__ import main
-from oryx_megatron.train.init_from import SHAPES
+from oryx_megatron.train.init_from import SHAPES, check_shapes
 from oryx_megatron.train.trainer import Trainer
 
 HALF = "iteration_0000003"
@@ -315,6 +318,24 @@ def test_dry_run_of_a_start(
         make(project, tmp_path / "n", source, *overrides)
 
 
+def test_what_to_set_is_an_override(project: Path) -> None:
+    """Nested fields too: pasted behind the command, the line's advice gives the source's model."""
+    now = load_run(project).model
+    moe = MoEConfig(experts=4, ffn_hidden_size=24, score="sigmoid")
+    other = dataclasses.replace(moe, experts=8, aux_loss=0.5)
+    then = dataclasses.replace(now, moe=moe, pattern=("attention", "both*2", "recurrent"))
+    for changed, told in (
+        (now, "moe (there {experts: 4, ffn_hidden_size: 24, score: sigmoid}, here None)"),
+        (dataclasses.replace(then, moe=other), "moe.experts (there 4, here 8); set model.moe.experts=4"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_shapes(then, changed, "source")
+        assert told in str(refused.value)
+        settings = shlex.split(str(refused.value).partition("; set ")[2])
+        if changed is now:
+            assert load_run(project, settings).model == then
+
+
 def test_every_field_of_a_model_is_of_one_kind() -> None:
     """Fields that decide shapes, and those that may differ: a new one must be put on a side."""
     free = {"name", "rotary", "rope_theta", "norm_epsilon", "init_std", "decay_init", "dt_init", "recurrence_chunk"}
@@ -324,16 +345,25 @@ def test_every_field_of_a_model_is_of_one_kind() -> None:
     assert names - set(SHAPES) - {"rope_scaling"} == free
 
 
-def test_an_export(trainer: Callable[..., Trainer], project: Path, tmp_path: Path) -> None:
+def test_an_export(
+    trainer: Callable[..., Trainer], project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """An export is where its checkpoint was, without a checkpoint on the way; nothing temporary stays."""
     source = project.parent / "source"
     export(source, tmp_path / "hf")
-    began = trainer(f"init_from={tmp_path / 'hf'}", "train.iterations=2")
+    caplog.set_level("INFO")
+    began = trainer(f"init_from={tmp_path / 'hf'}", "train.iterations=2", "data.sequence_length=40")
     save(began)
     assert_same(weights(tmp_path / "new"), weights(source))
     record = read_manifest(find_checkpoint(tmp_path / "new")).init_from
     assert record is not None
     assert (record["path"], record["iteration"]) == (str(tmp_path / "hf"), 5)
+    told = [line for line in caplog.messages if line.startswith("init_from: ")]
+    assert told == [
+        f"init_from: weights alone of {tmp_path / 'hf'}",
+        "init_from: data.sequence_length 48 → 40",
+        "init_from: train.iterations 5 → 2",
+    ]
     assert not list((tmp_path / "new").glob(".init_from*"))
     with pytest.raises(ConfigError, match=r"init_from.data: .*hf is a Hugging Face folder, of weights alone"):
         make(project, tmp_path / "other", f"init_from={tmp_path / 'hf'}", "init_from.data=true")
@@ -343,6 +373,33 @@ def test_an_export(trainer: Callable[..., Trainer], project: Path, tmp_path: Pat
     (tmp_path / "hf" / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"holds no model\.safetensors"):
         make(project, tmp_path / "other", f"init_from={tmp_path / 'hf'}")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_another_tokenizer_is_told(
+    trainer: Callable[..., Trainer],
+    project: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    """Of as many tokens, so that the weights fit; by the dry run too."""
+    train_sentencepiece(synthetic_texts(seed=1), tmp_path / "tokenizer", VOCABULARY, source="synthetic")
+    source = project.parent / "source"
+    if kind == "export":
+        export(source, tmp_path / "hf")
+        source = tmp_path / "hf"
+    other = (f"init_from={source}", f"data.tokenizer={tmp_path / 'tokenizer'}")
+    trainer(*other).stream.close()
+    (line,) = (line for line in caplog.messages if "embeddings mean other tokens" in line)
+    assert line.startswith("init_from: the source was trained with tokenizer")
+    caplog.clear()
+    trainer(other[0]).stream.close()
+    assert "embeddings" not in caplog.text
+    small = ("model.num_layers=1", "data.split=[9, 0, 1]", f"output_dir={tmp_path / 'new'}")
+    assert main([str(project), "--dry-run", *small, *other]) == 0
+    assert f"{line}\n" in capsys.readouterr().out
 
 
 def test_a_llama(

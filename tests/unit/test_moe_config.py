@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from oryx_megatron.config import load_model, load_run, to_yaml
-from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.config.schema import MoEConfig, ParallelConfig
 from oryx_megatron.config.validate import validate
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing.layouts import tiny_run
@@ -56,6 +58,13 @@ def test_layouts_with_experts(tmp_path: Path) -> None:
     assert validate(run, 4).ep == 4  # within tensor × data
 
 
+def test_every_field_of_experts_is_read() -> None:
+    """A name that another section has too, as `freeze` once, would hide that."""
+    code = "".join(path.read_text() for path in Path("oryx_megatron").rglob("*.py"))
+    for field in dataclasses.fields(MoEConfig):
+        assert re.search(rf"\b(moe|self)\.{field.name}\b", code), field.name
+
+
 def test_an_override_changes_one_field_of_a_preset(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text((Path("configs/model/tiny-gdn.yaml").read_text()) + f"moe: {MOE}\n")
     (tmp_path / "run.yaml").write_text(to_yaml(tiny_run()))
@@ -71,7 +80,6 @@ def test_an_override_changes_one_field_of_a_preset(tmp_path: Path) -> None:
 
 def test_graphs_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from oryx_megatron import platform
-    from oryx_megatron.config.schema import MoEConfig
     from oryx_megatron.train.engine import why_launched
 
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
