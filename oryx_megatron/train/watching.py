@@ -54,6 +54,8 @@ class Followed:
     """Unix time of the latest line."""
     _place: tuple[int, int] = (0, 0)
     """Inode and offset of metrics.jsonl up to which it was read."""
+    _config: tuple[int, int, int] | None = None
+    """Inode, time and size of the config.yaml that was read: a resume, which may extend the run, writes it anew."""
 
     def look(self) -> None:
         """Read what is new."""
@@ -76,8 +78,7 @@ class Followed:
                 self._take(metrics.parse_line(text))
         self._place = (facts.st_ino, offset + len(whole)) if facts is not None else (0, 0)
         self._look_at_events()
-        if self.iterations is None:
-            self.iterations, self.count, self.run = _length(self.folder)
+        self._look_at_config()
 
     def final(self) -> tuple[float, int, int] | None:
         """The final training loss as the run's summary has it, and its first and last step."""
@@ -114,6 +115,16 @@ class Followed:
         pace = 10 * max((step["seconds"] for step in self.steps), default=0.0)
         idle = now - max(self.changed, self.events[-1]["time"] if self.events else 0.0)
         return f"silent {duration(idle)}" if idle > max(SILENT, pace) else "running"
+
+    def _look_at_config(self) -> None:
+        try:
+            facts = os.stat(self.folder / "config.yaml")
+            found = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        except OSError:
+            found = None
+        if found != self._config:
+            self._config = found
+            self.iterations, self.count, self.run = _length(self.folder)
 
     def _look_at_events(self) -> None:
         try:

@@ -88,6 +88,26 @@ def test_a_replaced_file(tmp_path: Path) -> None:
     assert run.state(time.time()) == "no files"
 
 
+@pytest.mark.parametrize("kind", [Followed, web.Recorded])
+def test_an_extended_run(kind: type[Followed], tmp_path: Path) -> None:
+    """A run that is done is resumed with more iterations while it is watched: the table and the page count to those."""
+    run = kind(tmp_path, "run")
+    for iterations in (4, 8, 6):
+        (tmp_path / "new.yaml").write_text(to_yaml(tiny_run(train__iterations=iterations, train__exit_after=None)))
+        os.replace(tmp_path / "new.yaml", tmp_path / "config.yaml")
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        write(tmp_path, *(step(i) for i in range(1, 5)))
+        run.look()
+        line = table([run], time.time())[1].split()
+        assert (line[1], line[6]) == (f"4/{iterations}", f"0:{2 * (iterations - 4):02}")
+        if isinstance(run, web.Recorded):
+            facts = run.facts(time.time())
+            assert (facts["iterations"], facts["left"]) == (iterations, line[6])
+    (tmp_path / "config.yaml").write_text("train: [")  # no longer a config: no length, and no error
+    run.look()
+    assert table([run], time.time())[1].split()[1] == "4/?"
+
+
 def test_states(tmp_path: Path) -> None:
     run = Followed(tmp_path, "run")
     events = Events(tmp_path)
