@@ -320,7 +320,23 @@ def _triton_declines(work: backends.Workload | None) -> str | None:
         for name, width in (("qk_head_dim", work.model.qk_head_dim), ("v_head_dim", work.model.v_head_dim)):
             if width not in (16, 32, 64, 128):
                 return f"model.{name} {width} is not 16, 32, 64 or 128"
+        available, needed = platform.shared_memory(), _most_shared_memory(work)
+        if available is not None and needed > available:
+            heads = f"{work.model.qk_head_dim} × {work.model.v_head_dim} in {work.dtype}"
+            return f"heads of {heads} need {needed >> 10} KiB of shared memory; this GPU has {available >> 10}"
     return None
+
+
+def _most_shared_memory(work: backends.Workload) -> int:
+    """Bytes that the greediest kernel, grad_keys, needs: what Triton 3.7 compiles for Hopper, from widths of 32 on.
+
+    In fp32 heads of 128 × 128 do not fit into an H100; in bf16 they need 112 KiB, more than an L40S has.
+    """
+    width, columns = work.model.qk_head_dim, work.model.v_head_dim
+    states, keys, values = width * columns, CHUNK * width, CHUNK * columns
+    if work.dtype == "fp32":
+        return 4 * (3 * states + 2 * keys + 3 * values // 2 + 3 * CHUNK * CHUNK // 2)
+    return 2 * (2 * states + 2 * keys + values)
 
 
 def _mamba_missing() -> str | None:

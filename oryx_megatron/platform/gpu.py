@@ -41,6 +41,17 @@ def multiprocessors() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if has_gpu() else 1
 
 
+@cache
+def shared_memory() -> int | None:
+    """Bytes of shared memory that one program can have on this rank's GPU; None without one."""
+    import torch
+
+    if not has_gpu():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs leave it out
+
+
 def gpu_names() -> dict[str, int]:
     """Names of the GPUs that this process sees, and how many there are of each."""
     import torch

@@ -26,7 +26,7 @@ from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import Mode, parse_plan, plan_for
-from oryx_megatron.ops import TokenLayout, fused
+from oryx_megatron.ops import TokenLayout, backends, fused, scans
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.optimizer import build_optimizer, wrap
@@ -339,3 +339,21 @@ def test_a_kernel_cache_that_cannot_be_written_is_not_used(tmp_path: Path, caplo
     platform.use_kernel_cache(str(tmp_path / "file" / "kernels"))
     assert not any(name in os.environ for name in platform.KERNEL_CACHES)
     assert f"kernels.cache_dir {tmp_path / 'file' / 'kernels'} is not used: Not a directory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "available", "reason"),
+    [
+        ("bf16", 227, None),
+        ("fp32", 227, "heads of 128 × 128 in fp32 need 328 KiB of shared memory; this GPU has 227"),
+        ("bf16", 163, None),
+        ("bf16", 99, "heads of 128 × 128 in bf16 need 112 KiB of shared memory; this GPU has 99"),
+    ],
+    ids=["H100", "H100 in fp32", "A100", "L40S"],
+)
+def test_the_scan_declines_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, available: int, reason: str | None
+) -> None:
+    """Rather than fail in the first backward pass; test_triton_compiles.py holds the figures."""
+    monkeypatch.setattr(platform, "shared_memory", lambda: available << 10)
+    assert scans._triton_declines(backends.Workload(load_model("1.4b-mamba2"), dtype)) == reason
