@@ -31,6 +31,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mixed-tp2-cp2": ("mixed mamba2", 4, {"tensor": 2, "context": 2}),
     "ep2-experts": ("experts gdn", 2, {"expert": 2}),
     "tp2-cp2-ep2-experts": ("experts gdn", 4, {"tensor": 2, "context": 2, "expert": 2, "overlap": True}),
+    "routed": ("routed gdn", 1, {}),
+    "tp2-ep2-routed": ("routed gdn", 2, {"tensor": 2, "expert": 2}),
     "yarn": ("yarn gdn", 1, {}),
     "yarn-tp2-cp2": ("yarn gdn", 4, {"tensor": 2, "context": 2}),
     "layers": ("layers gdn", 1, {}),
@@ -44,6 +46,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 EXPERTS = MoEConfig(experts=4, top_k=4, ffn_hidden_size=24, shared_ffn_hidden_size=16, first_dense=1, z_loss=0.01)
 """A token goes to all: in another order of sums, one near the edge between two would soon choose the other."""
+ROUTED = MoEConfig(experts=8, ffn_hidden_size=24, first_dense=1, frequency=2, aux_loss=0.1, z_loss=0.01)
+"""A token goes to two. What differs is rounding: at a learning rate of 1e-2, weights changed by half a unit in the last
+place change the norm of the fourth step by up to 7e-4 under one layout, and layouts differ by up to 4e-4."""
 PATTERNS = {
     "experts": ("both*2", "recurrent", "both"),
     "hybrid": ("recurrent*3", "attention"),
@@ -59,7 +64,7 @@ def _run(name: str, layout: dict[str, Any], documents: str):
         "model__pattern": PATTERNS.get(kind, ()),
         "optimizer__lr": 1e-3,
     }
-    fields["model__moe"] = EXPERTS if kind == "experts" else None
+    fields["model__moe"] = {"experts": EXPERTS, "routed": ROUTED}.get(kind)
     if kind == "layers":  # every layer draws a plan of its own in most microbatches
         modes = ModesConfig(chunk=8, p_attention=0.1, p_recurrent=0.1, p_layers=0.8, layer_groups=4)
         fields["modes"] = modes
@@ -72,7 +77,7 @@ def _run(name: str, layout: dict[str, Any], documents: str):
 
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
-    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "yarn gdn", "layers gdn")
+    kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "routed gdn", "yarn gdn", "layers gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)
@@ -101,5 +106,7 @@ def trained() -> dict[str, list[tuple[float, float]]]:
 @pytest.mark.parametrize("documents", ["isolated", "joined"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_and_gradient_norms(name: str, documents: str, trained: dict[str, list[tuple[float, float]]]) -> None:
-    for found, want in zip(trained[f"{name} {documents}"], trained[f"{LAYOUTS[name][0]} {documents}"], strict=True):
+    steps, wanted = trained[f"{name} {documents}"], trained[f"{LAYOUTS[name][0]} {documents}"]
+    assert steps[0] == pytest.approx(wanted[0], rel=1e-6)  # of equal weights; later each update enlarges rounding
+    for found, want in zip(steps, wanted, strict=True):
         assert found == pytest.approx(want, rel=1e-5)
