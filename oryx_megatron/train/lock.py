@@ -88,13 +88,17 @@ def release() -> None:
 
 def _hold(folder: Path, beyond: Callable[[], RunLock] | None) -> RunLock:
     try:
-        missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        path = folder.resolve() / NAME
+        lock = _held.get(path)
+        if lock is not None and not lock.is_mine():
+            lock.release()  # its folder was deleted: left alive, it would take the next lock for another run's
+            lock = None
+        missing = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoints", "faults"):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise ConfigError(f"output_dir: {folder / name} should be a folder; choose another output_dir")
-        path = folder.resolve() / NAME
-        if (lock := _held.get(path)) is None or not lock.is_mine():
+        if lock is None:
             lock = RunLock(path)
             lock.acquire(shown=str(folder))
             lock.made = missing

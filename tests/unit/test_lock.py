@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import threading
 import time
@@ -112,6 +113,23 @@ def took_over_at_once(folder: Path) -> None:
     assert holder(folder)["pid"] == os.getpid()
     assert [path.name for path in folder.iterdir()] == ["lock"]
     held.release()
+
+
+def test_a_folder_that_was_deleted_is_held_anew(tmp_path: Path) -> None:
+    """In the same process: the first lock's thread takes the second one neither for another run's nor for its own."""
+    run = tmp_path / "run"
+    for _ in range(3):
+        held = lock.hold(run)
+        assert held is not None
+        shutil.rmtree(run)
+        again = lock.hold(run)
+        assert again is not None
+        assert again is not held
+        time.sleep(4 * lock.BEAT)  # it ended the process
+        assert again.is_mine()
+        assert [thread.name for thread in threading.enumerate()].count("run lock") == 1
+        again.release()
+        assert not run.exists()
 
 
 ELSEWHERE = {
