@@ -20,7 +20,7 @@ import yaml
 
 from oryx_megatron import resources
 from oryx_megatron.config.plans import read_plan
-from oryx_megatron.config.schema import RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
+from oryx_megatron.config.schema import REMOVED, RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.types import NAME, PATH, URL
 from oryx_megatron.config.validate import check_model
 from oryx_megatron.config.yaml_text import parse_yaml
@@ -187,6 +187,7 @@ def from_dict(cls: type[T], data: Any, *, source: str = "config", prefix: str = 
     kinds = field_types(cls)
     dot = f"{prefix}." if prefix else ""
     data = _renamed(cls, data, source, dot)
+    data = {key: value for key, value in data.items() if value or key not in REMOVED.get(cls.__name__, ())}
     for key in data:
         if key not in kinds:
             raise ConfigError(f"{source}: unknown key `{dot}{key}`{_near(str(key), kinds, dot)}")

@@ -30,6 +30,8 @@ RENAMED = {
     "FaultsConfig": {"returns": "max_rollbacks"},
 }
 """Keys of 0.1, by class, that run files and checkpoints still hold; read with a note until 0.4 (config/loading.py)."""
+REMOVED = {"MoEConfig": ("freeze",)}
+"""Keys that had no effect, by class: checkpoints hold them, empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from oryx_megatron.config import (
 from oryx_megatron.config.bounds import Range, check_ranges, ranges
 from oryx_megatron.config.pattern import layer_modes, pattern_of, period
 from oryx_megatron.config.reference import field_docs, inner_class, reference
-from oryx_megatron.config.schema import BlendEntry
+from oryx_megatron.config.schema import BlendEntry, MoEConfig
 from oryx_megatron.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +201,14 @@ def test_old_names_are_read_with_a_note(run_file, tmp_path, caplog):
     assert load_run(run_file, [f"model={{preset: {preset}, rope_theta: 8}}"]).model.rope_theta == 8
     message = fault(run_file, "model={preset: tiny-gdn, rotary_base: 9, rope_theta: 9}")
     assert "`model.rotary_base` is the old name of `model.rope_theta`: remove one of the two" in message
+
+
+def test_keys_that_had_no_effect(run_file: Path) -> None:
+    """Checkpoints of a day hold `moe.freeze`, empty; with a value it is as unknown as any."""
+    experts = "model.moe={experts: 4, ffn_hidden_size: 32, freeze: FREEZE}"
+    assert load_run(run_file, [experts.replace("FREEZE", "[]")]).model.moe == MoEConfig(experts=4, ffn_hidden_size=32)
+    with pytest.raises(ConfigError, match=r"unknown key `model\.moe\.freeze`"):
+        load_run(run_file, [experts.replace("FREEZE", "['*']")])
 
 
 def test_model_by_name_path_and_change(run_file, tmp_path):
