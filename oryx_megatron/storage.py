@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from oryx_megatron.atomic import replacing
 from oryx_megatron.errors import ConfigError, OryxError
 
 T = TypeVar("T")
@@ -155,13 +156,8 @@ class Remote:
 
     def download(self, path: Path) -> None:
         """Copy the file to this machine; it appears under its name when whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path, durable=False) as temporary:
             self._patiently("read", lambda system, there: system.get_file(there, str(temporary)))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the file, if there is one."""
@@ -499,11 +495,8 @@ class Ranges:
     def _keep(self, number: int, block: bytes) -> None:
         """A cache that cannot be written costs time, not the run."""
         global _unchecked
-        temporary = self.folder / f".{number:08x}.{os.getpid()}.tmp"
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError), replacing(self.folder / f"{number:08x}", durable=False) as temporary:
             temporary.write_bytes(block + zlib.crc32(block).to_bytes(4, "little"))
-            os.replace(temporary, self.folder / f"{number:08x}")
         _unchecked += len(block)
         if _unchecked > cache_bytes() // 512:  # each process looks by itself: together they may be over by some percent
             _unchecked = 0

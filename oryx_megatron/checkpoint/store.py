@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron.atomic import sync
 from oryx_megatron.checkpoint.manifest import (
     NAME,
     OWN_FILES,
@@ -139,8 +140,8 @@ def commit(folder: Path) -> Path:
     """
     final = folder.with_name(PREFIX + folder.name.removeprefix(WRITING).partition(".")[0])
     for file in folder.iterdir():
-        _fsync(file)
-    _fsync(folder)
+        sync(file)
+    sync(folder)
     if not os.path.lexists(final):
         folder.rename(final)
     elif final.is_symlink() or not final.is_dir() or _foreign(final):
@@ -153,7 +154,7 @@ def commit(folder: Path) -> Path:
         final.rename(old)
         folder.rename(final)
         discard(old)
-    _fsync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -302,11 +303,3 @@ def _is_whole(path: Path, expected: dict[str, Any]) -> bool:
         return path.is_file() and path.stat().st_size == expected["bytes"] and file_digest(path) == expected
     except OSError:  # missing, or the disk cannot read it
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from oryx_megatron import compat
+from oryx_megatron import compat, parallel, platform
 from oryx_megatron.data.files import read_json, sha256_of, sync, temporary_name, write_json
 from oryx_megatron.errors import DataError
 from oryx_megatron.parallel.wait import LIFE
@@ -34,17 +33,20 @@ VISIBLE = 60.0
 def cached(root: Path, key: dict[str, Any], build: Any, *, shared: bool = True) -> Path:
     """Folder of `root` with the files that `build(folder)` makes for this key; made if missing or not whole.
 
-    Folders appear whole (renamed) and are checked against the digests recorded in them. Only rank 0 may build, and of
-    several jobs one at a time where the file system has locks; without, they make the same and the first one stays.
+    Folders appear whole (renamed) and are checked against the digests recorded in them. Rank 0 of the job alone builds,
+    or a process without torch.distributed: every rank reads the same samples, whatever the layout. Of several jobs one
+    builds at a time where the file system has locks; without, they make the same and the first one stays.
     Where `root` is not `shared` but each machine has its own, its first rank builds.
     """
     key = key | {"megatron-core": importlib.metadata.version("megatron-core")}
     folder = root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if rank != 0 and (shared or os.environ.get("LOCAL_RANK", "0") != "0"):
+    main = parallel.is_main_rank()
+    if not main and (shared or platform.local_rank() != 0):
         deadline = time.monotonic() + (VISIBLE if shared else LIFE)
         while not _whole(folder, content=False):  # shared file systems remember for a while that it was not there
             if time.monotonic() > deadline:
+                if not shared:
+                    raise DataError(f"{folder}: the first rank of this machine has not made it in {LIFE:.0f} s")
                 raise DataError(
                     f"{folder}, made by rank 0, is not visible here: data.cache_dir must be on shared storage"
                 )
@@ -58,7 +60,7 @@ def cached(root: Path, key: dict[str, Any], build: Any, *, shared: bool = True) 
         try:
             if not _whole(folder):  # another job may have been faster
                 temporary.mkdir()
-                with compat.megatron.as_rank_0() if rank else contextlib.nullcontext():
+                with contextlib.nullcontext() if main else compat.megatron.as_rank_0():
                     build(temporary)
                 files = {
                     path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}

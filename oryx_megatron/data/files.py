@@ -10,13 +10,15 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron.atomic import replacing as replacing  # offered here too, with what commands need beside them
+from oryx_megatron.atomic import sync as sync
+from oryx_megatron.atomic import temporary_name as temporary_name
 from oryx_megatron.errors import NO_ROOM, DataError, OryxError
 from oryx_megatron.reading import parse_json, read_text
 
@@ -52,26 +54,6 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
     with replacing(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-
-
-def temporary_name(path: Path) -> Path:
-    """A hidden name next to `path`, free on every machine that shares the folder (process ids repeat in containers)."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`; on leaving without error it is synced and renamed to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def same_file(left: str | Path, right: str | Path) -> bool:
@@ -230,15 +212,6 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
             return False
 
     return test
-
-
-def sync(path: str | Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_skipped_list(path: Path) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import resource
 import socket
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from oryx_megatron import platform
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.cache import cached
@@ -240,7 +240,7 @@ def _opened(
 ) -> Iterator[tuple[str, tuple[_Stage, ...], tuple[float, float, float], Split, dict[str, Dataset]]]:
     """Name, stages, split and open datasets of each blend, once all checks of them have passed."""
     first = told is None
-    content = first or os.environ.get("LOCAL_RANK", "0") == "0"
+    content = first or platform.local_rank() == 0
     known = {file["path"]: data for identity in (told or {}).values() for data, file in identity["files"].items()}
     if tokenizer.vocab_size > run.model.vocab_size:
         raise DataError(

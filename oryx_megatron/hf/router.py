@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from oryx_megatron.data.files import replacing
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, first_line
 from oryx_megatron.hf.router_oryx import OryxRouter, shape_of
 
 NAME = "router.safetensors"
@@ -47,7 +47,7 @@ def load_router(path: Path) -> tuple[OryxRouter, dict[str, Any]]:
             router.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
             return router.eval(), json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged router ({str(error).splitlines()[0]}); train it again") from error
+        raise CheckpointError(f"{path}: damaged router ({first_line(error)}); train it again") from error
 
 
 def router_of(checkpoint: Path) -> Path:

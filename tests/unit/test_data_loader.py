@@ -396,6 +396,44 @@ def test_jobs_that_start_together_share_one_cache(
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("rank", "local", "shared", "builds"),
+    [
+        (None, 0, True, True),
+        (0, 0, True, True),
+        (0, 0, False, True),
+        (2, 0, True, False),  # the first of its machine, but the folder is everyone's
+        (2, 0, False, True),
+        (3, 1, False, False),
+    ],
+)
+def test_who_builds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int | None, local: int, shared: bool, builds: bool
+) -> None:
+    """By rank in the job, whatever the layout; on folders of each machine by rank on it. megatron-core sees rank 0."""
+    monkeypatch.setattr(cache, "VISIBLE", 0.0)
+    monkeypatch.setattr(cache, "LIFE", 0.0)
+    if rank is not None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+
+    def build(folder: Path) -> None:
+        assert rank is None or torch.distributed.get_rank() == 0
+        np.save(folder / "made.npy", np.arange(3))
+
+    if not builds:
+        why = r"made by rank 0, is not visible here: data\.cache_dir" if shared else "the first rank of this machine"
+        with pytest.raises(DataError, match=why):
+            cache.cached(tmp_path, {"a": 1}, build, shared=shared)
+        assert not list(tmp_path.iterdir())
+        return
+    folder = cache.cached(tmp_path, {"a": 1}, build, shared=shared)
+    assert np.load(folder / "made.npy").tolist() == [0, 1, 2]
+    assert rank is None or torch.distributed.get_rank() == rank
+
+
 def test_what_a_killed_job_left_is_cleared_after_a_day(paths: dict[str, str], tmp_path: Path) -> None:
     root = tmp_path / "cache" / "samples"
     for name, age in (("old", 90000), ("new", 60)):

@@ -13,6 +13,7 @@ ORDER = (
     "environment",
     "errors",
     "resources",
+    "atomic",
     "reading",
     "display",
     "paths",
