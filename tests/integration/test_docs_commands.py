@@ -29,7 +29,10 @@ SMALL = (
     (r"--vocab-size 32768", "--vocab-size 300"),
     (r"(?<=-m oryx_megatron.train )configs/run/quickstart.yaml(?! .*--config-only)", "run.yaml"),
     (r"(?<=--run )configs/run/quickstart.yaml", "run.yaml"),
-    (r"mine.yaml --dry-run", f"mine.yaml {RECIPE} --dry-run"),
+    (
+        r"mine.yaml --dry-run",
+        f"mine.yaml {RECIPE} output_dir=runs/new --dry-run",
+    ),  # runs/pretrain-1.4b-gdn is not this one
     (r"--lengths [\d ]+", "--lengths 96 "),
     (r"(oryx_megatron.monitor .*)", r"\1 --once"),
     (r"(launch/submit.py .*)", r"\1 --print"),
