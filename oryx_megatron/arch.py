@@ -30,7 +30,7 @@ STATE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Parameters of one kind over all layers, and which mode uses them."""
 
     name: str
@@ -45,7 +45,7 @@ class Part:
 class ParameterCounts:
     """Parameters of a model by part. A single-mode baseline has all but its embedding under `shared`."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
 
     def of(self, *users: User) -> int:
         """Parameters used by these."""
@@ -136,32 +136,33 @@ def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
     return parts
 
 
-def _mixer_parts(model: ModelConfig, layers: int) -> list[Part]:
+def _mixer_parts(model: ModelConfig, layers: int) -> list[ModelPart]:
     """Parameters of the mixers of `layers` layers of one kind."""
     d, heads, n, p = model.hidden_size, model.num_heads, model.qk_head_dim, model.v_head_dim
     both = model.modes == "both"
     attention: User = "attention" if both else "shared"
     recurrent: User = "recurrent" if both else "shared"
-    parts = [Part(name, layers * width * d, user, note) for name, (width, user, note) in _projections(model).items()]
+    widths = _projections(model)
+    parts = [ModelPart(name, layers * width * d, user, note) for name, (width, user, note) in widths.items()]
     if model.conv_width:
-        parts.append(Part("conv", layers * model.kv_heads * (n + p) * model.conv_width, "shared", "G (N + P) w"))
+        parts.append(ModelPart("conv", layers * model.kv_heads * (n + p) * model.conv_width, "shared", "G (N + P) w"))
     if model.has_recurrence:
         gates, scalars = (1, 3) if model.mixer == "mamba2" else (2, 2)
-        parts.append(Part("decay_proj", layers * gates * heads * d, recurrent, "2 H d" if gates == 2 else "H d"))
+        parts.append(ModelPart("decay_proj", layers * gates * heads * d, recurrent, "2 H d" if gates == 2 else "H d"))
         names = "a_log, dt_bias, d" if model.mixer == "mamba2" else "a_log, dt_bias"
-        parts.append(Part(names, layers * scalars * heads, recurrent, f"{scalars} H"))
+        parts.append(ModelPart(names, layers * scalars * heads, recurrent, f"{scalars} H"))
     if model.has_attention and model.qk_norm:
-        parts.append(Part("query_norm, key_norm", layers * 2 * n, attention, "2 N"))
+        parts.append(ModelPart("query_norm, key_norm", layers * 2 * n, attention, "2 N"))
     parts += [
-        Part("out_norm", layers * p, "shared", "P"),
-        Part("out_proj", layers * heads * p * d, "shared", "H P d"),
+        ModelPart("out_norm", layers * p, "shared", "P"),
+        ModelPart("out_proj", layers * heads * p * d, "shared", "H P d"),
     ]
     return parts
 
 
-def _merged(model: ModelConfig) -> list[Part]:
+def _merged(model: ModelConfig) -> list[ModelPart]:
     """Parameters of all mixers; parts of some layers say so."""
-    found: dict[tuple[str, User], list[Part]] = {}
+    found: dict[tuple[str, User], list[ModelPart]] = {}
     layers: Counter[tuple[str, User]] = Counter()
     for kind in kinds(model):
         for part in _mixer_parts(kind.model, kind.layers):
@@ -173,37 +174,37 @@ def _merged(model: ModelConfig) -> list[Part]:
         some = layers[name, user] < model.num_layers
         note = f"{several[0].note}, {layers[name, user]} layers" if some else several[0].note
         fixed = users[name] > 1 and user == "shared"
-        parts.append(Part(f"{name} (fixed)" if fixed else name, sum(part.count for part in several), user, note))
+        parts.append(ModelPart(f"{name} (fixed)" if fixed else name, sum(part.count for part in several), user, note))
     return parts
 
 
-def _mlp_parts(model: ModelConfig) -> list[Part]:
+def _mlp_parts(model: ModelConfig) -> list[ModelPart]:
     """Parameters behind the mixers: dense layers, and layers with experts."""
     d, moe, count = model.hidden_size, model.moe, model.expert_layers
     some = f", {model.num_layers - count} layers" if count else ""
-    parts = [Part("mlp", (model.num_layers - count) * 3 * d * model.ffn_hidden_size, "shared", f"3 d f{some}")]
+    parts = [ModelPart("mlp", (model.num_layers - count) * 3 * d * model.ffn_hidden_size, "shared", f"3 d f{some}")]
     if moe is not None:
         some = f", {count} layers" if count < model.num_layers else ""
         one = count * 3 * d * moe.ffn_hidden_size
         note = f"E 3 d {moe.ffn_hidden_size}{some}"
-        parts.append(Part("experts", moe.experts * one, "shared", note, idle=(moe.experts - moe.top_k) * one))
-        parts.append(Part("router", count * moe.experts * d, "shared", f"E d{some}"))
+        parts.append(ModelPart("experts", moe.experts * one, "shared", note, idle=(moe.experts - moe.top_k) * one))
+        parts.append(ModelPart("router", count * moe.experts * d, "shared", f"E d{some}"))
         if moe.shared_ffn_hidden_size:
             width = moe.shared_ffn_hidden_size
-            parts.append(Part("shared experts", count * 3 * d * width, "shared", f"3 d {width}{some}"))
+            parts.append(ModelPart("shared experts", count * 3 * d * width, "shared", f"3 d {width}{some}"))
     return [part for part in parts if part.count]
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of `model` by part; equal to what the built model has."""
     d, layers = model.hidden_size, model.num_layers
-    parts = [Part("embedding", model.vocab_size * d, "embedding", "V d"), *_merged(model)]
+    parts = [ModelPart("embedding", model.vocab_size * d, "embedding", "V d"), *_merged(model)]
     parts += [
         *_mlp_parts(model),
-        Part("layer norms", (2 * layers + 1) * d, "shared", "2 d, and d at the end"),
+        ModelPart("layer norms", (2 * layers + 1) * d, "shared", "2 d, and d at the end"),
     ]
     if not model.tie_embeddings:
-        parts.append(Part("output_layer", model.vocab_size * d, "embedding", "V d"))
+        parts.append(ModelPart("output_layer", model.vocab_size * d, "embedding", "V d"))
     return ParameterCounts(tuple(parts))
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
         raise ConfigError(f"--interval {arguments.interval:g}: give seconds above 0")
     if arguments.web and arguments.once:
         raise ConfigError("--once: a page is served until Ctrl-C; leave out one of --web and --once")
-    copies = {run: storage.Followed(run, FILES) for run in arguments.runs if is_url(run)}
+    copies = {run: storage.FollowedFiles(run, FILES) for run in arguments.runs if is_url(run)}
     paths = [copies[run].folder if run in copies else Path(run) for run in arguments.runs]
     if arguments.web:
         runs = [web.Recorded(path, name) for path, name in zip(paths, _names(paths), strict=True)]

@@ -41,7 +41,7 @@ TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RouterOptions:
     """How to train a router."""
 
     texts: int = 512
@@ -107,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         "batch_size": "texts per update and rank", "lr": "peak learning rate", "width": "of the router",
         "layers": "of the router", "heads": "of the router", "seed": "of weights and order",
     }  # fmt: skip
-    for field in dataclasses.fields(Options):
+    for field in dataclasses.fields(RouterOptions):
         name, default = f"--{field.name.replace('_', '-')}", field.default
         parser.add_argument(name, type=type(default), default=default, help=f"{docs[field.name]} (default: {default})")
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "run")
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
-    rows, path = train_router(arguments.run, Options(**values), overwrite=arguments.overwrite)
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(RouterOptions)}
+    rows, path = train_router(arguments.run, RouterOptions(**values), overwrite=arguments.overwrite)
     if path is not None:
         sys.stdout.write(table(rows))
         sys.stdout.write(f"written: {path}\n")
@@ -131,7 +131,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def train_router(run: str | Path, options: Options, *, overwrite: bool = False) -> tuple[list[Row], Path | None]:
+def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = False) -> tuple[list[Row], Path | None]:
     """Train, calibrate, compare and write a router. Collective: all data-parallel ranks call it.
 
     Returns:
@@ -183,7 +183,7 @@ def train_router(run: str | Path, options: Options, *, overwrite: bool = False) 
     return rows, path
 
 
-def texts_of(model: LoadedModel, options: Options) -> Iterator[tuple[Any, int]]:
+def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[Any, int]]:
     """This rank's streams of training and validation texts, and how many texts to take of each."""
     from megatron.core import parallel_state
 
@@ -266,7 +266,7 @@ def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, docume
         return placed.info.restore(losses).float().cpu()
 
 
-def fit(router: OryxRouter, gains: Gains, options: Options, generator: Any) -> None:
+def fit(router: OryxRouter, gains: Gains, options: RouterOptions, generator: Any) -> None:
     """Train a router to predict gains: the mean of what is to come, by which a budget is spent best.
 
     All ranks hold equal weights and average their gradients.

@@ -515,7 +515,7 @@ def sha256_is(sums: dict[str, str | None]) -> Callable[[Path, str], bool]:
     return whole
 
 
-class Followed:
+class FollowedFiles:
     """Copies of a few small files of a folder on object storage, which may not exist yet, brought up to date on demand.
 
     Args:

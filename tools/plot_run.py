@@ -137,7 +137,7 @@ def _curves_of(run: str) -> Path:
     """metrics.jsonl of a run folder, or the file itself; of a URL, a copy."""
     if not is_url(run):
         return Path(run) / metrics.NAME if Path(run).is_dir() else Path(run)
-    followed = storage.Followed(run.removesuffix(f"/{metrics.NAME}"), (metrics.NAME,))
+    followed = storage.FollowedFiles(run.removesuffix(f"/{metrics.NAME}"), (metrics.NAME,))
     followed.look()
     if not (followed.folder / metrics.NAME).is_file():
         raise DataError(f"{run} does not exist; give a run folder (the config's output_dir)")

@@ -44,7 +44,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch, score
 from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
-from oryx_megatron.router import Gains, Options, fit
+from oryx_megatron.router import Gains, RouterOptions, fit
 
 ROUTER_TEXTS = 2048
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
@@ -165,7 +165,7 @@ def router_of(training: Training, texts: RetrievalBatch, others: Tensor) -> Oryx
     known = Gains(
         texts.tokens, gained, torch.ones_like(gained, dtype=torch.bool), torch.zeros(2, *gained.shape), texts.labels
     )
-    fit(router, known, Options(epochs=8, batch_size=32), torch.Generator().manual_seed(0))
+    fit(router, known, RouterOptions(epochs=8, batch_size=32), torch.Generator().manual_seed(0))
     with torch.no_grad():
         router.calibrate(router.eval()(others.clamp(max=router.shape.vocab_size - 1))[0])
     return router

@@ -78,7 +78,7 @@ def compare(run: str, out: Path, texts: int, options: dict[str, Any]) -> None:
     from oryx_megatron.hf.router import load_router
 
     begun = time.time()
-    chosen = router.Options(**options)
+    chosen = router.RouterOptions(**options)
     rows, path = router.train_router(run, chosen, overwrite=True)
     assert path is not None  # one process
     parallel.destroy()

@@ -24,7 +24,7 @@ NO_AVERAGE = "holds no average of the weights (train.ema)"
 
 
 @dataclass(frozen=True)
-class Part:
+class HeldPart:
     """What a rank holds of one weight's average."""
 
     weight: Tensor
@@ -41,14 +41,14 @@ class Part:
 class Averages(Protocol):
     """The average of a run, as train/ema.py keeps it."""
 
-    parts: list[Part]
+    parts: list[HeldPart]
     begun: bool
 
     def loaded(self, iteration: int, *, found: bool) -> None:
         """Told after a load of step `iteration`: whether the checkpoint had an average, which then is in `parts`."""
 
 
-def parts(optimizer: Any) -> list[Part]:
+def parts(optimizer: Any) -> list[HeldPart]:
     """One for every master on this rank, with an average that is not filled."""
     found = []
     if singles := shards.own_shards(optimizer):
@@ -57,11 +57,11 @@ def parts(optimizer: Any) -> list[Part]:
                 # Not by _get_main_param_and_optimizer_states, which leaves an empty state where there is none yet.
                 group, place = single.model_param_group_index_map[weight]
                 master = single.optimizer.param_groups[group]["params"][place].detach()
-                found.append(Part(weight, start, stop, master, torch.empty_like(master)))
+                found.append(HeldPart(weight, start, stop, master, torch.empty_like(master)))
         return found
     for single in compat.megatron.singles(optimizer):
         for own, master in whole.masters(single):
-            found.append(Part(own, 0, own.numel(), master.detach(), torch.empty_like(master.detach())))
+            found.append(HeldPart(own, 0, own.numel(), master.detach(), torch.empty_like(master.detach())))
     return found
 
 
@@ -71,7 +71,7 @@ def has_average(written: Iterable[str]) -> bool:
 
 
 def sharded_average(
-    held: list[Part], optimizer: Any, models: list[Any], model_states: list[dict[str, Any]]
+    held: list[HeldPart], optimizer: Any, models: list[Any], model_states: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Sharded averages of `parts`, and of the weights that do not train.
 
@@ -95,12 +95,12 @@ def sharded_average(
         for weight in model.parameters():
             if not weight.requires_grad:
                 values = weight.detach().float()
-                same = Part(weight, 0, weight.numel(), values, values.flatten() if singles else values)
+                same = HeldPart(weight, 0, weight.numel(), values, values.flatten() if singles else values)
                 found[f"frozen {len(found)}"] = _entry(sharded[weight], same, bool(singles), None)
     return found
 
 
-def _entry(sharded: Any, part: Part, in_ranges: bool, instance: int | None) -> Any:
+def _entry(sharded: Any, part: HeldPart, in_ranges: bool, instance: int | None) -> Any:
     if not in_ranges:
         return make_sharded_optimizer_tensor(sharded, part.average, PREFIX[:-1])
     pieces = shards.rectangles(sharded, part.weight, part.start, part.stop, instance)
@@ -111,7 +111,7 @@ def _entry(sharded: Any, part: Part, in_ranges: bool, instance: int | None) -> A
 
 
 @torch.no_grad()
-def fill(held: list[Part], loaded: dict[str, Any]) -> None:
+def fill(held: list[HeldPart], loaded: dict[str, Any]) -> None:
     """Copy what was read for `sharded_average` into the parts."""
     for number, part in enumerate(held):
         read = loaded[str(number)]

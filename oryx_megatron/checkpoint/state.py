@@ -39,7 +39,7 @@ def sharded_state(
     optimizer: MegatronOptimizer | None,
     *,
     loading: bool = False,
-    averages: list[average.Part] | None = None,
+    averages: list[average.HeldPart] | None = None,
 ) -> dict[str, Any]:
     """Sharded state of all model chunks of this rank and, if given, of the optimizer and of the average of weights."""
     models = [unwrap_model(chunk) for chunk in chunks]
@@ -82,7 +82,7 @@ def load_sharded_state(
     optimizer: MegatronOptimizer | None,
     *,
     weights_only: bool = False,
-    averages: list[average.Part] | None = None,
+    averages: list[average.HeldPart] | None = None,
     weights: WeightsKind = "trained",
 ) -> bool:
     """Fill model and, if given, optimizer from a checkpoint written under any layout; whether `averages` were filled.

@@ -44,7 +44,7 @@ FILES = 12
 
 
 @dataclass(frozen=True)
-class Part:
+class BlendPart:
     """One dataset's share of a blend."""
 
     path: str
@@ -59,7 +59,7 @@ class Look:
     """What a run would read of one split or validation set, without indices of samples."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[BlendPart, ...]
     identity: dict[str, Any]
     """See Blend; without `epochs`."""
 
@@ -73,7 +73,7 @@ class Blend(torch.utils.data.Dataset):
         datasets: Sequence[GPTDataset],
         order: tuple[np.ndarray, np.ndarray] | None,
         size: int,
-        parts: tuple[Part, ...],
+        parts: tuple[BlendPart, ...],
         identity: dict[str, Any],
         counted: int | None = None,
     ) -> None:
@@ -225,7 +225,8 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
         if name != "train" and stages[-1].stop == EVERY:
             wanted = {path: float(_held(tokens[path], run)) for path in wanted}
         parts = (
-            Part(path, round(part), part * run.data.sequence_length / tokens[path]) for path, part in wanted.items()
+            BlendPart(path, round(part), part * run.data.sequence_length / tokens[path])
+            for path, part in wanted.items()
         )
         found[name] = Look(name, tuple(parts), _identity(run, tokenizer, stages, share, split, opened))
     return found
@@ -428,7 +429,7 @@ def _blend(
 
         root, shared = (cache or dataset.place.folder / ".cache") / "samples", cache is not None or dataset.place.shared
         datasets.append(build(cached(root, key, build, shared=shared)))
-        parts.append(Part(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
+        parts.append(BlendPart(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
     identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
     for part in parts:
         logger.info("%s: %d samples (%.2f epochs) of %s", name, part.samples, part.epochs, part.path)

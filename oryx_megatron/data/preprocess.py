@@ -35,7 +35,7 @@ from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.data.indexed import IndexedWriter, check_outputs, file_of, output_prefix
 from oryx_megatron.data.preprocess_work import (
     Job,
-    Part,
+    Piece,
     Progress,
     ends_itself,
     part_file,
@@ -238,7 +238,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _resume(folder: Path, key: dict[str, Any], restart: bool) -> dict[str, Any]:
     """State of an unfinished run in `folder`; a fresh one when there is none."""
-    fresh: dict[str, Any] = {"merged": 0, "writer": None, "log": 0, "totals": asdict(Part())}
+    fresh: dict[str, Any] = {"merged": 0, "writer": None, "log": 0, "totals": asdict(Piece())}
     begun = (folder / "key.json").exists() and not _renamed(folder)  # else killed while finished files were renamed
     if begun and not restart:
         found = read_json(folder / "key.json")
@@ -273,7 +273,7 @@ def _run(
     sizes = [sum(segment.size for segment in unit) for unit in units]
     done = [number < state["merged"] or part_file(folder, number, "json").exists() for number in range(len(units))]
     progress = Progress(sum(sizes), before=sum(size for size, finished in zip(sizes, done, strict=True) if finished))
-    totals = Part(**state["totals"])
+    totals = Piece(**state["totals"])
     todo = [number for number, finished in enumerate(done) if not finished]
     merged, saved = state["merged"], time.monotonic()
     with (
@@ -303,7 +303,7 @@ def _run(
         for number in range(merged, len(units)):
             while not at_work.finished(number, 0.2):
                 tell()
-            part = Part(**read_json(part_file(folder, number, "json")))
+            part = Piece(**read_json(part_file(folder, number, "json")))
             if part.stop is not None:
                 part_file(folder, number, "json").unlink()
                 raise DataError(part.stop)
@@ -355,7 +355,7 @@ def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:
     }
 
 
-def _add(totals: Part, part: Part) -> None:
+def _add(totals: Piece, part: Piece) -> None:
     totals.documents += part.documents
     totals.tokens += part.tokens
     totals.text_bytes += part.text_bytes
@@ -366,7 +366,7 @@ def _add(totals: Part, part: Part) -> None:
     totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 
-def _check_share(job: Job, totals: Part, input_bytes: int, *, final: bool = False) -> None:
+def _check_share(job: Job, totals: Piece, input_bytes: int, *, final: bool = False) -> None:
     if job.on_error == "stop":
         return
     seen = totals.documents + sum(number for reason, number in totals.bad.items() if reason != "empty")

@@ -78,7 +78,7 @@ class Progress:
 
 
 @dataclass
-class Part:
+class Piece:
     """What a process reports of its piece of work."""
 
     documents: int = 0
@@ -225,7 +225,7 @@ class _Worker:
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
 
     def __call__(self, number: int, unit: tuple[Segment, ...]) -> None:
-        part, self.encoder.counts = Part(), Counter()
+        part, self.encoder.counts = Piece(), Counter()
         reading, base = Reading(), int(self.counts[0])
         files = {end: part_file(self.folder, number, end) for end in ("bin", "len", "bad")}
         with (
@@ -247,7 +247,7 @@ class _Worker:
             self.counts[0] = base + sum(segment.size for segment in unit)
             write_json(part_file(self.folder, number, "json"), asdict(part))
 
-    def _batches(self, unit: Sequence[Segment], reading: Reading, part: Part, log: Any) -> Iterator[list[Text]]:
+    def _batches(self, unit: Sequence[Segment], reading: Reading, part: Piece, log: Any) -> Iterator[list[Text]]:
         """Documents in batches of about BATCH_BYTES; what is bad is counted, logged, or stops the piece of work."""
         batch: list[Text] = []
         size = 0
@@ -269,7 +269,7 @@ class _Worker:
         if batch:
             yield batch
 
-    def _write(self, batch: list[Text], part: Part, bin_: Any, len_: Any, open_length: int) -> int:
+    def _write(self, batch: list[Text], part: Piece, bin_: Any, len_: Any, open_length: int) -> int:
         tokens, lengths = self.encoder.encode(batch)
         ends = np.array([text.last for text in batch])
         totals = np.add.reduceat(lengths, np.flatnonzero(np.concatenate([[True], ends[:-1]])))

@@ -27,7 +27,7 @@ from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.errors import ConfigError, first_line
 from oryx_megatron.health import machine
 from oryx_megatron.health.rank import Rank
-from oryx_megatron.health.report import Finding, Options, Report
+from oryx_megatron.health.report import Fault, Options, Report
 from oryx_megatron.paths import expand_arguments
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
     dist = platform.late("torch.distributed")
 
-__all__ = ["Finding", "Options", "Report", "check", "main"]
+__all__ = ["Fault", "Options", "Report", "check", "main"]
 
 
 @main_guard

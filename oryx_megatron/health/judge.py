@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from oryx_megatron.health.report import Finding, Options
+from oryx_megatron.health.report import Fault, Options
 
 
-def silent(ranks: Iterable[int], world: int) -> list[Finding]:
+def silent(ranks: Iterable[int], world: int) -> list[Fault]:
     """Ranks that told nothing, by the node they should be on."""
     names = os.environ.get("ORYX_NODES", "").split()
     found: dict[str, list[int]] = {}
@@ -20,19 +20,19 @@ def silent(ranks: Iterable[int], world: int) -> list[Finding]:
         node = names[rank * len(names) // world] if names else "unknown node"
         found.setdefault(node, []).append(rank)
     return [
-        Finding((node,), "present", f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} did not report")
+        Fault((node,), "present", f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} did not report")
         for node, r in found.items()
     ]
 
 
 def facts_of_nodes(
     facts: dict[int, dict[str, Any]], leaders: list[int], offsets: dict[int, float | None], options: Options
-) -> list[Finding]:
+) -> list[Fault]:
     """Faults of single nodes, and nodes that differ from most."""
-    found: list[Finding] = []
+    found: list[Fault] = []
 
     def add(rank: int, check: str, text: str) -> None:
-        found.append(Finding((facts[rank]["node"],), check, text))
+        found.append(Fault((facts[rank]["node"],), check, text))
 
     for rank, fact in facts.items():
         if fact["first"] and fact["gpus"] < options.gpus:
@@ -79,7 +79,7 @@ def facts_of_nodes(
     return found
 
 
-def _odd(values: dict[int, str], facts: dict[int, dict[str, Any]], check: str, what: str) -> list[Finding]:
+def _odd(values: dict[int, str], facts: dict[int, dict[str, Any]], check: str, what: str) -> list[Fault]:
     """Nodes whose value is not that of most (of the first, in a draw)."""
     if len(set(values.values())) < 2:
         return []
@@ -87,7 +87,7 @@ def _odd(values: dict[int, str], facts: dict[int, dict[str, Any]], check: str, w
     example = next(facts[rank]["node"] for rank, value in values.items() if value == usual)
     others = f" and {count - 1} more" if count > 1 else ""
     return [
-        Finding((facts[rank]["node"],), check, f"{what} {value}, but {usual} on {example}{others}")
+        Fault((facts[rank]["node"],), check, f"{what} {value}, but {usual} on {example}{others}")
         for rank, value in values.items()
         if value != usual
     ]
@@ -99,18 +99,18 @@ def speeds_of_nodes(
     groups: dict[str, list[int]],
     options: Options,
     measured: dict[str, Any],
-) -> list[Finding]:
+) -> list[Fault]:
     """Slow and failing nodes; adds the bandwidths to `measured`."""
     node_of = {rank: node for node, ranks in groups.items() for rank in ranks}
     found = [
-        Finding((node_of[rank],), "all-reduce", f"rank {rank} is stuck in the measurements of bandwidth")
+        Fault((node_of[rank],), "all-reduce", f"rank {rank} is stuck in the measurements of bandwidth")
         for rank in stuck
     ]
     inside: dict[str, float | str] = {}
     pairs: dict[str, float | str] = {}
     for rank, values in speeds.items():
         if error := values.get("error"):
-            found.append(Finding((node_of[rank],), "all-reduce", f"the ranks' group failed: {error}"))
+            found.append(Fault((node_of[rank],), "all-reduce", f"the ranks' group failed: {error}"))
         for name, value in values.items():
             into = inside if name.startswith("in ") else pairs if "–" in name else None
             if into is not None and not isinstance(into.get(name), str):  # an error on one rank counts
@@ -119,10 +119,10 @@ def speeds_of_nodes(
     good = _good([value for value in inside.values() if isinstance(value, float)])
     for node, value in inside.items():
         if isinstance(value, str):
-            found.append(Finding((node,), "all-reduce", f"all-reduce within the node failed: {value}"))
+            found.append(Fault((node,), "all-reduce", f"all-reduce within the node failed: {value}"))
         elif value < options.slow * good:
             text = f"all-reduce within the node: {value:.3g} GB/s, others reach {good:.3g}"
-            found.append(Finding((node,), "all-reduce", text))
+            found.append(Fault((node,), "all-reduce", text))
     found += judge_pairs(pairs, options)
     everything = [values["all"] for values in speeds.values() if "all" in values and math.isfinite(values["all"])]
     measured["all-reduce within nodes in GB/s"] = {n: v for n, v in inside.items() if isinstance(v, float)}
@@ -131,7 +131,7 @@ def speeds_of_nodes(
     return found
 
 
-def judge_pairs(pairs: dict[str, float | str], options: Options) -> list[Finding]:
+def judge_pairs(pairs: dict[str, float | str], options: Options) -> list[Fault]:
     """The nodes to blame for slow or failed pairs: those that are so with both of their neighbours."""
     good = _good([value for value in pairs.values() if isinstance(value, float)])
     limit = max(options.slow * good, options.min_gbps)
@@ -149,11 +149,11 @@ def judge_pairs(pairs: dict[str, float | str], options: Options) -> list[Finding
     found = []
     for node in blamed:
         texts = "; ".join(f"with {_other(name, node)} {bad[name]}" for name in joined[node])
-        found.append(Finding((node,), "all-reduce", f"all-reduce between nodes: {texts}"))
+        found.append(Fault((node,), "all-reduce", f"all-reduce between nodes: {texts}"))
     for name, text in bad.items():
         ends = tuple(name.split("–"))
         if not set(ends) & set(blamed):
-            found.append(Finding(ends, "all-reduce", f"all-reduce between the two: {text}; one of them, or their link"))
+            found.append(Fault(ends, "all-reduce", f"all-reduce between the two: {text}; one of them, or their link"))
     return found
 
 
@@ -167,12 +167,12 @@ def _other(pair: str, node: str) -> str:
     return b if a == node else a
 
 
-def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def merged(findings: Iterable[Fault]) -> tuple[Fault, ...]:
     """Equal texts of several nodes as one finding."""
     nodes: dict[tuple[str, str], dict[str, None]] = {}
     for finding in findings:
         nodes.setdefault((finding.check, finding.text), {}).update(dict.fromkeys(finding.nodes))
-    return tuple(Finding(tuple(names), check, text) for (check, text), names in nodes.items())
+    return tuple(Fault(tuple(names), check, text) for (check, text), names in nodes.items())
 
 
 def numbers(facts: dict[int, dict[str, Any]], leaders: list[int], name: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ from oryx_megatron import platform
 from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.errors import OryxError, first_line
 from oryx_megatron.health import judge, machine
-from oryx_megatron.health.report import Finding, Options, Report
+from oryx_megatron.health.report import Fault, Options, Report
 from oryx_megatron.paths import is_url
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Rank:
             speeds, stuck = self._gather("speeds", self.options.timeout * 3)
             findings += judge.speeds_of_nodes(speeds, stuck, groups, self.options, measured)
         else:
-            findings.append(Finding(names, "all-reduce", "bandwidth was not measured, for the reasons above"))
+            findings.append(Fault(names, "all-reduce", "bandwidth was not measured, for the reasons above"))
         report = Report(names, self.world, judge.merged(findings), measured)
         self.store.set("report", json.dumps(dataclasses.asdict(report)))
         self._wait_for_readers(len(facts))
@@ -86,7 +86,7 @@ class Rank:
         fields = json.loads(self._read("report", self.options.timeout * 4))
         self.store.add("readers", 1)
         self._end()
-        findings = tuple(Finding(tuple(f["nodes"]), f["check"], f["text"]) for f in fields["findings"])
+        findings = tuple(Fault(tuple(f["nodes"]), f["check"], f["text"]) for f in fields["findings"])
         return Report(tuple(fields["nodes"]), fields["ranks"], findings, fields["measured"])
 
     # ---------------------------------------------------------------------------------------------- key-value store

@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """One fault."""
 
     nodes: tuple[str, ...]
@@ -63,7 +63,7 @@ class Report:
 
     nodes: tuple[str, ...]
     ranks: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Fault, ...]
     measured: dict[str, Any]
     """Numbers by name: per node, or per pair `a–b`."""
 

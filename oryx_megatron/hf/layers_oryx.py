@@ -119,7 +119,7 @@ class OryxContext:
     output_attentions: bool = False
 
 
-class OryxMixer(nn.Module):
+class OryxTokenMixer(nn.Module):
     """One layer's mixer: shared keys and values, an attention query and a recurrent query."""
 
     def __init__(self, config: OryxConfig, layer_idx: int = 0) -> None:
@@ -348,7 +348,7 @@ class OryxDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: OryxConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.input_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = OryxMixer(config, layer_idx)
+        self.mixer = OryxTokenMixer(config, layer_idx)
         self.pre_mlp_layernorm = OryxRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _mlp(config, layer_idx)
 

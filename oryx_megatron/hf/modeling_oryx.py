@@ -40,9 +40,9 @@ from .generation_oryx import CACHE, OryxDecoder, OryxGenerationMixin, one_cache
 from .layers_oryx import (
     OryxContext,
     OryxDecoderLayer,
-    OryxMixer,
     OryxRMSNorm,
     OryxShortConv,
+    OryxTokenMixer,
     compiled_block,
 )
 from .modes_oryx import FirstSlots, LayerModes, ModePlan, TokenModes, distinct_plans, plan_mask
@@ -110,7 +110,7 @@ class OryxPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": OryxDecoderLayer, "attentions": OryxMixer}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": OryxDecoderLayer, "attentions": OryxTokenMixer}  # noqa: RUF012
 
     def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -136,7 +136,7 @@ class OryxPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OryxShortConv):
             bound = module.weight.shape[1] ** -0.5  # torch's own default for a depthwise convolution
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, OryxMixer) and module.recurs:
+        elif isinstance(module, OryxTokenMixer) and module.recurs:
             a = torch.empty_like(module.a_log, dtype=torch.float32).uniform_(*config.decay_init)
             init.copy_(module.a_log, a.log())
             low, high = torch.tensor(config.dt_init).log().tolist()
@@ -217,7 +217,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
             limit = cache.get_max_length()
             if limit >= 0 and isinstance(past, int) and past + s > limit:
                 raise ValueError(f"the static cache has room for {limit} tokens, not for {past} + {s}")
-        mask, valid = self._padding(attention_mask, b, s, past, slots, cache)
+        mask, valid = _padding(attention_mask, b, s, past, slots, cache)
         if position_ids is None:
             if mask is None:
                 position_ids = (torch.arange(s, device=x.device) + past)[None]
@@ -317,29 +317,6 @@ class OryxModel(OryxPreTrainedModel, Routed):
             plan[..., document, offset] = flat
         out = self(inputs_embeds=rows, attention_mask=valid, use_cache=False, mode_plan=plan)
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state[document, offset].unflatten(0, (b, s)))
-
-    @staticmethod
-    def _padding(
-        attention_mask: Tensor | None, b: int, s: int, past: int | Tensor, slots: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask over all cache slots, bool [b, t], and over this call's tokens [b, s]; None without padding."""
-        if attention_mask is None:
-            return None, None
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != b:
-            raise ValueError(
-                f"attention_mask of shape {list(attention_mask.shape)}: Oryx needs [{b}, tokens so far], false for "
-                "padding; a recurrence cannot follow a mask of pairs (position_ids that restart mark packed documents)"
-            )
-        mask = attention_mask.bool()
-        limit = cache.get_max_length() if slots is not None else -1
-        if limit >= 0 and mask.shape[1] < limit:
-            mask = F.pad(mask, (0, limit - mask.shape[1]), value=True)  # what lies ahead, causality hides
-        if isinstance(past, int) and mask.shape[1] not in (past + s, limit):
-            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, not {past} cached ones and {s} new ones")
-        if s > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
-            return None, None
-        valid = mask[:, -s:] if slots is None or mask.shape[1] != limit else mask[:, slots]
-        return mask, valid
 
     def _token_mask(self, plan: Any, b: int, s: int) -> Tensor:
         """A mask over this call's tokens, [s], [b, s] or [layers, b or 1, s] → CPU bool [b, s] or [layers, b, s]."""
@@ -450,6 +427,29 @@ class OryxModel(OryxPreTrainedModel, Routed):
             )
             counts.append(count)
         return tuple(masks), tuple(counts)
+
+
+def _padding(
+    attention_mask: Tensor | None, b: int, s: int, past: int | Tensor, slots: Tensor | None, cache: Cache | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask over all cache slots, bool [b, t], and over this call's tokens [b, s]; None without padding."""
+    if attention_mask is None:
+        return None, None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != b:
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)}: Oryx needs [{b}, tokens so far], false for "
+            "padding; a recurrence cannot follow a mask of pairs (position_ids that restart mark packed documents)"
+        )
+    mask = attention_mask.bool()
+    limit = cache.get_max_length() if slots is not None else -1
+    if limit >= 0 and mask.shape[1] < limit:
+        mask = F.pad(mask, (0, limit - mask.shape[1]), value=True)  # what lies ahead, causality hides
+    if isinstance(past, int) and mask.shape[1] not in (past + s, limit):
+        raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, not {past} cached ones and {s} new ones")
+    if s > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None, None
+    valid = mask[:, -s:] if slots is None or mask.shape[1] != limit else mask[:, slots]
+    return mask, valid
 
 
 class OryxForCausalLM(OryxPreTrainedModel, OryxGenerationMixin):

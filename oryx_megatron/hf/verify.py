@@ -33,7 +33,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Deviation:
     """How far the two sides are apart under one plan."""
 
     dtype: str
@@ -76,7 +76,7 @@ def verify(
     seed: int = 0,
     weights: WeightsKind = "trained",
     names: tuple[str | Path, str | Path] | None = None,
-) -> list[Agreement]:
+) -> list[Deviation]:
     """Compare logits of two random texts of `length` tokens under several plans in each format.
 
     Weights that the export has in bf16 are rounded likewise on the other side: what is compared is the computation.
@@ -103,7 +103,7 @@ def verify(
                 difference = float((wanted - found).abs().max() / wanted.abs().max().clamp(max=1.0))
             else:
                 difference = float((wanted - found).square().mean().sqrt() / wanted.square().mean().sqrt())
-            results.append(Agreement(dtype, str(plan) if len(str(plan)) < 40 else f"{str(plan)[:37]}…", difference))
+            results.append(Deviation(dtype, str(plan) if len(str(plan)) < 40 else f"{str(plan)[:37]}…", difference))
             if not results[-1].agrees:
                 raise ConversionError(
                     f"{theirs} does not compute what {ours} does: {dtype} logits under plan {results[-1].plan} "

@@ -10,14 +10,14 @@ from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradien
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
-from oryx_megatron.model.logits import OryxModel
+from oryx_megatron.model.logits import OryxGPTModel
 from oryx_megatron.model.spec import block_spec
 from oryx_megatron.platform import memory
 
 
 def build_chunk(
     config: OryxTransformerConfig, *, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
-) -> OryxModel:
+) -> OryxGPTModel:
     """One pipeline stage (or virtual stage) as a kind of megatron-core's GPTModel, with uninitialised weights.
 
     The mixer applies its own rotary embedding, so GPTModel gets no position embedding and no sequence limit.
@@ -25,7 +25,7 @@ def build_chunk(
     model = config.oryx
     if model is None:
         raise ValueError("build_chunk needs config.oryx, the architecture")
-    return OryxModel(
+    return OryxGPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
         vocab_size=model.vocab_size,
@@ -40,7 +40,7 @@ def build_chunk(
 
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, seed: int, z_loss: float = 0.0
-) -> list[OryxModel]:
+) -> list[OryxGPTModel]:
     """All chunks of this pipeline rank (one unless stages are virtual), with the weights of `seed`.
 
     `z_loss` is the weight of that penalty in training.
@@ -74,7 +74,7 @@ def build_model(
     return chunks
 
 
-def build_meta(model: ModelConfig) -> OryxModel:
+def build_meta(model: ModelConfig) -> OryxGPTModel:
     """The whole model without storage, to count and name its parameters."""
     config = transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), use_cpu_initialization=True)
     with torch.device("meta"):

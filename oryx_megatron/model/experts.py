@@ -21,7 +21,7 @@ from oryx_megatron import compat
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 
 SUMS = ("tokens", "dropped", "entropy", "z", "balance")
-"""What a router adds up beside the tokens of each expert; see OryxRouter.sums."""
+"""What a router adds up beside the tokens of each expert; see ExpertRouter.sums."""
 
 
 def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -> dict[str, Any]:
@@ -86,12 +86,12 @@ def moe_spec(fc1: type, fc2: type, activation: type | None, *, grouped: bool) ->
         submodules=MoESubmodules(
             experts=experts,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=mlp),
-            router=OryxRouter,
+            router=ExpertRouter,
         ),
     )
 
 
-class OryxRouter(TopKRouter):
+class ExpertRouter(TopKRouter):
     """megatron-core's router, which adds up what it does in training for `take_sums`."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -145,10 +145,10 @@ class OryxRouter(TopKRouter):
         sums[self.num_experts + 3] += logits.logsumexp(-1).square().sum()
 
 
-def routers(chunks: list[Any]) -> Iterator[OryxRouter]:
+def routers(chunks: list[Any]) -> Iterator[ExpertRouter]:
     """The routers of these model chunks, in order of their layers."""
     for chunk in chunks:
-        yield from (module for module in chunk.modules() if isinstance(module, OryxRouter))
+        yield from (module for module in chunk.modules() if isinstance(module, ExpertRouter))
 
 
 def expert_weights(layer: MoELayer) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from torch import Tensor
 
 
-class OryxModel(GPTModel):
+class OryxGPTModel(GPTModel):
     """megatron-core's GPTModel with `logit_softcap` and, where the config has a weight for it, the z-loss."""
 
     def __init__(self, **arguments: Any) -> None:

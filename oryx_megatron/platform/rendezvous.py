@@ -25,7 +25,7 @@ def register() -> None:
     rendezvous_handler_registry.register("oryx", _create)
 
 
-class Backend(C10dRendezvousBackend):
+class StoreBackend(C10dRendezvousBackend):
     """torchrun's, under another name."""
 
     @property
@@ -58,7 +58,7 @@ def _create(parameters: RendezvousParameters) -> Rendezvous:
             raise ConfigError(
                 f"rendezvous: cannot reach the first node at {host}:{port} ({first_line(error)})"
             ) from None
-    backend = Backend(store, parameters.run_id)
+    backend = StoreBackend(store, parameters.run_id)
     return Rendezvous.from_backend(
         parameters.run_id, store, backend, parameters.min_nodes, parameters.max_nodes, parameters.local_addr
     )

@@ -40,7 +40,7 @@ class Target:
 
 
 @dataclass
-class Report:
+class Outcomes:
     """Outcomes by kind."""
 
     name: str
@@ -58,7 +58,7 @@ class Report:
         return f"{self.name:<24} {self.variants:4d} variants: {counts}"
 
 
-def fuzz(target: Target, folder: Path, variants: int, *, seed: int = 0, timeout: float = 30.0) -> Report:
+def fuzz(target: Target, folder: Path, variants: int, *, seed: int = 0, timeout: float = 30.0) -> Outcomes:
     """Read `variants` damaged copies of `folder`.
 
     Args:
@@ -71,7 +71,7 @@ def fuzz(target: Target, folder: Path, variants: int, *, seed: int = 0, timeout:
     Raises:
         RuntimeError: the undamaged folder cannot be read.
     """
-    report = Report(target.name)
+    report = Outcomes(target.name)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         copy = Path(place) / folder.name
         shutil.copytree(folder, copy, symlinks=True)

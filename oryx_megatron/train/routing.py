@@ -38,7 +38,7 @@ class Routing:
 
 
 def routing_of(rows: list[list[float]], model: ModelConfig, microbatches: int) -> Routing | None:
-    """Figures from the sums of the routers (model/experts.py: OryxRouter.sums), by layer with experts.
+    """Figures from the sums of the routers (model/experts.py: ExpertRouter.sums), by layer with experts.
 
     Args:
         rows: [E + 5] of each layer, over all ranks; none without experts.

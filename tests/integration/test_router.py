@@ -22,7 +22,7 @@ from oryx_megatron.hf.router import NAME, load_router
 from oryx_megatron.testing import run_distributed
 
 SPEC = "router:0.3"
-OPTIONS = router.Options(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
+OPTIONS = router.RouterOptions(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
 LAYOUTS = (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2))
 
 
@@ -51,7 +51,7 @@ def decode(run: Path) -> dict[str, Any]:
     from oryx_megatron.eval.generation import generate, load_for_inference, logits_of
 
     model = load_for_inference(run)
-    held = router.Options(texts=1, held_out=4, width=16)
+    held = router.RouterOptions(texts=1, held_out=4, width=16)
     streams = router.texts_of(model, held)
     next(streams)
     stream, count = next(streams)

@@ -155,7 +155,7 @@ def test_bf16_is_near() -> None:
 
 
 def test_figures_of_the_router() -> None:
-    """What OryxRouter adds up, and what the metrics make of it, against the same counted by hand."""
+    """What ExpertRouter adds up, and what the metrics make of it, against the same counted by hand."""
     model = model_of(z_loss=0.1, capacity_factor=0.6)
     moe, layer = model.moe, layer_of(model)
     assert moe is not None

@@ -8,7 +8,7 @@ from hf_reference import tiny_config
 from torch import Tensor, nn
 from written_out import CASES, HEADS, VARIANTS, call, extremes, recurrence
 
-from oryx_megatron.hf.layers_oryx import OryxContext, OryxMixer
+from oryx_megatron.hf.layers_oryx import OryxContext, OryxTokenMixer
 from oryx_megatron.hf.modes_oryx import TokenModes
 from oryx_megatron.ops import gated_delta_rule, ssd
 
@@ -19,7 +19,7 @@ def by_export(variant: str, x: dict[str, Tensor], chunk: int) -> tuple[Tensor, T
     """What the mixer of an export makes of these queries, keys, values and raw gates: outputs and the last state."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": x["k"].shape[-1]}
     config = tiny_config(variant, value_head_dim=x["v"].shape[-1], recurrence_chunk=chunk, kernels="torch", **sizes)
-    mixer = OryxMixer(config)
+    mixer = OryxTokenMixer(config)
     for name in HEADS[variant]:
         getattr(mixer, "d_skip" if name == "d" else name).data = x[name]
     mixer.decay_proj = nn.Identity()

@@ -23,7 +23,7 @@ from oryx_megatron.hf.router_oryx import (
     next_repetitions,
     repetitions,
 )
-from oryx_megatron.router import Gains, Options, fit
+from oryx_megatron.router import Gains, RouterOptions, fit
 
 VOCABULARY = 97
 
@@ -139,7 +139,7 @@ def test_it_learns_where_attention_gains() -> None:
     counted = torch.ones_like(again)
     torch.manual_seed(0)
     made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2))
-    options = Options(epochs=16, batch_size=16, lr=1e-2)
+    options = RouterOptions(epochs=16, batch_size=16, lr=1e-2)
     known = Gains(tokens, gains, counted, torch.zeros(2, *gains.shape), tokens)
     fit(made, known, options, torch.Generator().manual_seed(0))
     fresh, there = repeats(32, 7)
@@ -190,8 +190,8 @@ def test_routed_share(spec: str, share: float | None) -> None:
 
 def test_wrong_options() -> None:
     with pytest.raises(ConfigError, match="--width: 33 should be a multiple of --heads 2"):
-        Options(width=33)
+        RouterOptions(width=33)
     with pytest.raises(ConfigError, match="--held-out: 0 should be at least 1"):
-        Options(held_out=0)
+        RouterOptions(held_out=0)
     with pytest.raises(ConfigError, match="--lr: nan should be above 0"):
-        Options(lr=math.nan)
+        RouterOptions(lr=math.nan)
