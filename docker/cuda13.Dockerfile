@@ -12,11 +12,13 @@ ENV PATH=/opt/oryx/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 
 WORKDIR /opt/source
 COPY configs/install/cuda13.txt configs/install/
 RUN pip install --constraint configs/install/cuda13.txt torch setuptools wheel ninja packaging
-# Packages that compile against torch see it: no build isolation. The longest step, and the same for every source.
+# Packages that compile against torch see it: no build isolation. mamba-ssm asks for tilelang 0.1.8, for kernels that are
+# not used here: no dependencies of it. The longest step, and the same for every source.
 # A layer of its own: torch's, before it, is kept when this one changes.
 # hadolint ignore=DL3059
-RUN pip install --constraint configs/install/cuda13.txt --no-build-isolation "transformer-engine[pytorch]" mamba-ssm \
-        causal-conv1d flash-linear-attention tilelang flash-qla flash-attn-4
+RUN pip install --constraint configs/install/cuda13.txt --no-build-isolation "transformer-engine[pytorch]" causal-conv1d \
+        flash-linear-attention tilelang flash-qla flash-attn-4 \
+    && pip install --constraint configs/install/cuda13.txt --no-build-isolation --no-deps mamba-ssm
 COPY . .
 RUN pip install --constraint configs/install/cuda13.txt ".[plots,tensorboard,data]" && oryx --version
 WORKDIR /work

@@ -6,11 +6,12 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/source
 COPY configs/install/ngc.txt configs/install/
-# --no-deps where a package asks for a torch of its own choice; the image's constraints (PIP_CONSTRAINT) name other versions.
+# The image's own constraints (PIP_CONSTRAINT) name other versions; what must stay of it becomes a constraint of its own.
 RUN unset PIP_CONSTRAINT \
-    && pip install --constraint configs/install/ngc.txt --no-deps megatron-core flash-linear-attention fla-core flash-qla \
-        flash-attn-4 accelerate gigatoken \
-    && pip install --constraint configs/install/ngc.txt tilelang sentencepiece tokenizers transformers safetensors PyYAML \
+    && pip list --format=freeze | grep -iE '^(torch|triton|pytorch-triton|transformer[-_]engine.*|flash[-_]attn|apex)==' \
+        > /opt/image.txt \
+    && pip install --constraint configs/install/ngc.txt --constraint /opt/image.txt megatron-core flash-linear-attention \
+        tilelang flash-qla flash-attn-4 accelerate gigatoken sentencepiece tokenizers transformers safetensors PyYAML \
         psutil tqdm pyarrow backports.zstd fsspec matplotlib tensorboard
 COPY . .
 RUN pip install --no-deps . && oryx --version

@@ -15,6 +15,8 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 """Text, target and anchor."""
 MARK = re.compile(r"^( *)<!-- (ran|not run): (.+) -->$", re.MULTILINE)
 """How the commands below it ran (tests/doc_commands.py): a comment in the source, a line of the page here."""
+ROW, CODE = re.compile(r"^\|.*$", re.MULTILINE), re.compile(r"`[^`\n]+`")
+"""Of a table. Code in it writes | as \\|, as GitHub asks; Python-Markdown would show the backslash."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -33,7 +35,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _shown(markdown: str) -> str:
-    return MARK.sub(lambda mark: f"{mark[1]}<small>{mark[2].capitalize()}: {mark[3]}</small>", markdown)
+    marked = MARK.sub(lambda mark: f"{mark[1]}<small>{mark[2].capitalize()}: {mark[3]}</small>", markdown)
+    return ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), marked)
 
 
 def _from_root(link: re.Match[str]) -> str:
@@ -45,7 +48,7 @@ def _from_root(link: re.Match[str]) -> str:
 
 def _out_of_docs(link: re.Match[str], folder: Path) -> str:
     target = (ROOT / "docs" / folder / link[2]).resolve()
-    if "://" in link[2] or target.is_relative_to(ROOT / "docs"):
+    if "://" in link[2] or (target.is_relative_to(ROOT / "docs") and target.suffix != ".py"):
         return link[0]
     return _to_source(link, target)
 

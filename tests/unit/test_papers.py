@@ -1,6 +1,9 @@
 """What a public project carries: license, versions that agree, papers that name real files, CI that runs ours."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -64,8 +67,30 @@ def test_the_site_has_every_page() -> None:
     assert sorted(listed) == sorted(set(PAGES) | made)
     assert site["strict"] is True
     assert {"not_found", "anchors"} <= set(site["validation"]["links"])
+    assert not re.search(r"mkdocs build.* (-q|--quiet)", text("Makefile"))  # it hides the warnings that strict counts
+    excluded = {path.name for path in (ROOT / "docs").rglob("*.py")}
+    linked = {name for page in PAGES for name in re.findall(r"\]\(([^)#\s:]+)", text(f"docs/{page}"))}
+    assert site["exclude_docs"].split() == ["*.py"]
+    assert not {Path(name).name for name in linked} & excluded
     lines = [line for line in text("requirements-docs.txt").splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+
+
+def test_a_broken_link_ends_the_build(tmp_path: Path) -> None:
+    site = ROOT / ".venv/docs"
+    if not (site / ".ready").exists():
+        pytest.skip("`make docs` has not installed mkdocs here")
+    config = yaml.safe_load(text("mkdocs.yml"))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text("# Here\n\n[a](nowhere.md), [b](#no-heading)\n", encoding="utf-8")
+    kept = {name: value for name, value in config.items() if name not in ("hooks", "nav", "plugins")}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(kept), encoding="utf-8")
+    (command,) = re.findall(r"python (-m mkdocs build.*)$", text("Makefile"), re.MULTILINE)
+    environment = os.environ | {"PYTHONPATH": str(site), "NO_MKDOCS_2_WARNING": "1"}
+    arguments = [sys.executable, *command.split()]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Aborted with 2 warnings in strict mode!" in done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES)
