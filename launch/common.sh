@@ -37,7 +37,7 @@ run_agent() {
     export PET_SIGNALS_TO_HANDLE=SIGQUIT
     stopped=
     (
-        trap '' USR1 TERM INT HUP # what starts ignoring a signal goes on ignoring it, unless it asks for it as ranks do
+        trap '' USR1 TERM INT HUP # what starts ignoring a signal keeps ignoring it, unless it asks for it as ranks do
         exec "$@"
     ) &
     child=$!

@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """For descriptions that are docstrings: text is filled to the terminal's width, indented lines are commands.
 
-    A command that is too long goes on behind a backslash.
+    A command that is too long continues behind a backslash.
     """
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

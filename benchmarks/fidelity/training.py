@@ -171,7 +171,9 @@ class Training:
 
     def predict(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Most likely next token after each, for eval.grid."""
-        with torch.no_grad():  # not inference_mode: training goes on, and tables that ops keep would be of no use to it
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: training continues, and tables that ops keep would be of no use to it
             return self.logits(tokens, plan).argmax(-1).cpu()
 
     def scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from oryx_megatron.config.bounds import check_ranges
 from oryx_megatron.config.moe import (
@@ -44,8 +45,9 @@ def check_model(model: ModelConfig) -> None:
         what = "model.pattern" if model.pattern else f"modes={model.modes}"
         raise ConfigError(f"model.shared_query: a model with {what} has one query; leave it false")
     for name, (low, high) in (("decay_init", model.decay_init), ("dt_init", model.dt_init)):
-        if not 0 < low <= high:
-            raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high")
+        if not 0 < low <= high or not math.isfinite(high):
+            finite = "" if math.isfinite(low + high) else ", and finite"
+            raise ConfigError(f"model.{name}: [{low}, {high}] should be 0 < low ≤ high{finite}")
     check_experts(model)
 
 

@@ -41,7 +41,7 @@ def _run(variant: str, layout: dict[str, Any]) -> RunConfig:
 
 
 def _losses(root: Path) -> dict[str, list[float]]:
-    """Of a run that goes on behind its checkpoint, and behind it those of another that starts from there."""
+    """Of a run that continues behind its checkpoint, and behind it those of another that starts from there."""
     worlds, results = Worlds(), dict[str, list[float]]()
     for variant, layout in worlds.share(
         1, {"gdn": {}, "mamba2": {}, "gdn muon": {"distributed_optimizer": False}}.items()
@@ -86,7 +86,7 @@ def test_weights_in_a_checkpoint_are_the_rounded_masters(
 
 
 def _apart_in_fp32(root: Path) -> int:
-    """How many parameters differ between the ranks of a run that goes on in fp32 where one in bf16 stopped."""
+    """How many parameters differ between the ranks of a run that resumes in fp32 where one in bf16 stopped."""
     layout = {"overlap": False}
     with session(_run("gdn", layout)) as opened:
         opened.steps(2)

@@ -83,7 +83,7 @@ def test_manifest(runs: Runs, variant: str) -> None:
 
 
 def test_a_writer_that_fails_on_one_rank(runs: Runs) -> None:
-    """The save counts as failed on all ranks, the run goes on, and the next save is good."""
+    """The save counts as failed on all ranks, the run continues, and the next save is good."""
     folders = list_checkpoints(runs.root / "gdn broken writer" / "checkpoints")
     assert [store.iteration_of(folder) for folder in folders] == [1, 3, 5]
     assert len(runs.losses("gdn broken writer")) == 5
@@ -133,7 +133,7 @@ def test_damaged_checkpoints(trainer: Callable[..., Trainer], caplog: pytest.Log
     data[len(data) // 2] ^= 1
     (three / "__0_0.distcp").write_bytes(data)
     again = resumed(2, "iteration_0000003 is damaged (__0_0.distcp)", "the checkpoint before it")
-    # Going on from there gives the losses of the first time and replaces the damaged one.
+    # Resuming from there gives the losses of the first time and replaces the damaged one.
     losses = [json.loads(line)["loss"] for line in (root.parent / "metrics.jsonl").read_text().splitlines()]
     again.fit()
     assert losses == [json.loads(line)["loss"] for line in (root.parent / "metrics.jsonl").read_text().splitlines()]
@@ -245,7 +245,7 @@ def test_writer_fails(
     caplog: pytest.LogCaptureFixture,
     asynchronous: str,
 ) -> None:
-    """A failed save is reported with its cause and the run goes on; a failed last save is the run's failure."""
+    """A failed save is reported with its cause and the run continues; a failed last save is the run's failure."""
     opened = trainer("checkpoint.interval=1", f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=0")
     written = FileSystemWriterAsync.write_preloaded_data
 
@@ -315,7 +315,7 @@ def test_writer_hangs(trainer: Callable[..., Trainer], monkeypatch: pytest.Monke
 
 
 def test_killed_at_any_time(project: Path, tmp_path: Path) -> None:
-    """kill -9 of a process that saves all the time in the background; the run goes on from the last good one."""
+    """kill -9 of a process that saves all the time in the background; the run continues from the last good one."""
     command = [sys.executable, "-m", "oryx_megatron.train", str(project), f"output_dir={tmp_path}"]
     command += ["model.num_layers=1", "train.iterations=1000", "checkpoint.interval=1", "checkpoint.asynchronous=true"]
     command += ["train.global_batch_size=2", "checkpoint.keep=2"]

@@ -216,7 +216,7 @@ def test_converted_checkpoints_widely(wide: Runs, case: Case) -> None:
 
 @pytest.mark.slow
 def test_conversion_by_command(fast: Runs, tmp_path: Path) -> None:
-    """The tool starts its own ranks; what it makes goes on to Hugging Face's format."""
+    """The tool starts its own ranks; what it makes is converted to Hugging Face's format."""
     source = fast.root / _name(FAST[3])
     command = [sys.executable, str(ROOT / "tools" / "convert_from_deepspeed.py"), str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -194,7 +194,7 @@ def test_running_median() -> None:
     "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
 )
 def test_signals(trainer: Callable[..., Trainer], tmp_path: Path, number: signal.Signals) -> None:
-    """The step is finished, a checkpoint written and the marker left; the next start goes on and removes it."""
+    """The step is finished, a checkpoint written and the marker left; the next start resumes and removes it."""
     settings = ("train.iterations=4", "checkpoint.interval=0")
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     stop = signals.StopRequest().install()
@@ -354,7 +354,7 @@ def test_told_to_stop_in_the_last_step(trainer: Callable[..., Trainer], tmp_path
 
 
 def test_nohup(trainer: Callable[..., Trainer]) -> None:
-    """What ignores SIGHUP from the start goes on ignoring it."""
+    """What ignores SIGHUP from the start keeps ignoring it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = signals.StopRequest().install()
     try:
@@ -459,7 +459,7 @@ def test_disk_fills_up(
     asynchronous: str,
     cause: str,
 ) -> None:
-    """Writing fails for real, by a limit on the size of files: the run goes on, and later saves are good again."""
+    """Writing fails for real, by a limit on the size of files: the run continues, and later saves are good again."""
     opened = trainer("train.iterations=4", f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=0")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

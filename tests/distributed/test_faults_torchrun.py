@@ -117,7 +117,7 @@ def test_fifty_kills(project: Path, tmp_path: Path, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hang_ends_within_a_bound(project: Path, tmp_path: Path) -> None:
-    """A rank that never answers again is killed by torchrun, and the job goes on."""
+    """A rank that never answers again is killed by torchrun, and the job resumes."""
     settings = ("train.iterations=20", "checkpoint.interval=2", "faults.hang_timeout=5")
     # On top of hang_timeout where the rank stops during a save: by default half an hour.
     settings += ("checkpoint.timeout=30",)

@@ -38,7 +38,7 @@ def train(config: Path, *overrides: str) -> str:
 
 
 def on_machines_apart(config: str, url: str, caches: str) -> list[str]:
-    """Train here, stop, lose the second machine's disk, go on under another layout; what each cache held."""
+    """Train here, stop, lose the second machine's disk, resume under another layout; what each cache held."""
     cache = Path(caches, os.environ["RANK"])
     os.environ.update(ORYX_CACHE=str(cache), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     platform.install()

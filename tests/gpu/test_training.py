@@ -96,7 +96,7 @@ def test_resumes_from_a_checkpoint(mixer, tmp_path):
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
 def test_optimizer_state_in_host_memory(mixer, tmp_path):
-    """optimizer.cpu_offload: losses as without, 12 bytes a parameter less on the GPU, and a resume that goes on."""
+    """optimizer.cpu_offload: losses as without, 12 bytes a parameter less on the GPU, and a bit-exact resume."""
     platform.install()
     curves, memory, parameters = [], [], 0
     for offload in (False, True):

@@ -1,4 +1,4 @@
-"""What a user does with one GPU: train, stop, go on, evaluate, write text, take the model to Hugging Face."""
+"""What a user does with one GPU: train, stop, resume, evaluate, write text, take the model to Hugging Face."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_constant_memory(mixer: str, cache: str) -> None:
 
 
 def test_going_on_from_a_cache() -> None:
-    """A second call on the whole text, or on the new tokens with the whole mask, goes on where the first stopped."""
+    """A second call on the whole text, or on the new tokens with the whole mask, continues where the first stopped."""
     model = tiny_model("gdn", dtype=torch.float32)
     ids = random_ids(1, 6)
     plan = lambda i: i % 3 == 0  # noqa: E731

@@ -237,7 +237,7 @@ def test_attentions_and_hidden_states() -> None:
 
 @pytest.mark.parametrize("form", ["dynamic", "static"])
 def test_batch_changes_of_the_cache(form: str) -> None:
-    """Reordered, selected and repeated rows go on as if they had always stood there."""
+    """Reordered, selected and repeated rows continue as if they had always stood there."""
     model = tiny_model("gdn")
     ids, modes = random_ids(3, 6), random_modes(6)
     nexts = random_ids(6, 1, seed=5)

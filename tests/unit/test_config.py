@@ -538,6 +538,8 @@ def test_layouts(run_file, world_size, overrides, layout):
         (["schedule.restarts=[0]"], "schedule.restarts[0]: 0 should be above 0"),
         (["model.dt_init=[0.1, 0.01]"], "model.dt_init: [0.1, 0.01] should be 0 < low ≤ high"),
         (["model.decay_init=[0, 1]"], "model.decay_init: [0.0, 1.0] should be 0 < low ≤ high"),
+        (["model.decay_init=[1, .inf]"], "model.decay_init: [1.0, inf] should be 0 < low ≤ high, and finite"),
+        (["model.dt_init=[.nan, 1]"], "model.dt_init: [nan, 1.0] should be 0 < low ≤ high, and finite"),
         (["modes.chunk=100"], "data.sequence_length 256 is not divisible by modes.chunk 100; use 200 or 300"),
         (["modes.chunk=0"], "modes.chunk: 0 should be above 0"),
         (["modes.p_attention=1.5"], "modes.p_attention: 1.5 should be a probability from 0 to 1"),

@@ -309,7 +309,7 @@ def test_what_was_left_out_stands_in_summary_manifest_and_list(
 
 
 def test_output_in_the_input_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing the command writes there is input: not of this run, not when it goes on, not of a later one."""
+    """Nothing the command writes there is input: not of this run, not when it resumes, not of a later one."""
     from oryx_megatron.data import preprocess as module
 
     (tmp_path / "a.jsonl").write_text(line("a") + line(""))

@@ -111,7 +111,7 @@ def test_stages_continue_each_dataset(paths: dict[str, str], tmp_path: Path) -> 
     assert {kind: kinds[:40].count(kind) for kind in (1, 2, 3)} == {1: 20, 2: 20, 3: 0}
     assert {kind: kinds[40:120].count(kind) for kind in (1, 2, 3)} == {1: 0, 2: 40, 3: 40}
     assert set(kinds[120:]) == {1}
-    # Dataset a is left at its 20th sample and goes on there: it is read as one stream over the stages.
+    # Dataset a is left at its 20th sample and continues there: it is read as one stream over the stages.
     assert staged.order is not None
     from_a = staged.order[1][np.asarray(staged.order[0]) == 0]
     assert from_a.tolist() == list(range(60))

@@ -15,7 +15,7 @@ def _rows(name: str) -> dict[str, Dataset]:
 
 
 def choices(**_: Any) -> dict[str, Dataset]:
-    """Beginnings of Python statements with four ways to go on."""
+    """Beginnings of Python statements with four continuations."""
     return _rows("choices.jsonl")
 
 
