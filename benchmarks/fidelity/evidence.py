@@ -51,6 +51,8 @@ ROUTER_SECONDS = 75.0
 POLICY_SECONDS = 60.0
 SHORTEST = 45.0
 """Seconds that a training of unknown length must have."""
+LAST_LINES = 20
+"""Of a failed job's log, printed."""
 ROUTER = {"texts": 3072, "held_out": 128, "epochs": 3, "batch_size": 16}
 """Options of `oryx router` here."""
 
@@ -185,7 +187,7 @@ class Schedule:
         return self.left > job.leaves + self.took.get(job.pool, SHORTEST if job.pool == "train" else 0.0)
 
     def _started(self, job: Job) -> Job:
-        log = self.out / "logs" / f"{job.name}.txt"
+        log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = job.command() if callable(job.command) else job.command
         with log.open("a") as file:
@@ -204,7 +206,13 @@ class Schedule:
         if done:
             self.took[job.pool] = max(self.took.get(job.pool, 0.0), seconds)
         self._say(f"{job.name}: {'done' if done else f'FAILED ({code})'} in {seconds:.0f} s")
+        if not done:  # OUT may be lost with the machine
+            log = self._log(job).read_text(errors="replace").strip().splitlines()
+            print("    its last lines:", *(log[-LAST_LINES:] or ["(it wrote nothing)"]), sep="\n    ", flush=True)
         return done
+
+    def _log(self, job: Job) -> Path:
+        return self.out / "logs" / f"{job.name}.txt"
 
     def _say(self, text: str) -> None:
         print(f"{time.time() - self.begun:5.0f} s  {text}", flush=True)

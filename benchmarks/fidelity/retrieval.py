@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         failed = run_jobs(jobs, arguments)
     outcomes = ex.read_outcomes(arguments.out)
     if not outcomes:
+        if failed:  # the reasons were printed
+            return 1
         raise ConfigError(f"{arguments.out}: holds no results")
     summarize(experiment, outcomes, arguments.out)
     return 1 if failed else 0

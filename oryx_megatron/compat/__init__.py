@@ -10,7 +10,7 @@ Importing this package loads none of them; it installs the hook (hook.py) that p
 from oryx_megatron.compat import deepspeed, hook, megatron, tilelang, torch, transformer_engine
 from oryx_megatron.compat.hook import late
 
-hook.install({**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND})
+hook.install({**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND, **transformer_engine.AROUND})
 megatron.quiet()
 
 __all__ = ["deepspeed", "late", "megatron", "tilelang", "torch", "transformer_engine"]

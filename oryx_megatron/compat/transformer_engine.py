@@ -6,11 +6,17 @@
 | `own_rows` | a "duplicated" linear marks its weight as the same on all tensor-parallel ranks |
 | `accumulate_into_main_gradients` | megatron-core's `gradient_accumulation_fusion` needs an apex extension for its own linears |
 | `plain_weight_gradients` | without megatron-core's wrapper there is no fp32 buffer to add to |
+| `AROUND`: not importable where torch sees no GPU | megatron-core takes its optimizers and norms wherever it is installed; on a CPU they fail in the first step, or at import |
 """  # noqa: E501
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
+
+from oryx_megatron.compat.hook import Around
 
 PARTS = {
     "scale_fwd": ("scaling_fwd", "scale"),
@@ -65,3 +71,16 @@ def plain_weight_gradients(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = False
+
+
+@contextlib.contextmanager
+def _with_a_gpu(module: ModuleType) -> Iterator[None]:
+    """Import it as long as there is a GPU. ModuleNotFoundError otherwise: who imports it has another way for that."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModuleNotFoundError(f"{module.__name__} is installed, but there is no GPU", name=module.__name__)
+    yield
+
+
+AROUND: dict[str, Around] = {"transformer_engine": _with_a_gpu}

@@ -94,7 +94,10 @@ def peak_flops() -> float | None:
 def installed(package: str) -> bool:
     """Whether `import package` would find something; a part of a package as `flash_attn.cute`."""
     parent, _, _ = package.rpartition(".")
-    return (not parent or installed(parent)) and importlib.util.find_spec(package) is not None
+    try:
+        return (not parent or installed(parent)) and importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent is there and cannot be imported here (compat/transformer_engine.py)
+        return False
 
 
 def missing_package(package: str, *, gpu: bool = False) -> str | None:

@@ -357,3 +357,28 @@ def test_transformer_engine() -> None:
     assert "pickle.dumps" in inspect.getsource(base.TransformerEngineBaseModule.get_extra_state), "scales"
     assert "fuse_wgrad_accumulation" in inspect.getsource(te.Linear), "accumulate_into_main_gradients"
     assert re.search(r'parallel_mode == "duplicated"', inspect.getsource(extensions.TELinear)), "own_rows"
+
+
+def test_transformer_engine_without_a_gpu(tmp_path: Path) -> None:
+    """Installed on a machine whose GPUs are hidden: megatron-core takes its own optimizer, norm and clipping."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('no CUDA driver')")
+    told = run(
+        """
+from oryx_megatron import platform
+import torch
+from megatron.core import optimizer, utils
+from megatron.core.extensions import transformer_engine as extensions
+assert optimizer.Adam is torch.optim.AdamW and not extensions.HAVE_TE
+assert not platform.installed("transformer_engine.pytorch")
+assert platform.transformer_engine_missing() == "there is no GPU"
+try:
+    import transformer_engine
+except ModuleNotFoundError as error:
+    print(error)
+""",
+        PYTHONPATH=str(tmp_path),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert told == "transformer_engine is installed, but there is no GPU\n"
