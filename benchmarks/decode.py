@@ -35,6 +35,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
 from oryx_megatron.hf.router_oryx import RouterShape, RouterSteps
+from oryx_megatron.router import RouterOptions
 
 WARM = 4
 """Steps of each kind before the clock: two as they are, one to record the graph, one to replay it."""
@@ -208,7 +209,9 @@ def build(kind: str, model: ModelConfig, llama_ffn: int, device: torch.device, d
         with torch.device(device):
             if kind in ("oryx", "hybrid"):
                 config = to_hf_config(model)
-                config.router = RouterShape(model.vocab_size).to_dict() if kind == "oryx" else None
+                config.router = (
+                    RouterShape(model.vocab_size, table=RouterOptions.table).to_dict() if kind == "oryx" else None
+                )
                 made = OryxForCausalLM(config).eval()
                 if config.router is not None:
                     made.model.mode_router.float()  # as from_pretrained keeps it

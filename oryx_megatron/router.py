@@ -57,11 +57,15 @@ class RouterOptions:
     width: int = 64
     layers: int = 2
     heads: int = 2
+    table: int = 1 << 18
+    """Entries for counts of runs of tokens in training text; 0: a router that counts nothing."""
+    counted: int = 4
+    """Further training texts per text that are read for these counts alone."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            value, least = getattr(self, field.name), 0 if field.name in ("seed", "table") else 1
             if field.name == "lr":
                 if not (math.isfinite(value) and value > 0):
                     raise ConfigError(f"--lr: {value:g} should be above 0")
@@ -105,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     docs = {
         "texts": "training texts", "held_out": "validation texts", "epochs": "times every text is used",
         "batch_size": "texts per update and rank", "lr": "peak learning rate", "width": "of the router",
-        "layers": "of the router", "heads": "of the router", "seed": "of weights and order",
+        "layers": "of the router", "heads": "of the router",
+        "table": "entries for counts of tokens that follow each other in training text; 0: none",
+        "counted": "further texts per text that are read for these counts alone", "seed": "of weights and order",
     }  # fmt: skip
     for field in dataclasses.fields(RouterOptions):
         name, default = f"--{field.name.replace('_', '-')}", field.default
@@ -157,13 +163,18 @@ def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = F
 
     from oryx_megatron import platform
 
-    training, held_out = (collect(model, part, count) for part, count in texts_of(model, options))
-    generator = torch.Generator().manual_seed(options.seed)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        shape = RouterShape(model.run.model.vocab_size, options.width, options.layers, options.heads)
+        shape = RouterShape(model.run.model.vocab_size, options.width, options.layers, options.heads, options.table)
         router = OryxRouter(shape)
         router.start_from(_embedding(model))
+    both = []
+    for name, stream, count in texts_of(model, options):
+        both.append(collect(model, stream, count))
+        if name == "train" and router.counts:
+            count_texts(router, stream, count * options.counted)
+    training, held_out = both
+    generator = torch.Generator().manual_seed(options.seed)
     router.to(platform.device())
     fit(router, training, options, generator)
     router.eval()
@@ -183,8 +194,8 @@ def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = F
     return rows, path
 
 
-def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[Any, int]]:
-    """This rank's streams of training and validation texts, and how many texts to take of each."""
+def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[str, Any, int]]:
+    """`train` and `valid`: this rank's stream of texts, and how many to take of it."""
     from megatron.core import parallel_state
 
     from oryx_megatron.data.loader import build_datasets
@@ -195,7 +206,10 @@ def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[Any, 
     check_tokenizer(tokenizer, model.manifest.tokenizer, str(model.folder))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     wanted = {"train": options.texts, "valid": options.held_out}
-    blends = build_datasets(model.run, tokenizer, {name: -(-n // size) * size for name, n in wanted.items()})
+    times = {"train": 1 + options.counted if options.table else 1, "valid": 1}
+    blends = build_datasets(
+        model.run, tokenizer, {name: -(-n // size) * size * times[name] for name, n in wanted.items()}
+    )
     for name, count in wanted.items():
         if name not in blends:
             raise ConfigError(f"the run has no {name} texts (data.split); a router needs training and validation texts")
@@ -209,7 +223,7 @@ def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[Any, 
             vocab_size=tokenizer.vocab_size,
         )
         try:
-            yield stream, max(1, count // size)
+            yield name, stream, max(1, count // size)
         finally:
             stream.close()
 
@@ -227,6 +241,18 @@ def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
     uniform = [ModePlan.uniform(mode, tokens.shape[1]) for mode in (Mode.ATTENTION, Mode.RECURRENT)]
     both = torch.stack([losses_of(model, tokens, labels, plan) for plan in uniform])
     return Gains(tokens, both[1] - both[0], counted > 0, both, labels)
+
+
+def count_texts(router: OryxRouter, stream: Any, count: int) -> None:
+    """Let a router count so many further texts of every rank: not those it learns from, which hold what it counts."""
+    import torch
+
+    batch = 256
+    for begin in range(0, count, batch):
+        texts = [stream.next_batches()[0]["tokens"] for _ in range(min(batch, count - begin))]
+        router.count(torch.cat(texts))
+    router.table.copy_(_summed(router.table))
+    router.singles.copy_(_summed(router.singles))
 
 
 def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | Sequence[ModePlan]) -> Tensor:

@@ -4,7 +4,8 @@
     python benchmarks/fidelity/routing.py RUN --out routing/gdn-1.json
     python benchmarks/fidelity/routing.py --summarize routing
 
-RUN is a finished run with both modes whose `data.validation` names the sets to compare on. Trains the run's router
+RUN is a finished run with both modes. `data.validation` names the sets to compare on; without it, that is validation
+text beyond what thresholds are from. Trains the run's router
 (`oryx router`), then writes the loss of every set under every policy and share, those of 10 % first; an entry is
 written as soon as it is known. `--summarize` makes routing.md, routing.csv and routing.png of all results in a folder.
 
@@ -40,7 +41,7 @@ import experiment as ex
 from oryx_megatron.cli import main_guard
 from oryx_megatron.errors import ConfigError
 
-SHARES = (0.1, 0.05, 0.2, 0.02, 0.4)
+SHARES = (0.1, 0.05, 0.25, 0.02)
 """Of attention tokens, in order of worth."""
 POLICIES = ("router", "oracle", "random", "learned", "entropy", "seen+entropy", "ratio")
 """That can be given a share, in order of worth."""
@@ -146,9 +147,12 @@ def closed(result: dict[str, Any], policy: str, sets: Sequence[str]) -> list[tup
     return [(point.share, (recurrent.nats - point.nats) / gap) for point in curve(result, policy, sets)]
 
 
-def closed_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
-    """Part of the gap closed at exactly this share, between the two nearest points; None outside of them."""
-    for (low, before), (high, after) in itertools.pairwise([(0.0, 0.0), *points]):
+def closed_at(points: Sequence[tuple[float, float]], share: float, *, end: bool = False) -> float | None:
+    """Part of the gap closed at exactly this share, between the two nearest points; None outside of them.
+
+    `end`: all attention, which closes all of it, is a point too.
+    """
+    for (low, before), (high, after) in itertools.pairwise([(0.0, 0.0), *points, *([(1.0, 1.0)] if end else [])]):
         if low <= share <= high and high > low:
             return before + (after - before) * (share - low) / (high - low)
     return None
@@ -205,6 +209,20 @@ def summarize(folder: Path) -> str:
             told = _percent(parts)
         cells[model, name].append(told)
     lines += ["| " + " | ".join(row) + " |" for row in cells.values()]
+    shares = sorted(SHARES)
+    lines += [
+        "",
+        "The same at other shares, all text.",
+        "",
+        f"| model | policy | {' | '.join(f'{x:.0%}' for x in shares)} |",
+    ]
+    lines.append(f"|---|---|{'---|' * len(shares)}")
+    for model, sets, policy, some in _rows_of(results):
+        if policy == "seen" or sets != _sets_of(some[0]):
+            continue
+        curves = [closed(r, policy, sets) for r in some]
+        found = [[part for c in curves if (part := closed_at(c, share, end=True)) is not None] for share in shares]
+        lines.append(f"| {model} | {policy} | {' | '.join(map(_percent, found))} |")
     text = "\n".join(lines) + "\n"
     ex.write_text(folder / "routing.md", text)
     ex.write_text(folder / "routing.csv", _csv(results))

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from oryx_megatron import platform
 from oryx_megatron.data.loader import build_datasets
 from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
 from oryx_megatron.router import CLIP, TOKENS, losses_of
 
+REST = "held-out"
+"""The set of a run that names none."""
 BEFORE = 3
 """The token and those before it that the linear model sees."""
 
@@ -55,19 +58,27 @@ Rule = Callable[[Texts], Tensor]
 
 
 class Sets:
-    """Held-out sets of a run by name, its validation text for thresholds, and its training text."""
+    """Held-out sets of a run by name, its validation text for thresholds, and its training text.
+
+    Of a run that names no sets, the one set is the validation text after that of the thresholds.
+    """
 
     def __init__(self, model: LoadedModel, texts: int, *, training: int, held_out: int) -> None:
         self.model, run = model, model.run
-        self.names = list(run.data.validation)
+        self.names = list(run.data.validation) or [REST]
         tokenizer = load_tokenizer(run.data.tokenizer)
         self.bytes = torch.from_numpy(tokenizer.token_bytes())
-        asked = {"train": training, "valid": held_out} | dict.fromkeys(self.names, texts)
-        sets = build_datasets(run, tokenizer, asked, once=True)
-        self.texts = {name: self._read(sets[name], asked[name]) for name in sets}
+        asked = {"train": training, "valid": held_out} | dict.fromkeys(run.data.validation, texts)
+        wanted = asked | {"valid": held_out + (0 if run.data.validation else texts)}
+        sets = build_datasets(run, tokenizer, wanted, once=True)
+        self.texts = {name: self._read(sets[name], 0, asked[name]) for name in sets}
+        if not run.data.validation:
+            self.texts[REST] = self._read(sets["valid"], held_out, texts)
 
-    def _read(self, dataset: Any, count: int) -> Texts:
-        samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    def _read(self, dataset: Any, begin: int, count: int) -> Texts:
+        samples = [dataset[i] for i in range(begin, min(begin + count, len(dataset)))]
+        if not samples:
+            raise ConfigError(f"validation text holds {len(dataset)} texts; lower --texts or held_out={begin}")
         tokens, labels, mask = (
             torch.stack([torch.as_tensor(sample[name]) for sample in samples])
             for name in ("tokens", "labels", "loss_mask")

@@ -3,8 +3,9 @@
 It reads the tokens so far and nothing of the layers, so its decisions are the same whether a text comes at once or
 token by token, under any parallel layout, and a plan is known before the layers run. Its embedding starts from the
 model's. Attention gains mostly where there is something to find in the text before: the router is told whether the last
-one, two and three tokens stood there, how far back, and which token followed them: what attention would find. A gated
-delta rule (arXiv 2412.06464) remembers the rest.
+one, two and three tokens stood there, how far back, and which token followed them: what attention would find. It also
+knows how old and how frequent that follower is, and how likely in training text: what the recurrence knows anyway. A
+gated delta rule (arXiv 2412.06464) remembers the rest.
 
     x = E[token] + W_f features + W_t [E[followed] …]      [b, s, R]
     per layer: q, k, v = SiLU(conv(W x)); x += W_o RMSNorm(delta_rule(q, k, v)); x += MLP(x)
@@ -14,7 +15,7 @@ delta rule (arXiv 2412.06464) remembers the rest.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +30,31 @@ TAPS = 4
 GRAMS = 3
 """Longest run of tokens that is looked up in the text before."""
 FEATURES = 2 * GRAMS
+COUNTED = 2 * GRAMS + 1
+"""Further features of a router that counts: age and frequency of each follower, frequency of the token."""
+EXPECTED = 2 * GRAMS + 1
+"""Further ones, from its table: log-probability of each follower after one and after two tokens, and of the token."""
+PLACES = 22
+"""Bits of a place in a text: 4 M tokens, and 20 bits for each of two tokens beside it in an int64."""
 PADDING = -1
 """In a text's history."""
 
 
 @dataclass(frozen=True)
 class RouterShape:
-    """Sizes of a router: vocabulary, width R, layers, heads H of width R / H."""
+    """Sizes of a router: vocabulary, width R, layers, heads H of width R / H, and of its table of counts."""
 
     vocab_size: int
     width: int = 64
     layers: int = 2
     heads: int = 2
+    table: int = 0
+    """Entries for counts of runs of two and three tokens in training text, by hash. 0: none, and it counts nothing in
+    the text either, as routers from before this field."""
 
     def __post_init__(self) -> None:
+        if self.table < 0 or (self.table and self.vocab_size >= 1 << 20):
+            raise ValueError(f"router: table {self.table} should be at least 0, with a vocabulary below {1 << 20:,}")
         if min(self.vocab_size, self.width, self.layers, self.heads) < 1 or self.width % self.heads:
             raise ValueError(f"router: width {self.width} should be a positive multiple of heads {self.heads}")
 
@@ -73,19 +85,26 @@ class RouterState:
         return RouterState(self.history[rows], layers)
 
 
-def repetitions(history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a token, with its predecessors, stood before: in tokens [b, s] behind a history [b, t].
+class Found(NamedTuple):
+    """What a text holds before each of its tokens [b, s]."""
 
-    Returns:
-        [b, s, FEATURES]: per run of 1, 2 and 3 tokens 1 where it occurred before, else 0; and the logarithm of how many
-        tokens ago, over 8.
-        int64 [b, s, GRAMS]: the token that followed it then, PADDING where there was none.
-    """
-    text, length = torch.cat((history, tokens), 1), history.shape[1] + tokens.shape[1]
-    places = torch.arange(length, device=text.device)
+    features: Tensor
+    """[b, s, FEATURES], with counts [b, s, FEATURES + COUNTED]: per run of 1, 2 and 3 tokens 1 where it occurred
+    before, else 0; and the logarithm of how many tokens ago, over 8. Then, as logarithms too: per run how many tokens
+    ago its follower occurred last, over 8; how often it followed the token, over 4; how often the token occurred."""
+    followed: Tensor
+    """int64 [b, s, GRAMS]: the token that followed the run then, PADDING where there was none."""
+    previous: Tensor
+    """int64 [b, s]: the token before, PADDING at the beginning."""
+
+
+def repetitions(history: Tensor, tokens: Tensor, counts: bool = False) -> Found:
+    """Where a token, with its predecessors, stood before: in tokens [b, s] behind a history [b, t]."""
+    text, begin = torch.cat((history, tokens), 1), history.shape[1]
+    places = torch.arange(text.shape[1], device=text.device)
     if tokens.shape[1] == 1:
-        return next_repetitions(text, places[-1:])
-    run, whole, found = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
+        return next_repetitions(text, places[-1:], counts)
+    run, whole, last = torch.zeros_like(text), torch.ones_like(text, dtype=torch.bool), []
     for n in range(GRAMS):
         back = _shifted(text, n)
         whole = whole & (back != PADDING)
@@ -94,23 +113,42 @@ def repetitions(history: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         ordered, order = keys.sort(dim=1, stable=True)
         same = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
         earlier = torch.where(same, order.roll(1, 1), -1)
-        found.append(torch.empty_like(order).scatter_(1, order, earlier)[:, history.shape[1] :])
-    return _found(text, places[history.shape[1] :], torch.stack(found, -1))
+        last.append(torch.empty_like(order).scatter_(1, order, earlier)[:, begin:])
+    features, followed = _found(text, places[begin:], torch.stack(last, -1))
+    before = _shifted(text, 1)
+    if counts:
+        here, place = tokens.unsqueeze(-1) + 1, places[begin:, None]
+        words = _placed(text + 1, places).sort(1).values
+        pairs = _placed(before + 1, places, text + 1).sort(1).values
+        last_place = words.gather(1, (_until(words, _placed(followed + 1, place)) - 1).clamp_min(0).flatten(1))
+        since = place - (last_place & ((1 << PLACES) - 1)).view_as(followed)
+        often = _until(pairs, _placed(here, place, followed + 1)) - _until(pairs, _placed(here, -1, followed + 1))
+        seen = _until(words, _placed(here, place - 1)) - _until(words, _placed(here, -1))
+        features = torch.cat((features, _counted(followed, since, often, seen)), -1)
+    return Found(features, followed, before[:, begin:])
 
 
-def next_repetitions(history: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+def next_repetitions(history: Tensor, place: Tensor, counts: bool = False) -> Found:
     """`repetitions` of the one token at a place, int64 [1], of history [b, t], whose later entries are PADDING.
 
     Waits for nothing and has one shape throughout: a CUDA graph may hold it.
     """
     places = torch.arange(history.shape[1], device=history.device)
-    match, found = places < place, []
+    match, last = places < place, []
     for n in range(GRAMS):
         back = _shifted(history, n)
         own = back.index_select(1, place)
         match = match & (back == own) & (own != PADDING)
-        found.append(torch.where(match, places, -1).amax(1, keepdim=True))
-    return _found(history, place, torch.stack(found, -1))
+        last.append(torch.where(match, places, -1).amax(1, keepdim=True))
+    features, followed = _found(history, place, torch.stack(last, -1))
+    before, token = _shifted(history, 1), history.index_select(1, place)
+    if counts:
+        follows = (history.unsqueeze(-1) == followed) & (places <= place).unsqueeze(-1)  # [b, t, GRAMS]
+        since = place - torch.where(follows, places[:, None], -1).amax(1, keepdim=True)
+        often = (follows & (before == token).unsqueeze(-1)).sum(1, keepdim=True)
+        seen = ((history == token) & (places < place)).sum(1)[:, None, None]
+        features = torch.cat((features, _counted(followed, since, often, seen)), -1)
+    return Found(features, followed, before.index_select(1, place))
 
 
 def _shifted(text: Tensor, n: int) -> Tensor:
@@ -118,8 +156,25 @@ def _shifted(text: Tensor, n: int) -> Tensor:
     return F.pad(text[:, : max(text.shape[1] - n, 0)], (min(n, text.shape[1]), 0), value=PADDING)
 
 
+def _placed(token: Tensor, place: Tensor | int, after: Tensor | int = 0) -> Tensor:
+    """Keys that order by token (+ 1), the one after it, and place."""
+    return (token << (PLACES + 20)) + (after << PLACES) + place
+
+
+def _until(ordered: Tensor, keys: Tensor) -> Tensor:
+    """How many of ordered keys [b, t] are at most each of keys [b, s, n]."""
+    return torch.searchsorted(ordered, keys.flatten(1).contiguous(), right=True).view_as(keys)
+
+
+def _counted(followed: Tensor, since: Tensor, often: Tensor, seen: Tensor) -> Tensor:
+    """Features [b, s, COUNTED] of ages and counts [b, s, GRAMS] of followers and counts [b, s, 1] of tokens."""
+    known = followed != PADDING
+    of_followers = (torch.where(known, x, 0).float().log1p() / by for x, by in ((since, 8), (often, 4)))
+    return torch.cat((*of_followers, seen.float().log1p() / 4), -1)
+
+
 def _found(text: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """What `repetitions` returns, of the last earlier places [b, s, GRAMS] of the runs that end at places [s]."""
+    """Features [b, s, FEATURES] and followers: of the last earlier places [b, s, GRAMS] of runs that end at places."""
     seen = last >= 0
     distance = (places[:, None] - last).clamp_min(1).float().log() / 8
     followed = text.gather(1, (last + 1).clamp_max(text.shape[1] - 1).flatten(1)).view_as(last)
@@ -172,12 +227,16 @@ class OryxRouter(nn.Module):
     """
 
     quantiles: Tensor
+    table: Tensor
+    """[table]: counts in training text of runs of two and three tokens, by hash."""
+    singles: Tensor
+    """[vocab_size]: counts of tokens."""
 
     def __init__(self, shape: RouterShape, quantiles: int = 1001) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
-        self.features = nn.Linear(FEATURES, shape.width)
+        self.features = nn.Linear(FEATURES + (COUNTED + EXPECTED if shape.table else 0), shape.width)
         self.followed = nn.Linear(GRAMS * shape.width, shape.width, bias=False)
         self.layers = nn.ModuleList(RouterLayer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-5)
@@ -185,6 +244,9 @@ class OryxRouter(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         self.register_buffer("quantiles", torch.zeros(quantiles, dtype=torch.float32))
+        if shape.table:
+            self.register_buffer("table", torch.zeros(shape.table, dtype=torch.float32))
+            self.register_buffer("singles", torch.zeros(shape.vocab_size, dtype=torch.float32))
 
     def forward(
         self, tokens: Tensor, state: RouterState | None = None, valid: Tensor | None = None
@@ -195,20 +257,21 @@ class OryxRouter(nn.Module):
         """
         history = tokens[:, :0] if state is None else state.history
         known = tokens if valid is None else tokens.masked_fill(~valid, PADDING)
-        scores, layers = self.scores(
-            tokens, repetitions(history, known), None if state is None else state.layers, valid
-        )
+        found = repetitions(history, known, self.counts)
+        scores, layers = self.scores(tokens, found, None if state is None else state.layers, valid)
         return scores, RouterState(torch.cat((history, known), 1), layers)
 
     def scores(
         self,
         tokens: Tensor,
-        found: tuple[Tensor, Tensor],
+        found: Found,
         memories: list[LayerMemory] | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerMemory]]:
         """Scores [b, s] of tokens [b, s], of what `repetitions` found for them; and what the layers remember then."""
-        features, followed = found
+        features, followed, previous = found
+        if self.counts:
+            features = torch.cat((features, self._expected(tokens, followed, previous)), -1)
         x = self.embedding(tokens) + self.features(features.to(self.features.weight.dtype))
         then = self.embedding(followed.clamp_min(0)) * (followed != PADDING).unsqueeze(-1)
         x, kept = x + self.followed(then.flatten(2)), []
@@ -216,6 +279,38 @@ class OryxRouter(nn.Module):
             x, memory = layer(x, None if memories is None else memories[i], valid)
             kept.append(memory)
         return self.score(self.norm(x)).squeeze(-1).float(), kept
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts in the text and knows counts of training text."""
+        return self.shape.table > 0
+
+    def _expected(self, tokens: Tensor, followed: Tensor, previous: Tensor) -> Tensor:
+        """Logarithms over 8 [b, s, EXPECTED] of how likely followers and the token are in training text."""
+        here, before = tokens.unsqueeze(-1), previous.unsqueeze(-1)
+        pairs = self.table[self._entry(here, followed)]
+        after_one = (pairs + 0.1).log() - (self.singles[here] + 1).log()
+        after_two = (self.table[self._entry(before, here, followed)] + 0.1).log()
+        after_two = after_two - (self.table[self._entry(before, here)] + 1).log()
+        known = followed != PADDING
+        of_followers = (torch.where(known, x, 0.0) for x in (after_one, after_two))
+        own = (self.table[self._entry(before, here)] + 0.1).log() - (self.singles[before.clamp_min(0)] + 1).log()
+        return torch.cat((*of_followers, torch.where(before != PADDING, own, 0.0)), -1) / 8
+
+    def _entry(self, *run: Tensor) -> Tensor:
+        """Where the count of a run of tokens lies in the table."""
+        key = torch.zeros_like(run[-1])
+        for token in run:
+            key = (key + token + 1) * 0x9E3779B97F4A7C1 + len(run)
+        return (key ^ (key >> 32)) % self.shape.table
+
+    @torch.no_grad()
+    def count(self, tokens: Tensor) -> None:
+        """Add texts [n, s] to the counts of training text."""
+        runs = (tokens[:, :-1], tokens[:, 1:]), (tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:])
+        for run in runs:
+            self.table += torch.bincount(self._entry(*run).flatten(), minlength=self.shape.table)
+        self.singles += torch.bincount(tokens.flatten(), minlength=self.shape.vocab_size)
 
     def threshold(self, share: float) -> float:
         """Score above which this share (0 to 1) of held-out tokens lay; interpolated. 0 and 1: no token, all tokens."""
@@ -282,7 +377,8 @@ class RouterSteps:
 
     def _forward(self) -> Tensor:
         self.history.index_copy_(1, self.place, self.tokens)
-        scores, layers = self.router.scores(self.tokens, next_repetitions(self.history, self.place), self.layers)
+        found = next_repetitions(self.history, self.place, self.router.counts)
+        scores, layers = self.router.scores(self.tokens, found, self.layers)
         for kept, new in zip(self.layers, layers):
             kept.window.copy_(new.window)
             kept.memory.copy_(new.memory)
@@ -330,7 +426,7 @@ class Routed:
 
 def shape_of(fields: dict[str, Any]) -> RouterShape:
     """A shape from the fields that `RouterShape.to_dict` gave. ValueError for other or wrong ones."""
-    known = {"vocab_size", "width", "layers", "heads"}
-    if set(fields) != known or not all(type(value) is int for value in fields.values()):
+    known = {"vocab_size", "width", "layers", "heads", "table"}
+    if set(fields) | {"table"} != known or not all(type(value) is int for value in fields.values()):
         raise ValueError(f"router: expected whole numbers {', '.join(sorted(known))}, got {fields}")
     return RouterShape(**fields)

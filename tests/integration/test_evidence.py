@@ -98,7 +98,13 @@ def test_jobs_follow_each_other_and_the_time_ends(
     assert schedule.run(jobs, {"cpu": 4, "train": 1}) == ["wrong"]
     assert time.time() < schedule.end + 3
     told = capsys.readouterr().out
-    for line in ("second: done in ", "wrong: FAILED (3) in ", "long: out of time", "no time: no time left for it"):
+    for line in (
+        "second: done in ",
+        "wrong: FAILED (3) in ",
+        "    the reason\n",
+        "long: out of time",
+        "no time: no time left for it",
+    ):
         assert line in told
     assert "the reason" in (tmp_path / "out" / "logs" / "wrong.txt").read_text()
     assert not (tmp_path / "after wrong").exists()
@@ -181,7 +187,8 @@ def test_routing_tables(module: Callable[[str], Any], tmp_path: Path) -> None:
     assert attention.bits == pytest.approx(2.5 / 4 / 0.6931, rel=1e-3)
     text = routing.summarize(tmp_path)
     lines = [line for line in text.splitlines() if line.startswith("| gdn")]
-    assert len(lines) == 3
+    assert len(lines) == 3 + len(routing.POLICIES)
+    assert "| gdn | router | 10% (10% to 10%) | 25% (25% to 25%) | 50% (50% to 50%) | 82% (82% to 82%) |" in lines
     assert lines[0].startswith(
         "| gdn | 2 | all | 1.082 (1.082 to 1.082) | 0.947 (0.902 to 0.992) | 50% (50% to 50%) |  | 10%"
     )

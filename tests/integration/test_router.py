@@ -54,7 +54,7 @@ def decode(run: Path) -> dict[str, Any]:
     held = router.RouterOptions(texts=1, held_out=4, width=16)
     streams = router.texts_of(model, held)
     next(streams)
-    stream, count = next(streams)
+    _, stream, count = next(streams)
     plans = Plans.of_checkpoint(model.folder, model.run.modes.chunk, (SPEC,))
     losses, attended, tokens = 0.0, 0, 0
     for _ in range(count):

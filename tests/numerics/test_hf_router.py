@@ -19,9 +19,10 @@ def model(request: pytest.FixtureRequest) -> OryxForCausalLM:
     config = OryxConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
         value_head_dim=16, mixer=request.param, recurrence_chunk=8, eos_token_id=60, pad_token_id=0,
-        router={"vocab_size": 61, "width": 16, "layers": 1, "heads": 2},
+        router={"vocab_size": 61, "width": 16, "layers": 1, "heads": 2, "table": 500},
     )  # fmt: skip
     made = OryxForCausalLM(config).eval()
+    made.model.mode_router.count(texts(50, 30))
     torch.nn.init.normal_(made.model.mode_router.score.weight)
     for parameter in made.model.parameters():
         parameter.data.mul_(3.0) if parameter.ndim > 1 else None  # so that a mode makes a difference
@@ -124,5 +125,5 @@ def test_errors(model: OryxForCausalLM) -> None:
     model(tokens, mode_plan="recurrent", past_key_values=cache)
     with pytest.raises(ValueError, match="the cache holds tokens read under another plan"):
         model(tokens, mode_plan=PLAN, past_key_values=cache)
-    with pytest.raises(ValueError, match="router: expected whole numbers heads, layers, vocab_size, width"):
+    with pytest.raises(ValueError, match="router: expected whole numbers heads, layers, table, vocab_size, width"):
         OryxForCausalLM(OryxConfig(**{**model.config.to_dict(), "router": {"width": 3}}))

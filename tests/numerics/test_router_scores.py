@@ -14,6 +14,7 @@ from oryx_megatron.eval.routed import Plans
 from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.hf.router import NAME, load_router, save_router
 from oryx_megatron.hf.router_oryx import (
+    COUNTED,
     FEATURES,
     GRAMS,
     PADDING,
@@ -28,9 +29,17 @@ from oryx_megatron.router import Gains, RouterOptions, fit
 VOCABULARY = 97
 
 
-def router(seed: int = 0, heads: int = 2) -> OryxRouter:
+@pytest.fixture(params=[0, 1000], ids=["", "counts"])
+def made(request: pytest.FixtureRequest) -> OryxRouter:
+    """Of both kinds."""
+    return router(table=request.param)
+
+
+def router(seed: int = 0, heads: int = 2, table: int = 1000) -> OryxRouter:
     torch.manual_seed(seed)
-    made = OryxRouter(RouterShape(VOCABULARY, 32, 2, heads), 101).double()
+    made = OryxRouter(RouterShape(VOCABULARY, 32, 2, heads, table), 101).double()
+    if table:
+        made.count(texts(20, 200))
     torch.nn.init.normal_(made.score.weight)
     return made.eval()
 
@@ -40,16 +49,16 @@ def texts(rows: int = 3, length: int = 83) -> Tensor:
 
 
 @pytest.mark.parametrize("cuts", [(1,) * 83, (40, 1, 1, 41), (3, 80)])
-def test_in_parts_as_at_once(cuts: tuple[int, ...]) -> None:
-    made, tokens, state, parts = router(), texts(), None, []
+def test_in_parts_as_at_once(made: OryxRouter, cuts: tuple[int, ...]) -> None:
+    tokens, state, parts = texts(), None, []
     for part in tokens.split(list(cuts), 1):
         scores, state = made(part, state)
         parts.append(scores)
     torch.testing.assert_close(torch.cat(parts, 1), made(tokens)[0], rtol=0, atol=1e-6)
 
 
-def test_a_score_depends_on_the_past_alone() -> None:
-    made, tokens = router(), texts()
+def test_a_score_depends_on_the_past_alone(made: OryxRouter) -> None:
+    tokens = texts()
     changed = tokens.clone()
     changed[:, 40] = (changed[:, 40] + 1) % VOCABULARY
     before, after = made(tokens)[0], made(changed)[0]
@@ -61,34 +70,67 @@ def test_repetitions_are_counted_by_hand() -> None:
     """Against a loop over all earlier places, with padding: at once, in parts, and place by place."""
     tokens = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(3))
     tokens[0, :6] = PADDING
-    expected, followed = torch.zeros(3, 40, FEATURES), torch.full((3, 40, GRAMS), PADDING)
-    for row in range(3):
-        for i in range(40):
+    expected, followed = torch.zeros(3, 40, FEATURES + COUNTED), torch.full((3, 40, GRAMS), PADDING)
+    for row, text in enumerate(tokens.tolist()):
+        for i, token in enumerate(text):
+            if token == PADDING:
+                continue
+            expected[row, i, -1] = math.log1p(text[:i].count(token)) / 4
             for n in range(GRAMS):
-                run = tokens[row, max(i - n, 0) : i + 1].tolist()
+                run = text[max(i - n, 0) : i + 1]
                 if len(run) <= n or PADDING in run:
                     continue
-                ends = [j for j in range(n, i) if tokens[row, j - n : j + 1].tolist() == run]
+                ends = [j for j in range(n, i) if text[j - n : j + 1] == run]
                 if ends:
+                    then = followed[row, i, n] = text[ends[-1] + 1]
+                    age = min(i - j for j in range(i + 1) if text[j] == then)
+                    often = sum(text[j : j + 2] == [token, then] for j in range(i))
                     expected[row, i, 2 * n] = 1
                     expected[row, i, 2 * n + 1] = math.log(i - ends[-1]) / 8
-                    followed[row, i, n] = tokens[row, ends[-1] + 1]
+                    expected[row, i, FEATURES + n] = math.log1p(age) / 8
+                    expected[row, i, FEATURES + GRAMS + n] = math.log1p(often) / 4
+    previous = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=PADDING)
     cuts = ((0, 40),), ((0, 1), (1, 20), (20, 21), (21, 22), (22, 40))
-    ways = [[repetitions(tokens[:, :a], tokens[:, a:b]) for a, b in cut] for cut in cuts]
     room = torch.cat((tokens, tokens[:, :3]), 1)
-    ways.append([])
-    for i in range(40):
-        written = room.clone()
-        written[:, i + 1 :] = PADDING
-        ways[-1].append(next_repetitions(written, torch.tensor([i])))
-    for way in ways:
-        features, then = (torch.cat(part, 1) for part in zip(*way))
-        torch.testing.assert_close(features, expected)
-        assert torch.equal(then, followed)
+    for counts in (False, True):
+        ways = [[repetitions(tokens[:, :a], tokens[:, a:b], counts) for a, b in cut] for cut in cuts]
+        ways.append([])
+        for i in range(40):
+            written = room.clone()
+            written[:, i + 1 :] = PADDING
+            ways[-1].append(next_repetitions(written, torch.tensor([i]), counts))
+        for way in ways:
+            features, then, before = (torch.cat(part, 1) for part in zip(*way))
+            there = tokens != PADDING  # of padding nothing is asked
+            torch.testing.assert_close(features[there], expected[there][:, : features.shape[-1]])
+            assert features.shape[-1] == FEATURES + counts * COUNTED
+            assert torch.equal(then, followed)
+            assert torch.equal(before, previous)
 
 
-def test_steps_at_fixed_addresses_are_one_pass() -> None:
-    made, tokens = router(), texts(3, 60)
+def test_the_table_knows_what_is_likely() -> None:
+    """Log-probabilities of followers and of the token, as far as its entries are not shared."""
+    made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2, table=1 << 18))
+    training = texts(64, 500) % 7
+    made.count(training)
+    made.count(training[:1])
+    assert made.singles.sum() == 65 * 500
+    text = torch.tensor([[3, 4, 5, 3, 4]])
+    found = repetitions(text[:, :0], text, True)
+    features = made._expected(text, found.followed, found.previous)[0, -1] * 8
+    rows = [*training.tolist(), training[0].tolist()]
+    count = {run: sum(row[i : i + len(run)] == list(run) for row in rows for i in range(500))
+             for run in ((3,), (4,), (3, 4), (4, 5), (3, 4, 5))}  # fmt: skip
+    after_one = math.log((count[4, 5] + 0.1) / (count[4,] + 1))
+    after_two = math.log((count[3, 4, 5] + 0.1) / (count[3, 4] + 1))
+    own = math.log((count[3, 4] + 0.1) / (count[3,] + 1))
+    expected = [after_one, after_one, 0.0, after_two, after_two, 0.0, own]
+    torch.testing.assert_close(features, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert made._expected(text, found.followed, found.previous)[0, 0].count_nonzero() == 0
+
+
+def test_steps_at_fixed_addresses_are_one_pass(made: OryxRouter) -> None:
+    tokens = texts(3, 60)
     whole = made(tokens)[0]
     scores, state = made(tokens[:, :25])
     steps = RouterSteps(made, state, 70)
@@ -99,9 +141,9 @@ def test_steps_at_fixed_addresses_are_one_pass() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
 
 
-def test_padding_leaves_no_trace() -> None:
+def test_padding_leaves_no_trace(made: OryxRouter) -> None:
     """On the left, as generation pads."""
-    made, tokens = router(), texts()
+    tokens = texts()
     padded = torch.cat((torch.full((3, 7), 5), tokens), 1)
     valid = torch.arange(padded.shape[1]).expand(3, -1) >= 7
     torch.testing.assert_close(made(padded, valid=valid)[0][:, 7:], made(tokens)[0], rtol=0, atol=1e-6)
@@ -163,6 +205,11 @@ def test_file(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("x")
     with pytest.raises(CheckpointError, match="damaged router"):
         load_router(tmp_path / "other")
+    made, shape = router(table=0), {"vocab_size": VOCABULARY, "width": 32, "layers": 2, "heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RouterShape, "to_dict", lambda self: shape)  # as before there was a table
+        save_router(made, path, {})
+    assert load_router(path)[0].shape == made.shape
 
 
 def test_plans_of_texts() -> None:
