@@ -220,9 +220,9 @@ def summarize(folder: Path) -> str:
     for model, sets, policy, some in _rows_of(results):
         if policy == "seen" or sets != _sets_of(some[0]):
             continue
-        curves = [closed(r, policy, sets) for r in some]
-        found = [[part for c in curves if (part := closed_at(c, share, end=True)) is not None] for share in shares]
-        lines.append(f"| {model} | {policy} | {' | '.join(map(_percent, found))} |")
+        by_seed = [closed(r, policy, sets) for r in some]
+        at_shares = [[part for c in by_seed if (part := closed_at(c, share, end=True)) is not None] for share in shares]
+        lines.append(f"| {model} | {policy} | {' | '.join(map(_percent, at_shares))} |")
     text = "\n".join(lines) + "\n"
     ex.write_text(folder / "routing.md", text)
     ex.write_text(folder / "routing.csv", _csv(results))
