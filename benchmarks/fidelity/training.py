@@ -171,9 +171,8 @@ class Training:
 
     def predict(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Most likely next token after each, for eval.grid."""
-        with (
-            torch.no_grad()
-        ):  # not inference_mode: training continues, and tables that ops keep would be of no use to it
+        # Not inference_mode: training continues, and tables that ops keep would be of no use to it.
+        with torch.no_grad():
             return self.logits(tokens, plan).argmax(-1).cpu()
 
     def scores(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import logging
 import multiprocessing
@@ -228,6 +229,19 @@ def test_loader_processes_fail_in_one_line(paths: dict[str, str], tmp_path: Path
     stream.close()
 
 
+def test_labels_are_the_tokens_after(paths: dict[str, str], tmp_path: Path) -> None:
+    """In a row, and at its end: there it is the token that follows in the document."""
+    blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER, {"train": 64})["train"]
+    stream = SampleStream(blend, micro_batch_size=64, microbatches=1, eod=EOD, vocab_size=8192)
+    (batch,) = stream.next_batches()
+    stream.close()
+    indexed = blend.datasets[0].dataset
+    followed = {pair for i in range(len(indexed)) for pair in itertools.pairwise(indexed[i].tolist())}
+    for tokens, labels in zip(batch["tokens"].tolist(), batch["labels"].tolist(), strict=True):
+        assert labels[:-1] == tokens[1:]
+        assert tokens[-1] == EOD or (tokens[-1], labels[-1]) in followed
+
+
 def test_isolated_documents(paths: dict[str, str], tmp_path: Path) -> None:
     blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
     stream = SampleStream(blend, micro_batch_size=8, microbatches=1, eod=EOD, vocab_size=8192, isolated=True)
@@ -240,6 +254,7 @@ def test_isolated_documents(paths: dict[str, str], tmp_path: Path) -> None:
         assert starts == expected
         assert batch["documents"][row].dtype == torch.int32
         assert batch["loss_mask"][row].tolist() == [float(token != EOD) for token in tokens]
+        assert batch["labels"][row, :-1].tolist() == tokens[1:]
     assert any(len(starts) > 2 for starts in batch["documents"])
 
 
