@@ -21,7 +21,7 @@ from oryx_megatron.config import ModelConfig, is_run, load_model, load_run
 from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import ConfigError
 
-User = Literal["embedding", "shared", "attention", "recurrent"]
+User = Literal["embedding", "shared", "attention", "recurrent", "mtp"]
 
 KV_BYTES = 2
 """Bytes of a cached key or value element and of a convolution window's (bf16)."""
@@ -43,7 +43,10 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model by part. A single-mode baseline has all but its embedding under `shared`."""
+    """Parameters of a model by part. A single-mode baseline has all but its embedding under `shared`.
+
+    Heads of multi-token prediction stand apart, under `mtp`: the model's own predictions do without them.
+    """
 
     parts: tuple[ModelPart, ...]
 
@@ -195,6 +198,20 @@ def _mlp_parts(model: ModelConfig) -> list[ModelPart]:
     return [part for part in parts if part.count]
 
 
+def _mtp_parts(model: ModelConfig) -> list[ModelPart]:
+    """Parameters of the heads of multi-token prediction, of which each has a projection and a dense layer."""
+    d, heads = model.hidden_size, model.mtp_layers
+    if not heads:
+        return []
+    mixer = sum(part.count for part in _mixer_parts(model.with_modes(model.mtp_modes), heads))
+    return [
+        ModelPart("mtp projections", heads * 2 * d * d, "mtp", "2 d²"),
+        ModelPart("mtp mixers", mixer, "mtp", "as the last layer's"),
+        ModelPart("mtp mlps", heads * 3 * d * model.ffn_hidden_size, "mtp", "3 d f"),
+        ModelPart("mtp norms", heads * 5 * d, "mtp", "5 d"),
+    ]
+
+
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Parameters of `model` by part; equal to what the built model has."""
     d, layers = model.hidden_size, model.num_layers
@@ -205,6 +222,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     ]
     if not model.tie_embeddings:
         parts.append(ModelPart("output_layer", model.vocab_size * d, "embedding", "V d"))
+    parts += _mtp_parts(model)
     return ParameterCounts(tuple(parts))
 
 
@@ -255,9 +273,24 @@ def _mixer_flops(model: ModelConfig, sequence: int, attention_share: float) -> d
     return terms
 
 
+def share_of_heads(model: ModelConfig, attention_share: float) -> float:
+    """Of the tokens that attend in the heads of multi-token prediction when a plan has `attention_share`."""
+    return kinds(model, [model.num_layers - 1])[0].share(attention_share)
+
+
+def mtp_flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> float:
+    """Forward FLOPs per token of the heads of multi-token prediction, which run in training and in drafts alone."""
+    if not model.mtp_layers:
+        return 0.0
+    d, own = model.hidden_size, model.with_modes(model.mtp_modes)
+    mixer = sum(_mixer_flops(own, sequence, share_of_heads(model, attention_share)).values())
+    return model.mtp_layers * (mixer + 2.0 * (2 * d * d + 3 * d * model.ffn_hidden_size + model.vocab_size * d))
+
+
 def training_flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> float:
-    """FLOPs per token of forward and backward: three times the forward's, nothing recomputed."""
-    return 3 * sum(flops_per_token(model, sequence, attention_share).values())
+    """FLOPs per token of forward and backward: three times the forward's, nothing recomputed; with all heads."""
+    forward = sum(flops_per_token(model, sequence, attention_share).values())
+    return 3 * (forward + mtp_flops_per_token(model, sequence, attention_share))
 
 
 def kv_bytes_per_token(model: ModelConfig) -> int:
@@ -289,7 +322,10 @@ def report(model: ModelConfig, sequence: int) -> dict[str, object]:
     flops = {}
     for share in _shares(model):
         terms = flops_per_token(model, sequence, share)
-        flops[f"{share:g}"] = {"terms": terms, "forward": sum(terms.values()), "training": 3 * sum(terms.values())}
+        training = training_flops_per_token(model, sequence, share)
+        flops[f"{share:g}"] = {"terms": terms, "forward": sum(terms.values()), "training": training}
+        if model.mtp_layers:
+            flops[f"{share:g}"]["mtp"] = mtp_flops_per_token(model, sequence, share)
     shares: dict[str, object] = {}
     if model.takes_plans:
         for name, embedding in (("non_embedding", False), ("with_embedding", True)):
@@ -341,7 +377,7 @@ def table(model: ModelConfig, sequence: int) -> str:
         "",
         f"{'parameters':<26}{'count':>15}  {'used by':<11}per layer",
     ]
-    users = {"embedding": "embedding", "shared": "both modes" if both else single or "all"}
+    users = {"mtp": "mtp heads", "shared": "both modes" if both else single or "all"}
     for part in counts.parts:
         lines.append(f"  {part.name:<24}{part.count:>15,}  {users.get(part.user, part.user):<11}{part.note}".rstrip())
     lines.append(f"  {'non-embedding':<24}{counts.non_embedding:>15,}")
@@ -353,7 +389,7 @@ def table(model: ModelConfig, sequence: int) -> str:
         rows: tuple[tuple[Literal["attention", "recurrent", "whole"], str, int], ...] = (
             ("attention", "of attention mode's", counts.shared + counts.attention_only),
             ("recurrent", "of recurrent mode's", counts.shared + counts.recurrent_only),
-            ("whole", "of the whole model's", counts.non_embedding),
+            ("whole", "of the whole model's", counts.of("shared", "attention", "recurrent")),
         )
         for mode, name, used in rows:
             plain, full = counts.share(mode), counts.share(mode, embedding=True)
@@ -373,7 +409,12 @@ def table(model: ModelConfig, sequence: int) -> str:
         lines.append(f"  {name:<24}" + "".join(f"{column[name] / 1e6:>18,.2f}" for column in columns))
     sums = [sum(column.values()) / 1e6 for column in columns]
     lines.append(f"  {'forward':<24}" + "".join(f"{value:>18,.2f}" for value in sums))
-    lines.append(f"  {'training (3×)':<24}" + "".join(f"{3 * value:>18,.2f}" for value in sums))
+    name = "training (3×)"
+    if model.mtp_layers:
+        ahead = [mtp_flops_per_token(model, sequence, share) / 1e6 for share in shares]
+        lines.append(f"  {'mtp heads, training':<24}" + "".join(f"{value:>18,.2f}" for value in ahead))
+        sums, name = [a + b for a, b in zip(sums, ahead, strict=True)], "training (3× both)"
+    lines.append(f"  {name:<24}" + "".join(f"{3 * value:>18,.2f}" for value in sums))
     kv, state, windows = kv_bytes_per_token(model), state_bytes(model), window_bytes(model)
     memory = (
         ("KV cache per token", kv, "bf16"),

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from oryx_megatron.arch import flops_per_token, kinds, parameter_counts
+from oryx_megatron.arch import flops_per_token, kinds, mtp_flops_per_token, parameter_counts, share_of_heads
 from oryx_megatron.config.schema import (
     BatchStage,
     BlendEntry,
@@ -230,13 +230,17 @@ def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
         count, d = _expert_layers(model, layers), model.hidden_size
         less = 3 * d * (model.ffn_hidden_size - moe.shared_ffn_hidden_size) / layout.tp - moe.experts * d
         return parameters_per_gpu(dense, layout, stage) - count * less
+    plain = dataclasses.replace(model, mtp=None)
     blocks = sum(
         parameter_counts(kind.model).non_embedding * kind.layers / model.num_layers
-        for kind in kinds(model, layout.layers(stage))
+        for kind in kinds(plain, layout.layers(stage))
     )
     embedding = model.vocab_size * model.hidden_size
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (1 if first and last and model.tie_embeddings else 0)
+    if last and model.mtp_layers:  # the last stage has the heads, and an embedding for them
+        blocks += parameter_counts(model).of("mtp")
+        tables += not first and not model.tie_embeddings
     return (blocks + tables * embedding) / layout.tp
 
 
@@ -289,7 +293,12 @@ def memory_bytes(
             if recompute == "none" or name in KEPT[recompute]:
                 items[f"activations: {name}"] = size * held
     if stage == layout.pp - 1:
-        items["logits"] = 4.0 * model.vocab_size / layout.tp * tokens
+        items["logits"] = 4.0 * model.vocab_size / layout.tp * tokens * (1 + model.mtp_layers)
+        if model.mtp_layers:  # a layer each, and what their projections read
+            one = dataclasses.replace(model.with_modes(model.mtp_modes), moe=None, mtp=None)
+            each = sum(activation_bytes(one, layout, share_of_heads(model, work.attention_share)).values())
+            each = 4.0 * model.hidden_size / layout.tp if recompute == "full" else each + 12.0 * model.hidden_size
+            items["activations: mtp heads"] = model.mtp_layers * each * tokens
     # Gradients of the widest step of a block, and the layer being recomputed.
     widest = 8.0 * model.ffn_hidden_size / layout.tp + 4.0 * model.hidden_size
     items["workspace"] = (widest + once) * tokens + CONTEXT_GIB * GIB
@@ -454,7 +463,7 @@ def _compute_seconds(
     forward, backward = forward + moved / 3, backward + 2 * moved / 3
     again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
     blocks = (forward + backward + again) / model.num_layers
-    head = 3 * flops["output_layer"] / product
+    head = 3 * (flops["output_layer"] + mtp_flops_per_token(model, work.sequence, share)) / product
     slowest = max(blocks * max(layout.stage_layers), blocks * layout.stage_layers[-1] + head)
     return tokens * slowest / layout.tp / (cluster.tflops * 1e12 / PEAK)
 

@@ -121,6 +121,8 @@ class Checkpoints:
     def start_from(self, folder: Path, manifest: Manifest, *, optimizer: bool, weights: WeightsKind) -> None:
         """Fill the model, and the optimizer with averages if asked, from a whole checkpoint of another run.
 
+        Heads of multi-token prediction that it has not stay as they are.
+
         Raises:
             CheckpointError: it does not fit the model or the optimizer.
         """
@@ -356,7 +358,7 @@ class CheckpointManager(Checkpoints):
         if optimizer:
             self._fill(folder, manifest)
         else:
-            load_sharded_state(folder, self.chunks, self.optimizer, weights_only=True, weights=weights)
+            load_sharded_state(folder, self.chunks, self.optimizer, weights_only=True, weights=weights, new_heads=True)
 
     def _start(self, folder: Path, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
         """Start the writers of all ranks."""

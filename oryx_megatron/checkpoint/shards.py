@@ -168,7 +168,7 @@ def frozen_layers(
         model_states: Their sharded state.
         in_ranges: The optimizer's tensors are described by this module, not by megatron-core.
     """
-    own = {part.key for entry in nested_values(optimizer_state) for part in _built(entry)}
+    own = {part.key for entry in nested_values(optimizer_state) for part in built(entry)}
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, own)
     kinds: dict[str, set[str]] = {}
@@ -180,7 +180,7 @@ def frozen_layers(
     for model, model_state in zip(models, model_states, strict=True):
         sharded = by_parameter(model_state)
         for parameter in model.parameters():
-            for part in _built(sharded[parameter]) if not parameter.requires_grad else ():
+            for part in built(sharded[parameter]) if not parameter.requires_grad else ():
                 for kind in kinds.get(part.key, ()):
                     zeros = torch.zeros_like(part.data, dtype=torch.float32)
                     piece = replace(part, key=f"{PREFIX}{kind}.{part.key}", data=zeros, dtype=torch.float32)
@@ -192,7 +192,7 @@ def frozen_layers(
     return found
 
 
-def _built(entry: Any) -> list[ShardedTensor]:
+def built(entry: Any) -> list[ShardedTensor]:
     """The tensors that an entry of a sharded state is stored as."""
     if isinstance(entry, ShardedTensorFactory):
         entry = entry.build()

@@ -84,6 +84,7 @@ def load_sharded_state(
     weights_only: bool = False,
     averages: list[average.HeldPart] | None = None,
     weights: WeightsKind = "trained",
+    new_heads: bool = False,
 ) -> bool:
     """Fill model and, if given, optimizer from a checkpoint written under any layout; whether `averages` were filled.
 
@@ -97,6 +98,7 @@ def load_sharded_state(
         weights_only: Leave the optimizer's state, and averages, alone.
         averages: Of the weights, to be filled where the checkpoint has them.
         weights: Fill the model with the weights as trained, or with their average.
+        new_heads: The model may have heads of multi-token prediction that the checkpoint lacks; they stay as they are.
 
     Raises:
         CheckpointError: its tensors do not fit the model or the optimizer, or it has no average.
@@ -119,6 +121,7 @@ def load_sharded_state(
     if weights == "ema":
         state |= {_name(i): average.as_average(state[_name(i)]) for i in range(len(chunks))}
     absent = _take_absent_scales(state, written)
+    heads = _take_absent_heads(state, written) if new_heads else {}
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:
@@ -129,6 +132,9 @@ def load_sharded_state(
     for i, chunk in enumerate(chunks):
         own = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
         model = unwrap_model(chunk)
+        if new := heads.get(_name(i)):
+            initial = model.state_dict()
+            own |= {name: initial[name] for name in new}
         scales.restore(model, own, folder)
         model.load_state_dict(own, strict=True)
     if kept is not None:
@@ -202,6 +208,19 @@ def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, l
             for name, entry in entries.items()
             if name.endswith("_extra_state") and isinstance(entry, ShardedObject) and entry.unique_key not in written
         ]
+        for name in absent[chunk]:
+            del entries[name]
+    return absent
+
+
+def _take_absent_heads(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:
+    """Take out of `state` the heads of multi-token prediction that the checkpoint has not; their names by chunk."""
+    absent = {}
+    for chunk, entries in state.items():
+        if chunk == "optimizer":
+            continue
+        heads = [(name, entry) for name, entry in entries.items() if name.startswith("mtp.")]
+        absent[chunk] = [n for n, entry in heads if any(part.key not in written for part in shards.built(entry))]
         for name in absent[chunk]:
             del entries[name]
     return absent

@@ -51,6 +51,16 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """Multi-token prediction: heads behind the model that each predict one token further (docs/mtp.md)."""
+
+    layers: Annotated[int, Range(ge=1, le=16)] = 1
+    """Heads; head k predicts the token k + 1 further on from a token."""
+    loss_weight: Annotated[float, Range(gt=0, le=10)] = 0.1
+    """Weight of the heads' mean loss beside the model's own (DeepSeek-V3, arXiv 2412.19437, eq. 25)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
     """Rotary frequencies for longer texts, as transformers writes them in config.json (docs/long-context.md)."""
 
@@ -140,6 +150,8 @@ class ModelConfig:
     """Tokens per chunk of the chunked recurrence kernels (a matter of speed only)."""
     moe: MoEConfig | None = None
     """Experts; null: a dense SwiGLU in every layer."""
+    mtp: MTPConfig | None = None
+    """Heads that predict further tokens in training, and draft when decoding; null: none."""
 
     @property
     def expert_layers(self) -> int:
@@ -197,6 +209,16 @@ class ModelConfig:
     def ignores_plans(self) -> bool:
         """Whether layers differ and none of them reads a mode plan."""
         return not self.takes_plans and self.single_mode is None
+
+    @property
+    def mtp_layers(self) -> int:
+        """Number of heads of multi-token prediction."""
+        return 0 if self.mtp is None else self.mtp.layers
+
+    @property
+    def mtp_modes(self) -> Modes:
+        """Modes of those heads: the last layer's."""
+        return self.layer_modes[-1]
 
     def with_modes(self, modes: Modes) -> ModelConfig:
         """This architecture with `modes` in every layer: that of a layer of a hybrid."""

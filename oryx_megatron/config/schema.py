@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_args
 from oryx_megatron.config.bounds import Range
 from oryx_megatron.config.model_fields import ModelConfig
 from oryx_megatron.config.model_fields import MoEConfig as MoEConfig
+from oryx_megatron.config.model_fields import MTPConfig as MTPConfig
 from oryx_megatron.config.model_fields import RopeScalingConfig as RopeScalingConfig
 from oryx_megatron.config.types import (
     Beta,

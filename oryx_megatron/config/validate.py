@@ -447,6 +447,7 @@ def _check_engine(run: RunConfig) -> None:
         ("train.freeze", bool(run.train.freeze), "remove it"),
         ("train.ema", run.train.ema is not None, "remove it"),
         ("model.mup_base_hidden_size", run.model.width_multiplier != 1, "remove it"),
+        ("model.mtp", run.model.mtp is not None, "set it to null"),
         ("checkpoint.asynchronous", run.checkpoint.asynchronous, "DeepSpeed saves in the foreground; set it to false"),
         ("output_dir", is_url(run.output_dir), "DeepSpeed writes local files; give a folder"),
     ):

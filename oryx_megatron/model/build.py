@@ -11,7 +11,7 @@ from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionCo
 from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.model.logits import OryxGPTModel
-from oryx_megatron.model.spec import block_spec
+from oryx_megatron.model.spec import block_spec, mtp_block_spec
 from oryx_megatron.platform import memory
 
 
@@ -34,6 +34,7 @@ def build_chunk(
         post_process=post_process,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",
+        mtp_block_spec=mtp_block_spec(config) if post_process else None,
         vp_stage=vp_stage,
     )
 

@@ -94,6 +94,8 @@ def transformer_config(
         "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32
     }
     fields |= moe_fields(model, parallel, grouped=fields["te_linears"])
+    if model.mtp is not None:
+        fields |= {"mtp_num_layers": model.mtp.layers, "mtp_loss_scaling_factor": model.mtp.loss_weight}
     fields["row_multiple"] = multiple_of(precision)
     if precision.fp4 != "none":
         _check_blackwell("fp4", precision.fp4, te_missing)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +21,7 @@ from torch import Tensor
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.experts import expert_weights
 from oryx_megatron.model.mixer import OryxMixer
+from oryx_megatron.model.mtp import heads
 
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -29,7 +31,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     """Fill every parameter of a model chunk (a pipeline or virtual stage) in place.
 
     Matrices: normal with `init_std`, divided by √(2 layers) where they write to the residual stream (out_proj, fc2).
-    Routers and experts are matrices too, each expert drawn by its number among all.
+    Routers and experts are matrices too, each expert drawn by its number among all; so is what a head of multi-token
+    prediction projects with.
     With muP (arXiv 2203.03466, table 8; megatron-core 0.19) those inside blocks are divided by √m too, m the width over
     the base width, and the factor 1/m of the logits is what the final norm starts from (train/mup.py).
     Convolution taps: uniform in ±1/√width, torch's default. A uniform in `decay_init`, softplus(dt_bias) log-uniform in
@@ -60,12 +63,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         fill(prefix + "fc1", fc1, normal, parts={"gate": half, "up": half}, slicer=slicer)
         fill(prefix + "fc2", fc2, residual, axis=1, slicer=slicer)
 
-    if hasattr(chunk, "embedding"):
-        fill("embedding", chunk.embedding.word_embeddings.weight, table)
-    if getattr(chunk, "output_layer", None) is not None and chunk.output_layer.weight is not None:
-        fill("embedding" if model.tie_embeddings else "output_layer", chunk.output_layer.weight, table)
-    for layer in chunk.decoder.layers:
-        prefix = f"layers.{layer.layer_number}."
+    def fill_layer(prefix: str, layer: Any) -> None:
         mixer: OryxMixer = layer.self_attention
         own = mixer.model  # with the modes of this layer
         fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.in_proj_rows)
@@ -84,7 +82,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
                 fill(prefix + "d", mixer.d, _ones)
         if not isinstance(layer.mlp, MoELayer):
             fill_mlp(prefix, layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight)
-            continue
+            return
         fill(prefix + "router", layer.mlp.router.weight, normal, axis=None)
         if layer.mlp.shared_experts is not None:
             shared = layer.mlp.shared_experts
@@ -94,8 +92,18 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
             # Reduced over the ranks that hold this expert, and updated by an optimizer of its own, under every layout:
             # megatron-core marks them so where parallel.expert is above 1 only, and checkpoints would differ.
             fc1.allreduce = fc2.allreduce = False  # type: ignore[attr-defined]
+
+    if hasattr(chunk, "embedding"):
+        fill("embedding", chunk.embedding.word_embeddings.weight, table)
+    if getattr(chunk, "output_layer", None) is not None and chunk.output_layer.weight is not None:
+        fill("embedding" if model.tie_embeddings else "output_layer", chunk.output_layer.weight, table)
+    for layer in chunk.decoder.layers:
+        fill_layer(f"layers.{layer.layer_number}.", layer)
+    for number, head in enumerate(heads(chunk)):
+        fill(f"mtp.{number}.eh_proj", head.eh_proj.weight, normal)
+        fill_layer(f"mtp.{number}.", head.layer)
     for name, parameter in chunk.named_parameters():
-        if name == "decoder.final_layernorm.weight":
+        if name.endswith("final_layernorm.weight"):
             fill(name, parameter, lambda *a: _ones(*a) / model.width_multiplier, axis=None)
         elif "norm" in name and parameter.dim() == 1:
             fill(name, parameter, _ones, axis=None)

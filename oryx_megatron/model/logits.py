@@ -1,10 +1,13 @@
 """What becomes of the logits: soft-capped always, and in training a penalty on their normaliser beside the loss.
 
-Shapes: s sequence, b micro batch, V vocabulary, t tensor-parallel ranks.
+Heads of multi-token prediction (mtp.py) make logits of their own in training, whose losses come beside the model's.
+
+Shapes: s sequence, b micro batch, V vocabulary, t tensor-parallel ranks, m heads of multi-token prediction.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +23,47 @@ class OryxGPTModel(GPTModel):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if self.mtp_process and not self.pre_process and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None  # the stage has the embedding, which megatron-core reads in its place
         if self.post_process and (cap := self.config.oryx.logit_softcap) is not None:
             self.output_layer.register_forward_hook(partial(_cap_output, cap))
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **given: Any) -> Tensor:
+        """Logits [b, s, V/t], or with labels [b, s] the loss as `compute_language_model_loss` gives it.
+
+        With heads of multi-token prediction, in training: [2 + m, b, s], after the loss and the z-loss those of the
+        heads, zero where they do not count. Else the heads are not computed; megatron-core would compute them always,
+        and leaves their losses to a hook of autograd that reads a tensor outside of CUDA graphs.
+        """
+        if not self.mtp_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **given)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+        def logits_of(states: Tensor) -> Tensor:
+            gather = given.get("runtime_gather_output")
+            return self.output_layer(states, weight=weight, runtime_gather_output=gather)[0]
+
+        if labels is None:
+            return logits_of(hidden_states).transpose(0, 1).contiguous()
+        if not self.training:
+            return self.compute_language_model_loss(labels, logits_of(hidden_states))
+        info = given["packed_seq_params"]
+        states = self.mtp(
+            input_ids=given["input_ids"],
+            position_ids=None,
+            hidden_states=hidden_states,
+            attention_mask=None,
+            packed_seq_params=replace(info.of_layer(-1), futures=info.futures),
+            embedding=self.embedding,
+        )
+        hidden_states, *ahead = states.chunk(1 + len(info.futures))
+        loss = self.compute_language_model_loss(labels, logits_of(hidden_states)).float()
+        own = loss if loss.dim() > labels.dim() else torch.stack((loss, torch.zeros_like(loss)))
+        losses = [
+            super(OryxGPTModel, self).compute_language_model_loss(future.labels, logits_of(state)).float() * future.mask
+            for future, state in zip(info.futures, ahead, strict=True)
+        ]
+        return torch.cat((own, torch.stack(losses)))
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of labels [b, s] under logits [s, b, V/t]: [b, s]; with z-loss in training [2, b, s].

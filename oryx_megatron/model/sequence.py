@@ -5,7 +5,7 @@ And the layer, which moves rows where its plan sorts them otherwise than the one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,18 @@ from torch import Tensor
 from oryx_megatron.hf.states_oryx import LayerState
 from oryx_megatron.modes import LayerPlans, Mode, ModePlan, Plan
 from oryx_megatron.ops import TokenLayout
+
+
+@dataclass(frozen=True)
+class Future:
+    """What head k of multi-token prediction reads at each token, and what it is held against."""
+
+    tokens: Tensor
+    """int64 [b, s/c]: the token k further on."""
+    labels: Tensor
+    """int64 [b, s/c]: the token after that one."""
+    mask: Tensor
+    """float32 [b, s/c]: 0 where that label does not count, or lies beyond the end of the document or the sequence."""
 
 
 @dataclass
@@ -42,6 +54,8 @@ class SequenceInfo(PackedSeqParams):
     """Order in which the tokens lie, sorted by mode, for fused mixers; None: in the order of the sequence."""
     layers: tuple[SequenceInfo, ...] = field(default=(), repr=False)
     """What each layer of the model reads, where their plans differ; layers of one plan hold the same object."""
+    futures: tuple[Future, ...] = ()
+    """Of each head of multi-token prediction, in training; arranged as the last layer leaves the tokens."""
     _in_mode: dict[Mode, SequenceInfo] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -128,6 +142,25 @@ class SequenceInfo(PackedSeqParams):
         """[b, s] in the order in which the last layer leaves the tokens → in the order of the sequence."""
         layout = self.of_layer(-1).layout
         return x if layout is None else layout.restore(x)
+
+    def with_futures(self, tokens: Tensor, labels: Tensor, mask: Tensor, heads: int, rows: slice) -> SequenceInfo:
+        """This microbatch with what `heads` heads of multi-token prediction need.
+
+        Args:
+            tokens, labels, mask: [b, s] of whole sequences, in their order.
+            heads: Number of heads.
+            rows: Those of this context-parallel rank, of the rows in which the tokens lie.
+        """
+        last = self.of_layer(-1)
+        positions = last.positions if last.layout is None else last.layout.identity - last.layout.starts
+        assert positions is not None
+        futures = []
+        for k in range(1, heads + 1):
+            # What is rolled around the end lies before k, and is never as far on as a token's own future.
+            inside = positions.roll(-k) == positions + k
+            ahead = (tokens.roll(-k, 1), labels.roll(-k, 1), mask.roll(-k, 1) * inside)
+            futures.append(Future(*(self.arrange_labels(x)[:, rows].contiguous() for x in ahead)))
+        return replace(self, futures=tuple(futures))
 
 
 class OryxLayer(TransformerLayer):

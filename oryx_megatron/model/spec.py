@@ -6,8 +6,10 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -20,6 +22,7 @@ from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.experts import moe_spec
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mlp import FusedMLP
+from oryx_megatron.model.mtp import mtp_spec
 from oryx_megatron.model.parts import LocalLinear, OryxMixerSubmodules, RMSNorm
 from oryx_megatron.model.sequence import OryxLayer
 from oryx_megatron.ops import fused
@@ -31,13 +34,17 @@ NORM_NAMES = {
 """Norms inside TransformerEngine's linears, under the names that they have in checkpoints of separate norms."""
 
 
-def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False) -> ModuleSpec:
-    """A layer of megatron-core's own linears and our RMSNorm: needs nothing but torch."""
+def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **mixer: Any) -> ModuleSpec:
+    """A layer of megatron-core's own linears and our RMSNorm: needs nothing but torch.
+
+    `mixer`: further arguments of MixerWeights.
+    """
     linears: dict[str, Any] = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     return _layer_spec(
         config,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
+        params=mixer,
         mixer=linears | ({"query_proj": LocalLinear} if config.fused_mixer else {}),
         mlp=moe_spec(ColumnParallelLinear, RowParallelLinear, _activation(config), grouped=False)
         if experts
@@ -45,10 +52,10 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False) ->
     )
 
 
-def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: bool = False) -> ModuleSpec:
+def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **mixer: Any) -> ModuleSpec:
     """A layer of TransformerEngine's linears, each norm inside the projection that reads it.
 
-    The norm before experts is a module of its own: the router reads it too.
+    The norm before experts is a module of its own: the router reads it too. `mixer` as in `local_layer_spec`.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -63,6 +70,7 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
         config,
         input_layernorm=IdentityOp,
         pre_mlp_layernorm=TENorm if experts else IdentityOp,
+        params=mixer,
         mixer={
             "in_proj": TELayerNormColumnParallelLinear,
             "out_proj": TERowParallelLinear,
@@ -82,6 +90,7 @@ def _layer_spec(
     pre_mlp_layernorm: type,
     mixer: dict[str, Any],
     mlp: Any,
+    params: dict[str, Any],
     **layer: Any,
 ) -> ModuleSpec:
     decay_proj = LocalLinear if "query_proj" in mixer else ColumnParallelLinear
@@ -92,6 +101,7 @@ def _layer_spec(
             self_attention=ModuleSpec(
                 module=OryxMixer,
                 submodules=OryxMixerSubmodules(decay_proj=decay_proj, **mixer),
+                params=params,
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_mlp_layernorm,
@@ -121,8 +131,27 @@ def block_spec(config: OryxTransformerConfig, *, vp_stage: int | None = None) ->
     first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
     moe = config.oryx.moe if config.oryx is not None else None
     layers = [make(config, experts=moe is not None and moe.in_layer(i)) for i in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
+
+
+def mtp_block_spec(config: OryxTransformerConfig) -> MultiTokenPredictionBlockSubmodules | None:
+    """The heads of multi-token prediction; None without any. Their layers have a dense SwiGLU."""
+    model = config.oryx
+    if model is None or model.mtp is None:
+        return None
+    make = transformer_engine_layer_spec if config.te_linears else local_layer_spec
+    layer = make(config, modes=model.mtp_modes, attn_mask_type=AttnMaskType.causal)
+    linear = ColumnParallelLinear
+    if config.te_linears:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        linear = TEColumnParallelLinear
+    return mtp_spec(model.mtp.layers, layer, norm=_norm(config), linear=linear)
+
+
+def _norm(config: OryxTransformerConfig) -> type:
     if not config.te_linears:
-        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+        return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    return TENorm

@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from oryx_megatron import compat, platform
+from oryx_megatron.config.pattern import Modes
 from oryx_megatron.model.config import OryxTransformerConfig
 from oryx_megatron.model.parts import (
     ConvWeight,
@@ -43,6 +44,8 @@ class MixerWeights(MegatronModule):
         layer_number: 1-based number over the whole model.
         pg_collection: Tensor- and context-parallel groups.
         cp_comm_type, name: Ignored; megatron-core passes the first under context parallelism, the second since 0.19.
+        modes: Of this layer; None: those that the architecture gives its number.
+        attn_mask_type: Ignored; megatron-core's multi-token prediction wants to know it.
     """
 
     config: OryxTransformerConfig
@@ -55,11 +58,14 @@ class MixerWeights(MegatronModule):
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
         name: str | None = None,
+        modes: Modes | None = None,
+        attn_mask_type: Any = None,
     ) -> None:
         super().__init__(config)
         if config.oryx is None:
             raise ValueError("a mixer needs config.oryx, the architecture")
-        modes = config.oryx.layer_modes[layer_number - 1] if config.oryx.pattern else config.oryx.modes
+        if modes is None:
+            modes = config.oryx.layer_modes[layer_number - 1] if config.oryx.pattern else config.oryx.modes
         self.model = model = config.oryx.with_modes(modes) if config.oryx.pattern else config.oryx
         self.fixed = None if config.oryx.single_mode or modes == "both" else Mode[modes.upper()]
         """Mode of all tokens in this layer of a hybrid, whatever the plan."""

@@ -25,6 +25,7 @@ from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.tables import layers_differ, weight_rules
 from oryx_megatron.model.mixer import OryxMixer
+from oryx_megatron.model.mtp import blocks
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,7 @@ def _named(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str
     """Parameters with the names of their parts and the rows of each; layers are numbered over all pipeline stages."""
     names: dict[int, str] = {}
     parts: dict[int, dict[str, int]] = {}
-    for layer in model.decoder.layers:
-        prefix = f"decoder.layers.{layer.layer_number - 1}."
+    for _, prefix, layer in blocks(model):
         names |= {id(parameter): prefix + name for name, parameter in layer.named_parameters()}
         mixer: OryxMixer = layer.self_attention
         parts[id(mixer.in_proj.weight)] = dict(mixer.in_proj_rows)

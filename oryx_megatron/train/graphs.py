@@ -63,7 +63,7 @@ class _Pair:
     output: Tensor
     output_gradient: Tensor
     report: Tensor | None
-    """[4] loss, tokens, bytes, z-loss, on the last stage."""
+    """[≥ 4] loss, tokens, bytes, z-loss (Totals.sums), on the last stage."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     reduces: bool

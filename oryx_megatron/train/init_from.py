@@ -26,7 +26,15 @@ from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.pattern import layer_modes, pattern_of
-from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, MoEConfig, RopeScalingConfig, RunConfig
+from oryx_megatron.config.schema import (
+    ENGINES,
+    InitFromConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeScalingConfig,
+    RunConfig,
+)
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, Look, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
@@ -64,6 +72,8 @@ NOT_LISTED = (
 """Parts of a run that change nothing of what it learns."""
 DATA_PATHS = tuple(f"data.{name}" for name in ("tokenizer", "blend", "stages", "validation", "cache_dir"))
 """Of which an export keeps the last part alone; its tokenizer is compared by content."""
+NESTED = (MoEConfig, MTPConfig)
+"""Parts of a model that are compared field by field."""
 NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
@@ -189,7 +199,8 @@ def preview(run: RunConfig, tokenizer: Tokenizer, blend: Look) -> list[str]:
         return []
     if (path := _hugging_face(run.init_from.path)) is not None:
         opened = _open(run, path)
-        lines = _headline(run, run.init_from.path, None) + _of_folder(opened.model, opened.kept, run)
+        lines = _headline(run, run.init_from.path, None) + _heads(opened.model, run.model)
+        lines += _of_folder(opened.model, opened.kept, run)
         return lines if opened.kept is None else lines + warnings(run, opened.kept, tokenizer)
     folder = _newest(run.init_from.path)
     manifest = read_manifest(folder)
@@ -241,6 +252,11 @@ def check(run: RunConfig, folder: Path, manifest: Manifest) -> None:
             raise ConfigError(f"init_from.optimizer: {folder} holds weights alone; set it to false")
         if (why := foreign_optimizer(written, run)) is not None:
             raise ConfigError(f"init_from.optimizer: {folder} was {why}; set it back, or init_from.optimizer to false")
+    if settings.optimizer and written.model.mtp_layers != run.model.mtp_layers:
+        raise ConfigError(
+            f"init_from.optimizer: {folder} has state of {written.model.mtp_layers} heads of multi-token prediction, "
+            f"and the model has {run.model.mtp_layers} (model.mtp); set it to false"
+        )
     if settings.schedule and manifest.iteration >= run.train.iterations:
         raise ConfigError(
             f"init_from.schedule: {folder} is at iteration {manifest.iteration} of train.iterations="
@@ -265,7 +281,7 @@ def told(changed: list[tuple[str, Any, Any]]) -> str:
     values = [
         (
             name,
-            *(to_text(value) if isinstance(value, (tuple, MoEConfig, RopeScalingConfig)) else value for value in both),
+            *(to_text(value) if isinstance(value, (tuple, RopeScalingConfig, *NESTED)) else value for value in both),
         )
         for name, *both in changed
     ]
@@ -275,7 +291,8 @@ def told(changed: list[tuple[str, Any, Any]]) -> str:
 def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
     """Fields of two models that differ, with both values; `num_kv_heads: null` is as many as heads.
 
-    Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change.
+    Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change. So
+    may the weight of what heads of multi-token prediction lose.
     """
     then, now = (
         dataclasses.replace(model, num_kv_heads=model.kv_heads, pattern=_shortest(model)) for model in (then, now)
@@ -283,7 +300,7 @@ def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[
     found: list[tuple[str, Any, Any]] = []
     for name in names:
         before, after = getattr(then, name), getattr(now, name)
-        if isinstance(before, MoEConfig) and isinstance(after, MoEConfig):
+        if isinstance(before, NESTED) and isinstance(after, NESTED):
             one, two = _architecture(before), _architecture(after)
             changed = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(two, f.name)]
             found += [(f"{name}.{field}", getattr(before, field), getattr(after, field)) for field in changed]
@@ -297,9 +314,11 @@ def _shortest(model: ModelConfig) -> tuple[str, ...]:
     return pattern_of(layer_modes(model.pattern, model.num_layers)) if model.pattern else ()
 
 
-def _architecture(moe: MoEConfig) -> MoEConfig:
+def _architecture(part: MoEConfig | MTPConfig) -> MoEConfig | MTPConfig:
+    if isinstance(part, MTPConfig):
+        return dataclasses.replace(part, loss_weight=1.0)
     same = {"aux_loss": 0.0, "aux_loss_over": "microbatch", "z_loss": 0.0, "capacity_factor": None}
-    return dataclasses.replace(moe, **same, bias_update_rate=float(moe.bias_update_rate > 0))  # type: ignore[arg-type]
+    return dataclasses.replace(part, **same, bias_update_rate=float(part.bias_update_rate > 0))  # type: ignore[arg-type]
 
 
 def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
@@ -323,9 +342,10 @@ def describe(run: RunConfig, folder: Path, manifest: Manifest, kept: Manifest | 
     """
     assert run.init_from is not None
     written = manifest.run()
+    heads = _heads(written.model, run.model)
     if _hugging_face(run.init_from.path) is not None:
-        return _headline(run, run.init_from.path, None) + _of_folder(written.model, kept, run)
-    return _headline(run, named(folder), manifest) + _differences(written, run)
+        return _headline(run, run.init_from.path, None) + heads + _of_folder(written.model, kept, run)
+    return _headline(run, named(folder), manifest) + heads + _differences(written, run)
 
 
 def _of_folder(model: ModelConfig, kept: Manifest | None, run: RunConfig) -> list[str]:
@@ -491,6 +511,15 @@ def _headline(run: RunConfig, source: str, manifest: Manifest | None) -> list[st
         taken += [f"schedule (iteration {manifest.iteration})"] if settings.schedule else []
         taken += [f"data (sample {manifest.consumed_samples})"] if settings.data else []
     return [f"init_from: {', '.join(taken) if len(taken) > 1 else f'{weights} alone'} of {source}"]
+
+
+def _heads(then: ModelConfig, now: ModelConfig) -> list[str]:
+    """Which heads of multi-token prediction only one of the models has."""
+    first, last = sorted((then.mtp_layers, now.mtp_layers))
+    names = ", ".join(f"mtp.layers.{number}" for number in range(first, last))
+    if now.mtp_layers > first:
+        return [f"init_from: {names}: not in the source; starts from new weights"]
+    return [f"init_from: {names}: left out; the model has no such head (model.mtp)"] if names else []
 
 
 def _differences(then: Any, now: Any, hidden: tuple[str, ...] = ()) -> list[str]:

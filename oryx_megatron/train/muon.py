@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oryx_megatron.model.mtp import blocks, heads
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration, steepest at zero (Keller Jordan's Muon; torch.optim.Muon has the same)."""
 ITERATIONS = 5
@@ -34,7 +36,9 @@ class Matrix:
 def matrices(chunk: Any) -> dict[Tensor, Matrix]:
     """The weights of a model chunk that Muon updates: projections into and out of mixers and MLPs."""
     found = {}
-    for layer in chunk.decoder.layers:
+    for head in heads(chunk):
+        found[head.eh_proj.weight] = Matrix((head.eh_proj.weight.shape[0],), 0)
+    for _, _, layer in blocks(chunk):
         mixer, mlp = layer.self_attention, layer.mlp
         half = mlp.linear_fc1.weight.shape[0] // 2
         found[mixer.in_proj.weight] = Matrix(tuple(mixer.in_proj_rows.values()), 0)

@@ -94,6 +94,11 @@ def is_table(value: Any) -> bool:
     )
 
 
+def is_numbers(value: Any) -> bool:
+    """A list of numbers."""
+    return isinstance(value, list) and all(map(is_number, value))
+
+
 def is_flag(value: Any) -> bool:
     """True or false."""
     return isinstance(value, bool)

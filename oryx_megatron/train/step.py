@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.experts import SUMS, routers
-from oryx_megatron.model.sequence import SequenceInfo
+from oryx_megatron.model.sequence import Future, SequenceInfo
 from oryx_megatron.modes import Mode, ModePlan, Plan
 from oryx_megatron.ops import TokenLayout
 
@@ -88,6 +88,9 @@ class OryxProgram:
 
     def __init__(self, model: ModelConfig | None) -> None:
         self.one_order = model is not None and model.ignores_plans
+        self.heads = 0 if model is None else model.mtp_layers
+        self.heads_weight = 0.0 if model is None or model.mtp is None else model.mtp.loss_weight / model.mtp.layers
+        """Of the loss of one head of multi-token prediction, as megatron-core shares it out."""
 
     def _plan(self, batch: Microbatch) -> Plan:
         return ModePlan.uniform(Mode.ATTENTION, batch.plan.length) if self.one_order else batch.plan
@@ -136,6 +139,8 @@ class OryxProgram:
     def forward(self, placed: Placed, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """See Program."""
         info, local = placed.info, _context_slice(placed.tokens.shape[1])
+        if self.heads and chunk.training and unwrap_model(chunk).mtp_process:
+            info = info.with_futures(placed.tokens, placed.labels, placed.loss_mask, self.heads, local)
         tokens = info.arrange(placed.tokens)[:, local].contiguous()
         labels, mask = (info.arrange_labels(x)[:, local].contiguous() for x in (placed.labels, placed.loss_mask))
         output = chunk(
@@ -146,7 +151,9 @@ class OryxProgram:
             packed_seq_params=info,
         )
         if placed.groups is None:
-            return output, partial(sum_loss, mask, placed.text_bytes)
+            return output, partial(
+                sum_loss, mask, placed.text_bytes, futures=info.futures, heads_weight=self.heads_weight
+            )
         groups = info.arrange_labels(placed.groups)[:, local]
         return output, partial(_sum_groups, mask, placed.text_bytes, groups, placed.group_count)
 
@@ -169,19 +176,28 @@ def launch(program: Program, batches: Iterator[Microbatch], chunk: torch.nn.Modu
     return program.forward(program.place(next(batches), chunk), chunk)
 
 
-def sum_loss(mask: Tensor, text_bytes: float, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def sum_loss(
+    mask: Tensor, text_bytes: float, losses: Tensor, *, futures: Sequence[Future] = (), heads_weight: float = 0.0
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Summed loss, number of counted tokens, and a report; megatron-core divides at the end of the step.
 
-    `losses` [b, s], or [2, b, s] where the second is a penalty that is trained on and reported on its own.
+    `losses` [b, s], or [2, b, s] where the second is a penalty that is trained on and reported on its own; with heads
+    of multi-token prediction [2 + heads, b, s]. Their sums too are divided by the number of the model's own tokens, as
+    in megatron-core 0.16; 0.19 weighs each rank's by its share of counted tokens, and depends on the layout.
     """
     tokens = mask.sum()
     if losses.dim() > mask.dim():
-        loss, penalty = (losses.float() * mask).sum((1, 2))
+        loss, penalty = (losses[:2].float() * mask).sum((1, 2))
         total = loss + penalty
     else:
         total = loss = (losses.float() * mask).sum()
         penalty = tokens.new_zeros(())
     report = torch.stack((loss.detach(), tokens, tokens.new_full((), text_bytes), penalty.detach()))
+    if futures:
+        ahead = losses[2:].sum((1, 2))
+        total = total + heads_weight * ahead.sum()
+        counted = torch.stack([future.mask.sum() for future in futures])
+        report = torch.cat((report, ahead.detach(), counted))
     return total, tokens.to(torch.int), {"totals": report}
 
 
@@ -212,7 +228,8 @@ class Totals:
     sums: Tensor
     """[4] fp64 on the device: loss in nats, counted labels, UTF-8 bytes of those labels (0 in training), z-loss.
 
-    With groups [4 + 2 groups]: then the loss of each group, and the counted labels of each.
+    With groups [4 + 2 groups]: then the loss of each group, and the counted labels of each. In training the heads of
+    multi-token prediction are the groups.
     """
     local: Tensor | None = field(default=None, repr=False, compare=False)
     """[microbatches, 4] the same of every microbatch of this rank, on the last pipeline stage."""
@@ -262,6 +279,11 @@ class Totals:
         return self._numbers[3] / max(self.tokens, 1.0)
 
     @property
+    def mtp_losses(self) -> list[float]:
+        """Nats per token of each head of multi-token prediction, in training."""
+        return [loss / max(tokens, 1.0) for loss, tokens in self.groups]
+
+    @property
     def groups(self) -> list[tuple[float, float]]:
         """Loss in nats and counted labels of each group of labels."""
         losses, counts = np.array(self._numbers[REPORTED:]).reshape(2, -1)
@@ -298,7 +320,8 @@ def forward_backward(
         forward_only: Skip the backward pass.
         forward_step: megatron-core's forward step; None launches an Oryx model's.
     """
-    forward_step = forward_step or partial(launch, OryxProgram(getattr(get_model_config(chunks[0]), "oryx", None)))
+    model: ModelConfig | None = getattr(get_model_config(chunks[0]), "oryx", None)
+    forward_step = forward_step or partial(launch, OryxProgram(model))
     micro_batch_size, length = batches[0].tokens.shape
     # Each model chunk (virtual pipeline stage) draws the same microbatches from an iterator of its own.
     iterators = [iter(batches) for _ in chunks]
@@ -313,7 +336,8 @@ def forward_backward(
             forward_only=forward_only,
         )
     routing = None if forward_only else _routing(chunks)
-    return _reduce([report["totals"] for report in reports], routing, groups=batches[0].group_count)
+    groups = batches[0].group_count if forward_only or model is None else model.mtp_layers
+    return _reduce([report["totals"] for report in reports], routing, groups=groups)
 
 
 def _routing(chunks: list[Any]) -> Tensor | None:

@@ -351,6 +351,7 @@ def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:
         "skipped": taken.bad,
         "routing": routing_of(taken.totals.routed, run.model, microbatches),
         "logit_z_loss": taken.totals.mean_z_loss if run.train.z_loss else None,
+        "mtp_losses": taken.totals.mtp_losses,
         "memory_bytes": memory.used_bytes(),
         "loss_by_mode": taken.by_mode,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.config.schema import ModesConfig, MoEConfig, ParallelConfig, RopeScalingConfig
+from oryx_megatron.config.schema import ModesConfig, MoEConfig, MTPConfig, ParallelConfig, RopeScalingConfig
 from oryx_megatron.model import build
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import compile_kernels
@@ -40,6 +40,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "layers-pp2-virtual": ("layers gdn", 2, {"pipeline": 2, "virtual_pipeline": 2}),
     "layers-tp2-cp2": ("layers gdn", 4, {"tensor": 2, "context": 2}),
     "layers-pp2-cp2-recompute-full": ("layers gdn", 4, {"pipeline": 2, "context": 2, "recompute": "full"}),
+    "heads": ("heads gdn", 1, {}),
+    "heads-tp2-cp2-recompute-full": ("heads gdn", 4, {"tensor": 2, "context": 2, "recompute": "full"}),
+    "heads-pp2-cp2": ("heads gdn", 4, {"pipeline": 2, "context": 2, "overlap": True}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
@@ -64,8 +67,11 @@ def _run(name: str, layout: dict[str, Any], documents: str):
         "model__pattern": PATTERNS.get(kind, ()),
         "optimizer__lr": 1e-3,
     }
+    fields["model__mtp"] = MTPConfig(layers=2, loss_weight=1.0) if kind == "heads" else None
+    fields["model__tie_embeddings"] = kind != "heads" or documents == "joined"
     fields["model__moe"] = {"experts": EXPERTS, "routed": ROUTED}.get(kind)
-    if kind == "layers":  # every layer draws a plan of its own in most microbatches
+    if kind == "layers" or (kind == "heads" and documents == "joined"):
+        # Every layer draws a plan of its own in most microbatches.
         modes = ModesConfig(chunk=8, p_attention=0.1, p_recurrent=0.1, p_layers=0.8, layer_groups=4)
         fields["modes"] = modes
     if kind == "yarn":  # documents are about as long as a quarter of a sequence
@@ -78,6 +84,7 @@ def _run(name: str, layout: dict[str, Any], documents: str):
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
     kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "routed gdn", "yarn gdn", "layers gdn")
+    kinds = (*kinds, "heads gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)

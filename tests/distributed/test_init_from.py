@@ -342,7 +342,56 @@ def test_every_field_of_a_model_is_of_one_kind() -> None:
     free |= {"logit_softcap", "mup_base_hidden_size"}
     names = {field.name for field in fields(ModelConfig)}
     assert set(SHAPES) <= names
-    assert names - set(SHAPES) - {"rope_scaling"} == free
+    assert names - set(SHAPES) - {"rope_scaling", "mtp"} == free
+
+
+def test_heads(
+    trainer: Callable[..., Trainer], project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """New heads of multi-token prediction start from new weights, those that the source has too from its own."""
+    caplog.set_level("INFO")
+    source = project.parent / "source"
+    untouched = weights(source)
+
+    def told() -> list[str]:
+        found = [r.getMessage() for r in caplog.records if r.getMessage().startswith("init_from: mtp.layers")]
+        caplog.clear()
+        return found
+
+    one = "model.mtp={layers: 1}"
+    frozen = ("train.freeze=['*', '!mtp.*']", "optimizer.lr=1")
+    begun = make(project, tmp_path / "begun", f"init_from={source}", one)
+    assert told() == ["init_from: mtp.layers.0: not in the source; starts from new weights"]
+    save(begun)
+    start = weights(tmp_path / "begun")
+    trainer(f"init_from={source}", one, "train.iterations=2", *frozen).fit()
+    caplog.clear()
+    learned = weights(tmp_path / "new")
+    assert_same({name: learned[name] for name in untouched}, untouched)  # the others are frozen
+    heads = [name for name in learned if name.startswith("mtp.")]
+    assert len(heads) == len(learned) - len(untouched) > 10
+    still = [name for name in heads if torch.equal(learned[name], start[name])]
+    assert len(still) < len(heads) / 2, still  # a mode that no plan drew has nothing to learn from
+
+    more = make(project, tmp_path / "more", f"init_from={tmp_path / 'new'}", "model.mtp={layers: 2, loss_weight: 0.5}")
+    assert told() == ["init_from: mtp.layers.1: not in the source; starts from new weights"]
+    save(more)
+    found = weights(tmp_path / "more")
+    assert_same({name: found[name] for name in learned}, learned)
+    none = make(project, tmp_path / "none", f"init_from={tmp_path / 'new'}")
+    assert told() == ["init_from: mtp.layers.0: left out; the model has no such head (model.mtp)"]
+    save(none)
+    assert_same(weights(tmp_path / "none"), untouched)
+    with pytest.raises(
+        ConfigError, match=r"init_from.optimizer: .* state of 0 heads .* has 1 \(model.mtp\); set it to"
+    ):
+        make(project, tmp_path / "other", f"init_from={source}", one, "init_from.optimizer=true")
+    # A resume may give them another weight, not another number.
+    again = trainer(f"init_from={source}", "model.mtp={layers: 1, loss_weight: 2}", "train.iterations=3", *frozen)
+    again.stream.close()
+    assert again.iteration == 2
+    with pytest.raises(CheckpointError, match="differs in mtp"):
+        trainer(f"init_from={source}", "model.mtp={layers: 2}", "train.iterations=3", *frozen)
 
 
 def test_an_export(

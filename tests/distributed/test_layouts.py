@@ -34,6 +34,10 @@ def test_losses_do_not_depend_on_the_layout(runs: Runs, variant: str, layout: st
         penalties = runs.steps(one, "logit_z_loss")
         assert min(penalties) > 1e-3
         assert runs.steps(other, "logit_z_loss") == pytest.approx(penalties, rel=1e-4)
+    else:
+        assert all(len(losses) == 2 for losses in runs.steps(one, "mtp_losses"))
+        assert runs.steps(other, "mtp_loss") == pytest.approx(runs.steps(one, "mtp_loss"), rel=1e-4)
+        assert runs.steps(one, "mtp_loss")[-1] < runs.steps(one, "mtp_loss")[0] - 0.2
     assert set(runs.evaluations(one)) == {"attention", "recurrent", MIXED[variant]}
 
 

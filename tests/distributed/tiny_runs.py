@@ -43,6 +43,7 @@ MIXED = {"gdn": "layers:0=ratio:0.25,1=attention", "mamba2": "ratio:0.25"}
 """The third plan of an evaluation."""
 BY_LAYER = f"evaluation.plans=[attention,recurrent,'{MIXED['gdn']}']"
 YARN = "model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 12}"
+HEADS = "model.mtp={layers: 2, loss_weight: 0.3}"
 FIELDS = {
     "gdn": (
         "train.z_loss=1e-2",
@@ -52,10 +53,10 @@ FIELDS = {
         "modes.p_recurrent=0.1",
         BY_LAYER,
     ),
-    "mamba2": ("model.mixer=mamba2", *BY_DOCUMENT, RAMP, YARN),
+    "mamba2": ("model.mixer=mamba2", *BY_DOCUMENT, RAMP, YARN, HEADS),
 }
 """The variants differ in more than their mixer: the same runs cover kinds of documents and plans, losses, a ramp,
-YaRN."""
+YaRN, MTP."""
 CONSUMED = {"gdn": 4 * HALF, "mamba2": sum(SIZES[:HALF])}
 """Samples read half-way."""
 SPECIAL = {"gdn": "2x1x1 whole sequence", "mamba2": "1x1x2 whole optimizer"}

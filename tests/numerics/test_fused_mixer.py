@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from oryx_megatron import ops, parallel, planner, platform
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import ModelConfig, MTPConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import SequenceInfo, sequence
 from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
@@ -89,6 +89,9 @@ def gradients(
     weights = torch.linspace(0.5, 1.5, length).expand(rows, -1)
     rank, share = parallel_state.get_context_parallel_rank(), length // context
     own = slice(rank * share, (rank + 1) * share)
+    if model.mtp is not None:
+        counted = (tokens[:, 1:] % 5 > 0).float()
+        info = info.with_futures(tokens[:, :-1], tokens[:, 1:], counted, model.mtp.layers, own)
     inputs = info.arrange(tokens[:, :-1])[:, own]
     labels, weights = (info.arrange_labels(x)[:, own] for x in (tokens[:, 1:], weights))
     loss = (chunk(inputs, None, None, labels=labels, packed_seq_params=info) * weights).sum()
@@ -121,6 +124,8 @@ def gradients(
         {"num_heads": 4, "num_kv_heads": 2, "conv_width": 0, "output_gate": False},
         {"mixer": "mamba2", "pattern": ("attention", "recurrent")},
         {"pattern": ("both", "attention", "recurrent", "both"), "num_layers": 4},
+        {"mtp": MTPConfig(layers=2)},
+        {"mixer": "mamba2", "mtp": MTPConfig(), "pattern": ("both", "attention")},
     ],
     ids=[
         "gdn",
@@ -129,6 +134,8 @@ def gradients(
         "gdn grouped, no convolution, no gate",
         "hybrid",
         "mixed",
+        "heads",
+        "a head in a mixed model",
     ],
 )
 def test_fused_equals_separate(changes, plan):

@@ -157,56 +157,67 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dt_bias: Tensor, 
 
 def written_out(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
     """Logits [b, s, vocabulary] of weights `w` by megatron-core's names; `attends` bool [s] or [layers, 1, s]."""
-    whole, plans = model, attends.reshape(-1, attends.shape[-1]).expand(model.num_layers, -1)
+    output = "embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"
+    return written_out_states(w, model, tokens, attends) @ w[output].T
+
+
+def written_out_states(w: dict[str, Tensor], model: ModelConfig, tokens: Tensor, attends: Tensor) -> Tensor:
+    """What the output layer reads, [b, s, d]."""
+    x = w["embedding.word_embeddings.weight"][tokens]
+    plans = attends.reshape(-1, attends.shape[-1]).expand(model.num_layers, -1)
+    for layer, plan in enumerate(plans):
+        x = written_out_layer(w, f"decoder.layers.{layer}.", model, model.layer_modes[layer], x, plan)
+    return norm(x, w["decoder.final_layernorm.weight"])
+
+
+def written_out_layer(
+    w: dict[str, Tensor], at: str, model: ModelConfig, modes: str, x: Tensor, attends: Tensor
+) -> Tensor:
+    """[b, s, d] through the layer whose weights' names begin with `at`."""
     heads, groups, n, p = model.num_heads, model.kv_heads, model.qk_head_dim, model.v_head_dim
     serving = [head // (heads // groups) for head in range(heads)]
-    x = w["embedding.word_embeddings.weight"][tokens]
-    for layer, plan in enumerate(plans):
-        attends = plan
-        if whole.pattern:  # layers of one mode ignore the plan
-            model = whole.with_modes(whole.layer_modes[layer])
-            attends = plan if model.modes == "both" else torch.full_like(plan, model.modes == "attention")
-        at = f"decoder.layers.{layer}."
-        h, mix = norm(x, w[at + "input_layernorm.weight"]), at + "self_attention."
-        queries = {"both": ["query_attention", "query_recurrent"], "attention": ["query_attention"]}
-        names = ["query"] if model.shared_query else queries.get(model.modes, ["query_recurrent"])
-        names = ["key", "value", *names, *(["output_gate"] if model.output_gate else [])]
-        rows = {"key": groups * n, "value": groups * p, "output_gate": heads * p}
-        projected = (h @ w[mix + "in_proj.weight"].T).split([rows.get(name, heads * n) for name in names], -1)
-        parts = dict(zip(names, projected, strict=True))
-        k, v = parts["key"], parts["value"]
-        if model.conv_width:
-            key_taps, value_taps = w[mix + "conv.weight"].split((groups * n, groups * p))
-            k, v = convolve(k, key_taps), convolve(v, value_taps)
-            k, v = (silu(k), silu(v)) if model.mixer == "gdn" else (k, v)
-        k, v = k.unflatten(-1, (groups, n)), v.unflatten(-1, (groups, p))[:, :, serving]
-        o = torch.zeros(*v.shape, dtype=v.dtype)
-        if attends.any():
-            q, key = parts["query" if model.shared_query else "query_attention"].unflatten(-1, (heads, n)), k
-            if model.qk_norm:
-                q, key = norm(q, w[mix + "query_norm.weight"]), norm(key, w[mix + "key_norm.weight"])
-            if model.rotary != "none":
-                q, key = rotate(q), rotate(key)
-            o = torch.where(attends[:, None, None], softmax_attention(q, key[:, :, serving], v), o)
-        if not attends.all():
-            q, key = parts["query" if model.shared_query else "query_recurrent"].unflatten(-1, (heads, n)), k
-            if model.rotary == "both":
-                q, key = rotate(q), rotate(key)
-            gates, small = h @ w[mix + "decay_proj.weight"].T, (w[mix + "dt_bias"], w[mix + "a_log"])
-            if model.mixer == "mamba2":
-                recurrent = mamba2(q, key[:, :, serving], v, gates, *small, w[mix + "d"])
-            else:
-                recurrent = delta_rule(q, key[:, :, serving], v, gates, *small)
-            o = torch.where(attends[:, None, None], o, recurrent)
-        y = norm(o, w[mix + "out_norm.weight"])
-        if model.output_gate:
-            y = y * silu(parts["output_gate"]).unflatten(-1, (heads, p))
-        x = x + y.flatten(2) @ w[mix + "out_proj.weight"].T
-        h = norm(x, w[at + "pre_mlp_layernorm.weight"])
-        gate, up = (h @ w[at + "mlp.linear_fc1.weight"].T).chunk(2, -1)
-        x = x + (silu(gate) * up) @ w[at + "mlp.linear_fc2.weight"].T
-    output = "embedding.word_embeddings.weight" if model.tie_embeddings else "output_layer.weight"
-    return norm(x, w["decoder.final_layernorm.weight"]) @ w[output].T
+    if model.pattern:  # layers of one mode ignore the plan
+        model = model.with_modes(modes)
+        attends = attends if model.modes == "both" else torch.full_like(attends, model.modes == "attention")
+    h, mix = norm(x, w[at + "input_layernorm.weight"]), at + "self_attention."
+    queries = {"both": ["query_attention", "query_recurrent"], "attention": ["query_attention"]}
+    names = ["query"] if model.shared_query else queries.get(model.modes, ["query_recurrent"])
+    names = ["key", "value", *names, *(["output_gate"] if model.output_gate else [])]
+    rows = {"key": groups * n, "value": groups * p, "output_gate": heads * p}
+    projected = (h @ w[mix + "in_proj.weight"].T).split([rows.get(name, heads * n) for name in names], -1)
+    parts = dict(zip(names, projected, strict=True))
+    k, v = parts["key"], parts["value"]
+    if model.conv_width:
+        key_taps, value_taps = w[mix + "conv.weight"].split((groups * n, groups * p))
+        k, v = convolve(k, key_taps), convolve(v, value_taps)
+        k, v = (silu(k), silu(v)) if model.mixer == "gdn" else (k, v)
+    k, v = k.unflatten(-1, (groups, n)), v.unflatten(-1, (groups, p))[:, :, serving]
+    o = torch.zeros(*v.shape, dtype=v.dtype)
+    if attends.any():
+        q, key = parts["query" if model.shared_query else "query_attention"].unflatten(-1, (heads, n)), k
+        if model.qk_norm:
+            q, key = norm(q, w[mix + "query_norm.weight"]), norm(key, w[mix + "key_norm.weight"])
+        if model.rotary != "none":
+            q, key = rotate(q), rotate(key)
+        o = torch.where(attends[:, None, None], softmax_attention(q, key[:, :, serving], v), o)
+    if not attends.all():
+        q, key = parts["query" if model.shared_query else "query_recurrent"].unflatten(-1, (heads, n)), k
+        if model.rotary == "both":
+            q, key = rotate(q), rotate(key)
+        gates, small = h @ w[mix + "decay_proj.weight"].T, (w[mix + "dt_bias"], w[mix + "a_log"])
+        if model.mixer == "mamba2":
+            recurrent = mamba2(q, key[:, :, serving], v, gates, *small, w[mix + "d"])
+        else:
+            recurrent = delta_rule(q, key[:, :, serving], v, gates, *small)
+        o = torch.where(attends[:, None, None], o, recurrent)
+    y = norm(o, w[mix + "out_norm.weight"])
+    if model.output_gate:
+        y = y * silu(parts["output_gate"]).unflatten(-1, (heads, p))
+    x = x + y.flatten(2) @ w[mix + "out_proj.weight"].T
+    h = norm(x, w[at + "pre_mlp_layernorm.weight"])
+    gate, up = (h @ w[at + "mlp.linear_fc1.weight"].T).chunk(2, -1)
+    x = x + (silu(gate) * up) @ w[at + "mlp.linear_fc2.weight"].T
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------ tests

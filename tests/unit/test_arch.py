@@ -6,7 +6,7 @@ import pytest
 
 from oryx_megatron import arch
 from oryx_megatron.config import load_model, preset_names
-from oryx_megatron.config.schema import ModelConfig, MoEConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, MTPConfig
 
 SIZES = ("tiny", "130m", "370m", "780m", "1.4b")
 ORYX = [f"{size}-{mixer}" for size in SIZES for mixer in ("gdn", "mamba2")]
@@ -50,6 +50,24 @@ def test_counts_by_hand():
     assert counts.share("recurrent") == 1554 / (1554 + 336)
     assert counts.share("whole") == 1554 / 2094
     assert counts.share("whole", embedding=True) == 1610 / 2150
+
+
+def test_heads_by_hand():
+    """Two heads, each a projection of two vectors to one and an attention layer (H=4, G=2, N=3, P=5, d=8, f=10)."""
+    heads = small(mtp=MTPConfig(layers=2), pattern=("recurrent", "attention"))
+    plain = small(pattern=("recurrent", "attention"))
+    counts = arch.parameter_counts(heads)
+    mixer = (6 + 10 + 12 + 20) * 8 + 16 * 4 + 2 * 3 + 5 + 20 * 8
+    assert counts.of("mtp") == 2 * (2 * 64 + mixer + 3 * 8 * 10 + 5 * 8)
+    assert counts.total == arch.parameter_counts(plain).total + counts.of("mtp")
+    assert [counts.share(mode) for mode in ("attention", "recurrent", "whole")] == [1, 1, 1]
+    flops = 2 * ((6 + 10 + 12 + 20) * 8 + 16 * 4 + 20 * 8 + 2 * 64 + 3 * 8 * 10 + 7 * 8) + 4 * 2 * (3 + 5) * 17 / 2
+    for share in (0.0, 0.5):  # the head ignores the plan
+        assert arch.mtp_flops_per_token(heads, 16, share) == 2 * flops
+        without = arch.training_flops_per_token(plain, 16, share)
+        assert arch.training_flops_per_token(heads, 16, share) == pytest.approx(without + 3 * 2 * flops)
+        assert arch.flops_per_token(heads, 16, share) == arch.flops_per_token(plain, 16, share)
+    assert f"\n  mtp projections{256:>24,}  mtp heads" in arch.table(heads, 16)
 
 
 def test_experts_by_hand():

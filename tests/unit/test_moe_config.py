@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from oryx_megatron.config import load_model, load_run, to_yaml
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig
+from oryx_megatron.config.schema import MoEConfig, MTPConfig, ParallelConfig
 from oryx_megatron.config.validate import validate
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing.layouts import tiny_run
@@ -85,6 +85,7 @@ def test_graphs_are_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     run = tiny_run(parallel=ParallelConfig())
     assert why_launched(run) is None
-    reason = why_launched(tiny_run(model__moe=MoEConfig(experts=4, ffn_hidden_size=8)))
-    assert reason is not None
-    assert "model.moe" in reason
+    for field, value in {"moe": MoEConfig(experts=4, ffn_hidden_size=8), "mtp": MTPConfig()}.items():
+        reason = why_launched(tiny_run(**{f"model__{field}": value}))
+        assert reason is not None
+        assert f"not with model.{field}" in reason

@@ -55,6 +55,8 @@ class StepRecord:
     """What the routers did; None without experts."""
     logit_z_loss: float | None = None
     """Penalty on the normaliser of the softmax, weighted, per token; not part of `loss`. None: off."""
+    mtp_losses: list[float] = field(default_factory=list)
+    """Nats per token of each head of multi-token prediction, unweighted; not part of `loss`."""
     memory_bytes: int = 0
     """platform.memory.used_bytes of the main rank."""
     loss_by_mode: dict[str, float] = field(default_factory=dict)
@@ -62,8 +64,18 @@ class StepRecord:
 
     def figures(self) -> dict[str, Any]:
         """All but `routing` itself, and of that what is one number; without what this run does not have."""
-        own = {name: value for name, value in vars(self).items() if name != "routing" and value is not None}
-        return own | (self.routing.scalars() if self.routing is not None else {})
+        apart = ("routing", "mtp_losses")
+        own = {name: value for name, value in vars(self).items() if name not in apart and value is not None}
+        return own | self.scalars() | ({"mtp_losses": self.mtp_losses} if len(self.mtp_losses) > 1 else {})
+
+    def scalars(self) -> dict[str, float]:
+        """What some runs report only: of routers, the z-loss, and the heads' mean loss."""
+        found = self.routing.scalars() if self.routing is not None else {}
+        if self.logit_z_loss is not None:
+            found["logit_z_loss"] = self.logit_z_loss
+        if self.mtp_losses:
+            found["mtp_loss"] = sum(self.mtp_losses) / len(self.mtp_losses)
+        return found
 
 
 class Callback:

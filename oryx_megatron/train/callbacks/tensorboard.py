@@ -34,10 +34,7 @@ class TensorBoard(Callback):
             return
         for name in ("loss", "grad_norm", "lr", "attention_share", "data_seconds"):
             self._writer.add_scalar(f"train/{name}", getattr(record, name), record.iteration)
-        figures = record.routing.scalars() if record.routing is not None else {}
-        for name, value in (
-            figures | ({} if record.logit_z_loss is None else {"logit_z_loss": record.logit_z_loss})
-        ).items():
+        for name, value in record.scalars().items():
             self._writer.add_scalar(f"train/{name}", value, record.iteration)
         self._writer.add_scalar("train/tokens_per_second", record.tokens / record.seconds, record.iteration)
 
