@@ -90,12 +90,18 @@ class OryxDynamicLayer(_OfTransformers, LinearAttentionAndFullAttentionLayer):
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.keep_kv else self.seen
 
+    def _drop(self, n: int) -> None:
+        if self.keep_kv:
+            self.keys, self.values = self.keys[:, :, :-n], self.values[:, :, :-n]
+        else:
+            self.seen -= n
+
     def crop(self, tokens_to_remove: int) -> None:
         n = self._removed(tokens_to_remove)
         if n == self.get_seq_length():
             self.reset()
         elif n:
-            self.keys, self.values = self.keys[:, :, :-n], self.values[:, :, :-n]
+            self._drop(n)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -138,7 +144,14 @@ class OryxStaticLayer(_OfTransformers, LinearAttentionAndStaticFullAttentionLaye
         if n == int(self.get_seq_length()):
             self.reset()
         else:
-            self.cumulative_length.sub_(n)
+            self._drop(n)
+
+    def _drop(self, n: int) -> None:
+        self.cumulative_length.sub_(n)
+
+    def mark(self) -> None:
+        """The states' memory is written over: what is kept of them is a copy."""
+        self.trail = [tuple(None if x is None else x.clone() for x in (self.window, self.recurrent))]
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""

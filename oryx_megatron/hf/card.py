@@ -33,6 +33,7 @@ def model_card(manifest: Manifest, folder: str, weights: WeightsKind = "trained"
         ("parameters", _parameters(model)),
         ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
         ("heads", f"{model.num_heads} (key/value {model.kv_heads}), {model.qk_head_dim} + {model.v_head_dim} wide"),
+        *([("heads of multi-token prediction", str(model.mtp_layers))] if model.mtp_layers else []),
         ("vocabulary", f"{model.vocab_size:,} ({markdown(manifest.tokenizer['name'])})"),
         ("trained on", f"{tokens:,} tokens: {manifest.iteration:,} steps of {train.global_batch_size} × "
                        f"{run.data.sequence_length}"),

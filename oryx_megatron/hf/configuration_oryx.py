@@ -42,6 +42,7 @@ class OryxConfig(PreTrainedConfig):
         moe: experts in the place of the SwiGLU, null for none: `experts` of width `ffn_hidden_size`, `top_k` of which a
             token goes to by its `score` (softmax or sigmoid), with a `bias` of the choice or not; a SwiGLU of
             `shared_ffn_hidden_size` for all (0: none); in every `frequency`-th layer after the `first_dense` ones.
+        num_nextn_predict_layers: heads of multi-token prediction, which draft where `generate` is told `speculative`.
         conv_width: taps of the causal convolutions over keys and values; 0 for none.
         output_gate: gate the normalised mixer output by SiLU(W_g x).
         qk_norm: RMSNorm per head on the attention query and on the key that attention reads.
@@ -77,6 +78,7 @@ class OryxConfig(PreTrainedConfig):
     modes: str = "both"
     layer_modes: list[str] | tuple[str, ...] | None = None
     moe: dict | None = None
+    num_nextn_predict_layers: int = 0
     conv_width: int = 4
     output_gate: bool = True
     qk_norm: bool = True
@@ -123,14 +125,14 @@ class OryxConfig(PreTrainedConfig):
         self.check()
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, has experts."""
-        if self.moe is None or layer < self.moe["first_dense"]:
+        """Whether a layer, counted from 0, has experts; those of heads, behind the last one, have none."""
+        if self.moe is None or layer >= self.num_hidden_layers or layer < self.moe["first_dense"]:
             return False
         return (layer - self.moe["first_dense"]) % self.moe["frequency"] == 0
 
     def modes_of(self, layer: int) -> str:
-        """Modes of a layer, counted from 0."""
-        return self.modes if self.layer_modes is None else self.layer_modes[layer]
+        """Modes of a layer, counted from 0; those of heads, behind the last one, have that one's."""
+        return self.modes if self.layer_modes is None else self.layer_modes[min(layer, self.num_hidden_layers - 1)]
 
     @property
     def reads_plans(self) -> tuple[bool, ...]:
@@ -217,6 +219,7 @@ class OryxConfig(PreTrainedConfig):
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
             "num_key_value_heads": 1,
+            "num_nextn_predict_layers": 0,
             "head_dim": 1,
             "value_head_dim": 1,
             "conv_width": 0,

@@ -19,6 +19,7 @@ CONFIG = {
     "modes": "modes",
     "pattern": "layer_modes",
     "moe": "moe",
+    "mtp": "num_nextn_predict_layers",
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -58,6 +59,7 @@ def _experts(moe: MoEConfig) -> dict[str, Any]:
 def to_hf_config(model: ModelConfig, **more: Any) -> OryxConfig:
     """The Hugging Face config of a model; `more` sets fields that the model config does not have."""
     fields = {theirs: getattr(model, ours) for ours, theirs in CONFIG.items()}
+    fields["num_nextn_predict_layers"] = model.mtp_layers
     fields["moe"] = None if model.moe is None else _experts(model.moe)
     fields["layer_modes"] = list(model.layer_modes) if model.pattern else None
     scaling = {} if model.rope_scaling is None else to_dict(model.rope_scaling)
@@ -74,6 +76,7 @@ def from_hf_config(config: OryxConfig, name: str) -> ModelConfig:
     fields = {ours: getattr(config, theirs) for ours, theirs in CONFIG.items()}
     if fields["num_kv_heads"] == fields["num_heads"]:
         fields["num_kv_heads"] = None
+    fields["mtp"] = {"layers": config.num_nextn_predict_layers} if config.num_nextn_predict_layers else None
     if config.moe is not None:
         fields["moe"] = {name: config.moe[name] for name in EXPERTS}
         fields["moe"]["bias_update_rate"] = BIAS_UPDATE_RATE if config.moe["bias"] else 0.0

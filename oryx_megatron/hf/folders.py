@@ -100,12 +100,14 @@ def recognised(source: str | Path) -> dict[str, Any]:
 
 
 def _as_written(model: ModelConfig, kept: Manifest | None) -> ModelConfig:
-    """The model with its pattern and its experts as the run wrote them, where that means the same layers."""
+    """The model with its pattern, its experts and its heads as the run wrote them, where that means the same layers."""
     if kept is None:
         return model
     written = kept.run().model
     if model.moe is not None and written.moe is not None and to_hf_config(written).moe == to_hf_config(model).moe:
         model = dataclasses.replace(model, moe=written.moe)
+    if model.mtp is not None and written.mtp_layers == model.mtp_layers:
+        model = dataclasses.replace(model, mtp=written.mtp)
     if not model.pattern:
         return model
     other = dataclasses.replace(model, pattern=tuple(map(str, kept.config["model"].get("pattern", ()))))

@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache_oryx import OryxCache
 from .modes_oryx import FirstSlots, LayerModes, RoutedPlan, SlotPlan, TokenModes, distinct_plans, plan_mask
 from .plans_oryx import routed_share
+from .speculation_oryx import check_speculation, speculate
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of transformers calls the cache, in arguments and outputs; `forward` and `generate` take both."""
@@ -32,7 +33,10 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 class OryxGenerationMixin(GenerationMixin):
-    """`generate` with `mode_plan` and `keep_kv` beside its usual arguments."""
+    """`generate` with `mode_plan`, `keep_kv` and `speculative` beside its usual arguments.
+
+    `speculative` (True, or a number of tokens) drafts with the heads of multi-token prediction (speculation_oryx.py).
+    """
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +99,10 @@ class OryxGenerationMixin(GenerationMixin):
                 "values of earlier ones; keep them, or use a plan like prompt:attention,new:recurrent"
             )
         model_kwargs["mode_plan"] = slots
+        wanted = _setting("speculative", model_kwargs, generation_config, 0)
+        generation_config._speculative = check_speculation(
+            self, wanted, generation_config, model_kwargs, cache is not None
+        )
         if generation_config.use_cache is False or cache is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
@@ -122,6 +130,7 @@ class OryxGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         mode_plan: SlotPlan | None = None,
         keep_kv: bool | None = None,
+        speculative: bool | int | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict:
@@ -169,6 +178,12 @@ class OryxGenerationMixin(GenerationMixin):
         at the text as it grows: streamers, returned scores, other stopping criteria than length and end-of-text.
         """
         cache = model_kwargs.get(CACHE)
+        if count := getattr(generation_config, "_speculative", 0):
+            if synced_gpus:
+                raise ValueError("speculative: not with synced_gpus; ranks would read different numbers of tokens")
+            plan = model_kwargs["mode_plan"]
+            how = (logits_processor, stopping_criteria, generation_config, streamer, cache, plan)
+            return speculate(self, input_ids, count, *how)
         plain = all(isinstance(criterion, MaxLengthCriteria | EosTokenCriteria) for criterion in stopping_criteria)
         in_graph = self.config._attn_implementation in ("eager", "sdpa")  # the others read the device on the host
         if not (

@@ -82,6 +82,13 @@ class OryxShortConv(nn.Module):
             y, window = causal_conv(x, self.weight, silu=self.activation == "silu", initial=window, counts=counts)
         return (y if place is None else y.gather(1, place)), window
 
+    def windows(self, x: Tensor, window: Tensor | None) -> list[Tensor]:
+        """The windows after each of the tokens x [b, s, c], none of them padding; `window` of earlier inputs."""
+        w, x = self.weight.shape[1], x.transpose(1, 2)
+        first = x.new_zeros(*x.shape[:2], w - 1) if window is None else window
+        full = torch.cat([first.to(x.dtype), x], -1)
+        return [full[..., t + 1 : t + w] for t in range(x.shape[-1])]
+
 
 def eager_attention_forward(
     module: nn.Module,
@@ -171,14 +178,21 @@ class OryxTokenMixer(nn.Module):
         valid = None if context.valid is None else context.valid.to(x.device)
         kv = torch.cat([self.k_proj(x), self.v_proj(x)], -1)
         window = state = None
+        trail = None if layer is None else layer.trail
+        windows: list[Tensor | None] = [None] * x.shape[1]
         if self.conv is not None:
+            if trail is not None:
+                windows = self.conv.windows(kv, layer.window)
             kv, window = self.conv(kv, None if layer is None else layer.window, valid)
         k, v = (y.unflatten(-1, (config.num_key_value_heads, -1)) for y in kv.split(self.widths, -1))
 
         recurrent = None
+        states: list[Tensor | None] = [None] * x.shape[1]
         if self.recurs and (modes.recurs or layer is not None):
             state = None if layer is None else layer.recurrent
-            recurrent, state = self._recur(x, k, v, state, valid, context)
+            recurrent, state = self._recur(x, k, v, state, valid, context, None if trail is None else states)
+        if trail is not None:
+            trail += zip(windows, states, strict=True)
         attended, weights = [], []
         k_a = v_a = None
         if self.attends and (modes.runs or (layer is not None and layer.keep_kv)):
@@ -251,9 +265,19 @@ class OryxTokenMixer(nn.Module):
         return full, [(full[:, :, start:stop] @ v).transpose(1, 2) for start, stop in modes.runs]
 
     def _recur(
-        self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None, valid: Tensor | None, context: OryxContext
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        valid: Tensor | None,
+        context: OryxContext,
+        after: list[Tensor | None] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Recurrence over all tokens; the output [b, s, H, P] only when some token reads it."""
+        """Recurrence over all tokens; the output [b, s, H, P] only when some token reads it.
+
+        With `after` token by token: it is filled with the state after each.
+        """
         config = self.config
         dtype = v.dtype
         q = self._query(x, "recurrent") if context.modes.recurs else None
@@ -262,6 +286,7 @@ class OryxTokenMixer(nn.Module):
             q = None if q is None else rotate(q, context.rotary_recurrent)
         raw = self.decay_proj(x)
         fast = self.kernels and x.is_cuda and x.shape[1] > 1 and dtype in (torch.bfloat16, torch.float16)
+        fast = fast and after is None
         if config.mixer == "mamba2":
             dt, decay = ssd_gates(raw, self.dt_bias, self.a_log)
             if valid is not None:  # neither decay nor write
@@ -274,7 +299,7 @@ class OryxTokenMixer(nn.Module):
                     return_final_states=True,
                 )  # fmt: skip
                 return (None if q is None else o), final.transpose(-1, -2)
-            o, state = ssd(q, k, v, decay, dt, initial=state, chunk=config.recurrence_chunk)
+            o, state = self._scan(ssd, (q, k, v, decay, dt), state, after)
             return (None if o is None else with_skip(o, v, self.d_skip).to(dtype)), state
         decay, beta = delta_gates(*raw.chunk(2, -1), self.dt_bias, self.a_log)
         if valid is not None:
@@ -287,8 +312,26 @@ class OryxTokenMixer(nn.Module):
             )  # fmt: skip
             return (None if q is None else o), state
         q = None if q is None else unit(q, self.scaling)
-        o, state = gated_delta_rule(q, unit(k), v, decay, beta, initial=state, chunk=config.recurrence_chunk)
+        o, state = self._scan(gated_delta_rule, (q, unit(k), v, decay, beta), state, after)
         return (None if o is None else o.to(dtype)), state
+
+    def _scan(
+        self,
+        scan: Callable[..., tuple[Tensor | None, Tensor]],
+        inputs: tuple[Tensor | None, ...],
+        state: Tensor | None,
+        after: list[Tensor | None] | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        chunk = self.config.recurrence_chunk
+        if after is None:
+            return scan(*inputs, initial=state, chunk=chunk)
+        outputs = []
+        for t in range(len(after)):
+            one = (None if x is None else x[:, t : t + 1] for x in inputs)
+            o, state = scan(*one, initial=state, chunk=chunk)
+            outputs.append(o)
+            after[t] = state
+        return (None if outputs[0] is None else torch.cat(outputs, 1)), state
 
     @staticmethod
     def _choose(recurrent: Tensor | None, attended: list[Tensor], modes: TokenModes) -> Tensor:

@@ -2,7 +2,8 @@
 
 The `*_oryx.py` files stand alone: an export copies them beside the weights, and nothing but torch and transformers is
 needed to load them (`trust_remote_code=True`). plans, states, recurrences and rotary are torch alone: training uses
-them too. Read in this order: plans, modes (which token attends), states, cache, recurrences, layers, generation, this.
+them too. Read in this order: plans, modes (which token attends), states, cache, recurrences, layers, heads, generation,
+speculation, this.
 
 Model: "Multi-Mixer Models: Flexible Sequence Modeling with Shared Representations", arXiv 2605.28769. Recurrences:
 Mamba-2 (SSD), arXiv 2405.21060, and Gated DeltaNet, arXiv 2412.06464.
@@ -37,6 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_oryx import OryxCache
 from .experts_oryx import OryxExpertRouter, OryxExperts
 from .generation_oryx import CACHE, OryxDecoder, OryxGenerationMixin, one_cache
+from .heads_oryx import OryxHead
 from .layers_oryx import (
     OryxContext,
     OryxDecoderLayer,
@@ -110,6 +112,7 @@ class OryxPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_stateful = True
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]  # noqa: RUF012 - heads, for OryxModel alone
     _can_record_outputs = {"hidden_states": OryxDecoderLayer, "attentions": OryxTokenMixer}  # noqa: RUF012
 
     def __init__(self, config: OryxConfig, *args: Any, **kwargs: Any) -> None:
@@ -250,12 +253,6 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 "torch.export with a dynamic length: the recurrence loops over its chunks as often as the text it is "
                 "exported with needs; export one length, or use_cache=False and mode_plan='attention'"
             )
-        rotary = rotary_recurrent = None
-        if self.config.rotary != "none":
-            rope, width = self.config.rope, self.config.head_dim
-            rotary = rope.tables(position_ids, width, wide(x.dtype))
-            if self.config.rotary == "both":
-                rotary_recurrent = rope.tables(position_ids, width, wide(x.dtype), attention=False)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(
@@ -263,17 +260,40 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 "use attn_implementation='eager'"
             )
             output_attentions = False
-        contexts = {}
-        for kind, own in of_layers.items():
-            masks, key_counts = self._masks(own, mask, past, slots, cache, x)
-            contexts[kind] = OryxContext(
-                own, masks, key_counts, rotary, rotary_recurrent, valid, bool(output_attentions)
-            )
+        contexts = self.contexts(
+            of_layers, position_ids, past, x, mask, slots, cache, valid, output_attentions=bool(output_attentions)
+        )
         for i, layer in enumerate(self.layers):
             memory, context = None if cache is None else cache.layers[i], contexts[keys[i]]
             # One compiled block serves all layers of the same modes: nothing in it depends on which layer it is.
             x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache if use_cache else None})
+
+    def contexts(
+        self,
+        of_layers: dict[int | str, TokenModes],
+        position_ids: Tensor,
+        past: int | Tensor,
+        x: Tensor,
+        mask: Tensor | None = None,
+        slots: Tensor | None = None,
+        cache: Cache | None = None,
+        valid: Tensor | None = None,
+        *,
+        output_attentions: bool = False,
+    ) -> dict[int | str, OryxContext]:
+        """What layers need to know of a call, by key (`_of_layers`); `past` tokens are cached, x is [b, s, d]."""
+        rotary = rotary_recurrent = None
+        if self.config.rotary != "none":
+            rope, width = self.config.rope, self.config.head_dim
+            rotary = rope.tables(position_ids, width, wide(x.dtype))
+            if self.config.rotary == "both":
+                rotary_recurrent = rope.tables(position_ids, width, wide(x.dtype), attention=False)
+        found: dict[int | str, OryxContext] = {}
+        for kind, own in of_layers.items():
+            masks, key_counts = self._masks(own, mask, past, slots, cache, x)
+            found[kind] = OryxContext(own, masks, key_counts, rotary, rotary_recurrent, valid, output_attentions)
+        return found
 
     def _of_layers(self, modes: TokenModes | LayerModes, s: int) -> tuple[list[int | str], dict[int | str, TokenModes]]:
         """A key for every layer, and modes of the tokens by key.
@@ -463,7 +483,16 @@ class OryxForCausalLM(OryxPreTrainedModel, OryxGenerationMixin):
         self.model = OryxModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_nextn_predict_layers:
+            self.mtp = nn.ModuleList([OryxHead(config, k) for k in range(config.num_nextn_predict_layers)])
         self.post_init()
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, vocabulary] of what the model, or a head, made of tokens [b, s, d]."""
+        logits = self.lm_head(hidden)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = (torch.tanh(logits.to(wide(logits.dtype)) / cap) * cap).to(logits.dtype)
+        return logits
 
     @can_return_tuple
     def forward(
@@ -503,9 +532,10 @@ class OryxForCausalLM(OryxPreTrainedModel, OryxGenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         x = outputs.last_hidden_state
-        logits = self.lm_head(x if isinstance(kept, int) else x[:, kept])
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = (torch.tanh(logits.to(wide(logits.dtype)) / cap) * cap).to(logits.dtype)
+        if self.training and torch.is_grad_enabled() and self.config.num_nextn_predict_layers:
+            # Nothing reads the heads here; data-parallel trainers want a gradient for every parameter.
+            x = x + sum(0.0 * parameter.sum().to(x) for parameter in self.mtp.parameters())
+        logits = self.logits_of(x if isinstance(kept, int) else x[:, kept])
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **of_loss)

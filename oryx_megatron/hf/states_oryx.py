@@ -17,7 +17,8 @@ from torch import Tensor
 class TwoStates(ABC):
     """The rule of a layer's states: they advance together, at every token, whatever its mode (docs/model.md).
 
-    A recurrent state cannot be wound back, so tokens are taken back all or none.
+    A recurrent state cannot be wound back: tokens are taken back all or none, but for those after `mark`, of which
+    every state is kept.
     """
 
     keep_kv = True
@@ -28,6 +29,27 @@ class TwoStates(ABC):
     """Inputs of the convolution at the last w − 1 tokens, [b, c, w − 1]."""
     recurrent: Tensor | None
     """S, [b, H, N, P] fp32."""
+
+    trail: list[tuple[Tensor | None, Tensor | None]] | None = None
+    """After `mark`: window and S before the first and after every token since; a mixer adds to it before `advance`."""
+
+    def mark(self) -> None:
+        """From now on tokens can be taken back."""
+        self.trail = [(self.window, self.recurrent)]
+
+    def keep(self, n: int) -> None:
+        """Of the tokens since `mark` keep the first `n`: all states are as if the others had not come."""
+        assert self.trail is not None
+        if unwanted := len(self.trail) - 1 - n:
+            for name, state in zip(("window", "recurrent"), self.trail[n]):
+                if state is not None:
+                    self._store(name, state)
+            self._drop(unwanted)
+        self.trail = None
+
+    @abstractmethod
+    def _drop(self, n: int) -> None:
+        """Forget keys and values of the last `n` tokens, or their number where they are not kept."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +120,9 @@ class LayerState(TwoStates):
 
     def _count(self, n: int) -> None:
         self.length += n
+
+    def _drop(self, n: int) -> None:
+        self.length -= n
 
     def _tensors(self) -> Iterator[tuple[Any, Any]]:
         names = ("keys", "values", "window", "recurrent")

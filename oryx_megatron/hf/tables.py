@@ -78,12 +78,32 @@ _LINEARS = ("self_attention.in_proj", "self_attention.out_proj")
 def weight_rules(model: ModelConfig) -> tuple[Rule, ...]:
     """All weights of this model. Where layers differ, checkpoints hold each one's tensors by its number."""
     if not layers_differ(model):
-        return tuple(_rules(model, experts=model.moe is not None))
+        return (*_rules(model, experts=model.moe is not None), *_head_rules(model))
     rules = [rule for rule in _rules(model, experts=False) if not rule.layered]
     for i, modes in enumerate(model.layer_modes):
         own, experts = model.with_modes(modes) if model.pattern else model, _has_experts(model, i)
         rules += [rule.of_layer(i) for rule in _rules(own, experts=experts) if rule.layered]
-    return tuple(rules)
+    return (*rules, *_head_rules(model))
+
+
+def _head_rules(model: ModelConfig) -> list[Rule]:
+    """Weights of the heads of multi-token prediction, which no checkpoint stacks."""
+    own = model.with_modes(model.mtp_modes) if model.pattern else model
+    layer = [rule for rule in _rules(own, experts=False) if rule.layered] if model.mtp_layers else []
+    rules = []
+    for k in range(model.mtp_layers):
+        hf, checkpoint = f"mtp.{k}.", f"mtp.layers.{k}."
+        names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "final_layernorm"}
+        rules += [Rule((f"{hf}{a}.weight",), (f"{checkpoint}{b}.weight",)) for a, b in names.items()]
+        rules += [
+            Rule(
+                tuple(name.replace(_LAYER, f"{hf}layer.") for name in rule.hf),
+                tuple(name.replace(_STACK, f"{checkpoint}transformer_layer.") for name in rule.checkpoint),
+                rule.rows,
+            )
+            for rule in layer
+        ]
+    return rules
 
 
 def layers_differ(model: ModelConfig) -> bool:
@@ -154,6 +174,10 @@ def extra_states(model: ModelConfig) -> list[str]:
             for fc in ("fc1", "fc2")
             for place in places
         ]
+    recurs = ["self_attention.decay_proj"] if model.mtp_modes != "attention" else []
+    for k in range(model.mtp_layers):
+        inside = [f"transformer_layer.{linear}" for linear in (*_LINEARS, *recurs, "mlp.linear_fc1", "mlp.linear_fc2")]
+        names += [f"mtp.layers.{k}.{linear}.{EXTRA_STATE}/shard_0_1" for linear in ("eh_proj", *inside)]
     return names if model.tie_embeddings else [*names, f"output_layer.{EXTRA_STATE}/shard_0_1"]
 
 

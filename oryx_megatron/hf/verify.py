@@ -137,8 +137,8 @@ def verify_generation(
 ) -> list[Generation]:
     """Generate with the export in fp32 and hold every new token against the checkpoint's logits in one pass.
 
-    Greedy, greedy with a static cache, two prompts of different length in a batch, and beams; the mode changes at the
-    end of the prompt where a model has both. Memory and process groups as of `verify`.
+    Greedy, with a static cache, two prompts of different length in a batch, beams, and drafts where it has heads;
+    the mode changes at the end of the prompt where a model has both. Memory and process groups as of `verify`.
 
     Raises:
         ConversionError: a text is not the checkpoint's; the message names the way of decoding, plan and difference.
@@ -197,6 +197,9 @@ def _generated(
               for row, hidden in zip(batch, (0, prompt // 2))),
             ("3 beams", plan, prompt, beams.sequences[0].cpu(), float(beams.sequences_scores[0])),
         ]  # fmt: skip
+        if model.config.num_nextn_predict_layers:
+            drafted = model.generate(ids[:1], attention_mask=one, speculative=True, **common)
+            texts.append(("greedy with drafts", plan, prompt, drafted[0].cpu(), None))
     return texts
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from oryx_megatron.config import load_run, to_dict
-from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RopeScalingConfig, RunConfig
+from oryx_megatron.config.schema import (
+    MoEConfig,
+    MTPConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RopeScalingConfig,
+    RunConfig,
+)
 from oryx_megatron.data.tokenizer import load_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -26,6 +33,7 @@ CASES = {
             "num_kv_heads": None,
             "v_head_dim": 12,
             "qk_norm": False,
+            "mtp": MTPConfig(layers=2, loss_weight=0.2),
         },
         ParallelConfig(pipeline=2),
         "fp32",
@@ -49,12 +57,20 @@ CASES = {
     ),
     "hybrid pp2": ({"pattern": ("recurrent*2", "recurrent", "attention")}, ParallelConfig(pipeline=2), "bf16"),
     "mixed tp2": (
-        {"pattern": ("both", "recurrent"), "mixer": "mamba2", "rope_scaling": RopeScalingConfig(**YARN)},
+        {
+            "pattern": ("recurrent", "both"),
+            "mixer": "mamba2",
+            "rope_scaling": RopeScalingConfig(**YARN),
+            "mtp": MTPConfig(),
+        },
         ParallelConfig(tensor=2),
         "fp32",
     ),
     "experts ep2": (
-        {"moe": MoEConfig(experts=6, top_k=3, ffn_hidden_size=24, score="sigmoid", bias_update_rate=0.1)},
+        {
+            "moe": MoEConfig(experts=6, top_k=3, ffn_hidden_size=24, score="sigmoid", bias_update_rate=0.1),
+            "mtp": MTPConfig(),
+        },
         ParallelConfig(expert=2),
         "fp32",
     ),

@@ -29,6 +29,7 @@ from oryx_megatron.config.schema import (
     InitFromConfig,
     ModelConfig,
     MoEConfig,
+    MTPConfig,
     ParallelConfig,
     RopeScalingConfig,
 )
@@ -145,6 +146,9 @@ def test_config_table_holds_every_field() -> None:
     )  # fmt: skip
     assert set(EXPERTS) <= {field.name for field in dataclasses.fields(MoEConfig)}
     assert from_hf_config(to_hf_config(dataclasses.replace(model, moe=moe)), "m").moe == moe
+    heads = dataclasses.replace(model, mtp=MTPConfig(layers=3))
+    assert to_hf_config(heads).num_nextn_predict_layers == 3
+    assert from_hf_config(to_hf_config(heads), "m") == heads
     for scaling in (None, YARN, LLAMA3, {"rope_type": "linear", "factor": 2.0}):
         scaled = dataclasses.replace(model, rope_scaling=scaling and RopeScalingConfig(**scaling))
         assert from_hf_config(to_hf_config(scaled), "m") == scaled
@@ -496,8 +500,10 @@ def test_verify_sees_a_difference(exported: Path, project: Path) -> None:
 def test_the_export_generates_what_the_checkpoint_does(case: str, project: Path, tmp_path: Path) -> None:
     export(project.parent / case, tmp_path / "hf")
     ways = [result.way for result in verify_generation(project.parent / case, tmp_path / "hf", new=8)]
+    model = run_of(project, case).model
     each = ["greedy", "greedy with a static cache", "greedy in a batch", "greedy in a batch", "3 beams"]
-    assert ways == each * (1 if run_of(project, case).model.single_mode else 2)
+    each += ["greedy with drafts"] if model.mtp_layers else []
+    assert ways == each * (1 if model.single_mode else 2)
 
 
 def test_generation_that_drops_the_cache_is_seen(exported: Path, project: Path, monkeypatch) -> None:
@@ -558,7 +564,7 @@ def test_tools_convert_and_complain_in_one_line(project: Path, tmp_path: Path) -
     done = tool("convert_to_hf.py", project.parent / "mamba2 pp2", tmp_path / "hf", "--verify", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verified") == 10
-    assert done.stdout.count("generated") == 10
+    assert done.stdout.count("generated") == 12  # with drafts too
     # Overrides behind an option, as in the documentation.
     options = ("--run", project, "train.iterations=99")
     assert tool("convert_from_hf.py", tmp_path / "hf", tmp_path / "next", *options).returncode == 0
