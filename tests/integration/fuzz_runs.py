@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.testing.fuzz import Target
 from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.tools import inspect_checkpoint, plot_run
 from oryx_megatron.train.callbacks import MetricsFile
 from oryx_megatron.train.callbacks.weights_and_biases import run_id
 from oryx_megatron.train.history import Events, read_events, summary_lines
@@ -110,10 +109,10 @@ def _without_checksum(path: Path, **changed: Any) -> None:
 
 def read_first_checkpoint(folder: Path) -> Any:
     """Whether it reads: what its manifest says beside the files, nobody can check."""
-    tool = _tool("inspect_checkpoint")
+
     found = find_checkpoint(folder / "run")
     summary = summarize(found)
-    tool._report(summary, "all", None)
+    inspect_checkpoint._report(summary, "all", None)
     json.dumps(summary.to_dict())
     out = folder.parent / "exported"
     shutil.rmtree(out, ignore_errors=True)
@@ -254,16 +253,6 @@ def _replay(folder: Path) -> None:
     load_run(folder / "config.yaml")
 
 
-def _tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-plot_run = _tool("plot_run")
 TARGETS: list[tuple[Target, Callable[[Path, Path], None]]] = [
     (Target("checkpoint", read_checkpoint, ["run/**/*"]), make_checkpoint),
     (Target("export, imported", read_export, ["hf/*.json", "hf/*.safetensors"]), make_export),

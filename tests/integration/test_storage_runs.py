@@ -6,13 +6,11 @@ They are those of docs/storage.md.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,13 +82,7 @@ def steps(data: bytes | None) -> list[tuple[Any, ...]]:
 
 
 def tool(name: str, *arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return importlib.import_module(f"oryx_megatron.tools.{name}").main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import importlib
 import json
 import tempfile
 from collections import Counter
@@ -40,12 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(name: str) -> Callable[[list[str]], int]:
     """`main` of a file of tools/."""
-    spec = importlib.util.spec_from_file_location(f"properties_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return importlib.import_module(f"oryx_megatron.tools.{name}").main
 
 
 PREPROCESS, MERGE = (command(name) for name in ("preprocess_data", "merge_datasets"))

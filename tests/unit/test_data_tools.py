@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -34,12 +34,7 @@ PROSE = [
 
 def tool(name: str) -> ModuleType:
     """A file of tools/ as a module: its `main(argv)` is what the command line runs."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"oryx_megatron.tools.{name}")
 
 
 def dataset(prefix: Path, documents: list[list[int]], **more: object) -> Path:

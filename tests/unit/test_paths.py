@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -220,14 +220,8 @@ def test_arguments(here: Path) -> None:
         expand_arguments(argparse.Namespace(out=Path("s3://bucket/x.png")), "--out")
 
 
-def _tool(name: str) -> object:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def _tool(name: str) -> ModuleType:
+    return importlib.import_module(f"oryx_megatron.tools.{name}")
 
 
 COMMANDS = {
@@ -258,7 +252,7 @@ REMOTE = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_argument_of_the_tools(here: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     """Refused by name, and nothing is made."""
-    main = _tool(name).main  # type: ignore[attr-defined]
+    main = _tool(name).main
     for number, line in enumerate(COMMANDS[name]):
         wrong = [("s3://bucket/x", "only local paths work here"), ("$UNSET/x", "UNSET is not set")]
         if (name, number) in REMOTE:
@@ -278,7 +272,7 @@ def test_tools_find_what_is_meant(here: Path, capsys: pytest.CaptureFixture) -> 
     run.mkdir()
     step = {"kind": "step", "iteration": 1, "loss": 2.0, "tokens": 10}
     (run / "metrics.jsonl").write_text(json.dumps(step) + "\n")
-    assert _tool("plot_run").main(["$SCRATCH/run", "--out", "~/x.png"]) == 0  # type: ignore[attr-defined]
+    assert _tool("plot_run").main(["$SCRATCH/run", "--out", "~/x.png"]) == 0
     assert (here / "home" / "x.png").is_file()
     assert monitor.main(["foo://bucket/run", "--once"]) == 2
     assert "foo://bucket/run/metrics.jsonl: foo:// is no storage that fsspec knows" in capsys.readouterr().err

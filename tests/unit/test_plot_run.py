@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from oryx_megatron.display import shown
+from oryx_megatron.tools import plot_run
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
-spec = importlib.util.spec_from_file_location("plot_run", TOOL)
-plot_run = importlib.util.module_from_spec(spec)
-sys.modules["plot_run"] = plot_run
-spec.loader.exec_module(plot_run)
 HOSTILE = "a--><script>alert(1)<"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -85,13 +84,7 @@ def test_contradictions(environment: Callable[[str], None], text: str, expected:
 
 
 def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"oryx_megatron.tools.{name}")
 
 
 @pytest.mark.parametrize("text", ["WORLD_SIZE=8", "RANK=1", "RANK=x WORLD_SIZE=8", "SLURM_PROCID=1"])
