@@ -73,6 +73,7 @@ def direct(arrows: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
 
 def draw(package: Path, output: Path) -> None:
     """Boxes whose width is their lines, on floors; an arrow's width is the number of files that import."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
@@ -93,7 +94,7 @@ def draw(package: Path, output: Path) -> None:
             label = f"{ENDS.get(name, name)}\n{lines[name]:,}"
             axes.text(x + width / 2, level, label, ha="center", va="center", fontsize=7.5, zorder=4)
             x += width + 0.5
-    for (a, b), count in direct(arrows).items():
+    for (a, b), count in sorted(direct(arrows).items()):
         if a in places and b in places:
             (xa, ya), (xb, yb) = places[a], places[b]
             up = ORDER.index(b) > ORDER.index(a)
@@ -111,7 +112,8 @@ def draw(package: Path, output: Path) -> None:
     reach = max(abs(x) for x, _ in places.values()) + 3
     axes.set(xlim=(-reach, reach), ylim=(-0.6, max(levels.values()) + 0.6))
     axes.axis("off")
-    figure.savefig(output)
+    with rc_context({"svg.hashsalt": "oryx"}):  # the same code gives the same file
+        figure.savefig(output, metadata={"Date": None})
 
 
 def way() -> dict[str, list[str]]:

@@ -33,6 +33,18 @@ def _lines(node: ast.ClassDef | ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
+def test_the_picture_is_of_these_parts(tmp_path: Path) -> None:
+    """docs/images/structure.svg has the parts and the arrows' order of today; its numbers of lines may lag."""
+    drawn = tmp_path / "now.svg"
+    command = [sys.executable, str(ROOT / "tests" / "structure.py"), str(drawn)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    now, then = drawn.read_text(), (ROOT / "docs" / "images" / "structure.svg").read_text()
+    found = [re.findall(r"<!-- ([a-z][\w ()]*) -->", svg) for svg in (now, then)]
+    assert "storage" in found[0]
+    assert found[0] == found[1], "run: python tests/structure.py docs/images/structure.svg"
+    assert "#c0392b" not in now + then  # an arrow against the order
+
+
 SAME_NAME = {"Dataset": "of oryx_megatron.api: the other one, opened, as a few methods for users"}
 
 
