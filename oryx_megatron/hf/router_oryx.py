@@ -99,8 +99,13 @@ class Found(NamedTuple):
 
 
 def repetitions(history: Tensor, tokens: Tensor, counts: bool = False) -> Found:
-    """Where a token, with its predecessors, stood before: in tokens [b, s] behind a history [b, t]."""
+    """Where a token, with its predecessors, stood before: in tokens [b, s] behind a history [b, t].
+
+    Raises ValueError for counts in a text of 2^PLACES tokens or more.
+    """
     text, begin = torch.cat((history, tokens), 1), history.shape[1]
+    if counts and text.shape[1] >> PLACES:
+        raise ValueError(f"a router counts in texts below {1 << PLACES:,} tokens, and this one has {text.shape[1]:,}")
     places = torch.arange(text.shape[1], device=text.device)
     if tokens.shape[1] == 1:
         return next_repetitions(text, places[-1:], counts)

@@ -108,6 +108,11 @@ def test_repetitions_are_counted_by_hand() -> None:
             assert torch.equal(before, previous)
 
 
+def test_no_counts_in_texts_beyond_its_keys() -> None:
+    with pytest.raises(ValueError, match="below 4,194,304 tokens, and this one has 4,194,305"):
+        repetitions(torch.zeros(1, 1 << 22, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), counts=True)
+
+
 def test_the_table_knows_what_is_likely() -> None:
     """Log-probabilities of followers and of the token, as far as its entries are not shared."""
     made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2, table=1 << 18))
