@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Pretrain on this machine; the same command resumes.
-#   launch/local.sh [--ranks N] [--restarts N] RUN.yaml [key=value ...]
+#   oryx launch [--ranks N] [--restarts N] RUN.yaml [key=value ...]
 # --ranks     processes (default: one per GPU; without GPUs one)
 # --restarts  how often torchrun starts all ranks anew after one died (default: 3)
-# PYTHON      interpreter (environment; default: .venv/bin/python here, else python3)
-# Ends with 75 when it was stopped by Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal with a checkpoint: start it again to resume.
+# PYTHON      interpreter (environment; default: .venv/bin/python here, else
+#             python3)
+# Ends with 75 when it was stopped by Ctrl-C, SIGTERM, SIGUSR1 or a closed
+# terminal with a checkpoint: start it again to resume.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"

@@ -22,6 +22,11 @@ def shown_lines(text: str) -> str:
     return "\n".join(map(shown, text.split("\n")))
 
 
+def number_of(count: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`, `2 microbatches`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
 def markdown(value: object) -> str:
     """Text inside of Markdown, which is rendered as it is."""
     return _MARKDOWN.sub(r"\\\1", shown(value))

@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(name, type=type(default), default=default, help=f"{docs[field.name]} (default: {default})")
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "run")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(RouterOptions)}
     rows, path = train_router(arguments.run, RouterOptions(**values), overwrite=arguments.overwrite)
     if path is not None:

@@ -108,7 +108,7 @@ def by_another_engine(folder: Path) -> bool:
 def check_format(folder: Path) -> None:
     """Raise CheckpointError for a checkpoint in DeepSpeed's format."""
     if by_another_engine(folder):
-        raise CheckpointError(f"{folder} was written by DeepSpeed; convert it (tools/convert_from_deepspeed.py)")
+        raise CheckpointError(f"{folder} was written by DeepSpeed; convert it (oryx convert from-deepspeed)")
 
 
 def begin(root: Path, iteration: int) -> Path:

@@ -27,8 +27,8 @@ _EDGE = r"(?:\d+(?:\.\d+)?%|\d+c?|end)"
 _RUNS = re.compile(rf"[ar]{_EDGE}-{_EDGE}(\s*,\s*[ar]{_EDGE}-{_EDGE})*,?")
 HELP = (
     "mode plan: attention, recurrent, prefix:N, last:N, ratio:R, every:K, runs:a0-256,r256-end, prompt:PLAN,new:PLAN, "
-    "layers:0-5=PLAN,rest=PLAN, file:PATH; N in tokens, R a share of the chunks, K-th chunks, runs also as 25%% of the "
-    "text, layers also as 3, 6-end, even or odd"
+    "layers:0-5=PLAN,rest=PLAN, router:R, file:PATH; N in tokens, R a share of the chunks (router: tokens), "
+    "K-th chunks, runs also as 25%% of the text, layers also as 3, 6-end, even or odd"
 )
 """The forms, for --help of options that take one."""
 

@@ -427,7 +427,7 @@ def _open(
     for end in ("idx", "bin"):
         if not place.has(end):
             whole = str(prefix).endswith((".bin", ".idx"))
-            hint = "give the prefix without ending" if whole else "make it with tools/preprocess_data.py"
+            hint = "give the prefix without ending" if whole else "make it with `oryx data preprocess`"
             raise DataError(f"dataset {prefix}: {place.name(end)} is missing; {hint}")
     index = read_index(place.local("idx"), place.name("idx"))
     size, wanted = place.size("bin"), index.tokens * index.dtype.itemsize

@@ -171,7 +171,7 @@ def _as_data_error(error: Exception) -> DataError:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return DataError(
             f"too many open files: each dataset of a blend needs up to {FILES} and this process may have {hard}; raise "
-            "the limit (ulimit -Hn), or merge datasets (tools/merge_datasets.py)"
+            "the limit (ulimit -Hn), or merge datasets (oryx data merge)"
         )
     if isinstance(error, DataError):
         return error
@@ -571,7 +571,7 @@ def check_resume(state: dict[str, Any], blend: Blend | Look) -> None:
         if file["size"] > WHOLE and file["written"] != found["written"]:
             logger.warning(
                 "dataset %s was written or copied again since the checkpoint; what is compared of its content is the "
-                "same (to compare all of it: tools/inspect_dataset.py %s --verify)", found["path"], found["path"],
+                "same (to compare all of it: oryx data inspect %s --verify)", found["path"], found["path"],
             )  # fmt: skip
     for data, (samples, repeats) in then["epochs"].items():
         if (

@@ -404,11 +404,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if folder.is_file():
         raise DataError(f"tokenizer {folder} is a file; give its folder {folder.parent}")
     if not folder.is_dir():
-        raise DataError(f"tokenizer folder {folder} does not exist; make one with tools/train_tokenizer.py")
+        raise DataError(f"tokenizer folder {folder} does not exist; make one with `oryx tokenizer`")
     if not (folder / MANIFEST).is_file():
-        raise DataError(
-            f"{folder} has no {MANIFEST}; write one with `python tools/train_tokenizer.py --adopt {folder}`"
-        )
+        raise DataError(f"{folder} has no {MANIFEST}; write one with `oryx tokenizer --adopt {folder}`")
     manifest = _read_manifest(folder)
     kind, files = manifest["kind"], manifest["files"]
     for name, digest in files.items():

@@ -17,7 +17,7 @@ from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.display import log_lines, shown
+from oryx_megatron.display import log_lines, number_of, shown
 from oryx_megatron.train.signals import StopRequest, exit_code
 
 
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     layout = validate(run, world_size)
     if arguments.dry_run:
         sys.stdout.write(
-            f"{arguments.config} is valid for {layout.world_size} ranks: {layout}, "
-            f"{layout.microbatches} microbatches per step\n"
+            f"{arguments.config} is valid for {number_of(layout.world_size, 'rank')}: {layout}, "
+            f"{number_of(layout.microbatches, 'microbatch')} per step\n"
         )
         if run.train.batch_schedule:
             count = SampleCount.of(run.train)

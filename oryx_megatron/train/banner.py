@@ -16,6 +16,7 @@ from oryx_megatron.checkpoint.manifest import package_versions
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import ModelConfig, RunConfig
 from oryx_megatron.config.validate import Layout
+from oryx_megatron.display import number_of
 from oryx_megatron.ops import backends
 
 
@@ -33,7 +34,8 @@ def reproduction(run: RunConfig, layout: Layout) -> list[str]:
         "code": f"commit {platform.git_commit() or 'unknown'}",
         "versions": versions,
         "model": f"{run.model.name}, {_parameters(run.model)}, {run.precision.dtype}",
-        "layout": f"{layout.world_size} ranks: {layout}, {layout.microbatches} microbatches per step",
+        "layout": f"{number_of(layout.world_size, 'rank')}: {layout}, "
+        f"{number_of(layout.microbatches, 'microbatch')} per step",
         **({"batch sizes": str(SampleCount.of(run.train))} if run.train.batch_schedule else {}),
         "host": f"{socket.gethostname()}, {platform.describe()}",
         "kernels": backends.describe(backends.Workload(run.model, run.precision.dtype)),

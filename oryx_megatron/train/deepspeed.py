@@ -220,7 +220,7 @@ class DeepSpeedCheckpoints(Checkpoints):
             if then != now:
                 raise CheckpointError(
                     f"{folder}: {name} was {then} and is {now}, but DeepSpeed's checkpoints load as they were written; "
-                    "set it back, or convert it (tools/convert_from_deepspeed.py)"
+                    "set it back, or convert it (oryx convert from-deepspeed)"
                 )
         restore(self.engine, folder)
 

@@ -484,7 +484,7 @@ def _converted(run: RunConfig, weights: Weights | None) -> Path:
     if is_url(run.output_dir) and os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         raise ConversionError(
             f"init_from: with output_dir {run.output_dir} a Hugging Face folder is converted on one machine only; make "
-            "a checkpoint of it first (tools/convert_from_hf.py), and name that"
+            "a checkpoint of it first (oryx convert from-hf), and name that"
         )
     home = run_folder(run)
     for left in home.glob(".init_from.*.tmp"):  # by a start that was killed

@@ -13,7 +13,7 @@ import pytest
 
 from oryx_megatron import monitor
 from oryx_megatron.cli import main_guard
-from oryx_megatron.display import LineFormatter, code, markdown, shown, shown_lines
+from oryx_megatron.display import LineFormatter, code, markdown, number_of, shown, shown_lines
 from oryx_megatron.errors import ConfigError
 
 OTHER_ENCODING = b"latin-\xe9".decode("utf-8", "surrogateescape")
@@ -109,3 +109,8 @@ def test_monitor(tmp_path: Path, name: str) -> None:
     assert all(line.isprintable() for line in lines)
     assert lines[1].startswith(shown(name) if len(shown(name)) <= 18 else "…")
     assert any(line.startswith(f"  {shown(name)}, {shown(name)}: loss"[:80]) for line in lines)
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [number_of(n, "microbatch") for n in (0, 1, 2)] == ["0 microbatches", "1 microbatch", "2 microbatches"]
+    assert (number_of(1, "rank"), number_of(8, "rank")) == ("1 rank", "8 ranks")

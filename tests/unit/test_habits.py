@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import bz2
 import contextlib
 import errno
@@ -11,6 +12,8 @@ import lzma
 import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from oryx_megatron.config import load_run
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.resources import folder
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = (folder("configs") / "run/quickstart.yaml").read_text(encoding="utf-8")
 TOKENIZER = folder("tokenizers") / "stdlib-8k"
 Failing = Callable[..., str]
@@ -238,3 +242,39 @@ def test_groups_of_commands(failing: Failing, capsys: pytest.CaptureFixture[str]
     assert ended.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) < 12
     assert failing("config.__main__", "nonsense").startswith("unrecognized arguments: nonsense; see ")
+
+
+def test_messages_name_commands_that_a_wheel_has() -> None:
+    """What to do next is said as `oryx …`: a wheel brings no folder tools/."""
+    for path in sorted((ROOT / "oryx_megatron").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented
+        ]
+        assert not [text for text in texts if re.search(r"tools/\w+\.py", text)], path
+
+
+def test_help_names_every_form_of_a_plan() -> None:
+    from oryx_megatron.config.plans import FORMS, HELP
+
+    kinds = set(re.findall(r"\b([a-z]+):(?=[A-Za-z\d])", FORMS))
+    assert kinds >= {"prefix", "last", "ratio", "every", "runs", "prompt", "router", "layers"}
+    assert not [kind for kind in kinds if f"{kind}:" not in HELP]
+
+
+def test_help_of_launch_fits_the_terminal() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/local.sh"), "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "oryx launch" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_router_s_error_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "oryx_megatron.router", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'nothing'} does not exist; give a checkpoint or a run folder\n"
