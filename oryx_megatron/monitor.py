@@ -82,16 +82,12 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
             lines.append(f"{name:<{width}} {'':>52} {run.state(now)}"[:WIDTH])
             continue
         last = steps[-1]
-        finite = [step["loss"] for step in steps if math.isfinite(step["loss"])]
         seconds = sum(step["seconds"] for step in steps)
-        loss = sum(finite) / len(finite) if finite else math.nan
         counter = f"{last['iteration']}/{run.iterations or '?'}"
-        if run.state(now) in ENDED and (final := run.final()) is not None:
-            loss = final[0]
         left = left_text(run, now)
         speed = short(sum(step["tokens"] for step in steps) / seconds) if seconds else ""
         lines.append(
-            f"{name:<{width}} {counter:>13} {loss:7.4f} {last['grad_norm']:6.2f} {last['lr']:7.1e} {speed:>6} "
+            f"{name:<{width}} {counter:>13} {run.loss(now):7.4f} {last['grad_norm']:6.2f} {last['lr']:7.1e} {speed:>6} "
             f"{left:>8} {run.state(now)}"[:WIDTH]
         )
     if len(runs) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from dataclasses import dataclass, field
@@ -102,6 +103,13 @@ class Followed:
         return seconds_left(
             self.run, last, end, sample=seconds / read, evaluation=took["evaluation"], save=took["checkpoint"]
         )
+
+    def loss(self, now: float) -> float:
+        """The loss to show: the final one of a run that ended, else the mean of the steps held; NaN for none."""
+        if self.state(now) in ENDED and (final := self.final()) is not None:
+            return final[0]
+        finite = [step["loss"] for step in self.steps if math.isfinite(step["loss"])]
+        return sum(finite) / len(finite) if finite else math.nan
 
     def state(self, now: float) -> str:
         """What the run is doing, in a word or two."""

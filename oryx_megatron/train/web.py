@@ -86,7 +86,7 @@ class Recorded(Followed):
                 "state": self.state(now),
                 "iteration": last["iteration"] if last else 0,
                 "iterations": self.iterations,
-                "loss": f"{last['loss']:.4f}" if last else "",
+                "loss": f"{self.loss(now):.4f}" if last else "",
                 "tokens": short(self.tokens),
                 "speed": short(sum(step["tokens"] for step in self.steps) / seconds) if seconds else "",
                 "left": left_text(self, now),

@@ -103,6 +103,7 @@ def test_an_extended_run(kind: type[Followed], tmp_path: Path) -> None:
         if isinstance(run, web.Recorded):
             facts = run.facts(time.time())
             assert (facts["iterations"], facts["left"]) == (iterations, line[6])
+            assert facts["loss"] == line[2]  # the page, the table and the summary show one loss
     (tmp_path / "config.yaml").write_text("train: [")  # no longer a config: no length, and no error
     run.look()
     assert table([run], time.time())[1].split()[1] == "4/?"
