@@ -423,15 +423,19 @@ def draw_shares(runs: list[Curves]) -> Any:
 
 
 def smoothed(points: list[tuple[float, float]], steps: int | None = None) -> list[tuple[float, float]]:
-    """Mean of each point and those around it, `steps` in all (default: a fiftieth of the run), fewer at the ends."""
+    """Mean of each point and those around it, `steps` in all (default: a fiftieth of the run), fewer at the ends.
+
+    The first mean is the first point, where losses fall steeply. The last ones lose only the steps that are not there,
+    so that a curve does not end in the noise of one step.
+    """
     half = len(points) // (2 * SMOOTH) if steps is None else steps // 2
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     means = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        means.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        first, end = i - min(half, i), min(i + min(half, i) + 1, len(points))
+        means.append((x, (sums[end] - sums[first]) / (end - first)))
     return means
 
 

@@ -227,6 +227,10 @@ def test_smoothing() -> None:
     assert plot_run.smoothed(points, 1) == points
     middle = plot_run.smoothed(points, 20)[10:-10]
     assert all(abs(y - 0.5) < 0.05 for _, y in middle)
+    level = [(float(i), 1.0) for i in range(99)] + [(99.0, 5.0)]
+    assert plot_run.smoothed(level, 20)[-1] == (99.0, 15 / 11)  # one step's noise is no end of a curve
+    falling = [(float(i), 9.0 - i) for i in range(9)]
+    assert plot_run.smoothed(falling, 4)[0] == (0.0, 9.0)
 
 
 @pytest.mark.parametrize(
