@@ -178,20 +178,22 @@ class OryxTokenMixer(nn.Module):
         valid = None if context.valid is None else context.valid.to(x.device)
         kv = torch.cat([self.k_proj(x), self.v_proj(x)], -1)
         window = state = None
+        windows: list[Tensor | None] | None = None  # after each token, where tokens may be taken back
+        states: list[Tensor | None] | None = None
         trail = None if layer is None else layer.trail
-        windows: list[Tensor | None] = [None] * x.shape[1]
-        if self.conv is not None:
-            if trail is not None:
+        if layer is not None and trail is not None:
+            windows, states = [None] * x.shape[1], [None] * x.shape[1]
+            if self.conv is not None:
                 windows = self.conv.windows(kv, layer.window)
+        if self.conv is not None:
             kv, window = self.conv(kv, None if layer is None else layer.window, valid)
         k, v = (y.unflatten(-1, (config.num_key_value_heads, -1)) for y in kv.split(self.widths, -1))
 
         recurrent = None
-        states: list[Tensor | None] = [None] * x.shape[1]
         if self.recurs and (modes.recurs or layer is not None):
             state = None if layer is None else layer.recurrent
-            recurrent, state = self._recur(x, k, v, state, valid, context, None if trail is None else states)
-        if trail is not None:
+            recurrent, state = self._recur(x, k, v, state, valid, context, states)
+        if trail is not None and windows is not None and states is not None:
             trail += zip(windows, states, strict=True)
         attended, weights = [], []
         k_a = v_a = None
