@@ -407,9 +407,10 @@ def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
 
 def test_local_stops_and_goes_on(tmp_path) -> None:
     """A closed terminal, SIGHUP to all: checkpoint, exit code 75; the same command finishes the run."""
+    steps = 400  # some seconds: it must not be done before the signal comes
     project = tiny_project(tmp_path)
     command = [
-        *("bash", str(LAUNCH / "local.sh"), "--ranks", "1", str(project), "train.iterations=40"),
+        *("bash", str(LAUNCH / "local.sh"), "--ranks", "1", str(project), f"train.iterations={steps}"),
         *("model.num_layers=1", "data.split=[1,0,0]", "evaluation.plans=[]"),
     ]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -439,10 +440,10 @@ def test_local_stops_and_goes_on(tmp_path) -> None:
     finally:
         process.kill()
     stopped = iterations()[-1]
-    assert json.loads((out / "requeue").read_text())["iteration"] == stopped < 40
+    assert json.loads((out / "requeue").read_text())["iteration"] == stopped < steps
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert iterations() == list(range(1, 41))
+    assert iterations() == list(range(1, steps + 1))
     assert not (out / "requeue").exists()
 
 
