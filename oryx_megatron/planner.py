@@ -375,7 +375,8 @@ def estimate(
         fp8: precision.fp8.
         costs: Constants of speed.
     """
-    graphs = graphs and layout.cp == 1 and model.moe is None and fp8 != "mxfp8"  # engine.why_launched
+    captured = layout.cp == 1 and model.moe is None and model.mtp is None and fp8 != "mxfp8"  # engine.why_launched
+    graphs = graphs and captured
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload, fp8=fp8 != "none")
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one

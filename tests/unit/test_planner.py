@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from oryx_megatron import platform
 from oryx_megatron.arch import parameter_counts
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, MTPConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.pipeline_schedule import schedule
@@ -29,6 +31,8 @@ from oryx_megatron.planner import (
     plan,
     traffic_bytes,
 )
+from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.engine import why_launched
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -215,6 +219,38 @@ def test_recompute_trades_memory_for_time() -> None:
     none, mixer, full = (estimate(model, Cluster(1), work, layout, 8, mode) for mode in ("none", "mixer", "full"))
     assert none.gib > mixer.gib > full.gib
     assert none.step_seconds < mixer.step_seconds < full.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "fp8"),
+    [
+        ({}, 1, "none"),
+        ({}, 1, "delayed"),
+        ({}, 2, "none"),
+        ({}, 1, "mxfp8"),
+        ({"moe": MoEConfig(experts=4, ffn_hidden_size=32)}, 1, "none"),
+        ({"mtp": MTPConfig()}, 1, "none"),
+    ],
+    ids=str,
+)
+def test_what_is_launched_is_planned_so(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], context: int, fp8: str
+) -> None:
+    """The planner and the engine agree on what becomes CUDA graphs."""
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    given = ParallelConfig(context=context)
+    run = tiny_run(
+        **{f"model__{name}": value for name, value in changes.items()},
+        parallel=given,
+        precision=PrecisionConfig(dtype="bf16", fp8=fp8),
+    )
+    work = Work(2048, 8, 0.5)
+    layout = layout_of(run.model, work, given, 1, context)
+    asked, launched = (
+        estimate(run.model, Cluster(context), work, layout, 1, "none", graphs=graphs, fp8=fp8)
+        for graphs in (True, False)
+    )
+    assert (asked == launched) == (why_launched(run) is not None)
 
 
 def test_an_average_of_the_weights_is_shared_out() -> None:
