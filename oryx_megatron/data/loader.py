@@ -107,6 +107,23 @@ class _Stage:
     blend: tuple[BlendEntry, ...]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What one split or validation set is read from."""
+
+    name: str
+    stages: tuple[_Stage, ...]
+    share: tuple[float, float, float]
+    split: Split
+    opened: dict[str, Dataset]
+    """By path, others' too."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Of its datasets, each once."""
+        return list(dict.fromkeys(entry.path for stage in self.stages for entry in stage.blend))
+
+
 EVERY = 0
 """Instead of a number of samples: all of a validation set, each once."""
 
@@ -200,10 +217,10 @@ def _build(
     The first rank of a node compares the content of its files too: they may be a copy of their own.
     """
     blends = {}
-    for name, stages, share, split, opened in _opened(run, tokenizer, samples, count, told):
-        blends[name] = _blend(run, tokenizer, name, stages, share, split, opened, once and name != "train")
+    for source in _sources(run, tokenizer, samples, count, told):
+        blend = blends[source.name] = _blend(run, tokenizer, source, once and source.name != "train")
         if told is not None:
-            blends[name].identity = told[name]
+            blend.identity = told[source.name]
     return blends
 
 
@@ -214,32 +231,32 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
     Raises DataError for a missing, damaged, empty or foreign dataset.
     """
     found = {}
-    for name, stages, share, split, opened in _opened(run, tokenizer, sample_counts(run, count), count, None):
-        wanted: dict[str, float] = {}
+    for source in _sources(run, tokenizer, sample_counts(run, count), count, None):
+        name, stages, wanted = source.name, source.stages, dict[str, float]()
         for stage in stages:
             whole = sum(entry.weight for entry in stage.blend)
             for entry in stage.blend:
                 part = (stage.stop - stage.start) * (entry.weight / whole if len(stage.blend) > 1 else 1.0)
                 wanted[entry.path] = wanted.get(entry.path, 0.0) + part
-        _, tokens = _parts(list(wanted), opened, share, split)
+        _, tokens = _parts(source)
         if name != "train" and stages[-1].stop == EVERY:
             wanted = {path: float(_held(tokens[path], run)) for path in wanted}
         parts = (
             BlendPart(path, round(part), part * run.data.sequence_length / tokens[path])
             for path, part in wanted.items()
         )
-        found[name] = Look(name, tuple(parts), _identity(run, tokenizer, stages, share, split, opened))
+        found[name] = Look(name, tuple(parts), _identity(run, tokenizer, source))
     return found
 
 
-def _opened(
+def _sources(
     run: RunConfig,
     tokenizer: Tokenizer,
     samples: dict[str, int],
     count: SampleCount,
     told: dict[str, dict[str, Any]] | None,
-) -> Iterator[tuple[str, tuple[_Stage, ...], tuple[float, float, float], Split, dict[str, Dataset]]]:
-    """Name, stages, split and open datasets of each blend, once all checks of them have passed."""
+) -> Iterator[_Source]:
+    """Of each split and validation set, once all checks have passed."""
     first = told is None
     content = first or platform.local_rank() == 0
     known = {file["path"]: data for identity in (told or {}).values() for data, file in identity["files"].items()}
@@ -278,11 +295,12 @@ def _opened(
                     )
                 if first and run.data.documents == "isolated":
                     _check_boundaries(opened[entry.path], tokenizer)
+        source = _Source(name, stages, share, split, opened)
         if first:
             _check_weights(stages)
-            _check_names(name, stages, opened)
+            _check_names(source)
             _check_ends(name, [opened[entry.path] for stage in stages for entry in stage.blend], tokenizer)
-        yield name, stages, share, split, opened
+        yield source
 
 
 def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
@@ -347,34 +365,24 @@ def _check_weights(stages: tuple[_Stage, ...]) -> None:
             raise DataError(f"weight of dataset {entry.path} is {entry.weight}; it must be above 0")
 
 
-def _check_names(name: str, stages: tuple[_Stage, ...], opened: dict[str, Dataset]) -> None:
+def _check_names(source: _Source) -> None:
     """Refuse a blend that names one dataset twice: by a link, another path, or a copy. It would be repeated."""
-    paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
     seen: dict[str, str] = {}
-    for path in paths:
-        other = seen.setdefault(opened[path].digests["bin"], path)
+    for path in source.paths:
+        other = seen.setdefault(source.opened[path].digests["bin"], path)
         if other != path:
             raise DataError(
-                f"the {name} blend: {other} and {path} are one dataset (the same tokens), which would be read twice; "
-                "give it one name, with the sum of the weights"
+                f"the {source.name} blend: {other} and {path} are one dataset (the same tokens), which would be read "
+                "twice; give it one name, with the sum of the weights"
             )
 
 
-def _blend(
-    run: RunConfig,
-    tokenizer: Tokenizer,
-    name: str,
-    stages: tuple[_Stage, ...],
-    share: tuple[float, float, float],
-    split: Split,
-    opened: dict[str, Dataset],
-    once: bool,
-) -> Blend:
-    paths = list(dict.fromkeys(entry.path for stage in stages for entry in stage.blend))
-    size = stages[-1].stop
+def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) -> Blend:
+    name, stages, share, split, opened = source.name, source.stages, source.share, source.split, source.opened
+    paths, size = source.paths, stages[-1].stop
     cache = Path(run.data.cache_dir) if run.data.cache_dir is not None else None
-    identity = _identity(run, tokenizer, stages, share, split, opened)
-    bounds, tokens = _parts(paths, opened, share, split)
+    identity = _identity(run, tokenizer, source)
+    bounds, tokens = _parts(source)
     held = [_held(tokens[path], run) for path in paths]
     order = None
     if once and size == EVERY:
@@ -439,36 +447,28 @@ def _blend(
     return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
 
 
-def _identity(
-    run: RunConfig,
-    tokenizer: Tokenizer,
-    stages: tuple[_Stage, ...],
-    share: tuple[float, float, float],
-    split: Split,
-    opened: dict[str, Dataset],
-) -> dict[str, Any]:
+def _identity(run: RunConfig, tokenizer: Tokenizer, source: _Source) -> dict[str, Any]:
     """What decides the order of samples, but for how many of each dataset there are (`epochs`)."""
-    paths = dict.fromkeys(entry.path for stage in stages for entry in stage.blend)
+    opened = source.opened
     return {
         "sequence_length": run.data.sequence_length,
         "seed": run.seed,
-        "share": list(share),
-        "split": split.name,
+        "share": list(source.share),
+        "split": source.split.name,
         "eod": tokenizer.eod_id,
         "fingerprint": tokenizer.fingerprint,
         "tokenizer": tokenizer.describe(),
-        "files": {opened[path].identity(): {"path": path, **opened[path].record()} for path in paths},
+        "files": {opened[path].identity(): {"path": path, **opened[path].record()} for path in source.paths},
         "stages": [
             {"start": s.start, "stop": s.stop, "blend": [[opened[e.path].identity(), e.weight] for e in s.blend]}
-            for s in stages
+            for s in source.stages
         ],
     }
 
 
-def _parts(
-    paths: list[str], opened: dict[str, Dataset], share: tuple[float, float, float], split: Split
-) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+def _parts(source: _Source) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     """First and last + 1 sequence of a split in each dataset, and its tokens; DataError when one has none."""
+    paths, opened, share, split = source.paths, source.opened, source.share, source.split
     bounds = {path: _bounds(share, split, len(opened[path].index.lengths)) for path in paths}
     tokens = {path: int(opened[path].index.lengths[slice(*bounds[path])].sum(dtype=np.int64)) for path in paths}
     for path in paths:
@@ -573,12 +573,9 @@ def check_resume(state: dict[str, Any], blend: Blend | Look) -> None:
                 "dataset %s was written or copied again since the checkpoint; what is compared of its content is the "
                 "same (to compare all of it: oryx data inspect %s --verify)", found["path"], found["path"],
             )  # fmt: skip
+    epochs = now.get("epochs", {})  # not known before indices are built
     for data, (samples, repeats) in then["epochs"].items():
-        if (
-            data in now.get("epochs", {})
-            and now["epochs"][data] != [samples, repeats]
-            and (repeats or now["epochs"][data][1])
-        ):
+        if data in epochs and epochs[data] != [samples, repeats] and (repeats or epochs[data][1]):
             logger.warning("the run's length changed: samples still to come may repeat some of those already seen")
             return
 
