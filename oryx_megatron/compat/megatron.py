@@ -31,7 +31,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `as_rank_0` | GPTDataset builds its indices on rank 0 alone; where each machine has its own copies, the first rank of each builds |
 | `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
 
-Of two forms, by version: `mlp`, `hybrid_model`, `mtp_submodules`, `mtp_inputs`, `router_loss_factor`,
+Of two forms, by version: `mlp`, `hybrid_model`, `mtp_layer`, `mtp_inputs`, `router_loss_factor`,
 `split_tensor_factory`, `save`, `gradients_for_norm`.
 
 On GPUs the fused functions are compiled by the same torch.compile as before.
@@ -196,12 +196,9 @@ def hybrid_model(pattern: str, stack: Any = None, **fields: Any) -> Any:
     return MambaModel(mamba_stack_spec=stack or mamba_stack_spec, hybrid_override_pattern=pattern, **fields)
 
 
-def mtp_submodules(layer: Any, **others: Any) -> Any:
-    """Parts of a head of multi-token prediction around `layer`, which 0.19 gives another name."""
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
-
-    name = "mtp_model_layer" if since(0, 19) else "transformer_layer"
-    return MultiTokenPredictionLayerSubmodules(**{name: layer}, **others)
+def mtp_layer() -> str:
+    """What a head of multi-token prediction calls the layer inside, as its attribute and in its submodules."""
+    return "mtp_model_layer" if since(0, 19) else "transformer_layer"
 
 
 def mtp_inputs(given: dict[str, Any], embedded: Any) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MOST_WORKERS = 16
 """More than a step has kernels."""
+_ALONE = threading.Lock()
 
 
 class _Pending:
@@ -76,9 +77,6 @@ def side_by_side(workers: int = 0) -> Iterator[None]:
             _settle(kernel)
         pool.shutdown()
         _ALONE.release()
-
-
-_ALONE = threading.Lock()
 
 
 def _settle(kernel: Any) -> None:

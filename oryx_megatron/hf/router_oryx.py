@@ -178,6 +178,11 @@ def _counted(followed: Tensor, since: Tensor, often: Tensor, seen: Tensor) -> Te
     return torch.cat((*of_followers, seen.float().log1p() / 4), -1)
 
 
+def _likely(count: Tensor, of: Tensor) -> Tensor:
+    """Log-probability of what was counted so often among so many, smoothed: a count may be 0."""
+    return (count + 0.1).log() - (of + 1).log()
+
+
 def _found(text: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Features [b, s, FEATURES] and followers: of the last earlier places [b, s, GRAMS] of runs that end at places."""
     seen = last >= 0
@@ -293,13 +298,12 @@ class OryxRouter(nn.Module):
     def _expected(self, tokens: Tensor, followed: Tensor, previous: Tensor) -> Tensor:
         """Logarithms over 8 [b, s, EXPECTED] of how likely followers and the token are in training text."""
         here, before = tokens.unsqueeze(-1), previous.unsqueeze(-1)
-        pairs = self.table[self._entry(here, followed)]
-        after_one = (pairs + 0.1).log() - (self.singles[here] + 1).log()
-        after_two = (self.table[self._entry(before, here, followed)] + 0.1).log()
-        after_two = after_two - (self.table[self._entry(before, here)] + 1).log()
+        pair = self.table[self._entry(before, here)]
+        after_one = _likely(self.table[self._entry(here, followed)], self.singles[here])
+        after_two = _likely(self.table[self._entry(before, here, followed)], pair)
         known = followed != PADDING
         of_followers = (torch.where(known, x, 0.0) for x in (after_one, after_two))
-        own = (self.table[self._entry(before, here)] + 0.1).log() - (self.singles[before.clamp_min(0)] + 1).log()
+        own = _likely(pair, self.singles[before.clamp_min(0)])
         return torch.cat((*of_followers, torch.where(before != PADDING, own, 0.0)), -1) / 8
 
     def _entry(self, *run: Tensor) -> Tensor:

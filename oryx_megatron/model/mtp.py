@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
@@ -31,13 +32,15 @@ from torch import Tensor
 from oryx_megatron import compat
 from oryx_megatron.model.sequence import SequenceInfo
 
-NAMES = ("transformer_layer", "mtp_model_layer")
-"""What megatron-core 0.16 and 0.19 call a head's layer; checkpoints of both have the first."""
+STORED = "transformer_layer"
+"""A head's layer in checkpoints, as megatron-core 0.16 calls it."""
 
 
 def mtp_spec(heads: int, layer: ModuleSpec, *, norm: type, linear: type) -> MultiTokenPredictionBlockSubmodules:
     """`heads` heads around layers of this kind."""
-    submodules = compat.megatron.mtp_submodules(layer, enorm=norm, hnorm=norm, eh_proj=linear, layer_norm=norm)
+    submodules = MultiTokenPredictionLayerSubmodules(
+        **{compat.megatron.mtp_layer(): layer}, enorm=norm, hnorm=norm, eh_proj=linear, layer_norm=norm
+    )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[ModuleSpec(module=MTPLayer, submodules=submodules)] * heads)
 
 
@@ -47,7 +50,7 @@ class MTPLayer(MultiTokenPredictionLayer):
     @property
     def layer(self) -> Any:
         """The TransformerLayer inside."""
-        return next(getattr(self, name) for name in NAMES if hasattr(self, name))
+        return getattr(self, compat.megatron.mtp_layer())
 
     def _get_embeddings(
         self, *, embedding: Callable[..., Tensor], packed_seq_params: SequenceInfo, **given: Any
@@ -71,7 +74,7 @@ class MTPLayer(MultiTokenPredictionLayer):
     ) -> dict[str, Any]:
         """Under the names of megatron-core 0.16."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        apply_prefix_mapping(state, {f"{prefix}{NAMES[1]}.": f"{prefix}{NAMES[0]}."})
+        apply_prefix_mapping(state, {f"{prefix}{compat.megatron.mtp_layer()}.": f"{prefix}{STORED}."})
         return state
 
 
@@ -88,5 +91,4 @@ def blocks(model: MegatronModule) -> Iterator[tuple[str, str, Any]]:
     for i, layer in enumerate(model.decoder.layers):
         yield f"decoder.layers.{i}.", f"decoder.layers.{layer.layer_number - 1}.", layer
     for i, head in enumerate(heads(model)):
-        own = next(name for name in NAMES if hasattr(head, name))
-        yield f"mtp.layers.{i}.{own}.", f"mtp.layers.{i}.{NAMES[0]}.", head.layer
+        yield f"mtp.layers.{i}.{compat.megatron.mtp_layer()}.", f"mtp.layers.{i}.{STORED}.", head.layer
