@@ -5,9 +5,9 @@
     python benchmarks/fidelity/routing.py --summarize routing
 
 RUN is a finished run with both modes. `data.validation` names the sets to compare on; without it, that is validation
-text beyond what thresholds are from. Trains the run's router
-(`oryx router`), then writes the loss of every set under every policy and share, those of 10 % first; an entry is
-written as soon as it is known. `--summarize` makes routing.md, routing.csv and routing.png of all results in a folder.
+text beyond what thresholds are from. Trains the run's router (`oryx router`), then writes the loss of every set under
+every policy and share, those of 10 % first; an entry is written as soon as it is known. `--summarize` makes routing.md,
+routing.csv and routing.png of all results in a folder.
 
 Policies decide token by token and without looking ahead, except the last one. Where one can be given a share, so many
 tokens of the run's own validation text lie above its threshold.
@@ -263,7 +263,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             ends = [statistics.mean(curve(r, m, sets)[0].bits for r in some) for m in ("recurrent", "attention")]
             for level, name in zip(ends, ("all recurrent", "all attention"), strict=True):
                 axes.axhline(level, color="grey", lw=0.8, ls=":")
-                axes.annotate(name, (1.25, level), ha="right", va="bottom", fontsize=7, color="grey")
+                beside = ("axes fraction", "data")
+                axes.annotate(name, (1.01, level), xycoords=beside, va="center", fontsize=7, color="grey")
             for number, policy in enumerate((*POLICIES, "seen")):
                 curves = [found for result in some if (found := curve(result, policy, sets))]
                 if not curves:
@@ -280,9 +281,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axes.set(title=f"{model}: {', '.join(sets)}", xlabel="share of attention tokens")
             axes.set_xscale("symlog", linthresh=0.02, linscale=0.5)
             axes.set_xlim(-0.003, 1.3)
-            axes.set_xticks([0, 0.02, 0.05, 0.1, 0.2, 0.4, 1], ["0", "2 %", "5 %", "10 %", "20 %", "40 %", "all"])
+            shares = sorted(SHARES)
+            axes.set_xticks([0, *shares, 1], ["0", *(f"{share:.0%}" for share in shares), "all"])
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         panels[0].set_ylabel("bits per byte")
 
     figure(path, len(models), draw)
