@@ -77,6 +77,7 @@ class Found:
     batch: int = 0
     plan: str = ""
     fp8: str = "none"
+    optimizer: str = "adamw"
     card: str = ""
     seconds: tuple[float, ...] = ()
     """Of the timed steps; the median counts."""
@@ -154,13 +155,17 @@ def versus_one(found: Found, results: Iterable[Found]) -> float | None:
         [
             r
             for r in results
-            if r.gpus == 1 and (r.model, r.sequence, r.fp8) == (found.model, found.sequence, found.fp8)
+            if r.gpus == 1 and (r.model, r.sequence, *_numerics(r)) == (found.model, found.sequence, *_numerics(found))
         ],
     )
 
 
+def _numerics(found: Found) -> tuple[str, str]:
+    return found.fp8, found.optimizer
+
+
 def _shape(found: Found) -> tuple[Any, ...]:
-    return found.layout, found.gpus, found.sequence, found.micro, found.batch, found.fp8
+    return found.layout, found.gpus, found.sequence, found.micro, found.batch, *_numerics(found)
 
 
 def _ratio(found: Found, bases: list[Found]) -> float | None:
@@ -175,6 +180,8 @@ def row(found: Found, results: Iterable[Found]) -> str:
     )
     parts = found.batch // found.micro // data_size(found.layout, found.gpus)
     precision = found.fp8 if found.fp8 != "none" else "bf16" if found.card else "fp32"
+    if found.optimizer != "adamw":
+        precision += f", {found.optimizer}"
     return (
         f"| {found.model} | {found.gpus} | {found.layout} | {found.sequence} × {found.micro} × {parts} | {precision} "
         f"| {'yes' if found.graphs else 'no'} | {found.tokens_per_second:,.0f} | {against} | {scaled} "
@@ -227,8 +234,8 @@ def plot(results: Iterable[Found], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     names = [
-        f"{gpus} × {layout}, {length} tokens{'' if fp8 == 'none' else ', ' + fp8}"
-        for layout, gpus, length, _, _, fp8 in shapes
+        ", ".join([f"{gpus} × {layout}, {length} tokens", *(x for x in (fp8, optimizer) if x not in ("none", "adamw"))])
+        for layout, gpus, length, _, _, fp8, optimizer in shapes
     ]
     axes[0].set_yticks(range(len(shapes)), names, fontsize=8)
     axes[0].invert_yaxis()

@@ -62,6 +62,7 @@ class Entry:
     plan: str | None = None
     graphs: Literal["as the list", "replayed", "launched", "both"] = "as the list"
     fp8: Literal["none", "tensorwise", "delayed", "blockwise"] = "none"
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def launches(plan: LayoutList, gpus: int) -> Iterator[Launch]:
                     plan=entry.plan or plan.plan,
                     graphs=graphs,
                     fp8=entry.fp8,
+                    optimizer=entry.optimizer,
                     chunk=plan.chunk,
                     gpt=plan.gpt,
                     warm=plan.warm,

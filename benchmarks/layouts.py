@@ -156,6 +156,7 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
         batch=case.batch,
         plan="attention" if case.model == PEER else case.plan,
         fp8=case.fp8,
+        optimizer=case.optimizer,
         card=torch.cuda.get_device_name() if platform.has_gpu() else "",
         seconds=tuple(seconds),
     )

@@ -72,7 +72,7 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
         return Frozen()
     found: list[tuple[torch.nn.Parameter, dict[str, slice]]] = []
     for chunk in chunks:
-        found += _named(unwrap_model(chunk), tied=run.model.tie_embeddings)
+        found += named_parts(unwrap_model(chunk), tied=run.model.tie_embeddings)
     sizes = _sizes(found)
     check(patterns, sizes)
     frozen = sum(size for name, size in sizes.items() if is_frozen(name, patterns))
@@ -117,7 +117,7 @@ def names(model: ModelConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _named(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str, slice]]]:
+def named_parts(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str, slice]]]:
     """Parameters with the names of their parts and the rows of each; layers are numbered over all pipeline stages."""
     names: dict[int, str] = {}
     parts: dict[int, dict[str, int]] = {}

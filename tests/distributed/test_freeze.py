@@ -109,12 +109,12 @@ def rows_of(opened: Any) -> dict[str, torch.Tensor]:
     """Parts of this rank's weights by name."""
     from megatron.core.utils import unwrap_model
 
-    from oryx_megatron.train.freeze import _named
+    from oryx_megatron.train.freeze import named_parts
 
     return {
         name: parameter.detach()[rows].clone()
         for chunk in opened.chunks
-        for parameter, parts in _named(unwrap_model(chunk), tied=True)
+        for parameter, parts in named_parts(unwrap_model(chunk), tied=True)
         for name, rows in parts.items()
     }
 

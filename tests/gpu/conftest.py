@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from oryx_megatron import platform
 
+
+def _spread() -> None:
+    """pytest -n N: each worker begins with another of the GPUs, before CUDA counts them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if worker.isdecimal() and len(devices) > 1:
+        first = int(worker) % len(devices)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first:] + devices[:first])
+
+
+_spread()
 platform.use_kernel_cache(None)  # before any kernel's compiler is imported: a second run of these finds what is there
 
 

@@ -10,7 +10,14 @@ import torch
 from test_training import WIDE
 
 from oryx_megatron import platform
-from oryx_megatron.config.schema import KernelsConfig, ModesConfig, ParallelConfig, PrecisionConfig, RunConfig
+from oryx_megatron.config.schema import (
+    KernelsConfig,
+    ModesConfig,
+    MTPConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from oryx_megatron.modes import parse_plan
 from oryx_megatron.ops import backends
 from oryx_megatron.testing import run_distributed
@@ -29,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute mixer": {"parallel": ParallelConfig(recompute="mixer")},
     "recompute full": {"parallel": ParallelConfig(recompute="full")},
     "isolated": {"data__documents": "isolated"},
+    "multi-token prediction": {"model__mtp": MTPConfig(layers=2)},
 }
 
 

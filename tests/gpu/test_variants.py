@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.utils import unwrap_model
 from test_training import REFERENCE, WIDE, losses
+from torch import Tensor
 
 from oryx_megatron import platform
-from oryx_megatron.config.schema import KernelsConfig, MoEConfig, OptimizerConfig, PrecisionConfig, RopeScalingConfig
-from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.config.schema import (
+    KernelsConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RopeScalingConfig,
+)
+from oryx_megatron.ops import backends
+from oryx_megatron.testing.layouts import Session, session, tiny_run
+from oryx_megatron.train.freeze import is_frozen, named_parts
 
 STEPS = 12
 EXPERTS = MoEConfig(experts=4, top_k=2, ffn_hidden_size=256, shared_ffn_hidden_size=256, first_dense=1)
@@ -24,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft-cap and z-loss": {"model__logit_softcap": 20.0, "train__z_loss": 1e-3},
     "muon": {"optimizer": OptimizerConfig(name="muon", lr=1e-3)},
     "documents": {"data__documents": "isolated"},
+    "multi-token prediction": {"model__mtp": MTPConfig(layers=2)},
     "FP8 weights": {"precision": PrecisionConfig(fp8="tensorwise", fp8_params=True)},
 }
 
@@ -40,3 +54,29 @@ def test_losses_stay_beside_fp32(name: str, mixer: str) -> None:
     assert found == pytest.approx(want, rel=0.02)
     launched = losses(dataclasses.replace(run, kernels=KernelsConfig(graphs="off")), KernelsConfig(graphs="off"), STEPS)
     assert found == pytest.approx(launched, rel=5e-3)
+
+
+def test_frozen_experts_stay() -> None:
+    """train.freeze names single experts, of which a GPU holds one fused weight each."""
+    if reason := platform.transformer_engine_missing():
+        pytest.skip(reason)
+    platform.install()
+    changes = WIDE | {"model__moe": EXPERTS, "train__freeze": ("*.experts.[01].*",)}
+    run = tiny_run("gdn", **changes, precision=PrecisionConfig())
+    backends.select(run.kernels, backends.Workload(run.model, "bf16"))
+    with session(run) as opened:
+        before = {name: rows.clone() for name, rows in rows_of(opened)}
+        opened.steps(3)
+        moved = {name for name, rows in rows_of(opened) if not torch.equal(rows, before[name])}
+    frozen = {name for name in before if is_frozen(name, run.train.freeze)}
+    assert any("experts.0." in name for name in frozen)
+    assert not moved & frozen
+    assert {name for name in before if "experts.3." in name} <= moved
+
+
+def rows_of(opened: Session) -> Iterator[tuple[str, Tensor]]:
+    """Parts of this rank's weights by name."""
+    for chunk in opened.chunks:
+        for parameter, parts in named_parts(unwrap_model(chunk), tied=True):
+            for name, rows in parts.items():
+                yield name, parameter.detach()[rows]
