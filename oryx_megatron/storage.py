@@ -91,7 +91,8 @@ class Remote:
         def find(system: Any, path: str) -> dict[str, int]:
             try:
                 found = system.find(path, detail=True)
-            except FileNotFoundError:  # some say so of a bucket without files, too
+            except FileNotFoundError as error:  # some say so of a bucket without files, too
+                _bucket_exists(error)
                 return {}
             start = len(path.rstrip("/")) + 1
             names = {name[start:]: int(info["size"] or 0) for name, info in found.items()}
@@ -121,7 +122,8 @@ class Remote:
         def cat(system: Any, path: str) -> bytes | None:
             try:
                 return bytes(system.cat_file(path))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                _bucket_exists(error)
                 return None
 
         return self._do("read", cat)
@@ -174,7 +176,8 @@ class Remote:
         def info(system: Any, path: str) -> dict[str, Any] | None:
             try:
                 found = system.info(path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                _bucket_exists(error)
                 return None
             return found if found.get("type") == "file" else None
 
@@ -218,6 +221,12 @@ class Remote:
         return system, str(path)
 
 
+def _bucket_exists(error: FileNotFoundError) -> None:
+    """Raise `error` where the storage says that the bucket is missing, not the file alone: a typo in its name."""
+    if "bucket does not exist" in str(error):
+        raise error
+
+
 def _why(error: Exception, url: str) -> str:
     """What a storage library says went wrong, in one line, with what to do."""
     kind = type(error).__name__
@@ -228,7 +237,7 @@ def _why(error: Exception, url: str) -> str:
     if isinstance(error, PermissionError) or "forbidden" in text or "access denied" in text:
         return f"access denied ({line}); ask for permission, or use other credentials"
     if isinstance(error, FileNotFoundError) or "nosuchbucket" in text:
-        return f"no such bucket or file ({line})" if "bucket" in text else "no such bucket or file"
+        return f"no such bucket or file ({line})" if "specified bucket" in text else "no such bucket or file"
     if isinstance(error, (ConnectionError, TimeoutError)) or any(
         word in text for word in ("connect", "timeout", "timed out", "resolve", "unreachable", "endpoint")
     ):

@@ -21,6 +21,7 @@ from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
 from oryx_megatron.paths import is_url
+from oryx_megatron.storage import cache_folder
 from oryx_megatron.train import freeze, init_from, manifests, resume
 from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
@@ -123,12 +124,19 @@ def _disk(run: RunConfig, root: Path, there: int) -> str:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     size, held = checkpoint_bytes(run), checkpoints_held(run)
-    text = f"{free / GIB:,.1f} GiB free for {run.output_dir}; {held} checkpoints of {size / GIB:,.2f} GiB"
+    where = run.output_dir
+    if is_url(where):  # copies alone take room here: of the newest, and of the one that is being written
+        where, held, there = f"copies in {cache_folder()}", min(held, 2), min(there, 1)
+    text = f"{free / GIB:,.1f} GiB free for {where}; {held} checkpoints of {size / GIB:,.2f} GiB"
     if free < size:
+        name, change = ("storage.cache_dir", "folder") if is_url(run.output_dir) else ("output_dir", "disk")
         raise ConfigError(
-            f"output_dir {run.output_dir}: a checkpoint takes {size / GIB:,.2f} GiB, {free / GIB:,.2f} GiB are free; "
-            "make room or choose another disk"
+            f"{name} {cache_folder() if is_url(run.output_dir) else where}: a checkpoint takes {size / GIB:,.2f} GiB, "
+            f"{free / GIB:,.2f} GiB are free; make room or choose another {change}"
         )
     if free < size * max(held - there, 1):
-        text += ": too little for all of them; lower checkpoint.keep or make room"
+        text += ": too little for all of them; "
+        text += (
+            "make room, or set storage.cache_dir" if is_url(run.output_dir) else "lower checkpoint.keep or make room"
+        )
     return text

@@ -242,3 +242,28 @@ def test_errors_in_one_line(project: Path, cache: Path, capsys: pytest.CaptureFi
             assert train.main([str(project), *f"output_dir={folder}".split(), *more]) == 2
             assert expected in capsys.readouterr().err
     assert Remote(url).files() == {}
+
+
+def test_a_bucket_that_is_missing(project: Path, cache: Path, s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typo in its name: found by --dry-run too, and never called a missing file."""
+    url = "s3://bukket/x"
+    for arguments in (
+        [f"output_dir={url}", "--dry-run"],
+        [f"output_dir={url}"],
+        [f"init_from={url}", f"output_dir={cache.parent}/run", "--dry-run"],
+        [f"data.blend=[{url}]", f"output_dir={cache.parent}/run", "--dry-run"],
+    ):
+        assert train.main([str(project), *arguments]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.endswith(": no such bucket or file (The specified bucket does not exist)"), said
+        assert said.startswith("error")
+        assert url in said
+    for name, arguments in (
+        ("inspect_checkpoint", [url]),
+        ("inspect_dataset", [url]),
+        ("generate", [url, "--prompt", "a"]),
+    ):
+        assert tool(name, *arguments) == 2
+        assert "no such bucket or file (The specified bucket does not exist)" in capsys.readouterr().err
+    assert train.main([str(project), f"output_dir={s3}/fresh", "--dry-run"]) == 0
+    assert f"GiB free for copies in {cache}; 1 checkpoints of" in " ".join(capsys.readouterr().out.split())
