@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from oryx_megatron.cli import HelpFormatter, main_guard
-from oryx_megatron.config import load_model
 from oryx_megatron.data.files import replacing
 from oryx_megatron.data.indexed import IndexedWriter
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.platform import KERNEL_CACHES
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER, VOCABULARY = ROOT / "tokenizers" / "stdlib-8k", 8192
 MOMENTS = {"graphs: (?:off|microbatches)": "model built", "kernels ready": "kernels ready", r"^ *1/\d": "first step"}
 """What a line of the log says → how it is called here; in that order."""
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tokens(folder / "tokens", load_model(arguments.model).vocab_size, arguments.sequence)
+        write_tokens(folder / "tokens", arguments.sequence)
         for cache in ("empty", "warm"):
             seconds, log = first_step(arguments, folder, cache)
             found.append({"cache": cache, **seconds})
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write_tokens(prefix: Path, vocab_size: int, sequence: int) -> None:
+def write_tokens(prefix: Path, sequence: int) -> None:
     """A dataset of random tokens, enough for a few steps."""
-    with IndexedWriter(prefix, vocab_size) as writer:
-        tokens = np.random.default_rng(1).integers(1, vocab_size, (64, sequence + 1))
+    with IndexedWriter(prefix, VOCABULARY) as writer:
+        tokens = np.random.default_rng(1).integers(1, VOCABULARY, (64, sequence + 1))
         for row in tokens:
             writer.add(row.astype(writer.dtype), np.array([row.size]))
         writer.finish(None, None)
@@ -88,7 +88,7 @@ def first_step(arguments: argparse.Namespace, folder: Path, cache: str) -> tuple
                 "output_dir": "given on the command line",
                 "data": {
                     "sequence_length": arguments.sequence,
-                    "tokenizer": str(ROOT / "tokenizers" / "stdlib-8k"),
+                    "tokenizer": str(TOKENIZER),
                     "blend": [str(folder / "tokens")],
                     "split": [100, 0, 0],
                 },

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -176,6 +177,7 @@ HELD = 1.0
 
 def _held_gib() -> float:
     """Of torch's allocator, on the rank with most."""
+    gc.collect()  # models are held by cycles until then
     gib = torch.tensor(torch.cuda.memory_allocated() / GIB if platform.has_gpu() else 0.0, device=platform.device())
     torch.distributed.all_reduce(gib, torch.distributed.ReduceOp.MAX)
     return float(gib)

@@ -40,12 +40,16 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **
     `mixer`: further arguments of MixerWeights.
     """
     linears: dict[str, Any] = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
+    if config.fused_mixer:
+        linears["query_proj"] = LocalLinear
+        if gathers_once(config):
+            linears["in_proj"] = LocalLinear
     return _layer_spec(
         config,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         params=mixer,
-        mixer=linears | ({"query_proj": LocalLinear} if config.fused_mixer else {}),
+        mixer=linears,
         mlp=moe_spec(ColumnParallelLinear, RowParallelLinear, _activation(config), grouped=False)
         if experts
         else _mlp_spec(config, ColumnParallelLinear, RowParallelLinear),
@@ -55,7 +59,8 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **
 def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **mixer: Any) -> ModuleSpec:
     """A layer of TransformerEngine's linears, each norm inside the projection that reads it.
 
-    The norm before experts is a module of its own: the router reads it too. `mixer` as in `local_layer_spec`.
+    Norms with several readers are modules of their own: before experts, whose router reads it too, and under tensor
+    parallelism before the mixer (`gathers_once`). `mixer` as in `local_layer_spec`.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -66,13 +71,14 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
 
     from oryx_megatron.model.te import TELocalLinear
 
+    gathers = gathers_once(config)
     return _layer_spec(
         config,
-        input_layernorm=IdentityOp,
+        input_layernorm=TENorm if gathers else IdentityOp,
         pre_mlp_layernorm=TENorm if experts else IdentityOp,
         params=mixer,
         mixer={
-            "in_proj": TELayerNormColumnParallelLinear,
+            "in_proj": TELocalLinear if gathers else TELayerNormColumnParallelLinear,
             "out_proj": TERowParallelLinear,
             "query_proj": TELocalLinear,
         },
@@ -81,6 +87,15 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
         else _mlp_spec(config, TELayerNormColumnParallelLinear, TERowParallelLinear),
         sharded_state_dict_keys_map=NORM_NAMES,
     )
+
+
+def gathers_once(config: OryxTransformerConfig) -> bool:
+    """Whether a mixer with separate queries gathers its normed input itself, once for all of its projections.
+
+    A column-parallel in_proj would gather it for itself, forward and again in its backward pass, and reduce a gradient
+    of its own.
+    """
+    return config.tensor_model_parallel_size > 1
 
 
 def _layer_spec(

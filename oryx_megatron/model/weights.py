@@ -171,18 +171,16 @@ class MixerWeights(MegatronModule):
     def input(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """in_proj's parts [s, b, rows], and what the other projections read: with separate queries the normed input of
         all tokens [s, b, d]."""
-        projected, _ = self.in_proj(hidden_states)
         if not self.separate_queries:
-            return projected, hidden_states
-        normed = hidden_states
-        if isinstance(projected, tuple):
-            projected, normed = projected
-        if self.tp_group.size() > 1:
-            if self.config.sequence_parallel:
-                normed = gather_from_sequence_parallel_region(normed, group=self.tp_group)
-            else:
-                normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
-        return projected, normed
+            return self.in_proj(hidden_states)[0], hidden_states
+        if self.tp_group.size() == 1:
+            projected, _ = self.in_proj(hidden_states)
+            return projected if isinstance(projected, tuple) else (projected, hidden_states)
+        if self.config.sequence_parallel:
+            normed = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            normed = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        return self.in_proj(normed)[0], normed
 
     def own(self, per_head: Tensor) -> Tensor:
         """What belongs to the heads that this context-parallel rank holds inside the mixer."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -193,7 +194,7 @@ class MicrobatchGraphs:
         placed = self.program.place(batch, chunk)
         waiting = [module for module in self._linears[self._number(chunk)] if module.is_first_microbatch]
         last = [group.is_last_microbatch for group in groups]
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        forward, backward = _graph(), _graph()
         how: dict[str, Any] = {
             "pool": slot.pool,
             "stream": torch.cuda.current_stream(),
@@ -243,8 +244,10 @@ class MicrobatchGraphs:
         torch.cuda.synchronize()
         self.failed = first_line(error)
         self._release()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())  # it still counts for the capture that failed
+        # Generators still count for the capture that failed.
+        generator, tracker = torch.cuda.default_generators[torch.cuda.current_device()], get_cuda_rng_tracker()
+        generator.graphsafe_set_state(generator.clone_state())
+        tracker.set_states({name: state.clone_state() for name, state in tracker.get_states().items()})
         gc.collect()
         torch.cuda.empty_cache()
         log.warning("graphs: capture failed (%s); kernels are launched one by one instead", self.failed)
@@ -271,6 +274,14 @@ class _Replay(torch.autograd.Function):
             group.grad_reduce_handle = _Joined()
         gradient = pair.source_gradient
         return (None if gradient is None else gradient.clone()), None, None, None
+
+
+def _graph() -> torch.cuda.CUDAGraph:
+    """One that knows megatron-core's generators, which are forked around dropout even where there is none."""
+    graph = torch.cuda.CUDAGraph()
+    for state in get_cuda_rng_tracker().get_states().values():
+        graph.register_generator_state(state)
+    return graph
 
 
 class _Joined:
