@@ -218,7 +218,7 @@ class OryxCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that it has room for; -1 where nothing limits them. Layers without keys and values have no limit."""
         layers = self.layers if layer_idx is None else [self.layers[layer_idx]]
-        return max((layer.get_max_length() for layer in layers), default=-1)
+        return max([layer.get_max_length() for layer in layers] or [-1])  # dynamo knows no max(default=)
 
     @property
     def started(self) -> bool:

@@ -6,7 +6,6 @@ Scaling as transformers names it: linear (arXiv 2306.15595), yarn (arXiv 2309.00
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ class Rope:
         kind = given.setdefault("rope_type", given.pop("type", "default"))
         if kind not in TYPES:
             raise ValueError(f"rope_type is {kind!r}, not one of {', '.join(TYPES)}")
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = list(cls.__dataclass_fields__)
         for key, value in given.items():
             if key not in known:
                 raise ValueError(f"`{key}` is not known; known: {', '.join(known)}")

@@ -11,7 +11,8 @@ import peft
 import pytest
 import torch
 from hf_reference import tiny_config, tiny_model
-from transformers import Cache, DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from oryx_megatron.hf import layers_oryx, modeling_oryx
@@ -181,6 +182,20 @@ def test_a_shorter_static_generation_runs_what_is_compiled() -> None:
         )
         rooms.append(out.past_key_values.get_max_length())
     assert rooms == [23, 23, 23, 33]  # the last new token is never read
+
+
+def test_a_compiled_step_is_one_graph_and_is_compiled_once() -> None:
+    """As Llama's: nothing on the way of a step makes torch.compile stop and begin again, asked for or not."""
+    model = tiny_model("gdn", dtype=torch.float32)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled, "return_dict_in_generate": True}
+    for new in (20, 5, 12):
+        model.generate(random_ids(1, 4), max_new_tokens=new, **options)
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
