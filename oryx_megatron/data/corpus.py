@@ -385,6 +385,7 @@ def _record_blocks(
 def _read_lines(segment: Segment, options: ReadOptions, reading: Reading) -> Iterator[Text | Bad]:
     key = options.text_key
     load = json.JSONDecoder().decode
+    name = json.dumps(key, ensure_ascii=False).encode(errors="surrogateescape")
     number = 0  # of the line within the segment
     base: int | None = None if segment.start else 0
 
@@ -404,6 +405,8 @@ def _read_lines(segment: Segment, options: ReadOptions, reading: Reading) -> Ite
             try:
                 text = load(line.decode())[key]
                 data = text.encode()
+                if line.count(name) > 1:  # within a string its quotes would be escaped
+                    _refuse_second(line, key)
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 if number == 1 and segment.start == 0 and line.startswith(codecs.BOM_UTF8):
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -445,7 +448,22 @@ def _line_problem(line: bytes, key: str) -> str | tuple[str, str]:
         text.encode()
     except UnicodeEncodeError as error:
         return "not Unicode", f"half a surrogate pair at character {error.start}"
+    try:
+        _refuse_second(line, key)
+    except ValueError as error:
+        return "ambiguous key", str(error)
     return text
+
+
+def _refuse_second(line: bytes, key: str) -> None:
+    """Raise ValueError for an object that has its key more than once: all texts but one would be lost."""
+
+    def count(pairs: list[tuple[str, Any]]) -> int:
+        return sum(name == key for name, _ in pairs)
+
+    number = json.loads(line.decode(), parse_int=lambda _: 0, object_pairs_hook=count)
+    if number > 1:
+        raise ValueError(f"{key!r} is there {number} times")
 
 
 def _kind(value: object) -> str:
@@ -476,7 +494,7 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
     broken = broken_parquet()
     with opened(segment.path, reading) as file:
         try:
-            table = parquet.ParquetFile(file)
+            table = parquet.ParquetFile(file, page_checksum_verification=True)  # of files that have them
         except broken as error:
             yield Bad(segment.path, "unreadable file", line_of(error), segment.size)
             return

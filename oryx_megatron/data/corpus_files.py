@@ -55,10 +55,16 @@ def plan(
     Arguments: `unit_bytes` of input per piece; None chooses 8 MiB, more for corpora above 32 GiB, less when
     `shards` shall each get some of a small one; `left_out` takes what is found in folders and not read; `outputs` are
     files and folders that the command itself writes: they are no input, wherever they lie.
-    Raises DataError when an input is missing or holds no file of a known kind.
+    Raises DataError when an input is missing, given twice, or holds no file of a known kind.
     """
     left_out = [] if left_out is None else left_out
     own = {os.path.realpath(output) for output in outputs}
+    given: dict[str, str] = {}
+    for source in inputs:
+        place = source if "://" in source or source == STDLIB else os.path.realpath(source)
+        if place in given:
+            raise DataError(f"input {source} is given twice" + (f" (as {given[place]})" * (source != given[place])))
+        given[place] = source
     files = [file for source in inputs for file in _files(source, options, left_out, own)]
     if unit_bytes is None:
         total = sum(file.size for file in files)

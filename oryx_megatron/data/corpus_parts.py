@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import importlib
@@ -255,7 +256,70 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
 
     if kind not in compr:
         raise DataError("reading .zst needs the package backports.zstd: pip install backports.zstd")
-    return io.BufferedReader(compr[kind](raw), 1 << 20)
+    reader = _Streams(raw, *_STREAMS[kind]) if kind in _STREAMS else compr[kind](raw)
+    return io.BufferedReader(reader, 1 << 20)
+
+
+_STREAMS: dict[str, tuple[Callable[[], Any], bytes]] = {
+    "bz2": (bz2.BZ2Decompressor, b""),
+    "xz": (lzma.LZMADecompressor, b"\0"),
+    "lzma": (lzma.LZMADecompressor, b""),
+}
+"""Python's own readers of these end without an error at bytes after a stream that begin no other one: at padding, which
+xz allows, or at a stream with a damaged head. What follows would be lost."""
+
+
+class _Streams(io.RawIOBase):
+    """Compressed streams, one after another, up to the last byte; raises what the decompressor does at other bytes.
+
+    Args:
+        raw: Where they are.
+        decompressor: Makes one for a stream.
+        padding: Bytes that may stand behind a stream.
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any], padding: bytes) -> None:
+        self.raw, self.decompressor, self.padding = raw, decompressor, padding
+        self.stream, self.position = decompressor(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.raw.seekable()
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            block = b""
+            if self.stream.eof:
+                block = self.stream.unused_data.lstrip(self.padding)
+                while not block:
+                    if not (more := self.raw.read(1 << 16)):
+                        return 0
+                    block = more.lstrip(self.padding)
+                self.stream = self.decompressor()
+            elif self.stream.needs_input and not (block := self.raw.read(1 << 16)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            data = self.stream.decompress(block, len(buffer))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            while self.read(1 << 20):
+                pass
+        offset += self.position if whence != io.SEEK_SET else 0
+        if offset < self.position:
+            self.raw.seek(0)
+            self.stream, self.position = self.decompressor(), 0
+        while self.position < offset and self.read(min(offset - self.position, 1 << 20)):
+            pass
+        return self.position
 
 
 def unreadable() -> tuple[type[Exception], ...]:

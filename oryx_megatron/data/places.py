@@ -71,9 +71,13 @@ class Place(Protocol):
 
 
 def place_of(prefix: str | Path | Remote) -> Place:
-    """The files of a prefix or URL."""
+    """The files of a prefix or URL. Raises DataError for a folder that has no name of its own."""
     text = str(prefix)
-    return StoredPlace(Remote(text)) if is_url(text) else LocalPlace(Path(text))
+    if is_url(text):
+        return StoredPlace(Remote(text))
+    if not Path(text).name or Path(text).name == "..":
+        raise DataError(f"dataset {text!r} is a folder; name a dataset in it: {text.rstrip('/')}/NAME")
+    return LocalPlace(Path(text))
 
 
 class LocalPlace:

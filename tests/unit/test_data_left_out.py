@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import itertools
 import json
+import lzma
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -211,6 +214,65 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
         "--text-key)"
     ]
     assert texts(tmp_path, text_key="body") == ["c"]
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    """JSON keeps the last one; the other would be lost."""
+    path = tmp_path / "a.jsonl"
+    fine = ['{"text": "a", "meta": {"text": "b", "n": 1}}', '{"type": "text", "text": "say \\"text\\""}']
+    doubled = ['{"text": "a", "text": "b"}', '{"text": "a", "n": %s, "text": "b"}' % ("9" * 5000)]
+    path.write_text("\n".join([*fine, *doubled]))
+    assert [item.text for item in items(path) if isinstance(item, Text)] == ["a", 'say "text"']
+    assert bad(path) == [f"{path}:{n}: ambiguous key ('text' is there 2 times)" for n in (3, 4)]
+    path.write_text('{"é": "a", "é": "b"}')
+    assert bad(path, text_key="é") == [f"{path}:1: ambiguous key ('é' is there 2 times)"]
+
+
+def test_an_input_that_is_given_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(line("a"))
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    for second in ("a.jsonl", "b.jsonl", "../" + tmp_path.name + "/a.jsonl"):
+        with pytest.raises(DataError, match=r"input .*\.jsonl is given twice"):
+            plan([str(tmp_path / "a.jsonl"), str(tmp_path / second)], ReadOptions())
+    for source in ("stdlib", f"file://{tmp_path}"):
+        with pytest.raises(DataError, match=f"input {source} is given twice$"):
+            plan([source, source], ReadOptions())
+
+
+@pytest.mark.parametrize(("ending", "compress"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_all_of_a_compressed_file_is_read(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    """Python's readers end at bytes between two streams, and at a second one with a damaged head, without a word."""
+    path = tmp_path / f"a.jsonl{ending}"
+    one, two = compress(line("one").encode()), compress(line("two").encode() * 3)
+    path.write_bytes(one + two)
+    assert texts(path) == ["one", "two", "two", "two"]
+    for rest in (b"x", b"garbage" * 20, b"\1" + two[1:], two[:-1], two + b"\1" * 99):
+        path.write_bytes(one + rest)
+        assert bad(path)[0].startswith(f"{path}: unreadable file (")
+    if ending == ".xz":  # its format has padding
+        for data in (one + bytes(4) + two, bytes(0) + one + bytes(1 << 17) + two + bytes(8)):
+            path.write_bytes(data)
+            assert texts(path) == ["one", "two", "two", "two"]
+    long = " ".join(map(str, range(200_000)))
+    (tmp_path / f"b.txt{ending}").write_bytes(compress(long[:600_000].encode()) + compress(long[600_000:].encode()))
+    assert texts(tmp_path / f"b.txt{ending}") == [long]
+    pq.write_table(pa.table({"text": ["p", "q"]}), tmp_path / "c.parquet")
+    (tmp_path / f"c.parquet{ending}").write_bytes(compress((tmp_path / "c.parquet").read_bytes()))
+    assert texts(tmp_path / f"c.parquet{ending}") == ["p", "q"]
+
+
+def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": ["some words of a text"] * 3}),
+        path,
+        write_page_checksum=True,
+        use_dictionary=False,
+        compression=None,
+    )
+    assert texts(path) == ["some words of a text"] * 3
+    path.write_bytes(path.read_bytes().replace(b"words", b"wards"))
+    assert bad(path)[0].startswith(f"{path}:row group 0: unreadable file (")
 
 
 def dropped(path: Path, unit: int | None = None, **options: object) -> tuple[list[str], dict[str, int]]:

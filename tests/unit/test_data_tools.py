@@ -86,6 +86,9 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
         ([a], "at least two"),
         ([a, a], "is given twice"),
         ([a, tmp_path / "none"], r"none\.idx is missing"),
+        ([a, "."], r"dataset '\.' is a folder; name a dataset in it: \./NAME"),
+        (["/", a], "dataset '/' is a folder; name a dataset in it: /NAME"),
+        (["..", a], r"dataset '\.\.' is a folder"),
     ):
         with pytest.raises(DataError, match=message):
             merge(prefixes, tmp_path / "c")
