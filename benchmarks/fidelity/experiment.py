@@ -66,6 +66,16 @@ class ScoringConfig:
     """Iterations between scores (an eighth of the texts; all, recurrent, focus) on the way; 0: none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What no run config changes, to find causes: a model's `ablation`, of retrieval experiments alone."""
+
+    activation: Literal["own", "silu", "none"] = "own"
+    """After the convolutions; own: the variant's."""
+    recurrence_gradient: float = 1.0
+    """Factor of the gradient from the recurrence to the keys and values that it shares with attention."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One YAML file."""
@@ -76,6 +86,8 @@ class Experiment:
     seeds: tuple[int, ...]
     runs: dict[str, RunConfig] = field(repr=False)
     """By model's name, in order; seeds are set later."""
+    ablations: dict[str, Ablation] = field(default_factory=dict)
+    """Of the models that have one."""
 
     def run(self, model: str, seed: int) -> RunConfig:
         """The run of one model and seed."""
@@ -98,8 +110,18 @@ def load_experiment(
     task = from_dict(TaskConfig, data["task"], source=source, prefix="task")
     scoring = from_dict(ScoringConfig, data["scoring"], source=source, prefix="scoring")
     base = {"data": {"sequence_length": task.length, "tokenizer": "none", "blend": ["none"]}, "output_dir": "none"}
+    models: dict[str, Any] = {name: dict(changes or {}) for name, changes in data["models"].items()}
+    ablations = {
+        name: from_dict(Ablation, changes.pop("ablation"), source=f"{source}: {name}", prefix="ablation")
+        for name, changes in models.items()
+        if "ablation" in changes
+    }
+    data["models"] = models
     runs = build_runs(data, {**base, "evaluation": {"plans": []}}, overrides or {}, source)
-    return Experiment(data["name"], task, scoring, tuple(data["seeds"]), runs)
+    for name in ablations:
+        if runs[name].kernels.mixer != "reference":
+            raise ConfigError(f"{source}: {name}: ablation: needs kernels.mixer: reference")
+    return Experiment(data["name"], task, scoring, tuple(data["seeds"]), runs, ablations)
 
 
 def build_runs(

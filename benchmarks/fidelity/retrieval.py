@@ -175,8 +175,8 @@ def summarize(experiment: ex.Experiment, outcomes: list[ex.Outcome], folder: Pat
         "",
         f"{outcomes[0].device}; {experiment.task.length} tokens a text; mean (lowest to highest) over seeds.",
         "",
-        "| model | parameters | seeds | tokens trained | loss | plan: answers found |",
-        "|---|---|---|---|---|---|",
+        "| model | parameters | seeds | tokens trained | loss | iterations to 0.9 | plan: answers found |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = []
     for model in models:
@@ -189,7 +189,11 @@ def summarize(experiment: ex.Experiment, outcomes: list[ex.Outcome], folder: Pat
         loss = ex.spread([o.curve[-1]["loss"] for o in some])
         millions = " to ".join(f"{tokens / 1e6:.1f} M" for tokens in dict.fromkeys((trained[0], trained[-1])))
         unfinished = "" if all(o.finished for o in some) else " (cut short)"
-        lines.append(f"| {model} | {some[0].parameters:,} | {len(some)} | {millions}{unfinished} | {loss} | {told} |")
+        first = [next((str(step) for step, share in _on_the_way(experiment, o) if share >= 0.9), "–") for o in some]
+        lines.append(
+            f"| {model} | {some[0].parameters:,} | {len(some)} | {millions}{unfinished} | {loss} | {', '.join(first)} "
+            f"| {told} |"
+        )
         rows.append({"model": model, "parameters": some[0].parameters, "tokens": trained, "accuracy": found})
     claims = _claims(experiment, by)
     text = "\n".join([*lines, "", *claims]) + "\n"
@@ -303,6 +307,17 @@ def plot_pairs(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path:
     figure(path, 1, draw)
 
 
+def _own_plan(experiment: ex.Experiment, outcome: ex.Outcome) -> str:
+    """The plan that matters for a model: attention at the questions, or the only one it has."""
+    return experiment.scoring.focus if outcome.takes_plans else next(iter(outcome.accuracies()))
+
+
+def _on_the_way(experiment: ex.Experiment, outcome: ex.Outcome) -> list[tuple[float, float]]:
+    """Iteration and share of answers found of the scores during training."""
+    plan = _own_plan(experiment, outcome)
+    return [(point["iteration"], point[plan]) for point in outcome.curve if plan in point]
+
+
 def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path: Path) -> None:
     """Loss, and answers found on the way under the plan that matters for each model."""
 
@@ -310,10 +325,8 @@ def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path
         for number, (model, outcomes) in enumerate(by.items()):
             for outcome in outcomes:
                 label = model if outcome is outcomes[0] else None
-                scored = [p for p in outcome.curve if len(p) > 2]
-                plan = experiment.scoring.focus if outcome.takes_plans else next(iter(outcome.accuracies()))
-                points = [(p["iteration"], p[plan]) for p in scored]
-                if points:
+                plan = _own_plan(experiment, outcome)
+                if points := _on_the_way(experiment, outcome):
                     panels[0].plot(*zip(*points), color=f"C{number}", lw=1, label=f"{label}: {plan}" if label else None)
         panels[0].set(title=experiment.name, xlabel="iteration", ylabel="answers found", ylim=(-0.03, 1.05))
         panels[0].grid(alpha=0.3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiment import Experiment, Outcome, ScoringConfig, TaskConfig, outcome_path, write_json
+from experiment import Ablation, Experiment, Outcome, ScoringConfig, TaskConfig, outcome_path, write_json
 from torch import Tensor
 
 from oryx_megatron import parallel, platform
@@ -27,9 +27,11 @@ from oryx_megatron.eval.retrieval import (
     RetrievalTask,
     WordCodec,
 )
-from oryx_megatron.model import SequenceInfo
+from oryx_megatron.model import OryxMixer, SequenceInfo
+from oryx_megatron.model.mixer import Parts, ReferenceSteps
 from oryx_megatron.modes import Plan, draw_plan
 from oryx_megatron.ops import backends
+from oryx_megatron.ops.fused import KeysValues
 from oryx_megatron.train.engine import MegatronEngine, take_step
 from oryx_megatron.train.step import Microbatch
 
@@ -118,6 +120,39 @@ def sample_in_groups(
     )
 
 
+def ablate(model: torch.nn.Module, ablation: Ablation) -> None:
+    """Change every mixer of a model; they must run the reference steps (`kernels.mixer: reference`)."""
+    for mixer in model.modules():
+        if isinstance(mixer, OryxMixer):
+            if ablation.activation != "own":
+                mixer.activation = "silu" if ablation.activation == "silu" else None
+            if ablation.recurrence_gradient != 1.0:
+                _scale_gradient_of_recurrence(mixer, ablation.recurrence_gradient)
+
+
+def _scale_gradient_of_recurrence(mixer: OryxMixer, factor: float) -> None:
+    plain = mixer.mix_heads
+
+    def view(x: Tensor | None) -> Tensor | None:  # a tensor of its own: attention reads the other
+        if x is None or not x.requires_grad:
+            return x
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * factor)
+        return x
+
+    def mix_heads(steps: ReferenceSteps, parts: Parts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        keys_values = steps.keys_values
+
+        def scaled(projected: Tensor) -> KeysValues:
+            read = keys_values(projected)
+            return read._replace(recurrent_keys=view(read.recurrent_keys), recurrent_values=view(read.recurrent_values))
+
+        steps.keys_values = scaled
+        return plain(steps, parts)
+
+    mixer.mix_heads = mix_heads
+
+
 class Training:
     """One model, its optimizer, and its stream of generated batches. Process groups must exist."""
 
@@ -129,6 +164,8 @@ class Training:
         self.lessons = build_lessons(experiment.task, run.model.vocab_size)
         self.engine = MegatronEngine(run)
         self.chunks = self.engine.chunks
+        if model in experiment.ablations:
+            ablate(self.chunks[0], experiment.ablations[model])
         self.parameters = sum(p.numel() for p in self.chunks[0].parameters())
 
     def batches(self) -> Iterator[RetrievalBatch]:

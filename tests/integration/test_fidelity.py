@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from oryx_megatron import parallel
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.model import SequenceInfo, build_model
+from oryx_megatron.modes import ModePlan
 from oryx_megatron.testing.project import tiny_project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +76,10 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     }
     for name in ("accuracy.png", "curves.png", "pairs.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert "| gdn |" in (out / "summary.md").read_text()
+    (row,) = [line for line in (out / "summary.md").read_text().splitlines() if line.startswith("| gdn |")]
+    found = {int(point["iteration"]): point["last:2"] for point in outcome["curve"] if "last:2" in point}
+    assert set(found) == {20, 40}
+    assert row.split(" | ")[5] == next((str(step) for step in found if found[step] >= 0.9), "–")
     assert not list(out.glob(".*"))
     written = (out / "gdn-1.json").stat().st_mtime_ns
     again = _run(config, out, "--models", "gdn", "--budget", "60")
@@ -90,6 +98,42 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     for policy in ("entropy", "learned"):
         assert 0 < rows[policy, 0.2]["share"] < 0.5
     assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_scales_the_gradient_of_the_recurrence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "fidelity"))
+    import experiment as ex
+    import training
+
+    model = ModelConfig(**EXPERIMENT["run"]["model"], name="t")
+    tokens = torch.randint(0, 32, (2, 23), generator=torch.Generator().manual_seed(1))
+
+    def gradients(plan: str, **ablation) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Of the convolution, which both modes read, and of the recurrence's own weights; the loss."""
+        (chunk,) = build_model(model, ParallelConfig(), PrecisionConfig(dtype="fp32"), seed=3)
+        chunk.double()
+        training.ablate(chunk, ex.Ablation(**ablation))
+        info = SequenceInfo.build(ModePlan.parse(plan, 23, chunk=4), device=torch.device("cpu"))
+        loss = chunk(tokens, None, None, packed_seq_params=info).square().sum()
+        loss.backward()
+        mixer = chunk.decoder.layers[0].self_attention
+        return mixer.conv.weight.grad, mixer.decay_proj.weight.grad, loss.item()
+
+    parallel.initialize(ParallelConfig(), seed=1)
+    try:
+        whole, own, loss = gradients("ratio:0.5")
+        without, own_without, same = gradients("ratio:0.5", recurrence_gradient=0.0)
+        half, *_ = gradients("ratio:0.5", recurrence_gradient=0.5)
+        assert loss == same
+        torch.testing.assert_close(own_without, own)  # its gates learn on
+        torch.testing.assert_close(half, (whole + without) / 2)
+        assert not torch.allclose(whole, without, rtol=0.1)
+        assert not gradients("recurrent", recurrence_gradient=0.0)[0].any()
+        assert gradients("attention", recurrence_gradient=0.0)[0].equal(gradients("attention")[0])
+        assert gradients("recurrent", activation="silu")[2] == gradients("recurrent")[2]  # gdn's own
+        assert gradients("recurrent", activation="none")[2] != gradients("recurrent")[2]
+    finally:
+        parallel.destroy()
 
 
 def test_needle_experiment(tmp_path: Path) -> None:
@@ -119,6 +163,8 @@ def test_needle_experiment(tmp_path: Path) -> None:
         ({"equal_to": "oryx"}, "equal_to: oryx is none of the models"),
         ({"scoring": {"plans": ["last:2"], "focus": "last:2", "example": 3}}, "did you mean `scoring.examples`"),
         ({"seeds": None}, "seeds"),
+        ({"models": {"gdn": {"ablation": {"activation": "none"}}}}, "gdn: ablation: needs kernels.mixer: reference"),
+        ({"models": {"gdn": {"ablation": {"activations": "none"}}}}, "did you mean `ablation.activation`"),
     ],
 )
 def test_a_wrong_config_is_told_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
