@@ -384,8 +384,8 @@ def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) ->
     identity = _identity(run, tokenizer, source)
     bounds, tokens = _parts(source)
     held = [_held(tokens[path], run) for path in paths]
-    order = None
-    if once and size == EVERY:
+    order, every = None, once and size == EVERY
+    if every:
         size = sum(held)
         if len(paths) > 1:
             order = (np.repeat(np.arange(len(held), dtype=np.int16), held), np.concatenate([*map(np.arange, held)]))
@@ -443,7 +443,8 @@ def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) ->
         logger.info("%s: %d samples (%.2f epochs) of %s", name, part.samples, part.epochs, part.path)
     if once:
         batch = run.train.global_batch_size
-        size = min(size, -(-counted // batch) * batch)
+        filled = -(-counted // batch) * batch
+        size = filled if every else min(size, filled)
     return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
 
 

@@ -82,13 +82,11 @@ def evaluate_checkpoint(
     name = "valid" if data is None else Path(data).name
     if data is not None and batches is None:
         held = open_dataset(data, vocab_size=spoken.vocab_size, tokenizer=spoken.describe())
-        whole = (held.tokens - 1) // run.data.sequence_length // run.train.global_batch_size
-        if whole < 1:
+        if held.tokens <= run.data.sequence_length:
             raise ConfigError(
-                f"{data} has {held.tokens} tokens, too few for one batch of {run.train.global_batch_size} × "
-                f"{run.data.sequence_length}; use fewer ranks or a smaller sequence length"
+                f"{data} has {held.tokens} tokens, too few for one sample of {run.data.sequence_length} and its last "
+                "label; use a smaller sequence length"
             )
-        run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, batches=whole))
     platform.use_kernel_cache(run.kernels.cache_dir)
     parallel.initialize(run.parallel, seed=run.seed)
     check_whole(folder, manifest)
@@ -143,7 +141,9 @@ def _evaluation_run(
             run.train, micro_batch_size=batch_size, global_batch_size=batch_size * dp * layout.pipeline
         ),
         evaluation=dataclasses.replace(
-            run.evaluation, plans=plans, batches=batches if batches is not None else run.evaluation.batches
+            run.evaluation,
+            plans=plans,
+            batches=run.evaluation.batches if batches is None and data is None else batches,  # None: all of `data`
         ),
     )
     return run, validate(run, world_size)

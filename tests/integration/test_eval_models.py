@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export
@@ -60,7 +61,14 @@ def perplexity_on_two_ranks(runs: list[Path], data: str) -> list:
             )
             results.append([(r.plan, r.loss, r.bits_per_byte, r.tokens) for r in done.results])
             parallel_state.destroy_model_parallel()
-    return [results, samples]
+    whole = []
+    for layout in (ParallelConfig(), ParallelConfig(tensor=2)):  # runs[-1] is in fp32
+        done = perplexity.evaluate_checkpoint(
+            runs[-1], PLANS[1:2], data=data, batch_size=5, layout=layout, world_size=2
+        )
+        whole += [(result.loss, result.tokens) for result in done.results]
+        parallel_state.destroy_model_parallel()
+    return [results, samples[: len(results)], whole]
 
 
 def test_perplexity_is_the_same_on_every_layout_and_from_the_export(
@@ -71,7 +79,11 @@ def test_perplexity_is_the_same_on_every_layout_and_from_the_export(
     cases = list(EXPORT_TOLERANCE)
     ranks = run_distributed(perplexity_on_two_ranks, 2, [hf_project.parent / case for case in cases], data)
     assert ranks[0] == ranks[1]
-    results, samples = ranks[0]
+    results, samples, ((one_loss, one_tokens), (two_loss, two_tokens)) = ranks[0]
+    held = (open_dataset(data).tokens - 1) // 48
+    assert held % 5
+    assert one_tokens == two_tokens == held * 48  # all of it, whatever a batch is
+    assert one_loss == pytest.approx(two_loss, rel=LAYOUT_TOLERANCE["shared tp2"])
     assert all(sample == samples[0] for sample in samples)
     inputs, labels = (torch.tensor(side) for side in zip(*samples[0]))
     export(hf_project.parent / "shared tp2", tmp_path / "shared", dtype="fp32")
@@ -98,10 +110,10 @@ def test_perplexity_is_the_same_on_every_layout_and_from_the_export(
         assert tokens * 0.5 < size < tokens * sizes.max()
 
 
-def test_a_dataset_too_small_for_a_batch_is_an_error(hf_project: Path) -> None:
+def test_a_dataset_too_small_for_a_sample_is_an_error(hf_project: Path) -> None:
     from oryx_megatron.eval.perplexity import evaluate_checkpoint
 
-    with pytest.raises(ConfigError, match="too few for one batch"):
+    with pytest.raises(ConfigError, match="too few for one sample"):
         evaluate_checkpoint(
             hf_project.parent / "gdn tp2", ("attention",), data=str(hf_project.parent / "data"), sequence_length=10**6
         )

@@ -21,7 +21,15 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from oryx_megatron.config.schema import BlendEntry, DataConfig, DataStage, ModelConfig, RunConfig, TrainConfig
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    DataConfig,
+    DataStage,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from oryx_megatron.data import cache, loader
 from oryx_megatron.data.indexed import IndexedWriter
 from oryx_megatron.data.loader import Blend, build_datasets, check_resume
@@ -480,6 +488,26 @@ def test_an_evaluation_reads_nothing_twice(
     mask = torch.cat([stream.next_batches()[0]["loss_mask"] for _ in range(len(valid) // 8)])
     stream.close()
     assert int(mask.sum()) == whole * SEQUENCE
+
+
+def test_evaluations_of_the_whole_set(paths: dict[str, str], tmp_path: Path) -> None:
+    """evaluation.batches null: every sample of every dataset once, the last ones too, which fill no batch."""
+    validation = {"mixed": (BlendEntry(path=paths["a"]), BlendEntry(path=paths["b"], weight=7))}
+    run = config((BlendEntry(path=paths["a"]),), tmp_path, split=(90, 10, 0), validation=validation)
+    for size in (8, 7, 1000):
+        run = dataclasses.replace(
+            run,
+            train=dataclasses.replace(run.train, global_batch_size=size),
+            evaluation=EvaluationConfig(batches=None),
+        )
+        blends = build_datasets(run, TOKENIZER)
+        for name, first in (("valid", 54), ("mixed", 0)):
+            blend = blends[name]
+            tokens = [int(part.dataset.sequence_lengths[first:].sum()) for part in blend.datasets]
+            whole = sum((count - 1) // SEQUENCE for count in tokens)
+            counted = [sample for sample in map(blend.__getitem__, range(len(blend))) if sample["loss_mask"].any()]
+            assert len({tuple(sample["tokens"].tolist()) for sample in counted}) == len(counted) == whole
+            assert len(blend) == -(-whole // size) * size  # whole batches, which is what an evaluation reads
 
 
 def test_an_evaluation_of_a_blend_reads_nothing_twice(
