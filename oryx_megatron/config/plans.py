@@ -37,7 +37,7 @@ def read_plan(spec: str) -> str:
     """The plan that a file holds, of `file:PATH`, also as a part of `layers:`; any other spec as it is.
 
     The file is text: one plan, or runs such as `a0-256` or parts such as `0-5=PLAN`, one a line or between commas. `#`
-    begins a comment.
+    begins a comment. It names no other file.
     Raises ConfigError for a file that cannot be read or holds no plan.
     """
     kind, _, path = spec.strip().partition(":")
@@ -50,23 +50,38 @@ def read_plan(spec: str) -> str:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"mode plan `{spec}`: {path} cannot be read: {reason(error)}") from None
+    text = text.removeprefix("\ufeff")
     found = ((number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1))
     lines = {number: line for number, line in found if line}
+
+    def wrong(why: str, number: int | None = None) -> ConfigError:
+        return ConfigError(f"mode plan `{spec}`: {path}{'' if number is None else f':{number}:'} {why}")
+
     if not lines:
-        raise ConfigError(f"mode plan `{spec}`: {path} holds no plan; write one, or runs such as a0-256, one a line")
-    first = next(iter(lines.values()))
+        raise wrong("holds no plan; write one, or runs such as a0-256, one a line")
+    top, first = next(iter(lines.items()))
+    if len(lines) > 1 and (form := re.match(r"(layers|runs)\s*:", first)):  # a spec that goes on in the next line
+        first = lines[top] = first[form.end() :].strip()
     if re.match(r"[\w-]+\s*=", first):
         for number, line in lines.items():
             if "=" not in line:
-                raise ConfigError(f"mode plan `{spec}`: {path}:{number}: `{line:.60}` is no part like 0-5=attention")
+                raise wrong(f"`{line:.60}` is no part like 0-5=attention", number)
+            if "=file:" in line.replace(" ", ""):
+                raise wrong(f"`{line:.60}` names another file; write the plan itself", number)
         return "layers:" + ",".join(line.rstrip(",") for line in lines.values())
     if len(lines) == 1 and not _RUNS.fullmatch(first):
-        if first.startswith("file:"):
-            raise ConfigError(f"mode plan `{spec}`: {path} names another file; write the plan itself")
+        if "file:" in first:
+            raise wrong("names another file; write the plan itself")
         return first
+    before = "0"
     for number, line in lines.items():
         if not _RUNS.fullmatch(line):
-            raise ConfigError(f"mode plan `{spec}`: {path}:{number}: `{line:.60}` is no run like a0-256 or r256-512")
+            raise wrong(f"`{line:.60}` is no run like a0-256 or r256-512", number)
+        for run in re.split(r"\s*,\s*", line.rstrip(",")):
+            start, stop = run[1:].split("-")
+            if {start[-1:], before[-1:]} <= set("0123456789") and int(start) != int(before):
+                raise wrong(f"run `{run}` does not start at {before}, where the one before it ends", number)
+            before = stop
     return "runs:" + ",".join(line.rstrip(",") for line in lines.values())
 
 

@@ -24,13 +24,22 @@ _PART = re.compile(r"(?:^|,)\s*([^,=]*?)\s*=")
 _LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}|end))?")
 
 
+_SHOWN = 160
+"""Characters of a plan in an error."""
+
+
+def _named_plan(spec: str) -> str:
+    """As errors name it: plans that were made by a program may have thousands of runs."""
+    return f"mode plan `{spec if len(spec) <= _SHOWN else spec[: _SHOWN - 1] + '…'}`"
+
+
 def routed_share(spec: str) -> float | None:
     """Share R of `router:R`; None for every other plan. ValueError for an R that is no number from 0 to 1."""
     kind, _, value = spec.strip().partition(":")
     if kind != "router":
         return None
     if not _RATIO.fullmatch(value.strip()) or Fraction(value.strip()) > 1:
-        raise ValueError(f"mode plan `{spec}`: `{value}` is not a number from 0 to 1; a plan is one of {FORMS}")
+        raise ValueError(f"{_named_plan(spec)}: `{value}` is not a number from 0 to 1; a plan is one of {FORMS}")
     return float(value)
 
 
@@ -44,7 +53,7 @@ def split_layers(spec: str) -> list[tuple[str, str]] | None:
         return None
     found = list(_PART.finditer(value))
     if not found or found[0].start():
-        raise ValueError(f"mode plan `{spec}`: `layers:` needs parts like 0-5=attention; a plan is one of {FORMS}")
+        raise ValueError(f"{_named_plan(spec)}: `layers:` needs parts like 0-5=attention; a plan is one of {FORMS}")
     ends = [match.start() for match in found[1:]] + [len(value)]
     return [(match[1], value[match.end() : end].strip()) for match, end in zip(found, ends)]
 
@@ -57,7 +66,7 @@ def layer_plans(spec: str, layers: int) -> tuple[str, ...] | None:
     """
 
     def wrong(why: str) -> ValueError:
-        return ValueError(f"mode plan `{spec}`: {why}; a plan is one of {FORMS}")
+        return ValueError(f"{_named_plan(spec)}: {why}; a plan is one of {FORMS}")
 
     parts = split_layers(spec)
     if parts is None:
@@ -146,7 +155,7 @@ def parse_runs(
     """
 
     def wrong(why: str) -> ValueError:
-        return ValueError(f"mode plan `{spec}`: {why}; a plan is one of {FORMS}")
+        return ValueError(f"{_named_plan(spec)}: {why}; a plan is one of {FORMS}")
 
     def whole(text: str, least: int) -> int:
         if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
@@ -176,7 +185,7 @@ def parse_runs(
 
     chunks = -(-length // chunk)
     if chunks > CHUNKS and spec.strip().startswith(("ratio", "every")):
-        raise ValueError(f"mode plan `{spec}`: {length} tokens are {chunks} chunks of {chunk}, more than {CHUNKS}")
+        raise ValueError(f"{_named_plan(spec)}: {length} tokens are {chunks} chunks of {chunk}, more than {CHUNKS}")
     kind, colon, value = spec.strip().partition(":")
     value = value.strip()
     if kind in ("attention", "recurrent") and not colon:

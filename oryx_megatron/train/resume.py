@@ -130,7 +130,7 @@ def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def jump(then: RunConfig, now: RunConfig, done: int) -> str:
     """How the learning rate jumps after `done` steps because the config changed, in words; empty when it does not."""
     changes = [
-        f"{name} {before} → {after}"
+        f"{name} {to_text(before)} → {to_text(after)}"
         for name, before, after in (
             ("train.iterations", then.train.iterations, now.train.iterations),
             ("optimizer.lr", then.optimizer.lr, now.optimizer.lr),
@@ -152,5 +152,5 @@ def jump(then: RunConfig, now: RunConfig, done: int) -> str:
     )
     if done < then.train.iterations or now.schedule.name == "constant":
         return text
-    restarts = [*now.schedule.restarts, done]
-    return f"{text}; to warm up again from there: schedule.restarts={restarts} schedule.rewarm=N"
+    restarts, rewarm = [*now.schedule.restarts, done], now.schedule.rewarm or "N"
+    return f"{text}; to warm up again from there: schedule.restarts={restarts} schedule.rewarm={rewarm}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oryx_megatron.config import load_run, to_yaml, validate
-from oryx_megatron.config.plans import attention_share, layer_plans, read_plan
+from oryx_megatron.config.plans import attention_share, layer_plans, parse_runs, read_plan
 from oryx_megatron.config.schema import MixStage, ModesConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import LayerPlans, Mode, ModePlan, draw_plan, parse_plan, plan_for
@@ -165,6 +165,49 @@ def test_files(tmp_path):
     (tmp_path / "layers").write_text("0-1=ratio:0.5\nrecurrent\n")
     with pytest.raises(ConfigError, match="layers:2: `recurrent` is no part like 0-5=attention"):
         read_plan(f"file:{tmp_path}/layers")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeffa0-8\r\nr8-32\r\n", "runs:a0-8,r8-32"),  # as Windows' editors write it
+        ("layers:0-1=ratio:0.5,\nrest=recurrent\n", "layers:0-1=ratio:0.5,rest=recurrent"),
+        ("runs: a0-8,\nr8-32", "runs:a0-8,r8-32"),
+        ("# of a page\na0-25%,r25%-24\na24-end", "runs:a0-25%,r25%-24,a24-end"),
+    ],
+)
+def test_what_files_hold(tmp_path, text, expected):
+    (tmp_path / "plan").write_bytes(text.encode())
+    assert read_plan(f"file:{tmp_path}/plan") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a0-8\n\nr12-32\n", ":3: run `r12-32` does not start at 8, where the one before it ends"),
+        ("a8-16", ":1: run `a8-16` does not start at 0"),
+        ("a0-8,r8-16,a18-32", ":1: run `a18-32` does not start at 16"),
+        ("a0-8\nratio:0.5", ":2: `ratio:0.5` is no run like a0-256"),
+        ("0=attention\nrest=file:plan", ":2: `rest=file:plan` names another file; write the plan itself"),
+        ("layers:0=file:plan,rest=attention", " names another file; write the plan itself"),
+        ("file:plan", " names another file; write the plan itself"),
+        ("# nothing", " holds no plan"),
+    ],
+)
+def test_wrong_files(tmp_path, text, expected):
+    """Of the file and its line; one that names itself is not read for ever."""
+    (tmp_path / "plan").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_plan(f"file:{tmp_path}/plan")
+    assert f"{tmp_path}/plan{expected}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_long_plan_in_an_error():
+    spec = "runs:" + ",".join(f"{'ar'[i % 2]}{8 * i}-{8 * i + 8}" for i in range(4000))
+    with pytest.raises(ConfigError, match="its runs end at 32000, the text at 32") as error:
+        parse_runs(spec, 32, chunk=8)
+    assert len(str(error.value)) < 700
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,13 @@ def test_an_extended_run_is_told_how_to_warm_up_again() -> None:
     assert resume.jump(short, proposed, 20) == ""
     assert rates(proposed)[:20] == rates(short)
     assert "to warm up again" not in resume.jump(short, longer, 10)
+    again = run_of(90, warmup=4, name="wsd", restarts=(5,), rewarm=3)
+    text = resume.jump(short, again, 20)
+    assert (
+        ": train.iterations 20 → 90, schedule.name cosine → wsd, schedule.restarts [] → [5], schedule.rewarm 0 → 3; "
+        in text
+    )
+    assert text.endswith("; to warm up again from there: schedule.restarts=[5, 20] schedule.rewarm=3")
     # Both halfway down: another rate than the old schedule's, but none that jumps.
     assert learning_rate(run_of(2), 1) == learning_rate(run_of(4), 2)
     assert resume.jump(run_of(2), run_of(4), 2) == ""
