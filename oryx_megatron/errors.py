@@ -39,8 +39,12 @@ class CheckpointError(OryxError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
-class NewerCheckpointError(CheckpointError):
-    """A checkpoint is of a newer version than this one: not damaged, and nothing to go past or to overwrite."""
+class ClosedCheckpointError(CheckpointError):
+    """A checkpoint that this process cannot read, and of which nothing says that it is damaged: not to be skipped."""
+
+
+class NewerCheckpointError(ClosedCheckpointError):
+    """It is of a newer version than this one."""
 
 
 class ConversionError(OryxError):

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.average import Averages
-from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
+from oryx_megatron.checkpoint.manifest import Manifest, file_digest, write_manifest
 from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.checkpoint.state import gather_weights, has_stepped, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
 from oryx_megatron.config.schema import CheckpointConfig, WeightsKind
-from oryx_megatron.errors import NO_ROOM, CheckpointError, NewerCheckpointError
+from oryx_megatron.errors import NO_ROOM, CheckpointError, ClosedCheckpointError
 from oryx_megatron.storage import StorageError
 
 log = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class Checkpoints:
 
         def compare() -> list[str]:
             nonlocal manifest
-            manifest = read_manifest(folder)
+            manifest = store.read_own(folder)
             if remote is not None:
                 return remote.bring(folder, manifest)
             bad = store.damaged_files(folder, manifest, shard=rank, shards=world)
@@ -265,10 +265,10 @@ class Checkpoints:
 
     @staticmethod
     def _on_all(action: Callable[[], list[str] | None]) -> list[list[str]]:
-        """What `action` found wrong on each rank; storage that fails, and a newer version, are every rank's error."""
+        """What `action` found wrong on each rank; storage that fails and a closed checkpoint are every rank's error."""
         try:
             mine: Any = action() or []
-        except (NewerCheckpointError, StorageError) as error:
+        except (ClosedCheckpointError, StorageError) as error:
             mine = error
         except CheckpointError as error:
             mine = [str(error)]
@@ -279,7 +279,7 @@ class Checkpoints:
         for part in found:
             if isinstance(part, StorageError):
                 raise CheckpointError(str(part))
-            if isinstance(part, NewerCheckpointError):
+            if isinstance(part, ClosedCheckpointError):
                 raise part
         return found
 

@@ -18,7 +18,7 @@ from typing import Any
 from oryx_megatron.config import from_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.errors import CheckpointError, ConfigError, NewerCheckpointError
+from oryx_megatron.errors import CheckpointError, ClosedCheckpointError, ConfigError, NewerCheckpointError
 from oryx_megatron.reading import parse_json, read_text
 
 FORMAT = 1
@@ -141,6 +141,7 @@ def read_manifest(folder: str | Path, name: str = NAME) -> Manifest:
 
     Raises:
         NewerCheckpointError: of a format that this version does not know.
+        ClosedCheckpointError: this user may not read it.
         CheckpointError: not a checkpoint of this project, or damaged.
     """
     path = Path(folder) / name
@@ -160,6 +161,8 @@ def read_manifest(folder: str | Path, name: str = NAME) -> Manifest:
         return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {name}") from None
+    except PermissionError as error:
+        raise ClosedCheckpointError(f"{path}: {error.strerror}; allow reading it") from None
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged (it has no key {error}); use another checkpoint") from None
     except (OSError, ValueError, TypeError) as error:

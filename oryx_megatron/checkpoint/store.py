@@ -36,7 +36,7 @@ from oryx_megatron.checkpoint.manifest import (
     read_manifest,
 )
 from oryx_megatron.checkpoint.remote import fetch_checkpoint
-from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+from oryx_megatron.errors import CheckpointError, ClosedCheckpointError, NewerCheckpointError
 from oryx_megatron.paths import is_url
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,30 @@ SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """Complete checkpoints under `root`, oldest first."""
-    return [folder for folder in list_folders(root) if (folder / NAME).is_file()]
+    """Complete checkpoints under `root` that stand under their own iteration, oldest first."""
+    return [folder for folder in list_folders(root) if (folder / NAME).is_file() and _renamed_from(folder) is None]
+
+
+def read_own(folder: Path) -> Manifest:
+    """Manifest of a checkpoint in the folder of its run.
+
+    Raises:
+        ClosedCheckpointError, CheckpointError: see `read_manifest`.
+        CheckpointError: it is of another iteration than its name says. As the newest by name every start would resume
+            from it, and do again what was done since.
+    """
+    manifest = read_manifest(folder)
+    if manifest.iteration != iteration_of(folder):
+        raise CheckpointError(f"{folder} is the checkpoint of iteration {manifest.iteration}, renamed or copied")
+    return manifest
+
+
+def _renamed_from(folder: Path) -> int | None:
+    """The iteration of a checkpoint that someone gave the name of another one; None: it has its own, or cannot tell."""
+    with contextlib.suppress(CheckpointError):
+        iteration = read_manifest(folder).iteration
+        return None if iteration == iteration_of(folder) else iteration
+    return None
 
 
 def list_folders(root: str | Path) -> list[Path]:
@@ -136,7 +158,7 @@ def discard(folder: Path) -> None:
 def commit(folder: Path) -> Path:
     """Rename a finished save to its final name, durably; a checkpoint of the same iteration is replaced.
 
-    One that is a link, or that holds anything but a checkpoint, is renamed and kept.
+    One that is a link, a renamed checkpoint of another iteration, or that holds anything else, is renamed and kept.
     """
     final = folder.with_name(PREFIX + folder.name.removeprefix(WRITING).partition(".")[0])
     for file in folder.iterdir():
@@ -144,11 +166,11 @@ def commit(folder: Path) -> Path:
     sync(folder)
     if not os.path.lexists(final):
         folder.rename(final)
-    elif final.is_symlink() or not final.is_dir() or _foreign(final):
+    elif final.is_symlink() or not final.is_dir() or _renamed_from(final) is not None or _foreign(final):
         old = next(path for path in _names(final.with_name(f"{final.name}.old")) if not os.path.lexists(path))
         final.rename(old)
         folder.rename(final)
-        log.warning("%s was there already, with more than a checkpoint in it, and is now %s", final, old)
+        log.warning("%s was there already, and not a checkpoint of that step alone; it is now %s", final, old)
     else:
         old = next(path for path in _names(final.with_name(f"{WRITING}replaced")) if not os.path.lexists(path))
         final.rename(old)
@@ -177,7 +199,8 @@ def apply_retention(
     """Remove all but the newest `keep` checkpoints and those to be kept for another reason; returns the removed.
 
     Damaged ones (those named, and those with files missing or of another size) do not count as kept. They go like any
-    other once `keep` whole newer ones exist. Links, and checkpoints of a newer version, neither count nor go.
+    other once `keep` whole newer ones exist. Links, checkpoints of a newer version, and those under the name of another
+    iteration neither count nor go.
 
     Args:
         root: Folder of the checkpoints.
@@ -278,7 +301,11 @@ def _complete(folder: Path) -> bool:
 
 
 def damaged_files(folder: Path, manifest: Manifest, *, shard: int = 0, shards: int = 1) -> list[str]:
-    """Names of files that are missing or differ from the manifest, among every `shards`-th file."""
+    """Names of files that are missing or differ from the manifest, among every `shards`-th file.
+
+    Raises:
+        ClosedCheckpointError: this user may not read one.
+    """
     files = sorted(manifest.files.items())[shard::shards]
     with ThreadPoolExecutor(READERS) as pool:
         whole = pool.map(lambda file: _is_whole(folder / file[0], file[1]), files)
@@ -301,5 +328,7 @@ READERS = 8
 def _is_whole(path: Path, expected: dict[str, Any]) -> bool:
     try:
         return path.is_file() and path.stat().st_size == expected["bytes"] and file_digest(path) == expected
+    except PermissionError as error:
+        raise ClosedCheckpointError(f"{path}: {error.strerror}; allow reading it") from None
     except OSError:  # missing, or the disk cannot read it
         return False

@@ -41,10 +41,10 @@ from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import (
     WEIGHTS_ALONE,
     CheckpointError,
+    ClosedCheckpointError,
     ConfigError,
     ConversionError,
     DataError,
-    NewerCheckpointError,
 )
 from oryx_megatron.parallel.wait import first_rank_alone, on_all_ranks
 from oryx_megatron.paths import is_url
@@ -362,12 +362,12 @@ def newest_own(root: Path) -> Manifest | None:
     """Of a run's checkpoints, the manifest of the newest whose manifest can be read.
 
     Raises:
-        NewerCheckpointError: the newest is of a newer version.
+        ClosedCheckpointError: the newest is of a newer version, or may not be read.
     """
     for folder in reversed(store.list_folders(root)):
         try:
-            return read_manifest(folder)
-        except NewerCheckpointError:
+            return store.read_own(folder)
+        except ClosedCheckpointError:
             raise
         except CheckpointError as error:
             log.warning("%s", error)
@@ -386,7 +386,7 @@ def _own(run: RunConfig, root: Path, before: int | None) -> dict[str, Any] | Non
         return None
     for folder in reversed(folders):
         with contextlib.suppress(CheckpointError):  # told when it is loaded
-            manifest = read_manifest(folder)
+            manifest = store.read_own(folder)
             return {"count": dataclasses.astuple(resume.sample_count(manifest, run)), "record": manifest.init_from}
     return {"count": dataclasses.astuple(SampleCount.of(run.train)), "record": None}
 
@@ -421,7 +421,7 @@ def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
         try:
             folder = _on_this_machine(name)
             return folder, _read_whole(folder)
-        except NewerCheckpointError:
+        except ClosedCheckpointError:
             raise
         except CheckpointError as error:
             if number + 1 == len(folders):

@@ -146,6 +146,10 @@ def test_damaged_checkpoints(trainer: Callable[..., Trainer], caplog: pytest.Log
     (three / "manifest.json").write_text(newer)
     with pytest.raises(CheckpointError, match=r"iteration_0000003/manifest.json: format 2 is of a newer version"):
         trainer()  # and not past it, to overwrite it later
+    (three / "manifest.json").write_text(manifest)
+    three.rename(three.with_name("iteration_0000009"))
+    resumed(2, "iteration_0000009 is the checkpoint of iteration 3, renamed or copied")
+    three.with_name("iteration_0000009").rename(three)
     os.truncate(three / "manifest.json", 100)
     resumed(2, "iteration_0000003 is damaged", "manifest.json")
     (three / "manifest.json").unlink()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from oryx_megatron.checkpoint import store
+from oryx_megatron.checkpoint import manifest, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
-from oryx_megatron.errors import CheckpointError, NewerCheckpointError
+from oryx_megatron.errors import CheckpointError, ClosedCheckpointError, NewerCheckpointError
 
 
 def checkpoint(root: Path, iteration: int) -> Path:
@@ -20,8 +20,8 @@ def checkpoint(root: Path, iteration: int) -> Path:
     folder = root / f"iteration_{iteration:07d}"
     folder.mkdir(parents=True)
     (folder / "common.pt").write_text("state")
-    manifest = Manifest(iteration, 0, {}, {}, {}, {}, [], {}, None, {"common.pt": file_digest(folder / "common.pt")})
-    write_manifest(folder, manifest)
+    facts = Manifest(iteration, 0, {}, {}, {}, {}, [], {}, None, {"common.pt": file_digest(folder / "common.pt")})
+    write_manifest(folder, facts)
     return folder
 
 
@@ -94,7 +94,39 @@ def test_retention_of_damaged_and_newer_ones(tmp_path: Path) -> None:
     assert names(tmp_path / "iteration_0000003") == ["common.pt", "manifest.json"]
 
 
-@pytest.mark.parametrize("there", ["link", "with notes", "newer", "plain", "file"])
+def test_retention_of_renamed_ones(tmp_path: Path) -> None:
+    """A checkpoint under the name of another step is not the newest, takes no place of those kept, and stays."""
+    for iteration in range(1, 6):
+        checkpoint(tmp_path, iteration)
+    shutil.copytree(tmp_path / "iteration_0000002", tmp_path / "iteration_0000030")
+    (tmp_path / "iteration_0000003").rename(tmp_path / "iteration_0000000")
+    assert store.find_checkpoint(tmp_path).name == "iteration_0000005"
+    assert store.find_checkpoint(tmp_path / "iteration_0000030").name == "iteration_0000030"
+    with pytest.raises(CheckpointError, match=r"iteration_0000030 is the checkpoint of iteration 2, renamed or copied"):
+        store.read_own(tmp_path / "iteration_0000030")
+    store.apply_retention(tmp_path, 2, 0)
+    assert names(tmp_path) == [f"iteration_{number:07d}" for number in (0, 4, 5, 30)]
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not damaged: a run that skipped the checkpoint would do its steps again, and replace it."""
+    folder = checkpoint(tmp_path, 1)
+    whole = read_manifest(folder)
+
+    def refuse(path: Path, *arguments: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store, "file_digest", refuse)
+    with pytest.raises(
+        ClosedCheckpointError, match=r"iteration_0000001/common.pt: Permission denied; allow reading it"
+    ):
+        store.damaged_files(folder, whole)
+    monkeypatch.setattr(manifest, "read_text", refuse)
+    with pytest.raises(ClosedCheckpointError, match=r"iteration_0000001/manifest.json: Permission denied; allow"):
+        store.read_own(folder)
+
+
+@pytest.mark.parametrize("there", ["link", "with notes", "newer", "plain", "file", "renamed"])
 def test_a_checkpoint_that_is_there_already(tmp_path: Path, caplog: pytest.LogCaptureFixture, there: str) -> None:
     """A save replaces a checkpoint of its iteration, but nothing else of that name."""
     root, final = tmp_path / "checkpoints", tmp_path / "checkpoints" / "iteration_0000005"
@@ -108,6 +140,10 @@ def test_a_checkpoint_that_is_there_already(tmp_path: Path, caplog: pytest.LogCa
         final.symlink_to(tmp_path / "archive")
     elif there == "with notes":
         (final / "notes.txt").write_text("mine")
+    elif there == "renamed":
+        checkpoint(root, 4).rename(root / "kept")
+        shutil.rmtree(final)
+        (root / "kept").rename(final)
     elif there == "newer":
         (final / "manifest.json").write_text(json.dumps({"format": 2}))
     writing = store.begin(root, 5)
