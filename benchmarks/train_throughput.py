@@ -198,7 +198,7 @@ def model_flops(case: str, sequence: int, shares: list[float]) -> float:
     name, _, _ = case.partition("/")
     if name.startswith(("gdn", "mamba2")):
         model = load_model(f"1.4b-{name}")
-        return sum(arch.training_flops_per_token(model, sequence, share) for share in shares) / len(shares)
+        return arch.mean_training_flops(model, sequence, shares)
     model = load_model("1.4b-transformer")
     if name == "gpt":
         return arch.training_flops_per_token(model, sequence, 1.0)

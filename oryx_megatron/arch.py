@@ -93,29 +93,50 @@ class ParameterCounts:
         return shared / (shared + (sum(own.values()) if mode == "whole" else own[mode]))
 
 
+Share = float | Sequence[float]
+"""Share of attention tokens that a mode plan gives: the same in all layers, or layer by layer (`Plan.layer_shares`)."""
+
+
 @dataclass(frozen=True)
 class Kind:
-    """Layers of a model that have the same modes."""
+    """Layers of a model that have the same modes, and the same share of attention tokens."""
 
     model: ModelConfig
     """The architecture with these modes in every layer."""
     layers: int
-    fixed: bool
-    """Whether they ignore mode plans, beside layers of other modes."""
-
-    def share(self, attention_share: float) -> float:
-        """Of the tokens that attend in these layers when a plan has `attention_share`."""
-        return float(self.model.has_attention) if self.fixed else attention_share
+    share: float
+    """Of the tokens that attend in these layers."""
 
 
-def kinds(model: ModelConfig, layers: Sequence[int] | None = None) -> list[Kind]:
-    """Kinds of layers of a model, or of those of its `layers` (numbers from 0), in the order of their first layer."""
-    if not model.pattern:
-        return [Kind(model, model.num_layers if layers is None else len(layers), fixed=False)]
+def layer_shares(model: ModelConfig, share: Share) -> list[float]:
+    """Share of attention tokens in every layer when a plan gives `share`: 1 or 0 where a layer ignores plans.
+
+    ValueError for a share outside 0 … 1, for one that a model of one mode cannot have, and where they are not as many
+    as the layers.
+    """
+    given = [share] * model.num_layers if isinstance(share, (int, float)) else list(share)
+    if len(given) != model.num_layers:
+        raise ValueError(f"{len(given)} attention shares for the {model.num_layers} layers of {model.name}")
+    for each in given:
+        if not 0 <= each <= 1:
+            raise ValueError(f"attention_share {each} is not within 0 … 1")
+        if model.single_mode is not None and each != model.has_attention:
+            raise ValueError(f"model {model.name} has only the mode {model.single_mode}, not a share of {each}")
+    kinds = zip(model.layer_modes, model.reads_plans, given, strict=True)
+    return [each if reads else float(modes == "attention") for modes, reads, each in kinds]
+
+
+def kinds(model: ModelConfig, layers: Sequence[int] | None = None, share: Share | None = None) -> list[Kind]:
+    """Kinds of layers of a model, or of those of its `layers` (numbers from 0), in the order of their first layer.
+
+    `share` as of `layer_shares`; None where only their modes matter.
+    """
+    plain = float(model.has_attention)
+    shares = [plain] * model.num_layers if share is None else layer_shares(model, share)
     modes = model.layer_modes
-    counts = Counter(modes if layers is None else (modes[i] for i in layers))
-    fixed = model.single_mode is None
-    return [Kind(model.with_modes(mode), n, fixed=fixed and mode != "both") for mode, n in counts.items()]
+    counts = Counter((modes[i], shares[i]) for i in (range(model.num_layers) if layers is None else layers))
+    own = {mode: model.with_modes(mode) if model.pattern else model for mode, _ in counts}
+    return [Kind(own[mode], n, each) for (mode, each), n in counts.items()]
 
 
 def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
@@ -226,23 +247,18 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     return ParameterCounts(tuple(parts))
 
 
-def flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> dict[str, float]:
+def flops_per_token(model: ModelConfig, sequence: int, attention_share: Share) -> dict[str, float]:
     """Forward FLOPs per token by term, over all layers; a training step needs three times the sum.
 
     Counts what the plan needs, whatever kernels do: a multiply and an add are 2; a token's own query only; softmax
     attention over the (s + 1) / 2 tokens that a causal row sees on average, so attention tokens are taken as evenly
     spread; the recurrence in its step-by-step form, advanced at every token and read at recurrent tokens, and
-    nothing of it when all tokens attend, as none reads the state. Norms, activations, rotary and softmax are left out.
-    ValueError when the model lacks a mode that the share needs.
+    nothing of it in a layer where all tokens attend, as none reads the state. Norms, activations, rotary and softmax
+    are left out. ValueError for shares that the model cannot have (`layer_shares`).
     """
-    if not 0 <= attention_share <= 1:
-        raise ValueError(f"attention_share {attention_share} is not within 0 … 1")
-    single = model.single_mode
-    if single is not None and attention_share != model.has_attention:
-        raise ValueError(f"model {model.name} has only the mode {single}, not a share of {attention_share}")
     terms: dict[str, float] = {}
-    for kind in kinds(model):
-        for name, flops in _mixer_flops(kind.model, sequence, kind.share(attention_share)).items():
+    for kind in kinds(model, share=attention_share):
+        for name, flops in _mixer_flops(kind.model, sequence, kind.share).items():
             terms[name] = terms.get(name, 0.0) + kind.layers * flops
     # Experts: those that a token goes to, nothing dropped.
     terms |= {part.name: 2.0 * (part.count - part.idle) for part in _mlp_parts(model)}
@@ -273,12 +289,12 @@ def _mixer_flops(model: ModelConfig, sequence: int, attention_share: float) -> d
     return terms
 
 
-def share_of_heads(model: ModelConfig, attention_share: float) -> float:
-    """Of the tokens that attend in the heads of multi-token prediction when a plan has `attention_share`."""
-    return kinds(model, [model.num_layers - 1])[0].share(attention_share)
+def share_of_heads(model: ModelConfig, attention_share: Share) -> float:
+    """Of the tokens that attend in the heads of multi-token prediction, which read the last layer's plan."""
+    return layer_shares(model, attention_share)[-1]
 
 
-def mtp_flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> float:
+def mtp_flops_per_token(model: ModelConfig, sequence: int, attention_share: Share) -> float:
     """Forward FLOPs per token of the heads of multi-token prediction, which run in training and in drafts alone."""
     if not model.mtp_layers:
         return 0.0
@@ -287,10 +303,18 @@ def mtp_flops_per_token(model: ModelConfig, sequence: int, attention_share: floa
     return model.mtp_layers * (mixer + 2.0 * (2 * d * d + 3 * d * model.ffn_hidden_size + model.vocab_size * d))
 
 
-def training_flops_per_token(model: ModelConfig, sequence: int, attention_share: float) -> float:
+def training_flops_per_token(model: ModelConfig, sequence: int, attention_share: Share) -> float:
     """FLOPs per token of forward and backward: three times the forward's, nothing recomputed; with all heads."""
     forward = sum(flops_per_token(model, sequence, attention_share).values())
     return 3 * (forward + mtp_flops_per_token(model, sequence, attention_share))
+
+
+def mean_training_flops(model: ModelConfig, sequence: int, shares: Sequence[Share]) -> float:
+    """`training_flops_per_token`, mean over microbatches whose plans give these shares.
+
+    Not that of their mean share: a microbatch whose tokens all attend runs no recurrence.
+    """
+    return sum(training_flops_per_token(model, sequence, share) for share in shares) / len(shares)
 
 
 def kv_bytes_per_token(model: ModelConfig) -> int:

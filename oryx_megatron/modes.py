@@ -103,6 +103,11 @@ class ModePlan:
         """Share of the tokens in attention mode; 0 for an empty plan."""
         return self.attention_tokens / self.length if self.runs else 0.0
 
+    @property
+    def layer_shares(self) -> float:
+        """See `LayerPlans.layer_shares`; one stands for all."""
+        return self.attention_share
+
     def attention_runs(self) -> tuple[Run, ...]:
         """The runs in attention mode."""
         return tuple(run for run in self.runs if run.mode is Mode.ATTENTION)
@@ -212,6 +217,11 @@ class LayerPlans:
     def attention_share(self) -> float:
         """Share of the tokens in attention mode, mean over the layers that read plans."""
         return sum(plan.attention_share for plan in self._read) / len(self._read)
+
+    @cached_property
+    def layer_shares(self) -> tuple[float, ...]:
+        """Share of the tokens in attention mode of every layer, for arch.py; of `of_layers` where it reads no plan."""
+        return tuple(plan.attention_share for plan in self.of_layers)
 
     def is_attention(self) -> np.ndarray:
         """Mask, bool [layers, 1, length]: true where a token attends, in the form that exports take."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from oryx_megatron.arch import flops_per_token, kinds, mtp_flops_per_token, parameter_counts, share_of_heads
+from oryx_megatron.arch import Share, flops_per_token, kinds, mtp_flops_per_token, parameter_counts, share_of_heads
 from oryx_megatron.config.schema import (
     BatchStage,
     BlendEntry,
@@ -75,8 +75,8 @@ class Work:
     sequence: int
     batch: int
     """Sequences per step over all GPUs."""
-    attention_share: float = 0.5
-    """Of the tokens, on average."""
+    attention_share: Share = 0.5
+    """Of the tokens, on average; or layer by layer."""
     ramp: tuple[int, ...] = ()
     """Other batch sizes that a layout must take as well (train.batch_schedule)."""
     ema: bool = False
@@ -132,18 +132,18 @@ class Estimate:
         return f"tp {layout.tp} pp {layout.pp}{virtual} cp {layout.cp} dp {layout.dp}{expert}"
 
 
-def activation_bytes(model: ModelConfig, layout: Layout, share: float, stage: int | None = None) -> dict[str, float]:
+def activation_bytes(model: ModelConfig, layout: Layout, share: Share, stage: int | None = None) -> dict[str, float]:
     """Bytes that one token of a rank's sequence shard leaves in one layer for the backward pass, by item (bf16).
 
     `share` is of attention tokens; a mode that no token is in costs nothing. Where layers differ: the mean of all, or
     of those of a pipeline stage.
     """
     numbers = range(model.num_layers) if stage is None else layout.layers(stage)
-    found = kinds(model, numbers)
+    found = kinds(model, numbers, share)
     total = sum(kind.layers for kind in found)
     mean = _mlp_bytes(model, layout, _expert_layers(model, numbers) / total)
     for kind in found:
-        for name, size in _activation_bytes(kind.model, layout, kind.share(share)).items():
+        for name, size in _activation_bytes(kind.model, layout, kind.share).items():
             mean[name] = mean.get(name, 0.0) + size * (kind.layers / total)
     return mean
 
@@ -200,7 +200,7 @@ KEPT: dict[Recompute, tuple[str, ...]] = {
 
 
 def _layer_bytes(
-    model: ModelConfig, layout: Layout, share: float, recompute: Recompute, stage: int
+    model: ModelConfig, layout: Layout, share: Share, recompute: Recompute, stage: int
 ) -> tuple[float, float]:
     """Bytes kept per token and layer of a stage, and those of the one layer that is recomputed at a time."""
     items = activation_bytes(model, layout, share, stage)
@@ -318,9 +318,9 @@ def _exchanges(recompute: Recompute) -> int:
     return 2 if recompute == "none" else 3
 
 
-def _recurrent_layers(model: ModelConfig, attention_share: float) -> int:
+def _recurrent_layers(model: ModelConfig, attention_share: Share) -> int:
     """Layers whose recurrence runs under plans of this share."""
-    return sum(kind.layers for kind in kinds(model) if kind.model.has_recurrence and kind.share(attention_share) < 1)
+    return sum(k.layers for k in kinds(model, share=attention_share) if k.model.has_recurrence and k.share < 1)
 
 
 def traffic_bytes(

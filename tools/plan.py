@@ -30,9 +30,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron.arch import Share, layer_shares
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import is_run, load_model, load_run
 from oryx_megatron.config.batch_sizes import SampleCount
+from oryx_megatron.config.plans import shares_of_layers
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.data.files import check_output, is_marked, mark, replacing
 from oryx_megatron.display import shown, shown_lines
@@ -151,8 +153,12 @@ def _of_run(a: argparse.Namespace) -> ModelConfig:
             a.tokens = float(count.samples_at(run.train.iterations) * run.data.sequence_length)
     elif a.tokens is None:
         a.tokens = float(run.train.iterations * a.batch[-1] * a.sequence)
-    if a.attention_share is None and run.model.single_mode is None and run.modes.fixed is None:
-        a.attention_share = run.modes.p_attention + (1 - run.modes.p_attention - run.modes.p_recurrent) / 2
+    if a.attention_share is None and run.model.single_mode is None:
+        modes = run.modes
+        a.attention_share = modes.p_attention + (1 - modes.p_attention - modes.p_recurrent) / 2
+        if modes.fixed is not None:
+            shares = shares_of_layers(modes.fixed, a.sequence, chunk=modes.chunk, layers=run.model.reads_plans)
+            a.attention_share = shares[0] if len(set(shares)) == 1 else tuple(shares)
     a.cpu_offload = a.cpu_offload or run.optimizer.cpu_offload
     a.launched = a.launched or run.kernels.graphs == "off"
     a.fp8 = a.fp8 or run.precision.fp8
@@ -182,14 +188,21 @@ def _bill_lines(bill: dict[str, float], cluster: Cluster, price: float | None) -
     return ["", *lines, "steps alone: evaluations, saves, restarts and what fails come on top"]
 
 
-def _share(model: ModelConfig, asked: float | None) -> float:
+def _share(model: ModelConfig, asked: Share | None) -> Share:
     single = model.single_mode
     own = None if single is None else float(model.has_attention)
     if asked is None:
         return 0.5 if own is None else own
-    if not 0 <= asked <= 1 or (own is not None and asked != own):
+    if isinstance(asked, float) and (not 0 <= asked <= 1 or (own is not None and asked != own)):
         raise ConfigError(f"--attention-share: {asked} is not a share that a model with modes={single} can have")
     return asked
+
+
+def _mean_share(model: ModelConfig, work: Work) -> float:
+    """Over the layers that read plans."""
+    shares = zip(layer_shares(model, work.attention_share), model.reads_plans, strict=True)
+    read = [share for share, reads in shares if reads]
+    return sum(read) / len(read)
 
 
 def _plain(e: Estimate) -> dict[str, object]:
@@ -246,7 +259,7 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
         f"{model.name} on {_count(cluster.gpus, 'GPU')} of {cluster.memory_gib:g} GiB: {_count(len(found), 'layout')} "
         f"fit, {1 - USABLE:.0%} left to the allocator",
         f"{work.batch} × {work.sequence} tokens per step, "
-        + ("any mode plan" if model.ignores_plans else f"{work.attention_share:.0%} in attention mode"),
+        + ("any mode plan" if model.ignores_plans else f"{_mean_share(model, work):.0%} in attention mode"),
         "",
         f"{'layout':<26}{'micro':>5}{'m':>5} {'recompute':<9}{'GiB':>6}{'step s':>8}{'tokens/s':>12}{'bubble':>7}",
     ]

@@ -102,12 +102,17 @@ def layer_plans(spec: str, layers: int) -> tuple[str, ...] | None:
 
 def attention_share(spec: str, length: int, *, chunk: int, layers: Sequence[bool] = ()) -> float:
     """Share of a text's tokens in attention mode, mean over the `layers` that read plans; ConfigError for no plan."""
-    parts = layer_plans(spec, len(layers))
-    plans = [spec] if parts is None else [part for part, reads in zip(parts, layers) if reads] or [*parts]
-    tokens = 0
-    for plan in plans:
-        tokens += sum(stop - start for start, stop, attends in parse_runs(plan, length, chunk=chunk) if attends)
-    return tokens / length / len(plans)
+    shares = shares_of_layers(spec, length, chunk=chunk, layers=layers)
+    read = [share for share, reads in zip(shares, layers) if reads] or shares
+    return sum(read) / len(read)
+
+
+def shares_of_layers(spec: str, length: int, *, chunk: int, layers: Sequence[bool] = ()) -> list[float]:
+    """Share of a text's tokens in attention mode in each of a model's `layers`, in one without; ConfigError."""
+    parts = layer_plans(spec, len(layers)) or (spec,) * max(1, len(layers))
+    runs = {part: parse_runs(part, length, chunk=chunk) for part in dict.fromkeys(parts)}
+    tokens = {part: sum(stop - start for start, stop, attends in found if attends) for part, found in runs.items()}
+    return [tokens[part] / length for part in parts]
 
 
 def parse_runs(

@@ -196,12 +196,14 @@ class Trainer:
             data_size=self.layout.dp,
             layers=run.model.reads_plans,
         )
-        share = sum(batch.plan.attention_share for batch in batches) / len(batches)
+        plans = [batch.plan for batch in batches]
+        share = sum(plan.attention_share for plan in plans) / len(plans)
+        flops = arch.mean_training_flops(run.model, run.data.sequence_length, [plan.layer_shares for plan in plans])
         taken = run_step(
             self.engine,
             batches,
             limit=self.guard.limit(),
-            exchange=lambda bad: self.agreement.exchange(bad, share),
+            exchange=lambda bad: self.agreement.exchange(bad, share, flops),
             on_bad=lambda totals, norm: self.bad_steps.describe(
                 self.chunks,
                 batches,
@@ -213,7 +215,7 @@ class Trainer:
                 data_rank=self.data_rank,
             ),
         )
-        share = self.agreement.conclude(taken.exchanged)
+        share, flops = self.agreement.conclude(taken.exchanged)
         if not taken.bad:
             self.guard.good(taken.totals.mean_loss)
         self.iteration += 1
@@ -233,7 +235,7 @@ class Trainer:
             data_seconds=seconds["data"],
             forward_backward_seconds=seconds["forward_backward"],
             optimizer_seconds=seconds["optimizer"],
-            model_flops=tokens * arch.training_flops_per_token(run.model, run.data.sequence_length, share),
+            model_flops=tokens * flops,
             **_outcome(taken, run, len(batches) * self.layout.dp),
         )
 

@@ -6,7 +6,11 @@ import itertools
 import json
 
 import pytest
-from tiny_runs import BF16_STEPS, MIXED, SIZES, SPECIAL, STEPS, VARIANTS, Runs
+from tiny_runs import BF16_STEPS, FIELDS, MIXED, SIZES, SPECIAL, STEPS, VARIANTS, Runs
+
+from oryx_megatron import arch
+from oryx_megatron.config import load_run
+from oryx_megatron.modes import draw_plan
 
 pytestmark = pytest.mark.timeout(1000)  # whichever test is first makes all runs
 
@@ -34,11 +38,27 @@ def test_losses_do_not_depend_on_the_layout(runs: Runs, variant: str, layout: st
         penalties = runs.steps(one, "logit_z_loss")
         assert min(penalties) > 1e-3
         assert runs.steps(other, "logit_z_loss") == pytest.approx(penalties, rel=1e-4)
+        assert runs.steps(one, "model_flops") == pytest.approx(drawn_flops(runs), rel=1e-9)
     else:
         assert all(len(losses) == 2 for losses in runs.steps(one, "mtp_losses"))
         assert runs.steps(other, "mtp_loss") == pytest.approx(runs.steps(one, "mtp_loss"), rel=1e-4)
         assert runs.steps(one, "mtp_loss")[-1] < runs.steps(one, "mtp_loss")[0] - 0.2
     assert set(runs.evaluations(one)) == {"attention", "recurrent", MIXED[variant]}
+
+
+def drawn_flops(runs: Runs) -> list[float]:
+    """Of every step of gdn's runs, whose two microbatches have a plan each, some by layer."""
+    run = load_run(runs.root / "run.yaml", ["model.num_layers=2", *FIELDS["gdn"]])
+    drawn = [
+        [
+            draw_plan(run.modes, seed=run.seed, iteration=i, microbatch=m, length=48, layers=run.model.reads_plans)
+            for m in range(2)
+        ]
+        for i in range(STEPS)
+    ]
+    assert any(len(set(plan.of_layers)) > 1 for plans in drawn for plan in plans)
+    own = [[arch.training_flops_per_token(run.model, 48, plan.layer_shares) for plan in plans] for plans in drawn]
+    return [4 * 48 * sum(flops) / 2 for flops in own]
 
 
 @pytest.mark.parametrize(("variant", "layout"), itertools.product(VARIANTS, ("2x1x1", "1x1x2")))

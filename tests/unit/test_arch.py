@@ -7,6 +7,7 @@ import pytest
 from oryx_megatron import arch
 from oryx_megatron.config import load_model, preset_names
 from oryx_megatron.config.schema import ModelConfig, MoEConfig, MTPConfig
+from oryx_megatron.modes import plan_for
 
 SIZES = ("tiny", "130m", "370m", "780m", "1.4b")
 ORYX = [f"{size}-{mixer}" for size in SIZES for mixer in ("gdn", "mamba2")]
@@ -191,6 +192,34 @@ def test_mixed_models_by_hand():
     assert attends["attention"] == 3 * arch.flops_per_token(small(), 9, 1)["attention"] / 2
     assert recurs["attention"] == arch.flops_per_token(small(), 9, 1)["attention"] / 2
     assert recurs["recurrence read"] == 3 * attends["recurrence read"] > 0
+
+
+def test_plans_by_layer_by_hand():
+    """Layer 0 attends alone and runs no recurrence; heads read the last layer's plan: a mean tells neither."""
+    model = small(mtp=MTPConfig(layers=2))
+    plan = plan_for(model.reads_plans, "layers:0=attention,1=recurrent", 9, chunk=3)
+    terms = arch.flops_per_token(model, 9, plan.layer_shares)
+    one = {share: arch.flops_per_token(small(num_layers=1), 9, share) for share in (0, 1)}
+    output = one[0]["output_layer"]
+    assert sum(terms.values()) == sum(map(sum, (one[0].values(), one[1].values()))) - output
+    assert terms["recurrence update"] == arch.flops_per_token(model, 9, plan.attention_share)["recurrence update"] / 2
+    assert arch.mtp_flops_per_token(model, 9, plan.layer_shares) == arch.mtp_flops_per_token(model, 9, 0.0)
+    turned = plan_for(model.reads_plans, "layers:0=recurrent,1=attention", 9, chunk=3)
+    assert arch.mtp_flops_per_token(model, 9, turned.layer_shares) == arch.mtp_flops_per_token(model, 9, 1.0)
+    heads = 3 * (arch.mtp_flops_per_token(model, 9, 1.0) - arch.mtp_flops_per_token(model, 9, 0.0))
+    differ = [arch.training_flops_per_token(model, 9, each.layer_shares) for each in (plan, turned)]
+    assert differ[1] - differ[0] == pytest.approx(heads)
+    hybrid = small(pattern=("both", "attention"), mtp=MTPConfig())  # what a layer of one mode is given does not matter
+    assert arch.flops_per_token(hybrid, 9, (0.5, 0.0)) == arch.flops_per_token(hybrid, 9, 0.5)
+    assert arch.mtp_flops_per_token(hybrid, 9, (0.5, 0.0)) == arch.mtp_flops_per_token(hybrid, 9, 1.0)
+    with pytest.raises(ValueError, match="3 attention shares for the 2 layers"):
+        arch.flops_per_token(model, 9, (1.0, 0.0, 0.0))
+
+
+def test_flops_of_microbatches_are_not_those_of_their_mean_share():
+    ends = [arch.training_flops_per_token(small(), 9, share) for share in (1.0, 0.0)]
+    assert arch.mean_training_flops(small(), 9, [1.0, 0.0]) == sum(ends) / 2
+    assert arch.mean_training_flops(small(), 9, [1.0, 0.0]) < arch.training_flops_per_token(small(), 9, 0.5)
 
 
 @pytest.mark.parametrize("size", SIZES)

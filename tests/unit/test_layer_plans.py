@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oryx_megatron.config import load_run, to_yaml, validate
-from oryx_megatron.config.plans import attention_share, layer_plans, parse_runs, read_plan
+from oryx_megatron.config.plans import attention_share, layer_plans, parse_runs, read_plan, shares_of_layers
 from oryx_megatron.config.schema import MixStage, ModesConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import LayerPlans, Mode, ModePlan, draw_plan, parse_plan, plan_for
@@ -81,6 +81,7 @@ def test_type():
     assert plan.length == 8
     assert plan.attention_share == pytest.approx((1 + 2 * 0.5 + 0 + 2 * 0.25) / 6)
     assert attention_share(spec, 8, chunk=2, layers=ALL) == pytest.approx(plan.attention_share)
+    assert list(plan.layer_shares) == [1, 0.5, 0.5, 0, 0.25, 0.25] == shares_of_layers(spec, 8, chunk=2, layers=ALL)
     assert plan.is_attention().shape == (6, 1, 8)
     assert (plan.is_attention()[2, 0] == parse_plan("prefix:4", 8, chunk=2).is_attention()).all()
     assert plan.of_layers[-1] == parse_plan("last:2", 8, chunk=2)

@@ -32,6 +32,7 @@ from oryx_megatron.planner import (
     traffic_bytes,
 )
 from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.tools import plan as plan_tool
 from oryx_megatron.train.engine import why_launched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,3 +301,27 @@ def test_tool(tmp_path: Path) -> None:
     failed = _tool("1.4b-gdn", "--gpus", "1", "--memory", "8", "--sequence", "4096", "--batch", "1")
     assert failed.returncode == 2
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_the_fixed_plan_of_a_run_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layer by layer: where all tokens attend no recurrence runs; under a half everywhere it runs in all layers."""
+
+    def first(modes: str) -> tuple[dict[str, Any], str]:
+        config = tmp_path / "run.yaml"
+        config.write_text(
+            "model: tiny-gdn\ndata: {sequence_length: 64, tokenizer: t, blend: [b]}\noutput_dir: r\n"
+            "train: {iterations: 2, global_batch_size: 8, micro_batch_size: 4}\nschedule: {warmup: 0}\n" + modes
+        )
+        assert plan_tool.main([str(config), "--gpus", "1"]) == 0
+        told = capsys.readouterr().out
+        assert plan_tool.main([str(config), "--gpus", "1", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)[0], told
+
+    drawn, told = first("")
+    assert "50% in attention mode" in told
+    _, told = first("modes: {chunk: 4, fixed: 'ratio:0.25'}")
+    assert "25% in attention mode" in told
+    layered, told = first("modes: {chunk: 4, fixed: 'layers:0-1=attention,rest=recurrent'}")
+    assert "50% in attention mode" in told
+    assert layered["seconds"]["compute"] < drawn["seconds"]["compute"]
+    assert layered["memory_bytes"]["activations: recurrence"] == drawn["memory_bytes"]["activations: recurrence"] / 2
