@@ -121,6 +121,7 @@ class _Printer:
         """What was not written yet: the prompt, when the model ended at once; a last token; the end of the line."""
         self.tokens = tokens
         self._show(plan)
+        sys.stdout.write(self.tokenizer.decode(tokens)[self.written :])  # a character that was never completed
         self._colour(False)
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -15,6 +15,8 @@ from oryx_megatron import monitor
 from oryx_megatron.cli import main_guard
 from oryx_megatron.display import LineFormatter, code, markdown, number_of, shown, shown_lines
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.modes import Mode, ModePlan
+from oryx_megatron.tools import generate
 
 OTHER_ENCODING = b"latin-\xe9".decode("utf-8", "surrogateescape")
 NAMES = [
@@ -114,3 +116,25 @@ def test_monitor(tmp_path: Path, name: str) -> None:
 def test_one_of_a_thing_is_no_plural() -> None:
     assert [number_of(n, "microbatch") for n in (0, 1, 2)] == ["0 microbatches", "1 microbatch", "2 microbatches"]
     assert (number_of(1, "rank"), number_of(8, "rank")) == ("1 rank", "8 ranks")
+
+
+def test_generated_text_that_ends_within_a_character(capsys: pytest.CaptureFixture[str]) -> None:
+    """Held back while more may come; at the end it is shown, with all before it."""
+
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    def text_of(data: bytes) -> list[str]:
+        printer = generate._Printer(Bytes(), False)  # type: ignore[arg-type]
+        plan = ModePlan.uniform(Mode.ATTENTION, len(data))
+        shown = []
+        for token in data[1:]:
+            printer(plan, [data[0]], token)
+            shown.append(capsys.readouterr().out)
+        printer.end(plan, list(data))
+        return [*shown, capsys.readouterr().out]
+
+    assert text_of("abé".encode()) == ["ab", "", "é", "\n"]
+    assert text_of(b"ab\xc3") == ["ab", "", "�\n"]
+    assert text_of(b"ab\xff\xfe") == ["ab", "", "", "��\n"]
