@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""All of this folder's evidence that a GPU gives in some minutes: hybrids, routers on real text, retrieval on the CPU.
+"""All of this folder's evidence that GPUs give in some minutes: hybrids, routers on real text, retrieval on the CPU.
 
     python benchmarks/fidelity/evidence.py --out runs/evidence --minutes 9
     python benchmarks/fidelity/evidence.py --out runs/evidence --summarize
 
 Several processes side by side, in order of worth:
 
-1. on the GPU: the models of evidence.yaml learn language (ordinary runs), and right after each Oryx model its router,
-   compared with other policies on held-out code, documentation and prose (routing.py);
+1. on every GPU that is visible: the models of evidence.yaml learn language (ordinary runs), those of Oryx first, and
+   right after each its router, compared with other policies on held-out code, documentation and prose (routing.py).
+   A process sees one GPU, that with the fewest of them. Kernels compile while the text is made;
 2. on the CPU: Oryx and hybrids on retrieval.py's needles and recall, and right after each Oryx model its policies, the
    router among them (policy.py).
 
 OUT holds results and logs, small files that are complete at any time; WORK holds text and weights. At the end of the
 time what runs is ended, and OUT/evidence.md and the plots are made of what is there. Started again it does what is
-missing.
+missing; trainings resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,13 +47,17 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError, OryxError
 
 HERE = Path(__file__).resolve().parent
-SUMMARY_SECONDS = 15.0
+SUMMARY_SECONDS = 35.0
 """Kept at the end for tables and plots."""
 ROUTER_SECONDS = 75.0
-"""A router and its comparison take about so long; an Oryx training that leaves less is not begun."""
-POLICY_SECONDS = 60.0
+"""A router and its first comparisons take about so long; an Oryx training that leaves less is not begun."""
+POLICY_SECONDS = 90.0
 SHORTEST = 45.0
 """Seconds that a training of unknown length must have."""
+ENDING = 6.0
+"""Seconds in which what is ended may still save."""
+WARMING = 100
+"""Seconds after which trainings begin whether or not their kernels are compiled."""
 LAST_LINES = 20
 """Of a failed job's log, printed."""
 ROUTER = {"texts": 3072, "held_out": 128, "epochs": 3, "batch_size": 16}
@@ -66,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=float, default=40.0, help="millions a language model reads (default: 40)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="those for which there is time")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="default: all")
-    parser.add_argument("--trainings", type=int, default=4, help="language models at a time (default: %(default)s)")
-    parser.add_argument("--processes", type=int, help="on the CPU at a time (default: the cores less 4)")
+    parser.add_argument("--gpus", nargs="*", help="GPUs to spread language models over (default: all visible)")
+    parser.add_argument("--trainings", type=int, default=2, help="language models at a time on each (default: 2)")
+    parser.add_argument("--routers", type=int, default=2, help="routers at a time on each (default: 2)")
+    parser.add_argument("--processes", type=int, help="on the CPU at a time (default: the cores less 4 for each GPU)")
     parser.add_argument("--config", default=str(HERE / "evidence.yaml"), help="language models (YAML)")
     parser.add_argument("--retrieval", nargs="*", default=["needle", "mqar-cpu"], help="names of YAML files here")
     parser.add_argument("--models", nargs="*", help="only these")
@@ -83,12 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     runs = language_runs(arguments, work) if "language" in arguments.parts else []
     failed: list[str] = []
     if not arguments.summarize:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         begun = time.time()
-        schedule = Schedule(begun + 60 * arguments.minutes - SUMMARY_SECONDS, arguments.out, begun)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        gpus = visible_gpus() if arguments.gpus is None else arguments.gpus
+        schedule = Schedule(begun + 60 * arguments.minutes - SUMMARY_SECONDS, arguments.out, begun, gpus)
         jobs = [*language_jobs(runs, arguments, work, schedule), *retrieval_jobs(arguments, schedule)]
-        cpu = arguments.processes or max(1, len(os.sched_getaffinity(0)) - 4)
-        failed = schedule.run(jobs, {"text": 1, "train": arguments.trainings, "router": 3, "cpu": cpu})
+        count = max(1, len(gpus))
+        cpu = arguments.processes or max(1, len(os.sched_getaffinity(0)) - 4 * count)
+        slots = {"text": 1, "warm": len(jobs), "train": arguments.trainings * count}
+        failed = schedule.run(jobs, slots | {"router": arguments.routers * count, "cpu": cpu})
     sys.stdout.write(summarize(runs, arguments))
     for name in failed:
         print(f"{name} failed: see {arguments.out / 'logs' / name}.txt", flush=True)
@@ -96,6 +108,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 PARTS = ("language", "retrieval")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls them; none on a machine without."""
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in seen.split(",") if name.strip()]
+    command = [sys.executable, "-W", "ignore", "-c", "import torch; print(torch.cuda.device_count())"]
+    return [str(i) for i in range(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))]
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -114,6 +134,9 @@ class Job:
     leaves: float = 0.0
     """Seconds that must be left after it, for what follows it."""
     environment: dict[str, str] = field(default_factory=dict)
+    on_gpu: bool = False
+    gpu: str | None = None
+    """The one that it sees, of the schedule's."""
     process: subprocess.Popen | None = None
     begun: float = 0.0
 
@@ -126,10 +149,11 @@ class Schedule:
     """time.time() at which everything is ended."""
     out: Path
     begun: float
+    gpus: Sequence[str] = ()
     kept: list[tuple[Path, Path]] = field(default_factory=list)
     """Files that grow, and where they are copied."""
-    took: dict[str, float] = field(default_factory=dict)
-    """Longest job of a pool so far, in seconds."""
+    took: float = SHORTEST
+    """Seconds of the last training: the first ones compile, too."""
 
     @property
     def left(self) -> float:
@@ -151,6 +175,7 @@ class Schedule:
                     if free and done.issuperset(job.after):
                         waiting.remove(job)
                         if self._fits(job):
+                            job.gpu = self._least_loaded(running) if job.on_gpu else None
                             running.append(self._started(job))
                         else:
                             self._say(f"{job.name}: no time left for it")
@@ -172,7 +197,7 @@ class Schedule:
             signal.signal(signal.SIGTERM, previous)
             for job in running:
                 self._say(f"{job.name}: out of time")
-                _end(job)
+            _end(running)
             self.keep()
         return failed
 
@@ -184,15 +209,24 @@ class Schedule:
                     shutil.copyfile(source, temporary)
 
     def _fits(self, job: Job) -> bool:
-        return self.left > job.leaves + self.took.get(job.pool, SHORTEST if job.pool == "train" else 0.0)
+        # Others write what they know on the way.
+        return self.left > job.leaves + (self.took if job.pool == "train" else 0.0)
+
+    def _least_loaded(self, running: Sequence[Job]) -> str | None:
+        """The GPU with the fewest processes; the first of several."""
+        load = Counter(job.gpu for job in running)
+        return min(self.gpus, key=lambda gpu: load[gpu], default=None)
 
     def _started(self, job: Job) -> Job:
         log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = job.command() if callable(job.command) else job.command
+        environment = os.environ | job.environment
+        if job.gpu is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": job.gpu}
         with log.open("a") as file:
             job.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | job.environment, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         job.begun = time.time()
         return job
@@ -203,8 +237,8 @@ class Schedule:
         seconds = time.time() - job.begun
         self.keep()
         done = job.done()
-        if done:
-            self.took[job.pool] = max(self.took.get(job.pool, 0.0), seconds)
+        if done and job.pool == "train":
+            self.took = seconds
         self._say(f"{job.name}: {'done' if done else f'FAILED ({code})'} in {seconds:.0f} s")
         if not done:  # OUT may be lost with the machine
             log = self._log(job).read_text(errors="replace").strip().splitlines()
@@ -222,16 +256,18 @@ def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _end(job: Job) -> None:
-    """End a job and what it started."""
-    if job.process is None:
-        return
-    for wanted, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.process.pid, wanted)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.process.wait(seconds)
-            return
+def _end(jobs: Sequence[Job]) -> None:
+    """End jobs and what they started, all at once."""
+    for wanted, seconds in ((signal.SIGTERM, ENDING), (signal.SIGKILL, 2.0)):
+        for job in jobs:
+            if job.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.process.pid, wanted)
+        until = time.time() + seconds
+        for job in jobs:
+            if job.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    job.process.wait(max(0.0, until - time.time()))
 
 
 def _python(script: str, *arguments: object) -> list[str]:
@@ -239,7 +275,7 @@ def _python(script: str, *arguments: object) -> list[str]:
 
 
 def language_runs(arguments: argparse.Namespace, work: Path) -> list[RunConfig]:
-    """The run of every model and seed, in order of worth; they write into `work`."""
+    """The run of every model and seed, in order of worth, Oryx first; they write into `work`."""
     data = ex.read_experiment(arguments.config, {"name", "seeds", "run", "models", "equal_to"}, None)
     batch = data["run"]["train"]["global_batch_size"] * data["run"]["data"]["sequence_length"]
     iterations = max(2, round(arguments.tokens * 1e6 / batch))
@@ -249,17 +285,18 @@ def language_runs(arguments: argparse.Namespace, work: Path) -> list[RunConfig]:
         "train": {"iterations": iterations},
         "schedule": {"warmup": max(1, iterations // 10)},
         "evaluation": {"interval": iterations},
-        "checkpoint": {"interval": iterations},
+        "checkpoint": {"interval": max(1, iterations // 3)},
         "output_dir": "none",
     }
     overrides = ex.merge(ours, ex.parse_overrides(arguments.set))
     runs = ex.build_runs(data, {"output_dir": "none"}, overrides, arguments.config)
     if unknown := set(arguments.models or []) - set(runs):
         raise ConfigError(f"--models {min(unknown)}: unknown; known: {', '.join(runs)}")
-    return [
+    named = [
         replace(runs[name], seed=seed, output_dir=str(work / "language" / f"{name}-{seed}"))
         for seed, name in itertools.product(arguments.seeds, arguments.models or list(runs))
     ]
+    return sorted(named, key=lambda run: not run.model.takes_plans)  # routers follow those with both modes
 
 
 def language_jobs(
@@ -276,6 +313,14 @@ def language_jobs(
     last = work / "texts" / "prose.json"
     yield Job("texts", "text", command, last.is_file, leaves=SHORTEST)
     environment = {"OMP_NUM_THREADS": "2"}
+    warm: list[str] = []
+    for run in runs:
+        if schedule.gpus and run.model.takes_plans and (name := f"kernels-{run.model.name}") not in warm:
+            warm.append(name)
+            mark, config = work / name, Path(run.output_dir) / "run.yaml"
+            ended = f'timeout {WARMING} "$0" "$@"; touch {shlex.quote(str(mark))}'  # whatever came of it
+            command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.warmup", str(config)]
+            yield Job(name, "warm", ["sh", "-c", ended, *command], mark.is_file, (), 0.0, environment, on_gpu=True)
     for run in runs:
         folder, name = Path(run.output_dir), Path(run.output_dir).name
         kept = arguments.out / "language" / name
@@ -286,13 +331,14 @@ def language_jobs(
         command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.train", str(config)]
         leaves = ROUTER_SECONDS if run.model.takes_plans else 0.0
         done = lambda run=run: language.read_result(run) is not None  # noqa: E731
-        yield Job(f"language-{name}", "train", command, done, ("texts",), leaves, environment)
+        yield Job(f"language-{name}", "train", command, done, ("texts", *warm), leaves, environment, on_gpu=True)
         if run.model.takes_plans:
             result = arguments.out / "routing" / f"{name}.json"
             options = [f"{key}={value}" for key, value in ROUTER.items()] + arguments.router
             command = _python("routing.py", folder, "--out", result, "--texts", arguments.texts, "--router", *options)
             done = lambda result=result: _finished(result)  # noqa: E731
-            yield Job(f"routing-{name}", "router", command, done, (f"language-{name}",), 0.0, environment)
+            after = (f"language-{name}",)
+            yield Job(f"routing-{name}", "router", command, done, after, 0.0, environment, on_gpu=True)
 
 
 def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterator[Job]:
@@ -322,14 +368,22 @@ def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterato
                 return bool(_json(result).get("cells")) and (not oryx or result.with_suffix(".pt").is_file())
 
             yield Job(name, "cpu", command, done, (), leaves + SHORTEST, environment)
-            if oryx:
-                policy = nice + _python("policy.py", config, "--out", out, "--models", model, "--seeds", seed)
-                written = out / "policy" / f"{model}-{seed}.json"
-                yield Job(f"policy-{name}", "cpu", policy, written.is_file, (name,), 0.0, environment)
+            for asked in _asked(experiment) if oryx else ():
+                chosen = ["--models", model, "--seeds", seed, *asked]
+                policy = nice + _python("policy.py", config, "--out", out, *chosen)
+                which = "-".join(["policy", *asked[1:]])
+                written = out / which / f"{model}-{seed}.json"
+                yield Job(f"{which}-{name}", "cpu", policy, written.is_file, (name,), 0.0, environment)
 
 
 def _retrieval_configs(arguments: argparse.Namespace) -> list[str]:
     return [name if name.endswith(".yaml") else str(HERE / f"{name}.yaml") for name in arguments.retrieval]
+
+
+def _asked(experiment: ex.Experiment) -> list[list[str]]:
+    """Options of policy.py: recall with its questions, and with half of them."""
+    task = experiment.task
+    return [[], ["--queries", str(task.queries // 2)]] if task.kind == "mqar" and task.queries else [[]]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -366,13 +420,22 @@ def summarize(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> str:
                 parts.append(text)
         except (OryxError, OSError, ValueError, KeyError) as error:
             parts.append(f"# {name}\n\nnothing: {error}\n")
+    ex.write_text(out / "evidence.md", "\n".join(parts))  # should the time end here
+    started = []
     for config in _retrieval_configs(arguments) if "retrieval" in arguments.parts else ():
-        name = ex.load_experiment(config).name
-        for script, file in (("retrieval.py", "summary.md"), ("policy.py", "policy.md")):
-            command = _python(script, config, "--out", out / name, "--summarize")
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            path = out / name / file
-            parts.append(path.read_text() if done.returncode == 0 and path.is_file() else f"# {name}: no {file}\n")
+        experiment = ex.load_experiment(config)
+        tables = [("policy.py", "-".join(["policy", *asked[1:]]), asked) for asked in _asked(experiment)]
+        for script, name, asked in [("retrieval.py", "summary", []), *tables]:
+            command = _python(script, config, "--out", out / experiment.name, "--summarize", *asked)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            started.append((process, out / experiment.name / f"{name}.md"))
+    for process, path in started:
+        try:
+            code = process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+        parts.append(path.read_text() if code == 0 and path.is_file() else f"# {path.parent.name}: no {path.name}\n")
     text = "\n".join(parts)
     ex.write_text(out / "evidence.md", text)
     return text

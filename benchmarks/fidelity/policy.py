@@ -5,7 +5,8 @@
 
 Takes the models with both modes that retrieval.py trained into the folder; writes policy/MODEL-SEED.json, and from all
 of these policy.json, policy.md and policy.png: answers found against the share of attention tokens. `--models` and
-`--seeds` name some of them, for several processes side by side.
+`--seeds` name some of them, for several processes side by side. With `--queries 3` the texts ask for three keys, and
+`policy-3` is the name in place of `policy`: what few questions need.
 
 Policies, token by token and without looking ahead:
 
@@ -16,6 +17,7 @@ Policies, token by token and without looking ahead:
 - learned: where a linear model expects most of attention, from the token, the two before it, whether each occurred
   before, and the entropy; fitted to what attention gained over recurrence at the answers of other texts;
 - router: the router of the product (`oryx router`), trained on the same gains of ROUTER_TEXTS texts;
+  like there, it counts in the text and knows counts of further texts;
 - random, ratio: the same shares without looking at the text;
 - asked: exactly the tokens whose answers count, which only the examiner knows.
 """
@@ -28,6 +30,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,8 @@ from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
 from oryx_megatron.router import Gains, RouterOptions, fit
 
-ROUTER_TEXTS = 2048
+ROUTER_TEXTS, COUNTED = 2048, 8192
+"""That a router learns from, and that it only counts."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Of attention tokens, where a policy can be given one."""
 Chooser = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -61,10 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=128, help="texts (default: 128)")
     parser.add_argument("--models", nargs="*", help="only these")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these")
+    parser.add_argument("--queries", type=int, help="mqar: keys asked for (default: the config's)")
     parser.add_argument("--summarize", action="store_true", help="only read results and write tables and plot")
     arguments = parser.parse_args(argv)
-    experiment = ex.load_experiment(arguments.config)
-    results = arguments.out / "policy"
+    experiment, name = ex.load_experiment(arguments.config), "policy"
+    if arguments.queries is not None:
+        experiment = replace(experiment, task=replace(experiment.task, queries=arguments.queries))
+        name += f"-{arguments.queries}"
+    results = arguments.out / name
     found = [
         outcome
         for outcome in ex.read_outcomes(arguments.out)
@@ -80,11 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for path in sorted(results.glob("*-*.json")) for row in json.loads(path.read_text())]
     if not rows:
         raise ConfigError(f"{results}: holds no results")
-    ex.write_json(arguments.out / "policy.json", rows)
+    ex.write_json(arguments.out / f"{name}.json", rows)
     text = _table(experiment, rows)
-    ex.write_text(arguments.out / "policy.md", text)
+    ex.write_text(arguments.out / f"{name}.md", text)
     sys.stdout.write(text)
-    _plot(experiment, rows, arguments.out / "policy.png")
+    _plot(experiment, rows, arguments.out / f"{name}.png")
     return 0
 
 
@@ -101,7 +109,8 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
         entropies, calibration = entropy(training, texts.tokens), entropy(training, others.tokens)
         rows = []
         learned = Learned(others.tokens.numpy(), calibration, gains(training, others))
-        routed = router_of(training, training.task.sample(length, ROUTER_TEXTS, 2), others.tokens)
+        samples = [training.task.sample(length, count, seed) for count, seed in ((ROUTER_TEXTS, 2), (COUNTED, 3))]
+        routed = router_of(training, samples[0], samples[1].tokens, others.tokens)
         for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length, learned, routed):
             plans = [
                 ModePlan.from_mask(choose(*parts))
@@ -157,17 +166,19 @@ def policies(
     return rules
 
 
-def router_of(training: Training, texts: RetrievalBatch, others: Tensor) -> OryxRouter:
-    """The product's router, trained on what attention gains in texts, with thresholds from others."""
+def router_of(training: Training, texts: RetrievalBatch, counted: Tensor, others: Tensor) -> OryxRouter:
+    """The product's router, trained on what attention gains in texts, with counts and thresholds from others."""
     gained = torch.from_numpy(np.concatenate([gains(training, part) for part in _split(texts, 256)])).float()
     torch.manual_seed(0)
-    router = OryxRouter(RouterShape(int(texts.tokens.max()) + 1))
+    options = RouterOptions(epochs=8, batch_size=32)
+    router = OryxRouter(RouterShape(training.run.model.vocab_size, table=options.table))
+    router.count(counted)
     known = Gains(
         texts.tokens, gained, torch.ones_like(gained, dtype=torch.bool), torch.zeros(2, *gained.shape), texts.labels
     )
-    fit(router, known, RouterOptions(epochs=8, batch_size=32), torch.Generator().manual_seed(0))
+    fit(router, known, options, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        router.calibrate(router.eval()(others.clamp(max=router.shape.vocab_size - 1))[0])
+        router.calibrate(router.eval()(others)[0])
     return router
 
 
@@ -181,7 +192,7 @@ def _split(texts: RetrievalBatch, size: int) -> list[RetrievalBatch]:
 @torch.no_grad()
 def routes(router: OryxRouter, share: float, text: np.ndarray, entropy: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """A Chooser by a router."""
-    scores, _ = router(torch.from_numpy(text)[None].clamp(max=router.shape.vocab_size - 1))
+    scores, _ = router(torch.from_numpy(text)[None])
     return (scores[0] > router.threshold(share)).numpy()
 
 

@@ -94,7 +94,7 @@ def test_jobs_follow_each_other_and_the_time_ends(
     assert idle.run([*jobs[2:4], *jobs[5:]], {"cpu": 4, "train": 1}) == ["wrong"]
     assert idle.left > 10  # what needs a job that is lost is not waited for
     capsys.readouterr()
-    schedule = evidence.Schedule(time.time() + 5, tmp_path / "out", time.time(), [(grows, kept)])
+    schedule = evidence.Schedule(time.time() + 5, tmp_path / "out", time.time(), kept=[(grows, kept)])
     assert schedule.run(jobs, {"cpu": 4, "train": 1}) == ["wrong"]
     assert time.time() < schedule.end + 3
     told = capsys.readouterr().out
@@ -117,6 +117,20 @@ def test_jobs_follow_each_other_and_the_time_ends(
     assert "done" not in capsys.readouterr().out  # both were
 
 
+def test_processes_are_spread_over_gpus(module: Callable[[str], Any], tmp_path: Path) -> None:
+    """Each sees the one with the fewest others; what needs none keeps what it was given."""
+    evidence = module("evidence")
+    see = "import os, time; WROTE; open({!r}, 'w').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.7)"
+    jobs = []
+    for i, on_gpu in enumerate([True, True, True, True, False]):
+        code = see.format(str(tmp_path / f"gpu of {i}"))
+        hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        jobs.append(job(evidence, tmp_path, f"{i}", code, pool="router", on_gpu=on_gpu, environment=hidden))
+    schedule = evidence.Schedule(time.time() + 20, tmp_path / "out", time.time(), ["3", "GPU-5a", "7"])
+    assert schedule.run(jobs, {"router": 5}) == []
+    assert [(tmp_path / f"gpu of {i}").read_text() for i in range(5)] == ["3", "GPU-5a", "7", "3", ""]
+
+
 def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
     """Trainings in order of worth with the iterations that the tokens make, a router after each of Oryx's."""
     evidence = module("evidence")
@@ -129,14 +143,21 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
         seen.update(jobs=jobs, slots=slots, kept=self.kept)
         raise Stop
 
+    arguments = ["--out", str(tmp_path / "out"), "--tokens", "6.5536", "--seeds", "4", "5", "--gpus", "0", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence.Schedule, "run", run)
         with pytest.raises(Stop):
-            evidence.main.__wrapped__(["--out", str(tmp_path / "out"), "--tokens", "6.5536", "--seeds", "4", "5"])
+            evidence.main.__wrapped__(arguments)
     names = [job.name for job in seen["jobs"]]
-    assert names[:4] == ["texts", "language-gdn-4", "routing-gdn-4", "language-mamba2-4"]
+    assert names[:5] == ["texts", "kernels-gdn", "kernels-mamba2", "language-gdn-4", "routing-gdn-4"]
+    trainings = [name.removeprefix("language-") for name in names if name.startswith("language-")]
+    assert trainings == [
+        "gdn-4", "mamba2-4", "gdn-5", "mamba2-5", "gdn-hybrid-4", "mamba2-hybrid-4", "gdn-hybrid-5", "mamba2-hybrid-5",
+    ]  # fmt: skip
+    assert (seen["slots"]["train"], seen["slots"]["router"]) == (4, 4)
     assert "routing-gdn-hybrid-4" not in names
     assert {"needle-gdn-hybrid-5", "policy-needle-gdn-5", "mqar-cpu-mamba2-hybrid-4"} <= set(names)
+    assert {"policy-mqar-cpu-gdn-4", "policy-3-mqar-cpu-gdn-4"} <= set(names)
     by_name = {job.name: job for job in seen["jobs"]}
     assert by_name["routing-gdn-4"].after == ("language-gdn-4",)
     assert by_name["policy-needle-gdn-5"].after == ("needle-gdn-5",)

@@ -98,6 +98,10 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     for policy in ("entropy", "learned"):
         assert 0 < rows[policy, 0.2]["share"] < 0.5
     assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
+    few = _run(config, out, "--examples", "16", "--queries", "1", script="policy.py")
+    assert few.returncode == 0, few.stderr
+    rows = {(row["policy"], row["wanted"]): row for row in json.loads((out / "policy-1.json").read_text())}
+    assert rows["asked", None]["share"] == 1 / 16
 
 
 def test_an_ablation_scales_the_gradient_of_the_recurrence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
