@@ -7,7 +7,6 @@ and then the manifest. At load each machine downloads what it lacks and compares
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import logging
 import shutil
@@ -21,7 +20,6 @@ import torch
 from oryx_megatron import storage
 from oryx_megatron.checkpoint.manifest import (
     NAME,
-    OWN_FILES,
     PREFIX,
     Manifest,
     is_checkpoint_name,
@@ -29,6 +27,7 @@ from oryx_megatron.checkpoint.manifest import (
     lowest,
     read_manifest,
 )
+from oryx_megatron.checkpoint.retention import is_own_file, to_remove, warn_once
 from oryx_megatron.data.files import LISTING
 from oryx_megatron.errors import CheckpointError, NewerCheckpointError
 from oryx_megatron.storage import Remote
@@ -109,19 +108,16 @@ class RemoteCheckpoints:
         """On rank 0: store.apply_retention, there."""
         if keep <= 0:
             return
-        whole = 0
-        kept = None if best is None else self._best(best, damaged)
-        for name, files in sorted(self._folders().items(), key=lambda item: iteration_of(Path(item[0])), reverse=True):
-            if NAME not in files:
-                continue
-            if whole < keep:
-                whole += name not in damaged and self._complete(name, files)
-            elif name == kept or iteration_of(Path(name)) in steps:
-                continue
-            elif not (keep_every and iteration_of(Path(name)) % keep_every == 0) and (why := self._remove(name, files)):
-                if name not in told:
-                    log.warning("the old checkpoint %s stays: %s", self.remote / name, why)
-                told.add(name)
+        folders = {name: files for name, files in self._folders().items() if NAME in files}
+        names = sorted(folders, key=lambda name: iteration_of(Path(name)), reverse=True)
+        kept_best = None if best is None else self._best(best, damaged)
+
+        def whole(name: str) -> bool:
+            return name not in damaged and self._complete(name, folders[name])
+
+        for name in to_remove(names, keep, keep_every, steps=steps, best=kept_best, whole=whole):
+            if why := self._remove(name, folders[name]):
+                warn_once(told, name, self.remote / name, why)
 
     # ------------------------------------------------------------------------------------------------- internals
 
@@ -155,17 +151,16 @@ class RemoteCheckpoints:
 
     def _remove(self, name: str, files: dict[str, int]) -> str:
         """Remove a checkpoint's own files, its manifest first; what stays and why, in words."""
-        known: Collection[str] = ()
-        patterns: tuple[str, ...] = OWN_FILES
+        listed: Collection[str] = ()
         if NAME in files:
             try:
-                known = self._manifest(name).files
+                listed = self._manifest(name).files
             except NewerCheckpointError:
                 return "it is of a newer version"
             except CheckpointError:
                 pass
         for file in sorted(files, key=lambda file: file != NAME):
-            if file in known or any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns):
+            if is_own_file(file, listed):
                 (self.remote / name / file).remove()
                 files.pop(file)
         return f"it holds {min(files)}, which is no part of a checkpoint" if files else ""

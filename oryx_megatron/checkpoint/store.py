@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import itertools
 import logging
 import os
@@ -26,7 +25,6 @@ from typing import Any
 from oryx_megatron.atomic import sync
 from oryx_megatron.checkpoint.manifest import (
     NAME,
-    OWN_FILES,
     PREFIX,
     Manifest,
     file_digest,
@@ -36,6 +34,7 @@ from oryx_megatron.checkpoint.manifest import (
     read_manifest,
 )
 from oryx_megatron.checkpoint.remote import fetch_checkpoint
+from oryx_megatron.checkpoint.retention import is_own_file, to_remove, warn_once
 from oryx_megatron.errors import CheckpointError, ClosedCheckpointError, NewerCheckpointError
 from oryx_megatron.paths import is_url
 
@@ -209,30 +208,33 @@ def apply_retention(
         steps: Those at these iterations stay too.
         best: So does the one with the lowest of this validation loss, `SET/PLAN` (`best_checkpoint`).
         damaged: Names found damaged at load.
-        told: Names of those that stay and of which that was said, for it to be said once.
+        told: Names of those that could not be removed, as was said; each is said once.
     """
     if keep <= 0:
         return []
     told = set() if told is None else told
-    removed = []
-    whole = 0
     lowest = None if best is None else best_checkpoint(root, best, damaged=damaged)
+    names = []
     for folder in reversed(list_checkpoints(root)):
         if folder.is_symlink():
-            _say_once(told, folder, "it is a link")
-        elif whole < keep:
-            whole += folder.name not in damaged and _complete(folder)
-        elif folder == lowest or iteration_of(folder) in steps:
+            warn_once(told, folder.name, folder, "it is a link")
+        else:
+            names.append(folder.name)
+
+    def whole(name: str) -> bool:
+        return name not in damaged and _complete(root / name)
+
+    removed = []
+    kept_best = None if lowest is None else lowest.name
+    for name in to_remove(names, keep, keep_every, steps=steps, best=kept_best, whole=whole):
+        try:
+            left = _remove(root / name)
+        except (CheckpointError, OSError) as error:
+            warn_once(told, name, root / name, str(error))
             continue
-        elif not (keep_every and iteration_of(folder) % keep_every == 0):
-            try:
-                left = _remove(folder)
-            except (CheckpointError, OSError) as error:
-                _say_once(told, folder, str(error))
-                continue
-            if left:
-                _say_once(told, folder, f"it holds {left[0]}, which is no part of a checkpoint")
-            removed.append(folder)
+        if left:
+            warn_once(told, name, root / name, f"it holds {left[0]}, which is no part of a checkpoint")
+        removed.append(root / name)
     return removed[::-1]
 
 
@@ -245,12 +247,6 @@ def best_checkpoint(root: Path, best: str, *, damaged: Collection[str] = ()) -> 
                 manifests[folder.name] = read_manifest(folder)
     name = lowest(manifests, best)
     return None if name is None else root / name
-
-
-def _say_once(told: set[str], folder: Path, reason: str) -> None:
-    if folder.name not in told:
-        log.warning("the old checkpoint %s stays: %s", folder, reason)
-        told.add(folder.name)
 
 
 def _remove(folder: Path) -> list[str]:
@@ -275,19 +271,17 @@ def _remove(folder: Path) -> list[str]:
 
 def _foreign(folder: Path) -> list[str]:
     """Names in a checkpoint's folder that a run of this version did not put there."""
-    known: set[str] = set()
-    patterns: tuple[str, ...] = OWN_FILES
+    listed: Collection[str] = ()
     try:
-        known = set(read_manifest(folder).files)
+        listed = read_manifest(folder).files
     except NewerCheckpointError:
-        patterns = ()
+        return sorted(path.name for path in folder.iterdir())
     except CheckpointError:
         pass
     return sorted(
         path.name
         for path in folder.iterdir()
-        if (path.is_dir() and not path.is_symlink())
-        or not (path.name in known or any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns))
+        if (path.is_dir() and not path.is_symlink()) or not is_own_file(path.name, listed)
     )
 
 

@@ -28,7 +28,6 @@ from oryx_megatron.errors import DataError
 from oryx_megatron.paths import is_url
 from oryx_megatron.storage import Remote, StorageError
 
-TOKEN_DTYPES = (np.uint16, np.int32)
 FORMAT = "oryx-indexed-dataset"
 FACTS = ("documents", "tokens", "bytes", "longest", "max_token", "dtype", "files", "append_eod", "skipped", "reading")
 """Fields of the manifest that its checksum is of."""

@@ -28,7 +28,6 @@ import torch
 from oryx_megatron import compat
 from oryx_megatron.testing import run_distributed
 
-COMPAT = Path(compat.__file__).parent
 NEW = compat.megatron.since(0, 19)
 
 

@@ -11,7 +11,6 @@ import pytest
 from oryx_megatron.display import shown
 from oryx_megatron.tools import plot_run
 
-TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 HOSTILE = "a--><script>alert(1)<"
 
 
