@@ -27,7 +27,7 @@ from oryx_megatron.config.plans import HELP as PLANS
 from oryx_megatron.paths import expand_arguments
 
 if TYPE_CHECKING:
-    from oryx_megatron.eval.text import Speech
+    from oryx_megatron.eval.text import TextCodec
     from oryx_megatron.modes import Plan
 
 ORANGE, PLAIN = "\x1b[38;5;208m", "\x1b[0m"
@@ -107,7 +107,7 @@ class _Printer:
     Nothing before the first new token: an error comes before any text.
     """
 
-    def __init__(self, tokenizer: Speech, coloured: bool) -> None:
+    def __init__(self, tokenizer: TextCodec, coloured: bool) -> None:
         self.tokenizer, self.coloured = tokenizer, coloured
         self.tokens: list[int] = []
         self.shown = self.written = 0

@@ -55,7 +55,7 @@ class BlendPart:
 
 
 @dataclass(frozen=True)
-class Look:
+class BlendPreview:
     """What a run would read of one split or validation set, without indices of samples."""
 
     name: str
@@ -210,21 +210,21 @@ def _build(
     samples: dict[str, int],
     once: bool,
     count: SampleCount,
-    told: dict[str, dict[str, Any]] | None = None,
+    expected: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Blend]:
-    """Blends by name. `told`: the identities that rank 0 found; None on rank 0, which alone may build and checks more.
+    """Blends by name. `expected`: identities that rank 0 found; None on rank 0, which alone may build and checks more.
 
     The first rank of a node compares the content of its files too: they may be a copy of their own.
     """
     blends = {}
-    for source in _sources(run, tokenizer, samples, count, told):
+    for source in _sources(run, tokenizer, samples, count, expected):
         blend = blends[source.name] = _blend(run, tokenizer, source, once and source.name != "train")
-        if told is not None:
-            blend.identity = told[source.name]
+        if expected is not None:
+            blend.identity = expected[source.name]
     return blends
 
 
-def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -> dict[str, Look]:
+def preview_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -> dict[str, BlendPreview]:
     """What a run would read of each dataset, by blend: opened and checked as `build_datasets` does; writes nothing.
 
     `samples` of a part are its share by weight: the exact order is drawn when the run starts.
@@ -245,7 +245,7 @@ def look_at_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
             BlendPart(path, round(part), part * run.data.sequence_length / tokens[path])
             for path, part in wanted.items()
         )
-        found[name] = Look(name, tuple(parts), _identity(run, tokenizer, source))
+        found[name] = BlendPreview(name, tuple(parts), _identity(run, tokenizer, source))
     return found
 
 
@@ -254,12 +254,12 @@ def _sources(
     tokenizer: Tokenizer,
     samples: dict[str, int],
     count: SampleCount,
-    told: dict[str, dict[str, Any]] | None,
+    expected: dict[str, dict[str, Any]] | None,
 ) -> Iterator[_Source]:
     """Of each split and validation set, once all checks have passed."""
-    first = told is None
+    first = expected is None
     content = first or platform.local_rank() == 0
-    known = {file["path"]: data for identity in (told or {}).values() for data, file in identity["files"].items()}
+    known = {file["path"]: data for identity in (expected or {}).values() for data, file in identity["files"].items()}
     if tokenizer.vocab_size > run.model.vocab_size:
         raise DataError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, model.vocab_size is "
@@ -532,7 +532,7 @@ def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> 
     np.save(target / "sample.npy", sample_of)
 
 
-def check_resume(state: dict[str, Any], blend: Blend | Look) -> None:
+def check_resume(state: dict[str, Any], blend: Blend | BlendPreview) -> None:
     """Compare a checkpoint's data state with the blend about to be read.
 
     Raises DataError when samples before `consumed` were drawn from other data or in another order than now; warns when

@@ -77,11 +77,11 @@ def evaluate_checkpoint(
         tokenizer,
         world_size,
     )
-    spoken = load_tokenizer(run.data.tokenizer)
-    check_tokenizer(spoken, manifest.tokenizer, str(folder))
+    used_tokenizer = load_tokenizer(run.data.tokenizer)
+    check_tokenizer(used_tokenizer, manifest.tokenizer, str(folder))
     name = "valid" if data is None else Path(data).name
     if data is not None and batches is None:
-        held = open_dataset(data, vocab_size=spoken.vocab_size, tokenizer=spoken.describe())
+        held = open_dataset(data, vocab_size=used_tokenizer.vocab_size, tokenizer=used_tokenizer.describe())
         if held.tokens <= run.data.sequence_length:
             raise ConfigError(
                 f"{data} has {held.tokens} tokens, too few for one sample of {run.data.sequence_length} and its last "
@@ -95,7 +95,7 @@ def evaluate_checkpoint(
 
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     asked = {name: evaluation_samples(run)}
-    datasets = build_datasets(run, spoken, asked, once=True)
+    datasets = build_datasets(run, used_tokenizer, asked, once=True)
     chunks = build_model(run.model, run.parallel, run.precision, seed=run.seed)
     load_model_weights(folder, chunks, weights)
     with torch.inference_mode(False):
@@ -104,7 +104,7 @@ def evaluate_checkpoint(
             sizes,
             chunks,
             datasets,
-            spoken,
+            used_tokenizer,
             data_rank=parallel_state.get_data_parallel_rank(),
             plans=plans,
             text_plans=text_plans,

@@ -19,7 +19,7 @@ from oryx_megatron.eval.routed import Plans
 from oryx_megatron.modes import ModePlan, Plan
 
 
-class Speech(Protocol):
+class TextCodec(Protocol):
     """What is needed of a tokenizer here."""
 
     @property
@@ -74,7 +74,7 @@ class Generated:
 class Model:
     """A model that continues text under mode plans; `load` makes one."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Speech, default_plan: str) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: TextCodec, default_plan: str) -> None:
         self.decoder, self.tokenizer, self.default_plan = decoder, tokenizer, default_plan
 
     def _parts(self, prompt: str, tokens: list[int], new_tokens: int, spec: str | None) -> tuple[Follow, Plan | None]:
@@ -177,9 +177,9 @@ def load(
             raise ConfigError(f"{path}: an export holds one kind of weights; leave weights (--weights) out")
         return _load_export(path, tokenizer, tensor)
     model = load_for_inference(path, tensor=tensor, weights=weights)
-    spoken = load_tokenizer(tokenizer or model.run.data.tokenizer)
-    check_tokenizer(spoken, model.manifest.tokenizer, str(model.folder))
-    return Model(model, spoken, "recurrent" if model.modes == "recurrent" else "attention")
+    codec = load_tokenizer(tokenizer or model.run.data.tokenizer)
+    check_tokenizer(codec, model.manifest.tokenizer, str(model.folder))
+    return Model(model, codec, "recurrent" if model.modes == "recurrent" else "attention")
 
 
 def _load_export(path: str | Path, tokenizer: str | Path | None, tensor: int) -> Model:
@@ -191,11 +191,11 @@ def _load_export(path: str | Path, tokenizer: str | Path | None, tensor: int) ->
     model, codec = load_export(path, tokenizer)
     if not isinstance(model.config, OryxConfig):
         raise ConfigError(f"{path} holds a {model.config.model_type} model, which has no modes; give an Oryx export")
-    spoken: Speech = codec if tokenizer is not None else _ExportSpeech(codec.tokenizer, model)  # type: ignore
-    return Model(_Exported(model, str(path)), spoken, model.config.default_plan)
+    text_codec: TextCodec = codec if tokenizer is not None else _PlainTextCodec(codec.tokenizer, model)  # type: ignore
+    return Model(_Exported(model, str(path)), text_codec, model.config.default_plan)
 
 
-class _ExportSpeech:
+class _PlainTextCodec:
     """The tokenizer of an export, reading texts as training did: special tokens in them are text."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
@@ -203,11 +203,11 @@ class _ExportSpeech:
         self.eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """See Speech."""
+        """See TextCodec."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def decode(self, ids: list[int]) -> str:
-        """See Speech."""
+        """See TextCodec."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 

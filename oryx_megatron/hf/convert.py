@@ -115,7 +115,7 @@ def export(
     if run.license is None:
         log.warning("no license is set: the model card names none; set `license` in the run config, or use --license")
     model = run.model
-    spoken = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
+    used_tokenizer = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
     router = _router_of(source, manifest, model)
     longest = _longest(run)
     config = to_hf_config(
@@ -163,14 +163,14 @@ def export(
         rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in parts])
         return rows[start : start + wanted[name][0]].to(tensors[name][1])
 
-    inputs = [source] if spoken is None else [source, spoken.folder]
+    inputs = [source] if used_tokenizer is None else [source, used_tokenizer.folder]
     with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
         write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
         config.save_pretrained(folder)
         for path in model_files():
             shutil.copyfile(path, folder / path.name)
         end = manifest.tokenizer["eod"]
-        pad = end if spoken is None else export_tokenizer(spoken, folder, longest)
+        pad = end if used_tokenizer is None else export_tokenizer(used_tokenizer, folder, longest)
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
         files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, dataclasses.replace(portable(manifest), files=files), MANIFEST)

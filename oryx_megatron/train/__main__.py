@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.config_only:
             sys.stdout.write("checked: the config alone (--config-only)\n")
         else:
-            _look(run, layout)
+            _dry_run(run, layout)
         return 0
     _quiet()
     launch = ranks.read()
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if fit(run, layout, stop) is None else exit_code()
 
 
-def _look(run: RunConfig, layout: Layout) -> None:
+def _dry_run(run: RunConfig, layout: Layout) -> None:
     """Open what the run would open, and say what was checked and what was not."""
     _quiet()
     from oryx_megatron import platform
@@ -77,7 +77,7 @@ def _look(run: RunConfig, layout: Layout) -> None:
 
     remote.check(run)
     sys.stdout.write("checked on this machine:\n")
-    for checked in preflight.look(run, layout):
+    for checked in preflight.checks(run, layout):
         if not checked.what:
             sys.stdout.write(f"{shown(checked.found)}\n")
             continue

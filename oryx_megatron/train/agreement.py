@@ -45,7 +45,7 @@ class Agreement:
         self.reason = signals.decide(votes)
         return share, flops
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Exchange notes before the first step: a signal may have come while the model was built."""
         _, _, _, *votes = self.exchange(torch.tensor(False), 0.0, 0.0).tolist()
         self.reason = signals.decide(votes)

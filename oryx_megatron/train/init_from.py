@@ -36,7 +36,7 @@ from oryx_megatron.config.schema import (
     RunConfig,
 )
 from oryx_megatron.data.files import temporary_name
-from oryx_megatron.data.loader import Blend, Look, check_resume
+from oryx_megatron.data.loader import Blend, BlendPreview, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import (
     WEIGHTS_ALONE,
@@ -190,7 +190,7 @@ def expected_count(run: RunConfig, root: Path) -> SampleCount:
     return _count(run, run.init_from, read_manifest(_newest(run.init_from.path)))
 
 
-def preview(run: RunConfig, tokenizer: Tokenizer, blend: Look) -> list[str]:
+def preview(run: RunConfig, tokenizer: Tokenizer, blend: BlendPreview) -> list[str]:
     """For --dry-run of a run without checkpoints: what `find` and `take` would say, and their errors.
 
     Without ranks; files are not compared.
@@ -209,7 +209,7 @@ def preview(run: RunConfig, tokenizer: Tokenizer, blend: Look) -> list[str]:
     return describe(run, folder, manifest) + warnings(run, manifest, tokenizer)
 
 
-def check_data(settings: InitFromConfig, manifest: Manifest, blend: Blend | Look) -> None:
+def check_data(settings: InitFromConfig, manifest: Manifest, blend: Blend | BlendPreview) -> None:
     """Raise DataError when a run takes the position in data that are not its own."""
     if not settings.data:
         return

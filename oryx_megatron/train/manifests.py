@@ -13,7 +13,7 @@ from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Blend, Look, check_resume
+from oryx_megatron.data.loader import Blend, BlendPreview, check_resume
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError
 from oryx_megatron.train import init_from
 
@@ -69,7 +69,7 @@ def make(
 
 
 def check(
-    manifest: Manifest, run: RunConfig, *, name: str, root: Path, count: SampleCount, blend: Blend | Look
+    manifest: Manifest, run: RunConfig, *, name: str, root: Path, count: SampleCount, blend: Blend | BlendPreview
 ) -> None:
     """Refuse to resume from the checkpoint of another model, or of other data or batches so far.
 

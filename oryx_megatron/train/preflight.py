@@ -16,7 +16,7 @@ from oryx_megatron.checkpoint.remote import foreign
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.data.loader import Look, look_at_datasets
+from oryx_megatron.data.loader import BlendPreview, preview_datasets
 from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
@@ -33,14 +33,14 @@ OPTIMIZER_BYTES = {"adamw": 12, "muon": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """One thing that was looked at."""
+    """What one check of a dry run found."""
 
     what: str
     """Empty: a line that the start of the run logs."""
     found: str
 
 
-def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
+def checks(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     """Open what the run would open and say what is there.
 
     Raises:
@@ -52,7 +52,7 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
     yield Checked("tokenizer", f"{run.data.tokenizer}: {tokenizer.kind}, {rows}")
     root = run_folder(run) / "checkpoints"
     expected = init_from.expected_count(run, root)  # of a run on object storage, it brings the manifests here
-    data = look_at_datasets(run, tokenizer, expected)
+    data = preview_datasets(run, tokenizer, expected)
     for name, seen in data.items():
         for part in seen.parts:
             wanted = f"{'' if name == 'train' else 'up to '}{part.samples:,} samples"
@@ -74,7 +74,7 @@ def look(run: RunConfig, layout: Layout) -> Iterator[Checked]:
 
 
 def _start(
-    run: RunConfig, layout: Layout, root: Path, tokenizer: Tokenizer, data: Look, count: SampleCount
+    run: RunConfig, layout: Layout, root: Path, tokenizer: Tokenizer, data: BlendPreview, count: SampleCount
 ) -> tuple[str, list[str]]:
     """Where the run starts, and what it tells then."""
     name = f"{run.output_dir}/checkpoints"

@@ -30,7 +30,7 @@ from oryx_megatron.train.clock import Clock, Updates
 from oryx_megatron.train.engine import Taken, build_engine, run_step
 from oryx_megatron.train.evaluate import Evaluation, evaluate
 from oryx_megatron.train.guard import Guard, Prolonged
-from oryx_megatron.train.moments import Moments, last_step
+from oryx_megatron.train.intervals import Intervals, last_step
 from oryx_megatron.train.routing import routing_of
 from oryx_megatron.train.saving import Saver
 from oryx_megatron.train.sizes import check_sizes
@@ -102,7 +102,7 @@ class Trainer:
         self.stragglers = Stragglers(self.chunks, run.faults.slow_rank)
         self.watchdog = Watchdog(self.folder, run.faults.hang_timeout)
         self.saver = Saver(self.checkpoints, run.checkpoint.timeout, self.clock, self.watchdog, self.callbacks)
-        self.moments, self.iteration = Moments(run), 0
+        self.intervals, self.iteration = Intervals(run), 0
         self.evaluations: list[dict[str, Any]] = []
         self.changes: list[tuple[str, Any, Any]] = []
         """Fields that differ from those of the checkpoint: name, value there, value here."""
@@ -145,7 +145,7 @@ class Trainer:
 
     def _loop(self, last: int) -> None:
         run, stop = self.run, self.agreement
-        stop.look()
+        stop.poll()
         if self._missed_evaluation():
             self.evaluate()
         if self.iteration in run.checkpoint.steps and stop.reason is None:
@@ -158,8 +158,8 @@ class Trainer:
                 self.callbacks.call("on_slow", self.iteration, text)
             if record.skipped and self._rolled_back():
                 continue
-            saving = self.moments.save(self.iteration, last) and (not self.guard.row or self.iteration == last)
-            if self.moments.evaluate(self.iteration, saving=saving) and stop.reason is None:
+            saving = self.intervals.save(self.iteration, last) and (not self.guard.row or self.iteration == last)
+            if self.intervals.evaluate(self.iteration, saving=saving) and stop.reason is None:
                 self.evaluate()
             if saving:
                 self.save()
@@ -341,7 +341,7 @@ class Trainer:
     def _missed_evaluation(self) -> bool:
         """Whether the process before stopped when this iteration's evaluation was due."""
         done = any(result["iteration"] == self.iteration for result in self.evaluations)
-        return self.moments.evaluate(self.iteration) and not done and len(self.datasets) > 1
+        return self.intervals.evaluate(self.iteration) and not done and len(self.datasets) > 1
 
 
 def _outcome(taken: Taken, run: RunConfig, microbatches: int) -> dict[str, Any]:

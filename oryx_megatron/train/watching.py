@@ -17,7 +17,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.reading import open_regular
 from oryx_megatron.train import metrics
 from oryx_megatron.train.history import EVENTS, duration, final_loss, parse_event
-from oryx_megatron.train.moments import last_step, mean_seconds, seconds_left
+from oryx_megatron.train.intervals import last_step, mean_seconds, seconds_left
 from oryx_megatron.train.records import is_whole, read_records
 from oryx_megatron.train.signals import MARKER
 

@@ -25,7 +25,7 @@ from oryx_megatron.train import web
 from oryx_megatron.train.callbacks import MetricsFile
 from oryx_megatron.train.clock import PARTS
 from oryx_megatron.train.history import Events, read_events, summarize, summary_lines
-from oryx_megatron.train.moments import Moments, seconds_left
+from oryx_megatron.train.intervals import Intervals, seconds_left
 from oryx_megatron.train.signals import Stop, write_marker
 from oryx_megatron.train.stragglers import slowest
 
@@ -299,14 +299,14 @@ def test_time_left_counts_evaluations_and_saves() -> None:
         train__iterations=12, train__global_batch_size=2, evaluation__interval=3, evaluation__steps=(0, 8, 40),
         checkpoint__interval=10,
     )  # fmt: skip
-    moments = Moments(run)
-    assert [i for i in range(13) if moments.evaluate(i)] == [0, 3, 6, 8, 9, 12]
-    assert [i for i in range(13) if moments.save(i, 12)] == [10, 12]
-    assert moments.left(5, 12) == (4, 2)
+    intervals = Intervals(run)
+    assert [i for i in range(13) if intervals.evaluate(i)] == [0, 3, 6, 8, 9, 12]
+    assert [i for i in range(13) if intervals.save(i, 12)] == [10, 12]
+    assert intervals.left(5, 12) == (4, 2)
     assert seconds_left(run, 5, 12, sample=0.5, evaluation=100.0, save=1000.0) == 7 * 2 * 0.5 + 400.0 + 2000.0
     best = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, keep_best="valid/recurrent"))
-    assert Moments(best).left(5, 12) == (5, 2)
-    assert Moments(run).left(5, 7) == (1, 1)  # train.exit_after=7: saved there, not evaluated
+    assert Intervals(best).left(5, 12) == (5, 2)
+    assert Intervals(run).left(5, 7) == (1, 1)  # train.exit_after=7: saved there, not evaluated
 
 
 def test_nothing_to_sum_up(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from oryx_megatron.train.callbacks.base import Callback, StepRecord
 from oryx_megatron.train.clock import Clock
 from oryx_megatron.train.evaluate import Evaluation
 from oryx_megatron.train.history import duration, read_events, short
+from oryx_megatron.train.intervals import last_step, mean_seconds, seconds_left
 from oryx_megatron.train.metrics import NAME as METRICS
 from oryx_megatron.train.metrics import read_lines
-from oryx_megatron.train.moments import last_step, mean_seconds, seconds_left
 
 RECENT = 50
 """Latest steps that the time left is reckoned from."""

@@ -9,8 +9,8 @@ from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 
 
-class Moments:
-    """Of one run; iterations are steps done, 0 before the first."""
+class Intervals:
+    """When one run evaluates and saves. An iteration is a number of steps done, 0 before the first."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
@@ -29,12 +29,12 @@ class Moments:
         """Evaluations and saves from after `iteration` to `last`."""
         run, best = self.run, self.run.checkpoint.keep_best is not None
         saving, evaluating = self._listed(run.checkpoint.steps), self._listed(run.evaluation.steps)
-        saves = _moments(iteration, last, run.checkpoint.interval, saving, last)
-        evaluations = _moments(iteration, last, run.evaluation.interval, evaluating, run.train.iterations)
+        saves = _due_between(iteration, last, run.checkpoint.interval, saving, last)
+        evaluations = _due_between(iteration, last, run.evaluation.interval, evaluating, run.train.iterations)
         return len(evaluations | saves if best else evaluations), len(saves)
 
     def _listed(self, steps: Collection[int]) -> tuple[int, ...]:
-        """Those, and where a decay of the learning rate ends."""
+        """These steps, and those at which a decay of the learning rate ends."""
         return (*steps, *self.run.schedule.restarts)
 
 
@@ -44,7 +44,7 @@ def seconds_left(run: RunConfig, iteration: int, last: int, *, sample: float, ev
     Steps to come may be of other sizes: they are reckoned from the seconds of a `sample`.
     """
     count = SampleCount.of(run.train)
-    evaluations, saves = Moments(run).left(iteration, last)
+    evaluations, saves = Intervals(run).left(iteration, last)
     stepping = (count.samples_at(last) - count.samples_at(iteration)) * sample
     return stepping + evaluations * evaluation + saves * save
 
@@ -64,7 +64,7 @@ def _due(iteration: int, interval: int, steps: Collection[int], end: int) -> boo
     return iteration in steps or (iteration > 0 and (iteration == end or (interval > 0 and iteration % interval == 0)))
 
 
-def _moments(after: int, last: int, interval: int, steps: Collection[int], end: int) -> set[int]:
+def _due_between(after: int, last: int, interval: int, steps: Collection[int], end: int) -> set[int]:
     """Iterations from after `after` to `last` at which something is due."""
     regular = range(after - after % interval + interval, last + 1, interval) if interval else ()
     return {step for step in {*regular, *steps, end} if after < step <= last}
