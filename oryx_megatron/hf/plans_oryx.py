@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 PlanRuns = tuple[tuple[int, int, bool], ...]
 
@@ -39,7 +41,7 @@ def routed_share(spec: str) -> float | None:
     if kind != "router":
         return None
     if not _RATIO.fullmatch(value.strip()) or Fraction(value.strip()) > 1:
-        raise ValueError(f"{_named_plan(spec)}: `{value}` is not a number from 0 to 1; a plan is one of {FORMS}")
+        raise _wrong(spec, f"`{value}` is not a number from 0 to 1")
     return float(value)
 
 
@@ -53,7 +55,7 @@ def split_layers(spec: str) -> list[tuple[str, str]] | None:
         return None
     found = list(_PART.finditer(value))
     if not found or found[0].start():
-        raise ValueError(f"{_named_plan(spec)}: `layers:` needs parts like 0-5=attention; a plan is one of {FORMS}")
+        raise _wrong(spec, "`layers:` needs parts like 0-5=attention")
     ends = [match.start() for match in found[1:]] + [len(value)]
     return [(match[1], value[match.end() : end].strip()) for match, end in zip(found, ends)]
 
@@ -65,9 +67,7 @@ def layer_plans(spec: str, layers: int) -> tuple[str, ...] | None:
     the `rest`. Raises ValueError unless every layer is named once, and for a plan that no single layer can have.
     """
 
-    def wrong(why: str) -> ValueError:
-        return ValueError(f"{_named_plan(spec)}: {why}; a plan is one of {FORMS}")
-
+    wrong = partial(_wrong, spec)
     parts = split_layers(spec)
     if parts is None:
         return None
@@ -153,36 +153,7 @@ def parse_runs(
     `last:N` may be more than the text has, for a default plan, which meets texts of any length.
     Raises ValueError, with the spec and the list of forms, for what is no plan or does not fit the text.
     """
-
-    def wrong(why: str) -> ValueError:
-        return ValueError(f"{_named_plan(spec)}: {why}; a plan is one of {FORMS}")
-
-    def whole(text: str, least: int) -> int:
-        if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
-            raise wrong(f"`{text}` is not a whole number of at least {least}")
-        return int(text)
-
-    def tokens(text: str) -> int:
-        count = whole(text, 0)
-        if count > length and not shorter:
-            raise wrong(f"{count} tokens are more than the {length} of the text")
-        return min(count, length)
-
-    def edge(text: str, before: int) -> int:
-        if text.isdecimal():
-            return whole(text, 0)
-        if text.endswith("%") and (len(text) > DIGITS or Fraction(text[:-1]) > 100):
-            raise wrong(f"`{text}` is more than the whole text")
-        if shorter and not length:  # a default plan and no text: only the form is checked
-            return before
-        if text.endswith("%"):
-            return int(Fraction(text[:-1]) * length / 100)
-        if text.endswith("c"):
-            if characters is None:
-                raise wrong(f"`{text}`: characters count only where there is a text, as in `generate`")
-            return characters(whole(text[:-1], 0))
-        return length
-
+    text = _Text(spec=spec, length=length, chunk=chunk, prompt=prompt, shorter=shorter, characters=characters)
     chunks = -(-length // chunk)
     if chunks > CHUNKS and spec.strip().startswith(("ratio", "every")):
         raise ValueError(f"{_named_plan(spec)}: {length} tokens are {chunks} chunks of {chunk}, more than {CHUNKS}")
@@ -191,53 +162,111 @@ def parse_runs(
     if kind in ("attention", "recurrent") and not colon:
         return merge_runs([(0, length, kind == "attention")])
     if kind == "prefix":
-        count = tokens(value)
+        count = text.tokens(value)
         return merge_runs([(0, count, True), (count, length, False)])
     if kind == "last":
-        count = tokens(value)
+        count = text.tokens(value)
         return merge_runs([(0, length - count, False), (length - count, length, True)])
     if kind == "ratio":
         if not _RATIO.fullmatch(value) or Fraction(value) > 1:
-            raise wrong(f"`{value}` is not a number from 0 to 1")
+            raise _wrong(spec, f"`{value}` is not a number from 0 to 1")
         ratio = Fraction(value)  # exact: 0.29 * 100 chunks are 29, not 28
         return chunk_runs((int((i + 1) * ratio) > int(i * ratio) for i in range(chunks)), chunk, length)
     if kind == "every":
-        every = whole(value, 1)
+        every = text.whole(value, 1)
         return chunk_runs(((i + 1) % every == 0 for i in range(chunks)), chunk, length)
     if routed_share(spec) is not None:
-        raise wrong("a router chooses by the text, which is not known here; use it where a trained model reads a text")
+        why = "a router chooses by the text, which is not known here; use it where a trained model reads a text"
+        raise _wrong(spec, why)
     if kind == "layers":
-        raise wrong("`layers:` goes around all other forms, and only where a model's layers are known")
+        raise _wrong(spec, "`layers:` goes around all other forms, and only where a model's layers are known")
     if kind == "runs":
+        return text.explicit_runs(value)
+    if kind == "prompt":
+        return text.prompt_runs(value)
+    raise _wrong(spec, "unknown form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """What a plan is read for, and how its parts are read. Arguments as of `parse_runs`."""
+
+    spec: str
+    length: int
+    chunk: int
+    prompt: int | None
+    shorter: bool
+    characters: Callable[[int], int] | None
+
+    def whole(self, text: str, least: int) -> int:
+        """A whole number."""
+        if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
+            raise _wrong(self.spec, f"`{text}` is not a whole number of at least {least}")
+        return int(text)
+
+    def tokens(self, text: str) -> int:
+        """The N of `prefix:N` and `last:N`."""
+        count = self.whole(text, 0)
+        if count > self.length and not self.shorter:
+            raise _wrong(self.spec, f"{count} tokens are more than the {self.length} of the text")
+        return min(count, self.length)
+
+    def edge(self, text: str, before: int) -> int:
+        """An edge of a run, in tokens; `before` is the edge before it."""
+        if text.isdecimal():
+            return self.whole(text, 0)
+        if text.endswith("%") and (len(text) > DIGITS or Fraction(text[:-1]) > 100):
+            raise _wrong(self.spec, f"`{text}` is more than the whole text")
+        if self.shorter and not self.length:  # a default plan and no text: only the form is checked
+            return before
+        if text.endswith("%"):
+            return int(Fraction(text[:-1]) * self.length / 100)
+        if text.endswith("c"):
+            if self.characters is None:
+                why = f"`{text}`: characters count only where there is a text, as in `generate`"
+                raise _wrong(self.spec, why)
+            return self.characters(self.whole(text[:-1], 0))
+        return self.length
+
+    def explicit_runs(self, value: str) -> PlanRuns:
+        """Runs of `runs:a0-256,r256-512`."""
         runs: list[tuple[int, int, bool]] = []
         for part in value.split(","):
             match = _RUN.fullmatch(part.strip())
             if match is None:
-                raise wrong(f"`{part.strip()}` is no run like a0-256, r25%-end or r256-512")
+                raise _wrong(self.spec, f"`{part.strip()}` is no run like a0-256, r25%-end or r256-512")
             expected = runs[-1][1] if runs else 0
-            start = edge(match[2], expected)
-            stop = edge(match[3], start)
+            start = self.edge(match[2], expected)
+            stop = self.edge(match[3], start)
             if stop < start or (stop == start and (match[2] + match[3]).isdecimal()):
-                raise wrong(f"run `{part.strip()}` is empty")
+                raise _wrong(self.spec, f"run `{part.strip()}` is empty")
             if start != expected:
-                raise wrong(f"run `{part.strip()}` does not start at {expected}, where the one before it ends")
+                why = f"run `{part.strip()}` does not start at {expected}, where the one before it ends"
+                raise _wrong(self.spec, why)
             runs.append((start, stop, match[1] == "a"))
-        if shorter and not length:  # a default plan and no text: only the form is checked
+        if self.shorter and not self.length:  # a default plan and no text: only the form is checked
             return ()
-        if runs[-1][1] != length:
-            raise wrong(f"its runs end at {runs[-1][1]}, the text at {length}")
+        if runs[-1][1] != self.length:
+            raise _wrong(self.spec, f"its runs end at {runs[-1][1]}, the text at {self.length}")
         return merge_runs(runs)
-    if kind == "prompt":
+
+    def prompt_runs(self, value: str) -> PlanRuns:
+        """Runs of `prompt:PLAN,new:PLAN`."""
         before, comma, after = value.partition(",new:")
         if not comma:
-            raise wrong("`prompt:PLAN` needs `,new:PLAN` after it")
+            raise _wrong(self.spec, "`prompt:PLAN` needs `,new:PLAN` after it")
         if "prompt:" in value:
-            raise wrong("a prompt plan cannot hold another")
-        if prompt is None:
-            raise wrong("there is no prompt here, only generate has one; use one of the other forms")
-        if prompt > length:
-            raise wrong(f"the prompt of {prompt} tokens is longer than the text of {length}")
-        first = parse_runs(before, prompt, chunk=chunk, shorter=shorter, characters=characters)
-        second = parse_runs(after, length - prompt, chunk=chunk, shorter=shorter)
-        return merge_runs([*first, *((start + prompt, stop + prompt, attends) for start, stop, attends in second)])
-    raise wrong("unknown form")
+            raise _wrong(self.spec, "a prompt plan cannot hold another")
+        if self.prompt is None:
+            raise _wrong(self.spec, "there is no prompt here, only generate has one; use one of the other forms")
+        if self.prompt > self.length:
+            why = f"the prompt of {self.prompt} tokens is longer than the text of {self.length}"
+            raise _wrong(self.spec, why)
+        first = parse_runs(before, self.prompt, chunk=self.chunk, shorter=self.shorter, characters=self.characters)
+        second = parse_runs(after, self.length - self.prompt, chunk=self.chunk, shorter=self.shorter)
+        shifted = ((start + self.prompt, stop + self.prompt, attends) for start, stop, attends in second)
+        return merge_runs([*first, *shifted])
+
+
+def _wrong(spec: str, why: str) -> ValueError:
+    return ValueError(f"{_named_plan(spec)}: {why}; a plan is one of {FORMS}")
