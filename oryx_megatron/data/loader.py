@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 
 from oryx_megatron import platform
@@ -31,7 +31,7 @@ from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import BlendEntry, RunConfig
 from oryx_megatron.data.cache import cached
 from oryx_megatron.data.indexed import WHOLE, Dataset, open_dataset
-from oryx_megatron.data.places import Place
+from oryx_megatron.data.samples import cache_root, open_samples
 from oryx_megatron.data.tokenizer import Tokenizer, difference
 from oryx_megatron.errors import WEIGHTS_ALONE, DataError
 from oryx_megatron.parallel.wait import first_rank_alone
@@ -39,6 +39,8 @@ from oryx_megatron.parallel.wait import first_rank_alone
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
+Order = tuple[np.ndarray, np.ndarray]
+"""[samples] number of the dataset that each sample of a blend is from, and its number there."""
 FILES = 12
 """Files that a dataset keeps open: its tokens, its index and three arrays of samples, for training and validation."""
 
@@ -71,7 +73,7 @@ class Blend(torch.utils.data.Dataset):
         self,
         name: str,
         datasets: Sequence[GPTDataset],
-        order: tuple[np.ndarray, np.ndarray] | None,
+        order: Order | None,
         size: int,
         parts: tuple[BlendPart, ...],
         identity: dict[str, Any],
@@ -378,74 +380,58 @@ def _check_names(source: _Source) -> None:
 
 
 def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) -> Blend:
-    name, stages, share, split, opened = source.name, source.stages, source.share, source.split, source.opened
-    paths, size = source.paths, stages[-1].stop
-    cache = Path(run.data.cache_dir) if run.data.cache_dir is not None else None
+    """The samples of a source in the order of the run; `once`: each is read at most once (see `build_datasets`)."""
+    paths, size = source.paths, source.stages[-1].stop
     identity = _identity(run, tokenizer, source)
-    bounds, tokens = _parts(source)
+    sequences, tokens = _parts(source)
     held = [_held(tokens[path], run) for path in paths]
-    order, every = None, once and size == EVERY
-    if every:
-        size = sum(held)
-        if len(paths) > 1:
-            order = (np.repeat(np.arange(len(held), dtype=np.int16), held), np.concatenate([*map(np.arange, held)]))
-    elif len(paths) > 1:
-        folder = cached(
-            (cache or opened[paths[0]].place.folder / ".cache") / "blends",
-            {"paths": [opened[path].identity() for path in paths], "stages": identity["stages"]},
-            lambda target: _write_order(target, stages, paths),
-            shared=cache is not None or opened[paths[0]].place.shared,
-        )
-        order = (np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r"))
-    counted = size
+    every = once and size == EVERY
+    size = counted = sum(held) if every else size
+    order = _order(run, source, identity, held if every else None)
     if once:
-        order, counted = _read_once(name, paths, order, held, size)
+        order, counted = _read_once(source.name, paths, order, held, size)
     counts = {paths[0]: counted}
     if order is not None:
         counts = dict(zip(paths, np.bincount(order[0], minlength=len(paths)).tolist(), strict=True))
     datasets, parts = [], []
     for path in paths:
-        dataset = opened[path]
-        begin, end = bounds[path]
-        config = GPTDatasetConfig(
-            random_seed=run.seed,
-            sequence_length=run.data.sequence_length,
-            blend=([path], None),
-            split=",".join(map(str, share)),
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
+        datasets.append(
+            open_samples(
+                run,
+                tokenizer,
+                path,
+                source.opened[path],
+                split=source.split,
+                share=source.share,
+                sequences=sequences[path],
+                count=counts[path],
+            )
         )
-        key = {
-            "data": dataset.identity(), "path": path, "begin": begin, "end": end, "samples": counts[path],
-            "split": split.name, "share": list(share), "sequence_length": run.data.sequence_length, "seed": run.seed,
-            "tokenizer": tokenizer.unique_identifiers,
-        }  # fmt: skip
-
-        def build(
-            target: Path,
-            config: GPTDatasetConfig = config,
-            path: str = path,
-            place: Place = dataset.place,
-            count: int = counts[path],
-            bounds: tuple[int, int] = (begin, end),
-        ) -> GPTDataset:
-            config.path_to_cache = str(target)
-            return GPTDataset(place.megatron(), path, np.arange(*bounds, dtype=np.int32), count, split, config)
-
-        root, shared = (cache or dataset.place.folder / ".cache") / "samples", cache is not None or dataset.place.shared
-        datasets.append(build(cached(root, key, build, shared=shared)))
         parts.append(BlendPart(path, counts[path], counts[path] * run.data.sequence_length / tokens[path]))
-    identity["epochs"] = {opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
+    identity["epochs"] = {source.opened[p.path].identity(): [p.samples, bool(p.epochs > 1)] for p in parts}
     for part in parts:
-        logger.info("%s: %d samples (%.2f epochs) of %s", name, part.samples, part.epochs, part.path)
+        logger.info("%s: %d samples (%.2f epochs) of %s", source.name, part.samples, part.epochs, part.path)
     if once:
         batch = run.train.global_batch_size
         filled = -(-counted // batch) * batch
         size = filled if every else min(size, filled)
-    return Blend(name, datasets, order, size, tuple(parts), identity, min(counted, size))
+    return Blend(source.name, datasets, order, size, tuple(parts), identity, min(counted, size))
+
+
+def _order(run: RunConfig, source: _Source, identity: dict[str, Any], held: list[int] | None) -> Order | None:
+    """Dataset and sample in it, of each sample of a blend; None where there is one dataset.
+
+    By the weights of the stages, or, where `held` gives their numbers of samples, all of the datasets one by one.
+    """
+    paths = source.paths
+    if len(paths) == 1:
+        return None
+    if held is not None:
+        return np.repeat(np.arange(len(held), dtype=np.int16), held), np.concatenate([*map(np.arange, held)])
+    root, shared = cache_root(run, source.opened[paths[0]].place, "blends")
+    key = {"paths": [source.opened[path].identity() for path in paths], "stages": identity["stages"]}
+    folder = cached(root, key, lambda target: _write_order(target, source.stages, paths), shared=shared)
+    return np.load(folder / "dataset.npy", mmap_mode="r"), np.load(folder / "sample.npy", mmap_mode="r")
 
 
 def _identity(run: RunConfig, tokenizer: Tokenizer, source: _Source) -> dict[str, Any]:
@@ -482,8 +468,8 @@ def _parts(source: _Source) -> tuple[dict[str, tuple[int, int]], dict[str, int]]
 
 
 def _read_once(
-    name: str, paths: list[str], order: tuple[np.ndarray, np.ndarray] | None, held: list[int], size: int
-) -> tuple[tuple[np.ndarray, np.ndarray] | None, int]:
+    name: str, paths: list[str], order: Order | None, held: list[int], size: int
+) -> tuple[Order | None, int]:
     """The order and number of samples of an evaluation without those read before; `held`: samples of each dataset."""
     if order is None:
         short, counted = paths, min(size, held[0])

@@ -321,28 +321,41 @@ def _run(
                 save()
         _check_share(job, totals, progress.total, final=True)
         save()
-        skipped = dict(sorted(totals.bad.items()))
-        more: dict[str, Any] = {
-            "append_eod": job.append_eod,
-            "source": list(job.inputs),
-            "skipped": skipped,
-            "left_out": summarize_left_out(left_out),
-            "dropped": dict(sorted(totals.dropped.items())),
-            "paths": dict(sorted(totals.paths.items())),
-            "reading": _reading(job, units),
-        }
-        if job.shard[1] > 1:
-            more |= {"shard": list(job.shard), "corpus": corpus}
         writer.check_tokens()
-        bad_file = file_of(prefix, "skipped.jsonl")
-        if log.tell() or left_out:
-            with replacing(bad_file) as temporary:
-                shutil.copyfile(folder / "skipped.jsonl", temporary)
-                with open(temporary, "ab") as file:
-                    file.writelines(skipped_line(item.record()) for item in left_out)
-        else:
-            bad_file.unlink(missing_ok=True)
-        return writer.finish(tokenizer.describe(), totals.text_bytes, **more)
+        _write_skipped(prefix, folder, left_out, logged=log.tell() > 0)
+        return writer.finish(
+            tokenizer.describe(), totals.text_bytes, **_manifest_fields(job, units, corpus, left_out, totals)
+        )
+
+
+def _manifest_fields(
+    job: Job, units: list[tuple[Segment, ...]], corpus: str, left_out: list[LeftOut], totals: Piece
+) -> dict[str, Any]:
+    """How a dataset was made and what was left out of it, for its manifest."""
+    fields: dict[str, Any] = {
+        "append_eod": job.append_eod,
+        "source": list(job.inputs),
+        "skipped": dict(sorted(totals.bad.items())),
+        "left_out": summarize_left_out(left_out),
+        "dropped": dict(sorted(totals.dropped.items())),
+        "paths": dict(sorted(totals.paths.items())),
+        "reading": _reading(job, units),
+    }
+    if job.shard[1] > 1:
+        fields |= {"shard": list(job.shard), "corpus": corpus}
+    return fields
+
+
+def _write_skipped(prefix: Path, folder: Path, left_out: list[LeftOut], *, logged: bool) -> None:
+    """Write PREFIX.skipped.jsonl: the documents `logged` in the work folder, then files left out; none: no file."""
+    skipped = file_of(prefix, "skipped.jsonl")
+    if not logged and not left_out:
+        skipped.unlink(missing_ok=True)
+        return
+    with replacing(skipped) as temporary:
+        shutil.copyfile(folder / "skipped.jsonl", temporary)
+        with open(temporary, "ab") as file:
+            file.writelines(skipped_line(item.record()) for item in left_out)
 
 
 def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:

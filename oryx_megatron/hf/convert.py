@@ -131,41 +131,14 @@ def export(
         modeling_oryx.check_default_plan(config)
     except ValueError as error:
         raise ConversionError(f"--mode-plan: {error}") from None
-    reader = CheckpointReader(source)
-    stored = reader.shapes()
-    if weights == "ema":
-        if not has_average(stored):
-            raise ConversionError(f"{source} {NO_AVERAGE}; export its trained weights")
-        manifest = dataclasses.replace(manifest, evaluations=_of_average(manifest.evaluations))
-    rules = weight_rules(model)
-    wanted = hf_shapes(config)
-    found = {name: shape for name, shape in stored.items() if not _beside_weights(name)}
-    check_names(checkpoint_shapes(rules, wanted, model.num_layers), found, f"{source}:")
+    tensors = _ExportedTensors(source, model, hf_shapes(config), router, dtype, weights)
     store.check_files(source, manifest)
-    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
-    places: dict[str, tuple[Rule, int | None]] = {}
-    for rule, layer in _unrolled(rules, model.num_layers):
-        for name in (named(hf, layer) for hf in rule.hf):
-            own = reader.dtype(rule.checkpoint[0]) if dtype == "keep" else _DTYPES[dtype]
-            tensors[name] = (wanted[name], torch.float32 if name.split(".")[-1] in FP32 else own)
-            places[name] = rule, layer
-    config.dtype = tensors["model.embed_tokens.weight"][1]
-    beside = {} if router is None else {ROUTER + name: tensor for name, tensor in router.state_dict().items()}
-    tensors |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in beside.items()}
-
-    def produce(name: str) -> Tensor:
-        if name in beside:
-            return beside[name]
-        rule, layer = places[name]
-        names = [named(hf, layer) for hf in rule.hf]
-        start = sum(wanted[other][0] for other in names[: names.index(name)])
-        parts = [PREFIX + part if weights == "ema" and PREFIX + part in stored else part for part in rule.checkpoint]
-        rows = torch.cat([reader.read(part, layer if rule.layered else None) for part in parts])
-        return rows[start : start + wanted[name][0]].to(tensors[name][1])
-
+    if weights == "ema":
+        manifest = dataclasses.replace(manifest, evaluations=_of_average(manifest.evaluations))
+    config.dtype = tensors.kinds["model.embed_tokens.weight"][1]
     inputs = [source] if used_tokenizer is None else [source, used_tokenizer.folder]
     with appearing(target, overwrite=overwrite, inputs=inputs, error=ConversionError) as folder:
-        write_safetensors(folder, dict(sorted(tensors.items(), key=_by_layer)), produce, shard_bytes)
+        write_safetensors(folder, dict(sorted(tensors.kinds.items(), key=_by_layer)), tensors.read, shard_bytes)
         config.save_pretrained(folder)
         for path in model_files():
             shutil.copyfile(path, folder / path.name)
@@ -177,8 +150,63 @@ def export(
         (folder / "README.md").write_text(model_card(manifest, target.name, weights), encoding="utf-8")
         if check is not None:
             check(folder)
-    size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.values())
-    return Conversion(source, target, len(tensors), size, model)
+    size = sum(kind.itemsize * math.prod(shape) for shape, kind in tensors.kinds.values())
+    return Conversion(source, target, len(tensors.kinds), size, model)
+
+
+class _ExportedTensors:
+    """The tensors of an export, each made from a checkpoint when it is asked for.
+
+    Args:
+        source: The checkpoint.
+        model: Its model.
+        shapes: Of the export's weights, by name.
+        router: Exported beside them; None: the model has none.
+        dtype: See `export`.
+        weights: See `export`.
+
+    Raises:
+        ConversionError: a tensor is missing, left over or of a wrong shape, or there is no average.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        model: ModelConfig,
+        shapes: dict[str, Shape],
+        router: OryxRouter | None,
+        dtype: Format,
+        weights: WeightsKind,
+    ) -> None:
+        self._reader, self._shapes, self._weights = CheckpointReader(source), shapes, weights
+        self._stored = self._reader.shapes()
+        if weights == "ema" and not has_average(self._stored):
+            raise ConversionError(f"{source} {NO_AVERAGE}; export its trained weights")
+        rules = weight_rules(model)
+        found = {name: shape for name, shape in self._stored.items() if not _beside_weights(name)}
+        check_names(checkpoint_shapes(rules, shapes, model.num_layers), found, f"{source}:")
+        self.kinds: dict[str, tuple[Shape, torch.dtype]] = {}
+        """Shape and format of each tensor, by its name in the export."""
+        self._places: dict[str, tuple[Rule, int | None]] = {}
+        for rule, layer in _unrolled(rules, model.num_layers):
+            for name in (named(hf, layer) for hf in rule.hf):
+                own = self._reader.dtype(rule.checkpoint[0]) if dtype == "keep" else _DTYPES[dtype]
+                self.kinds[name] = (shapes[name], torch.float32 if name.split(".")[-1] in FP32 else own)
+                self._places[name] = rule, layer
+        self._router = {} if router is None else {ROUTER + name: x for name, x in router.state_dict().items()}
+        self.kinds |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._router.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name, whole."""
+        if name in self._router:
+            return self._router[name]
+        rule, layer = self._places[name]
+        names = [named(hf, layer) for hf in rule.hf]
+        start = sum(self._shapes[other][0] for other in names[: names.index(name)])
+        averaged = self._weights == "ema"
+        parts = [PREFIX + part if averaged and PREFIX + part in self._stored else part for part in rule.checkpoint]
+        rows = torch.cat([self._reader.read(part, layer if rule.layered else None) for part in parts])
+        return rows[start : start + self._shapes[name][0]].to(self.kinds[name][1])
 
 
 def _of_average(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
