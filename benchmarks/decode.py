@@ -18,9 +18,10 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -84,7 +85,7 @@ def measure(step: Step, batch: int, steps: int, device: torch.device, waits: boo
 
 
 def oryx_step(
-    model: OryxForCausalLM, context: int, batch: int, steps: int, plan: str, keep_kv: bool, graph: bool
+    model: OryxForCausalLM, context: int, batch: int, steps: int, plan: str, *, keep_kv: bool, graph: bool
 ) -> Step:
     """A decoder whose cache holds `context` tokens, warmed up on every kind of step that `plan` has."""
     config, device = model.config, model.device
@@ -115,7 +116,7 @@ def routed_step(model: OryxForCausalLM, context: int, batch: int, steps: int, pl
     What the model writes here is noise, so the modes are those of `plan`, not the router's: the share is exact.
     """
     router = model.model.mode_router
-    decode = oryx_step(model, context, batch, steps, plan, True, True)
+    decode = oryx_step(model, context, batch, steps, plan, keep_kv=True, graph=True)
     first = torch.randint(model.config.vocab_size, (batch, 16), device=model.device)
     with torch.no_grad():
         _, state = router(first)
@@ -157,6 +158,7 @@ def captured(forward: Callable[[Tensor], Tensor], batch: int, device: torch.devi
 
 
 def llama_step(model: LlamaForCausalLM, context: int, batch: int, steps: int) -> Step:
+    """A step of transformers' Llama over a static cache that holds `context` tokens."""
     config, device = model.config, model.device
     cache = StaticCache(config=config, max_cache_len=context + steps + 4 * WARM)
     cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
@@ -176,6 +178,7 @@ def llama_step(model: LlamaForCausalLM, context: int, batch: int, steps: int) ->
 
 
 def mamba_step(model: Mamba2ForCausalLM, batch: int) -> Step:
+    """A step of transformers' Mamba-2, whose states are as large after any context."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros(batch, 8, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
@@ -248,6 +251,94 @@ ROUTED = "oryx router 0.1"
 KINDS = ("oryx", "hybrid", "llama", "mamba2")
 
 
+def cases(
+    kind: str, model: Any, context: int, batch: int, fits: int, steps: int, *, first: bool
+) -> Iterator[tuple[str, int, Callable[[], Step]]]:
+    """What to measure of one kind at one context: the row's name, its batch, and what makes its step.
+
+    Args:
+        kind: Of KINDS.
+        model: Of that kind.
+        context: Tokens in the cache before the first step.
+        batch: Sequences asked for.
+        fits: Sequences whose caches fit; 0: none.
+        steps: Timed steps.
+        first: This is the first context; rows that do not depend on it are measured there only.
+    """
+    if kind == "mamba2":
+        if first:
+            yield kind, batch, functools.partial(mamba_step, model, batch)
+    elif kind == "llama":
+        if fits:
+            yield kind, fits, functools.partial(llama_step, model, context, fits, steps)
+    elif kind == "hybrid":
+        if fits:
+            yield (
+                "hybrid 3:1",
+                fits,
+                functools.partial(oryx_step, model, context, fits, steps, "attention", keep_kv=True, graph=True),
+            )
+    else:
+        for side, (plan, keep_kv, graph) in SIDES.items():
+            size = fits if keep_kv else batch
+            if side == ROUTED and size:
+                yield side, size, functools.partial(routed_step, model, context, size, steps, plan)
+            elif size and (graph or first):
+                make = functools.partial(oryx_step, model, context, size, steps, plan, keep_kv=keep_kv, graph=graph)
+                yield side, size, make
+
+
+class Table:
+    """Measures cases, prints a row for each, and keeps the results in a file as they come.
+
+    Args:
+        name: Of the device.
+        device: To measure on.
+        steps: Timed steps per case.
+        output: JSON file; None: none.
+    """
+
+    def __init__(self, name: str, device: torch.device, steps: int, output: Path | None) -> None:
+        self.name, self.device, self.steps, self.output = name, device, steps, output
+        self.results: list[Result] = []
+
+    def record(self, side: str, context: int, batch: int, make: Callable[[], Step]) -> None:
+        """Measure one case."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        milliseconds = measure(make(), batch, self.steps, self.device, waits=side == ROUTED)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        result = Result(side, context, batch, milliseconds, batch * 1e3 / milliseconds, peak)
+        self.results.append(result)
+        self._save()  # now: the run may be cut off
+        print(
+            f"| {side} | {context} | {batch} | {milliseconds:.3f} | {result.tokens_per_second:,.0f} | {peak:.1f} |",
+            flush=True,
+        )
+
+    def _save(self) -> None:
+        if self.output is None:
+            return
+        about = {"device": self.name, "torch": torch.__version__, "transformers": transformers.__version__}
+        text = json.dumps({**about, "results": [dataclasses.asdict(result) for result in self.results]}, indent=1)
+        with replacing(self.output) as temporary:
+            temporary.write_text(text + "\n")
+
+
+def measure_kind(kind: str, config: ModelConfig, model: Any, table: Table, arguments: argparse.Namespace) -> None:
+    """All cases of one kind. Its locals hold the model, which is free when this returns."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"| **{kind}: {count / 1e9:.2f} B parameters** | | | | | |", flush=True)
+    for batch, context in itertools.product(arguments.batches, arguments.contexts):
+        first = context == arguments.contexts[0]
+        room = arguments.steps + 4 * WARM
+        fits = fitting(batch, kv_bytes(config, context + room), table.device)
+        for side, size, make in cases(kind, model, context, batch, fits, arguments.steps, first=first):
+            if kind != "oryx" or arguments.only is None or side in arguments.only:
+                table.record(side, context, size, make)
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Measure all sides and print one table."""
@@ -269,60 +360,15 @@ def main(argv: list[str] | None = None) -> int:
     model_config, llama_ffn = load_model(arguments.model), load_model(arguments.llama_model).ffn_hidden_size
     hybrid_config = load_model(arguments.hybrid_model)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    results: list[Result] = []
-
-    def record(side: str, context: int, batch: int, make: Callable[[], Step]) -> None:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        milliseconds = measure(make(), batch, arguments.steps, device, waits=side == ROUTED)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        results.append(Result(side, context, batch, milliseconds, batch * 1e3 / milliseconds, peak))
-        last = results[-1]
-        if arguments.output is not None:  # now: the run may be cut off
-            about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
-            text = json.dumps({**about, "results": [dataclasses.asdict(result) for result in results]}, indent=1)
-            with replacing(arguments.output) as temporary:
-                temporary.write_text(text + "\n")
-        print(
-            f"| {side} | {context} | {batch} | {milliseconds:.3f} | {last.tokens_per_second:,.0f} | {peak:.1f} |",
-            flush=True,
-        )
-
+    table = Table(name, device, arguments.steps, arguments.output)
     print(f"| {name} | context | batch | ms per step | tokens/s | peak GiB |\n|---|---|---|---|---|---|")
-    steps, room = arguments.steps, arguments.steps + 4 * WARM
     for kind in arguments.sides:
         config = hybrid_config if kind == "hybrid" else model_config
-        model = build(kind, config, llama_ffn, device, dtype)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"| **{kind}: {count / 1e9:.2f} B parameters** | | | | | |", flush=True)
-        for batch, context in itertools.product(arguments.batches, arguments.contexts):
-            first = context == arguments.contexts[0]
-            fits = fitting(batch, kv_bytes(config, context + room), device)
-            if kind == "mamba2":
-                if first:  # its states do not know the context
-                    record(kind, context, batch, functools.partial(mamba_step, model, batch))
-            elif kind == "llama":
-                if fits:
-                    record(kind, context, fits, functools.partial(llama_step, model, context, fits, steps))
-            elif kind == "hybrid":
-                if fits:
-                    make = functools.partial(oryx_step, model, context, fits, steps, "attention", True, True)
-                    record("hybrid 3:1", context, fits, make)
-            else:
-                for side, (plan, keep_kv, graph) in SIDES.items():
-                    size = fits if keep_kv else batch
-                    if arguments.only is not None and side not in arguments.only:
-                        continue
-                    if side == ROUTED and size:
-                        record(side, context, size, functools.partial(routed_step, model, context, size, steps, plan))
-                    elif size and (graph or first):
-                        make = functools.partial(oryx_step, model, context, size, steps, plan, keep_kv, graph)
-                        record(side, context, size, make)
-        del model
+        measure_kind(kind, config, build(kind, config, llama_ffn, device, dtype), table, arguments)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    summarise(results, arguments.contexts)
+    summarise(table.results, arguments.contexts)
     return 0
 
 
