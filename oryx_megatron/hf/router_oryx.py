@@ -35,7 +35,7 @@ COUNTED = 2 * GRAMS + 1
 EXPECTED = 2 * GRAMS + 1
 """Further ones, from its table: log-probability of each follower after one and after two tokens, and of the token."""
 PLACES = 22
-"""Bits of a place in a text: 4 M tokens, and 20 bits for each of two tokens beside it in an int64."""
+"""Bits of a place in a text: 4 M tokens. The other 41 of a key are a token, or the hash of two."""
 PADDING = -1
 """In a text's history."""
 
@@ -53,8 +53,8 @@ class RouterShape:
     the text either, as routers from before this field."""
 
     def __post_init__(self) -> None:
-        if self.table < 0 or (self.table and self.vocab_size >= 1 << 20):
-            raise ValueError(f"router: table {self.table} should be at least 0, with a vocabulary below {1 << 20:,}")
+        if self.table < 0:
+            raise ValueError(f"router: table {self.table} should be at least 0")
         if min(self.vocab_size, self.width, self.layers, self.heads) < 1 or self.width % self.heads:
             raise ValueError(f"router: width {self.width} should be a positive multiple of heads {self.heads}")
 
@@ -122,12 +122,13 @@ def repetitions(history: Tensor, tokens: Tensor, counts: bool = False) -> Found:
     features, followed = _found(text, places[begin:], torch.stack(last, -1))
     before = _shifted(text, 1)
     if counts:
-        here, place = tokens.unsqueeze(-1) + 1, places[begin:, None]
-        words = _placed(text + 1, places).sort(1).values
-        pairs = _placed(before + 1, places, text + 1).sort(1).values
-        last_place = words.gather(1, (_until(words, _placed(followed + 1, place)) - 1).clamp_min(0).flatten(1))
+        here, place = tokens.unsqueeze(-1), places[begin:, None]
+        words = _placed(text, places).sort(1).values
+        pairs = _placed(_pair(before, text), places).sort(1).values
+        last_place = words.gather(1, (_until(words, _placed(followed, place)) - 1).clamp_min(0).flatten(1))
         since = place - (last_place & ((1 << PLACES) - 1)).view_as(followed)
-        often = _until(pairs, _placed(here, place, followed + 1)) - _until(pairs, _placed(here, -1, followed + 1))
+        pair = _pair(here, followed)
+        often = _until(pairs, _placed(pair, place)) - _until(pairs, _placed(pair, -1))
         seen = _until(words, _placed(here, place - 1)) - _until(words, _placed(here, -1))
         features = torch.cat((features, _counted(followed, since, often, seen)), -1)
     return Found(features, followed, before[:, begin:])
@@ -161,9 +162,14 @@ def _shifted(text: Tensor, n: int) -> Tensor:
     return F.pad(text[:, : max(text.shape[1] - n, 0)], (min(n, text.shape[1]), 0), value=PADDING)
 
 
-def _placed(token: Tensor, place: Tensor | int, after: Tensor | int = 0) -> Tensor:
-    """Keys that order by token (+ 1), the one after it, and place."""
-    return (token << (PLACES + 20)) + (after << PLACES) + place
+def _placed(what: Tensor, place: Tensor | int) -> Tensor:
+    """Keys that order by what stands at a place, then by place."""
+    return (what << PLACES) + place
+
+
+def _pair(token: Tensor, after: Tensor) -> Tensor:
+    """A number of 41 bits for two tokens of any vocabulary: two pairs share one once in 2^41."""
+    return ((token * 0x9E3779B97F4A7C1 + after) * 0x1CE4E5B9BF58476D >> PLACES) & ((1 << (63 - PLACES)) - 1)
 
 
 def _until(ordered: Tensor, keys: Tensor) -> Tensor:

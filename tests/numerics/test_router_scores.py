@@ -66,9 +66,10 @@ def test_a_score_depends_on_the_past_alone(made: OryxRouter) -> None:
     assert (before[:, 40:] != after[:, 40:]).all(1).any()
 
 
-def test_repetitions_are_counted_by_hand() -> None:
-    """Against a loop over all earlier places, with padding: at once, in parts, and place by place."""
-    tokens = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("spread", [1, (1 << 20) + 7, (1 << 29) - 3])
+def test_repetitions_are_counted_by_hand(spread: int) -> None:
+    """Against a loop over all earlier places, with padding: at once, in parts, and place by place; any vocabulary."""
+    tokens = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(3)) * spread
     tokens[0, :6] = PADDING
     expected, followed = torch.zeros(3, 40, FEATURES + COUNTED), torch.full((3, 40, GRAMS), PADDING)
     for row, text in enumerate(tokens.tolist()):
@@ -111,6 +112,17 @@ def test_repetitions_are_counted_by_hand() -> None:
 def test_no_counts_in_texts_beyond_its_keys() -> None:
     with pytest.raises(ValueError, match="below 4,194,304 tokens, and this one has 4,194,305"):
         repetitions(torch.zeros(1, 1 << 22, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), counts=True)
+
+
+def test_a_large_vocabulary_counts_too() -> None:
+    large = OryxRouter(RouterShape((1 << 20) + 9, 4, 1, 1, table=64)).eval()
+    tokens = (1 << 20) - 40 + texts(2, 30) % 49
+    large.count(tokens)
+    torch.nn.init.normal_(large.score.weight)
+    scores, state = large(tokens[:, :20])
+    then, _ = large(tokens[:, 20:], state)
+    torch.testing.assert_close(torch.cat((scores, then), 1), large(tokens)[0], rtol=0, atol=1e-5)
+    assert large.singles[tokens].min() > 0
 
 
 def test_the_table_knows_what_is_likely() -> None:
