@@ -184,6 +184,10 @@ def _mixer_parts(model: ModelConfig, layers: int) -> list[ModelPart]:
     return parts
 
 
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def _merged(model: ModelConfig) -> list[ModelPart]:
     """Parameters of all mixers; parts of some layers say so."""
     found: dict[tuple[str, User], list[ModelPart]] = {}
@@ -196,7 +200,7 @@ def _merged(model: ModelConfig) -> list[ModelPart]:
     parts = []
     for (name, user), several in found.items():
         some = layers[name, user] < model.num_layers
-        note = f"{several[0].note}, {layers[name, user]} layers" if some else several[0].note
+        note = f"{several[0].note}, {_layers(layers[name, user])}" if some else several[0].note
         fixed = users[name] > 1 and user == "shared"
         parts.append(ModelPart(f"{name} (fixed)" if fixed else name, sum(part.count for part in several), user, note))
     return parts
@@ -205,10 +209,10 @@ def _merged(model: ModelConfig) -> list[ModelPart]:
 def _mlp_parts(model: ModelConfig) -> list[ModelPart]:
     """Parameters behind the mixers: dense layers, and layers with experts."""
     d, moe, count = model.hidden_size, model.moe, model.expert_layers
-    some = f", {model.num_layers - count} layers" if count else ""
+    some = f", {_layers(model.num_layers - count)}" if count else ""
     parts = [ModelPart("mlp", (model.num_layers - count) * 3 * d * model.ffn_hidden_size, "shared", f"3 d f{some}")]
     if moe is not None:
-        some = f", {count} layers" if count < model.num_layers else ""
+        some = f", {_layers(count)}" if count < model.num_layers else ""
         one = count * 3 * d * moe.ffn_hidden_size
         note = f"E 3 d {moe.ffn_hidden_size}{some}"
         parts.append(ModelPart("experts", moe.experts * one, "shared", note, idle=(moe.experts - moe.top_k) * one))

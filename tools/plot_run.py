@@ -42,13 +42,19 @@ GREY = "#8a8a8a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#8c510a")  # Okabe and Ito
 LINES = ("-", "--", ":", "-.")
 LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert", "dropped_share": "share dropped"}
+ROUTERS = {
+    "router_entropy": "entropy of the scores (nats)",
+    "load_balancing_loss": "load-balancing loss (1: even)",
+    "router_z_loss": "z-loss",
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Two curves of one panel differ in colour, or in line and marker: 4 and 7 give 28 pairs for each colour."""
 SMOOTH = 50
 """The smoothed curve averages over a fiftieth of the run."""
 MODES = ("attention", "recurrent", "mixed")
-PANELS = ("plans", "modes", "share", "experts")
-"""Training loss and plans; training loss by mode; loss against attention share; load of experts."""
+PANELS = ("plans", "modes", "share", "experts", "heads")
+"""Training loss and plans; training loss by mode; loss against attention share; load of experts and what their routers
+did; loss of each head of multi-token prediction."""
 ROW = 3
 """Panels of a row."""
 LATEST = 10
@@ -66,6 +72,10 @@ class Curves:
     """Position and loss by validation set and plan."""
     load: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Position and figure of every step of a run with experts: busiest and idlest expert, share dropped."""
+    routers: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Position and figure of every step of a run with experts: entropy and losses of the routers, unweighted."""
+    heads: list[list[tuple[float, float]]] = field(default_factory=list)
+    """Position and loss of every step by head of multi-token prediction."""
     by_expert: list[list[float]] = field(default_factory=list)
     """Latest load by layer and expert, over an even share."""
     by_mode: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -170,9 +180,15 @@ def read_curves(path: Path, x: str, name: str) -> Curves:
             for mode, loss in line.get("loss_by_mode", {}).items():
                 if mode in MODES and math.isfinite(loss):
                     curves.by_mode.setdefault(mode, []).append((positions[line["iteration"]], loss))
-            for figure in LOADS:
-                if math.isfinite(value := line.get(figure, math.nan)):
-                    curves.load.setdefault(figure, []).append((positions[line["iteration"]], value))
+            for group, figures in ((curves.load, LOADS), (curves.routers, ROUTERS)):
+                for figure in figures:
+                    if math.isfinite(value := line.get(figure, math.nan)):
+                        group.setdefault(figure, []).append((positions[line["iteration"]], value))
+            heads = line.get("mtp_losses") or [line["mtp_loss"]] if "mtp_loss" in line else []
+            for head, loss in enumerate(heads):
+                curves.heads += [[]] if head == len(curves.heads) else []
+                if math.isfinite(loss):
+                    curves.heads[head].append((positions[line["iteration"]], loss))
         elif line["kind"] == "routing":
             curves.by_expert = line["expert_load"]
     for line in lines:
@@ -256,8 +272,11 @@ def draw(
         panels.append(("loss against attention share", functools.partial(_against_share, runs=runs)))
     if (routed := [run for run in runs if run.load]) and "experts" in wanted:
         panels.append(("load of experts", functools.partial(_load, runs=routed, alone=len(runs) == 1)))
+        panels.append(("routers", functools.partial(_routers, runs=routed, alone=len(runs) == 1)))
         if len(runs) == 1 and runs[0].by_expert:
             panels.append(("latest load by expert", functools.partial(_experts, run=runs[0])))
+    if (ahead := [run for run in runs if any(run.heads)]) and "heads" in wanted:
+        panels.append(("heads, each a token further", functools.partial(_heads, runs=ahead, smooth=smooth)))
     if not panels:
         raise ConfigError(f"--panels {' '.join(wanted)}: the runs have nothing of it yet")
     columns = min(len(panels), ROW)
@@ -368,6 +387,33 @@ def _load(ax: Any, *, runs: list[Curves], alone: bool) -> list[tuple[Any, str]]:
             legend.append((line, LOADS[name] if alone else f"{run.name}, {LOADS[name]}"))
     ax.axhline(1.0, color=GREY, linewidth=0.8)
     ax.set(ylabel="tokens over an even share")
+    return legend
+
+
+def _routers(ax: Any, *, runs: list[Curves], alone: bool) -> list[tuple[Any, str]]:
+    """Entropy and losses of the routers, without those that are not asked for; colours as in `_load`."""
+    legend = []
+    for i, run in enumerate(runs):
+        for j, (name, label) in enumerate(ROUTERS.items()):
+            points = run.routers.get(name, [])
+            if not any(value for _, value in points):
+                continue
+            style = _style(j) if alone else _style(i, j, len(ROUTERS))
+            line = ax.plot(*zip(*smoothed(points)), color=style["color"], linestyle=style["linestyle"])[0]
+            legend.append((line, label if alone else f"{run.name}, {label}"))
+    ax.set(ylabel="mean over layers")
+    return legend
+
+
+def _heads(ax: Any, *, runs: list[Curves], smooth: int | None) -> list[tuple[Any, str]]:
+    """Training loss of every head of multi-token prediction, beside the model's own."""
+    legend = []
+    for i, run in enumerate(runs):
+        curves = [("the model's own", run.steps), *((f"head {k}", points) for k, points in enumerate(run.heads, 1))]
+        for j, (label, points) in enumerate(curves):
+            style = _style(j) if len(runs) == 1 else _style(i, j, len(curves))
+            line = _smoothed(ax, points, smooth, color=style["color"], linestyle=style["linestyle"])
+            legend.append((line, label if len(runs) == 1 else f"{run.name}, {label}"))
     return legend
 
 

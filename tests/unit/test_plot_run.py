@@ -134,6 +134,7 @@ def test_load_of_experts(runs, tmp_path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[:10]:
         line |= {"expert_load_max": 2.0 - line["iteration"] / 20, "expert_load_min": 0.5, "dropped_share": 0.0}
+        line |= {"router_entropy": 1.3, "load_balancing_loss": 1.0 + line["iteration"] / 10, "router_z_loss": 0.0}
     tables = ([[1.5, 0.5], [1.0, 1.0]], [[1.25, 0.75], [1.0, 1.0]], [[1.0], [1.0, 2.0]], [[]], "none", [["a", 1.0]])
     lines += [{"kind": "routing", "iteration": n, "expert_load": table} for n, table in enumerate(tables)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -143,13 +144,33 @@ def test_load_of_experts(runs, tmp_path) -> None:
     assert curves[1].load == {}
     alone, both = plot_run.draw(curves[:1], "iteration"), plot_run.draw(curves, "iteration")
     titles = [[ax.get_title() for ax in figure.axes] for figure in (alone, both)]
-    assert {"load of experts", "latest load by expert"} <= set(titles[0])
-    assert "load of experts" in titles[1]
+    assert {"load of experts", "routers", "latest load by expert"} <= set(titles[0])
+    assert {"load of experts", "routers"} <= set(titles[1])
+    (panel,) = (ax for ax in alone.axes if ax.get_title() == "routers")
+    named = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert named == ["entropy of the scores (nats)", "load-balancing loss (1: even)"]  # no z-loss was asked for
+    assert panel.lines[1].get_xydata()[-1].tolist() == [10, 2.0]
     assert "latest load by expert" not in titles[1]
     (panel,) = (ax for ax in alone.axes if ax.get_title() == "load of experts")
     shown_lines = [text.get_text() for text in panel.get_legend().get_texts()]
     assert shown_lines == ["busiest expert", "idlest expert"]  # nothing was dropped
     assert plot_run.main([runs[0], "--out", str(tmp_path / "load.png")]) in (0, None)
+
+
+def test_losses_of_heads(runs, tmp_path) -> None:
+    """A curve for every head beside the model's own; one head writes `mtp_loss` alone."""
+    for run, heads in zip(runs, (2, 1)):
+        path = Path(run) / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in (line for line in lines if line["kind"] == "step"):
+            losses = [4.5 + k - line["iteration"] / 20 for k in range(heads)]
+            line |= {"mtp_loss": sum(losses) / heads} | ({"mtp_losses": losses} if heads > 1 else {})
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = [plot_run.read_curves(Path(run) / "metrics.jsonl", "iteration", run) for run in runs]
+    assert [[points[0] for points in found.heads] for found in curves[:2]] == [[(1, 4.45), (1, 5.45)], [(1, 4.45)]]
+    (panel,) = plot_run.draw(curves[:1], "iteration", wanted=["heads"]).axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["the model's own", "head 1", "head 2"]
+    assert plot_run.main([*runs, "--panels", "heads", "--out", str(tmp_path / "heads.svg")]) in (0, None)
 
 
 def test_damaged_lines_are_left_out_and_said_once(runs, tmp_path, caplog) -> None:
