@@ -56,7 +56,7 @@ def on_machines_apart(config: str, url: str, caches: str) -> list[str]:
         from oryx_megatron import storage
 
         storage._held.clear()
-    train(path, *on, tensor)
+    train(path, *on, tensor, "logging.profile=[4, 4]", "logging.profile_ranks=[0, 1]")
     return here
 
 
@@ -72,6 +72,8 @@ def test_ranks_apart(tmp_path: Path) -> None:
     whole, there = ([line["loss"] for line in part if line["kind"] == "step"] for part in (read, lines))
     assert there[:3] == whole[:3]
     torch.testing.assert_close(torch.tensor(there), torch.tensor(whole), rtol=1e-4, atol=0)
+    ends = ("trace.json.gz", "txt")  # of the rank on the other machine, too
+    assert set(Remote(f"{url}/profile").files()) == {f"rank{rank}-steps4-4.{end}" for rank in (0, 1) for end in ends}
     files = Remote(f"{url}/checkpoints").files()
     assert {name.partition("/")[0] for name in files} == {"iteration_0000006"}
     assert {name.partition("/")[2] for name in files} >= {"__0_0.distcp", "__1_0.distcp", "manifest.json", ".metadata"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from oryx_megatron import platform
 from oryx_megatron.data.files import replacing
 from oryx_megatron.display import shown
+from oryx_megatron.storage import Remote, StorageError
 from oryx_megatron.train.callbacks.base import Callback, StepRecord
 from oryx_megatron.train.traces import Trace
 
+log = logging.getLogger(__name__)
 FOLDER = "profile"
 LARGEST = 10
 """Kernels, gaps and allocations that are printed; the file has more."""
@@ -37,10 +40,15 @@ class Profile(Callback):
         first: First step, from 1.
         last: Last step.
         out: Terminal; None on ranks that print nothing.
+        remote: RUN on object storage, of which `folder` is this machine's part: files are copied there at once, since
+            only rank 0's machine copies the rest.
     """
 
-    def __init__(self, folder: Path, first: int, last: int, out: TextIO | None = sys.stdout) -> None:
+    def __init__(
+        self, folder: Path, first: int, last: int, out: TextIO | None = sys.stdout, remote: Remote | None = None
+    ) -> None:
         self.folder, self.first, self.last, self.out = folder / FOLDER, first, last, out
+        self.remote = None if remote is None else remote / FOLDER
         self._profiler: Any = None
         self._began = self._done = 0
         if platform.has_gpu():
@@ -94,11 +102,24 @@ class Profile(Callback):
         trace = Trace.read(self.folder / f"{name}.trace.json.gz")
         with replacing(self.folder / f"{name}.txt") as temporary:
             temporary.write_text(trace.report() + _listed(allocations, 100, 150))
+        place = self._copy(name)
         if self.out is not None:
             text = trace.report(LARGEST, LARGEST, WIDTH) + _listed(allocations, LARGEST, WIDTH)
-            where = f"profile of steps {self._began} to {self._done}: {self.folder}/{name}.*"
+            where = f"profile of steps {self._began} to {self._done}: {place}/{name}.*"
             self.out.write("".join(f"{shown(line)}\n" for line in (where, *text.splitlines())))
             self.out.flush()
+
+    def _copy(self, name: str) -> Path | Remote:
+        """Copy what was written to object storage, for a run there; where it can be found."""
+        if self.remote is None:
+            return self.folder
+        try:
+            for path in sorted(self.folder.glob(f"{name}.*")):
+                (self.remote / path.name).upload(path)
+        except StorageError as error:
+            log.error("%s; the profile stays in %s", error, self.folder)
+            return self.folder
+        return self.remote
 
 
 def _largest_operators(profiler: Any) -> list[tuple[int, str]]:

@@ -13,6 +13,8 @@ from oryx_megatron.config.schema import LoggingConfig, RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.paths import is_url
+from oryx_megatron.storage import Remote
 from oryx_megatron.train.callbacks.base import Callback, Callbacks
 from oryx_megatron.train.callbacks.display import Display
 from oryx_megatron.train.callbacks.events import History
@@ -40,7 +42,8 @@ def profiler(run: RunConfig, rank: int, folder: Path) -> Callbacks:
     window, ranks = run.logging.profile, run.logging.profile_ranks
     if window is None or rank not in ranks:
         return Callbacks()
-    return Callbacks([Profile(folder, *window, out=sys.stdout if rank == min(ranks) else None)])
+    there = Remote(run.output_dir) if is_url(run.output_dir) else None
+    return Callbacks([Profile(folder, *window, out=sys.stdout if rank == min(ranks) else None, remote=there)])
 
 
 def reporters(run: RunConfig, layout: Layout, clock: Clock, folder: Path) -> Callbacks:
