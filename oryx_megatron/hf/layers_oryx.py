@@ -99,10 +99,15 @@ def eager_attention_forward(
     scaling: float,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: query [b, H, s, N], key and value [b, G, t, ·], additive mask → [b, s, H, P], weights."""
+    """Attention written out: query [b, H, s, N], key and value [b, G, t, ·] → [b, s, H, P], weights.
+
+    The mask is added, or true where a key is read.
+    """
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=wide(scores.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
@@ -237,7 +242,9 @@ class OryxTokenMixer(nn.Module):
         if config.rotary != "none":
             q = rotate(q, (pick(context.rotary[0]), pick(context.rotary[1])))
         attend = eager_attention_forward
-        if config._attn_implementation != "eager":
+        # Compiled, a single fp32 query on a GPU gets strides that torch's kernel for it refuses (torch 2.11).
+        single = x.is_cuda and x.shape[1] == 1 and x.dtype == torch.float32 and torch.compiler.is_compiling()
+        if config._attn_implementation != "eager" and not (single and config._attn_implementation == "sdpa"):
             attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
         outputs, all_weights = [], []
         parts = q.transpose(1, 2).split([stop - start for start, stop in runs], 2)

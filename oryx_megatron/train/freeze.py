@@ -2,7 +2,9 @@
 
 A weight that is fused of several matrices is named by its parts (`…in_proj.weight.query_recurrent`). Where only some
 parts of a weight are frozen, the weight stays with the optimizer: the frozen rows' gradients are zeroed before their
-norm is taken, and it gets no weight decay. A weight that is frozen as a whole has no gradients and no optimizer state.
+norm is taken, and it gets no weight decay. The same holds for some of the experts that a GPU multiplies in one call:
+TransformerEngine computes the gradients of all of them, or none. A weight that is frozen as a whole has no gradients
+and no optimizer state.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     patterns = run.train.freeze
     if not patterns:
         return Frozen()
-    found: list[tuple[torch.nn.Parameter, dict[str, slice]]] = []
+    found: list[Named] = []
     for chunk in chunks:
         found += named_parts(unwrap_model(chunk), tied=run.model.tie_embeddings)
     sizes = _sizes(found)
@@ -80,14 +82,44 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     kinds = sorted({_general(name) for name in sizes if not is_frozen(name, patterns)})
     log.info("train.freeze: %s of %s parameters are frozen; trained: %s", f"{frozen:,}", f"{whole:,}", ", ".join(kinds))
     get_model_config(chunks[0]).freezes = True
-    partly = []
-    for parameter, parts in found:
-        rows = [part for name, part in parts.items() if is_frozen(name, patterns)]
-        if len(rows) == len(parts):
-            parameter.requires_grad_(False)
-        elif rows:
-            partly.append((parameter, rows))
+    wholly, partly = divide(found, patterns, [group for chunk in chunks for group in _grouped(unwrap_model(chunk))])
+    for parameter in wholly:
+        parameter.requires_grad_(False)
     return Frozen(partly)
+
+
+Named = tuple[torch.nn.Parameter, dict[str, slice]]
+"""A parameter with the rows of its parts by their name."""
+
+
+def divide(
+    found: list[Named], patterns: tuple[str, ...], groups: list[list[torch.nn.Parameter]]
+) -> tuple[list[torch.nn.Parameter], list[tuple[torch.nn.Parameter, list[slice]]]]:
+    """Parameters that get no gradients at all, and those whose gradients are zeroed afterwards, in which rows.
+
+    Args:
+        found: All parameters of this rank.
+        patterns: train.freeze.
+        groups: Parameters of which all get gradients, or none.
+    """
+    rows = [
+        (parameter, [part for name, part in parts.items() if is_frozen(name, patterns)]) for parameter, parts in found
+    ]
+    wholly = {id(parameter) for (parameter, own), (_, parts) in zip(rows, found) if len(own) == len(parts)}
+    for group in groups:
+        if not wholly.issuperset(map(id, group)):
+            wholly -= set(map(id, group))
+    return (
+        [parameter for parameter, _ in rows if id(parameter) in wholly],
+        [(parameter, own) for parameter, own in rows if own and id(parameter) not in wholly],
+    )
+
+
+def _grouped(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """Weights of each of TransformerEngine's grouped linears."""
+    named = [dict(module.named_parameters(recurse=False)) for module in model.modules()]
+    groups = [[weight for name, weight in own.items() if re.fullmatch(r"weight\d+", name)] for own in named]
+    return [group for group in groups if group]
 
 
 def check(patterns: tuple[str, ...], names: Collection[str]) -> None:
@@ -117,7 +149,7 @@ def names(model: ModelConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def named_parts(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dict[str, slice]]]:
+def named_parts(model: Any, *, tied: bool) -> list[Named]:
     """Parameters with the names of their parts and the rows of each; layers are numbered over all pipeline stages."""
     names: dict[int, str] = {}
     parts: dict[int, dict[str, int]] = {}
@@ -143,7 +175,7 @@ def named_parts(model: Any, *, tied: bool) -> list[tuple[torch.nn.Parameter, dic
     return named
 
 
-def _sizes(found: list[tuple[torch.nn.Parameter, dict[str, slice]]]) -> dict[str, int]:
+def _sizes(found: list[Named]) -> dict[str, int]:
     """Elements of every named part of the whole model; collective."""
     own: dict[str, int] = {}
     for parameter, parts in found:

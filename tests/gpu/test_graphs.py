@@ -69,7 +69,12 @@ def evaluated(run: RunConfig, chunks: list[Any], step: int) -> float:
     )
     plan = parse_plan("ratio:0.5", run.data.sequence_length, chunk=run.modes.chunk)
     batches = [Microbatch(x, x.roll(-1, 1), torch.ones(x.shape), plan) for x in samples]
-    return forward_backward(chunks, batches, forward_only=True).mean_loss
+    for chunk in chunks:
+        chunk.eval()
+    loss = forward_backward(chunks, batches, forward_only=True).mean_loss
+    for chunk in chunks:
+        chunk.train()
+    return loss
 
 
 def skip_without(setting: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import _random
@@ -29,6 +30,7 @@ from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, backends, fused, scans
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.freeze import _grouped, divide
 from oryx_megatron.train.optimizer import build_optimizer, wrap
 from oryx_megatron.train.step import Microbatch, OryxProgram
 from oryx_megatron.warmup import share_of
@@ -357,3 +359,39 @@ def test_the_scan_declines_what_does_not_fit(
     """Rather than fail in the first backward pass; test_triton_compiles.py holds the figures."""
     monkeypatch.setattr(platform, "shared_memory", lambda: available << 10)
     assert scans._triton_declines(backends.Workload(load_model("1.4b-mamba2"), dtype)) == reason
+
+
+def test_experts_multiplied_in_one_call_keep_their_gradients() -> None:
+    """TransformerEngine's grouped linears ask the first weight whether all get gradients."""
+    grouped = torch.nn.Module()
+    for i in range(4):
+        grouped.register_parameter(f"weight{i}", torch.nn.Parameter(torch.ones(2, 3)))
+    model = torch.nn.Module()
+    model.fc1, model.alone = grouped, torch.nn.Parameter(torch.ones(2))
+    (group,) = _grouped(model)
+    assert group == list(grouped.parameters())
+    found = [(weight, {f"experts.{i}.fc1": slice(None)}) for i, weight in enumerate(group)]
+    found.append((model.alone, {"alone": slice(None)}))
+    wholly, partly = divide(found, ("experts.[01].*", "alone"), [group])
+    assert [id(x) for x in wholly] == [id(model.alone)]
+    assert [(id(x), rows) for x, rows in partly] == [(id(x), [slice(None)]) for x in group[:2]]
+    wholly, partly = divide(found, ("experts.*",), [group])
+    assert [id(x) for x in wholly] == [id(x) for x in group]
+    assert partly == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_attention_written_out(dtype: torch.dtype) -> None:
+    """What a compiled single query takes on a GPU, with the masks of the kernel that it stands for."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, heads, length, 8) for heads, length in ((6, 1), (2, 13), (2, 13)))
+    mask = torch.rand(3, 1, 1, 13) < 0.6
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    given = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found, _ = eager_attention_forward(module, query, key, value, given, scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(found, wanted.transpose(1, 2))
