@@ -4,6 +4,7 @@
 |---|---|
 | `scales`, `fill_scales` | its extra state is a pickle of its own classes, which 2.20 refuses to load: checkpoints hold the tensors |
 | `own_rows` | a "duplicated" linear marks its weight as the same on all tensor-parallel ranks |
+| `begin_at` | masters of weights in FP8 begin at what its own initialisation drew, which is off here: at whatever memory held |
 | `accumulate_into_main_gradients` | megatron-core's `gradient_accumulation_fusion` needs an apex extension for its own linears |
 | `plain_weight_gradients` | without megatron-core's wrapper there is no fp32 buffer to add to |
 | `AROUND`: not importable where torch sees no GPU | megatron-core takes its optimizers and norms wherever it is installed; on a CPU they fail in the first step, or at import |
@@ -51,6 +52,15 @@ def fill_scales(module: Any, tensors: dict[str, Any], config: Any) -> None:
 def own_rows(linear: Any) -> None:
     """The weight of a linear with parallel_mode "duplicated" is this rank's: each holds its own rows."""
     linear.weight.sequence_parallel = False
+
+
+def begin_at(weight: Any, values: Any) -> None:
+    """Let the optimizer's fp32 master of a weight in FP8 begin at the values that it was rounded from, as in bf16.
+
+    megatron-core takes them from `get_high_precision_init_val`; a weight without that has no use for them.
+    """
+    if hasattr(weight, "get_high_precision_init_val"):
+        weight._high_precision_init_val = values.to("cpu", weight.dtype)
 
 
 def accumulate_into_main_gradients(chunk: Any) -> None:

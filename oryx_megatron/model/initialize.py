@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from oryx_megatron import compat
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.model.experts import expert_weights
 from oryx_megatron.model.mixer import OryxMixer
@@ -137,7 +138,9 @@ class Slicer:
             generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             whole = draw(tuple(shape), generator)
             shares.append(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
-        parameter.copy_(torch.cat(shares))  # in one piece, as weights kept in FP8 need it
+        values = torch.cat(shares)
+        parameter.copy_(values)  # in one piece, as weights kept in FP8 need it
+        compat.transformer_engine.begin_at(parameter, values)
 
 
 def normal_draw(std: float) -> Draw:

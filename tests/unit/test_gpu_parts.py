@@ -25,6 +25,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
 from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.initialize import Slicer, normal_draw
 from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, backends, fused, scans
@@ -395,3 +396,13 @@ def test_attention_written_out(dtype: torch.dtype) -> None:
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+def test_masters_of_fp8_weights_begin_at_the_drawn_values() -> None:
+    """megatron-core asks the weight for them; TransformerEngine gave it what memory held before it was drawn."""
+    weight = torch.nn.Parameter(torch.full((8, 4), torch.nan, dtype=torch.bfloat16), requires_grad=False)
+    weight._high_precision_init_val = weight.detach().cpu()
+    weight.get_high_precision_init_val = lambda: weight._high_precision_init_val
+    Slicer(None, 1).fill("in_proj", weight, normal_draw(0.02), axis=0, parts={"key": 2, "value": 6})
+    assert weight.std() > 0.01
+    assert torch.equal(weight.get_high_precision_init_val(), weight)
