@@ -371,7 +371,7 @@ def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterato
             for asked in _asked(experiment) if oryx else ():
                 chosen = ["--models", model, "--seeds", seed, *asked]
                 policy = nice + _python("policy.py", config, "--out", out, *chosen)
-                which = "-".join(["policy", *asked[1:]])
+                which = "_".join(["policy", *asked[1:]])
                 written = out / which / f"{model}-{seed}.json"
                 yield Job(f"{which}-{name}", "cpu", policy, written.is_file, (name,), 0.0, environment)
 
@@ -424,7 +424,7 @@ def summarize(runs: Sequence[RunConfig], arguments: argparse.Namespace) -> str:
     started = []
     for config in _retrieval_configs(arguments) if "retrieval" in arguments.parts else ():
         experiment = ex.load_experiment(config)
-        tables = [("policy.py", "-".join(["policy", *asked[1:]]), asked) for asked in _asked(experiment)]
+        tables = [("policy.py", "_".join(["policy", *asked[1:]]), asked) for asked in _asked(experiment)]
         for script, name, asked in [("retrieval.py", "summary", []), *tables]:
             command = _python(script, config, "--out", out / experiment.name, "--summarize", *asked)
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -6,7 +6,7 @@
 Takes the models with both modes that retrieval.py trained into the folder; writes policy/MODEL-SEED.json, and from all
 of these policy.json, policy.md and policy.png: answers found against the share of attention tokens. `--models` and
 `--seeds` name some of them, for several processes side by side. With `--queries 3` the texts ask for three keys, and
-`policy-3` is the name in place of `policy`: what few questions need.
+`policy_3` is the name in place of `policy`: what few questions need.
 
 Policies, token by token and without looking ahead:
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     experiment, name = ex.load_experiment(arguments.config), "policy"
     if arguments.queries is not None:
         experiment = replace(experiment, task=replace(experiment.task, queries=arguments.queries))
-        name += f"-{arguments.queries}"
+        name += f"_{arguments.queries}"  # no -: MODEL-SEED.json beside it are outcomes
     results = arguments.out / name
     found = [
         outcome

@@ -157,7 +157,7 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
     assert (seen["slots"]["train"], seen["slots"]["router"]) == (4, 4)
     assert "routing-gdn-hybrid-4" not in names
     assert {"needle-gdn-hybrid-5", "policy-needle-gdn-5", "mqar-cpu-mamba2-hybrid-4"} <= set(names)
-    assert {"policy-mqar-cpu-gdn-4", "policy-3-mqar-cpu-gdn-4"} <= set(names)
+    assert {"policy-mqar-cpu-gdn-4", "policy_3-mqar-cpu-gdn-4"} <= set(names)
     by_name = {job.name: job for job in seen["jobs"]}
     assert by_name["routing-gdn-4"].after == ("language-gdn-4",)
     assert by_name["policy-needle-gdn-5"].after == ("needle-gdn-5",)

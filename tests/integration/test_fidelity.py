@@ -100,7 +100,9 @@ def test_retrieval_experiment(tmp_path: Path) -> None:
     assert (out / "policy.png").read_bytes().startswith(b"\x89PNG")
     few = _run(config, out, "--examples", "16", "--queries", "1", script="policy.py")
     assert few.returncode == 0, few.stderr
-    rows = {(row["policy"], row["wanted"]): row for row in json.loads((out / "policy-1.json").read_text())}
+    rows = {(row["policy"], row["wanted"]): row for row in json.loads((out / "policy_1.json").read_text())}
+    told = _run(config, out, "--summarize")  # what else lies there is no outcome
+    assert told.returncode == 0, told.stderr
     assert rows["asked", None]["share"] == 1 / 16
 
 
