@@ -202,7 +202,7 @@ class ScheduleConfig:
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
     """Shape of a decay (wsd only)."""
     restarts: tuple[Count, ...] = ()
-    """Iterations at which a decay ends, is evaluated and saved, and the learning rate goes back to its peak."""
+    """Iterations at which a decay ends, is evaluated and saved for good, and the rate goes back to its peak."""
     rewarm: Index = 0
     """Iterations of linear warm-up from `min_lr` after each restart; 0: at once."""
 

@@ -32,6 +32,7 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.model import OryxMixer, build_model
 from oryx_megatron.train.engine import MegatronEngine, warm
+from oryx_megatron.train.intervals import retention
 from oryx_megatron.train.schedule import Schedule
 from oryx_megatron.train.step import Microbatch, OryxProgram, Totals, _reduce, launch
 
@@ -169,7 +170,7 @@ class DeepSpeedCheckpoints(Checkpoints):
     """
 
     def __init__(self, root: Path, run: RunConfig, engine: Any) -> None:
-        super().__init__(root, run.checkpoint)
+        super().__init__(root, retention(run))
         self.run, self.engine = run, engine
         self._failure: Exception | None = None
         patch.keep_failures(engine, self._kept)

@@ -30,6 +30,7 @@ from oryx_megatron.paths import is_url
 from oryx_megatron.train.ema import WeightAverage
 from oryx_megatron.train.freeze import freeze
 from oryx_megatron.train.graphs import MicrobatchGraphs
+from oryx_megatron.train.intervals import retention
 from oryx_megatron.train.optimizer import (
     apply_gradients,
     build_optimizer,
@@ -192,7 +193,7 @@ class MegatronEngine:
         """See Engine."""
         url = f"{self.run.output_dir}/checkpoints"
         kept = RemoteCheckpoints(url, root) if is_url(url) else None
-        return CheckpointManager(root, self.run.checkpoint, self.chunks, self.optimizer, kept, self.average)
+        return CheckpointManager(root, retention(self.run), self.chunks, self.optimizer, kept, self.average)
 
 
 @dataclass(frozen=True)

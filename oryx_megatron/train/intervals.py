@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from oryx_megatron.config.batch_sizes import SampleCount
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import CheckpointConfig, RunConfig
 
 
 class Intervals:
@@ -36,6 +37,11 @@ class Intervals:
     def _listed(self, steps: Collection[int]) -> tuple[int, ...]:
         """These steps, and those at which a decay of the learning rate ends."""
         return (*steps, *self.run.schedule.restarts)
+
+
+def retention(run: RunConfig) -> CheckpointConfig:
+    """The config by which checkpoints are kept: also those where a decay of the learning rate ends, as of `steps`."""
+    return replace(run.checkpoint, steps=tuple(dict.fromkeys((*run.checkpoint.steps, *run.schedule.restarts))))
 
 
 def seconds_left(run: RunConfig, iteration: int, last: int, *, sample: float, evaluation: float, save: float) -> float:

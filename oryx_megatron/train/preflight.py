@@ -23,6 +23,7 @@ from oryx_megatron.ops import backends
 from oryx_megatron.paths import is_url
 from oryx_megatron.storage import cache_folder
 from oryx_megatron.train import freeze, init_from, manifests, resume
+from oryx_megatron.train.intervals import retention
 from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
 
@@ -105,15 +106,15 @@ def checkpoint_bytes(run: RunConfig) -> int:
 
 def checkpoints_held(run: RunConfig) -> int:
     """Most checkpoints on disk at once: those kept, and the one being written."""
-    settings, last = run.checkpoint, run.train.iterations
+    settings, last = retention(run), run.train.iterations
     saved = last // settings.interval + bool(last % settings.interval) if settings.interval else 1
-    listed = {step for step in (*settings.steps, *run.schedule.restarts) if step < last}
+    listed = {step for step in settings.steps if step < last}
     saved += len([step for step in listed if not settings.interval or step % settings.interval or not step])
     kept = saved if settings.keep == 0 else settings.keep
     if settings.keep and settings.keep_every and settings.interval:
         kept += last // settings.keep_every
     if settings.keep:
-        kept += len([step for step in settings.steps if step < last]) + (settings.keep_best is not None)
+        kept += len(listed) + (settings.keep_best is not None)
     return min(kept + 1, saved)
 
 

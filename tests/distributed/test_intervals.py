@@ -15,6 +15,7 @@ from tiny_runs import lines, trainer_of
 
 from oryx_megatron.checkpoint import list_checkpoints, store
 from oryx_megatron.train import evaluate
+from oryx_megatron.train.preflight import checkpoints_held
 from oryx_megatron.train.step import forward_backward
 from oryx_megatron.train.trainer import Trainer
 
@@ -44,6 +45,16 @@ def test_steps_from_zero_on(trainer: Callable[..., Trainer], tmp_path: Path) -> 
     resumed.fit()
     assert [line["loss"] for line in lines(tmp_path, "step")] == losses
     assert lines(tmp_path, "evaluation") == evaluations
+
+
+def test_checkpoints_where_a_decay_ends_stay(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    """They are what WSD-S is for; and room for them is counted."""
+    settings = ("schedule.name=wsd", "schedule.decay=2", "schedule.restarts=[3, 6]", "train.iterations=9")
+    opened = trainer(*settings, "checkpoint.interval=2", "checkpoint.keep=1")
+    opened.fit()
+    assert saved(tmp_path) == [3, 6, 9]
+    assert list(dict.fromkeys(line["iteration"] for line in lines(tmp_path, "evaluation"))) == [3, 6, 9]
+    assert checkpoints_held(opened.run) == 4  # and the one that is being written
 
 
 def test_the_best_checkpoint_stays(
