@@ -182,7 +182,7 @@ def extra_states(model: ModelConfig) -> list[str]:
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise ConversionError when tensors are missing, left over or of another shape."""
+    """Raise ConversionError, which begins with `what`, when tensors are missing, left over or of another shape."""
     for problem, names in (
         ("lacks", sorted(expected.keys() - found.keys())),
         ("holds tensors that nothing maps:", sorted(found.keys() - expected.keys())),
@@ -192,4 +192,4 @@ def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
             raise ConversionError(f"{what} {problem} {', '.join(names[:3])}{more}")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise ConversionError(f"{what}: {name} has shape {list(found[name])}, the config asks for {list(shape)}")
+            raise ConversionError(f"{what} {name} has shape {list(found[name])}, the config asks for {list(shape)}")

@@ -194,11 +194,13 @@ class SafetensorsReader:
     of a mapped file counts as this process's memory.
 
     Raises:
-        ConversionError: no weights, or shards missing or damaged.
+        ConversionError: no weights, shards missing or damaged, or two places for one tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if (folder / INDEX).is_file() and (folder / SINGLE).is_file():
+            raise ConversionError(f"{folder} holds {SINGLE} and {INDEX}, two sets of weights; remove one of them")
         if (folder / INDEX).is_file():
             try:
                 files = sorted(set(parse_json(read_text(folder / INDEX, LARGEST))["weight_map"].values()))
@@ -215,7 +217,11 @@ class SafetensorsReader:
             raise ConversionError(f"{folder} holds no {SINGLE} and no {INDEX}")
         self._entries: dict[str, tuple[Path, torch.dtype, Shape, int]] = {}
         for file in files:
-            self._entries |= self._header(folder / file)
+            entries = self._header(folder / file)
+            if twice := sorted(entries.keys() & self._entries.keys()):
+                other = self._entries[twice[0]][0].name
+                raise ConversionError(f"{folder}: {twice[0]} stands in {other} and in {file}; remove one of them")
+            self._entries |= entries
 
     def _header(self, path: Path) -> dict[str, tuple[Path, torch.dtype, Shape, int]]:
         known: dict[str, torch.dtype] = {text: dtype for dtype, text in NAMES.items()}
@@ -252,12 +258,21 @@ class SafetensorsReader:
         return self._entries[name][1]
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """One tensor. Raises ConversionError when its file cannot be read to its end, or holds what is no number."""
         path, dtype, shape, offset = self._entries[name]
         tensor = torch.empty(shape, dtype=dtype)
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            file.readinto(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        data = memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while len(data):  # Linux reads at most 2 GiB at once, other file systems less
+                    if not (read := file.readinto(data)):
+                        raise EOFError("it ends too early")
+                    data = data[read:]
+        except (OSError, EOFError) as error:
+            raise ConversionError(f"{path} is damaged ({name}: {first_line(error)})") from None
+        if not bool(tensor.isfinite().all()):
+            raise ConversionError(f"{path}: {name} holds values that are not finite")
         return tensor
 
 
