@@ -51,7 +51,7 @@ def plain_texts(figure: Any) -> None:
 
 
 class LineFormatter(Formatter):
-    """Of log messages, each on one line."""
+    """Formats log messages, each on one line."""
 
     def formatMessage(self, record: LogRecord) -> str:
         """See base class."""

@@ -142,7 +142,7 @@ def _tested() -> Finding:
 
 
 def _version(name: str) -> str | None:
-    """Of an installed distribution."""
+    """Version of an installed distribution."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

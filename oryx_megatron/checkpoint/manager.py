@@ -285,7 +285,7 @@ class Checkpoints:
 
     @staticmethod
     def _failures(mine: BaseException | None) -> str:
-        """What failed on any rank, in words; empty when nothing did."""
+        """Failures of all ranks in one text, `rank 3: …; rank 5: …`; empty when there are none."""
         causes: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(causes, mine and _cause(mine))
         return "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)

@@ -93,7 +93,7 @@ def compiled_on_first_use(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _with_experts_on_cpus(module: ModuleType) -> Iterator[None]:
-    """Of moe_utils, before the token dispatcher takes names from it."""
+    """Patch moe_utils, before the token dispatcher takes names from it."""
     yield
     vars(module).setdefault("te_general_gemm", None)
     original = module.maybe_move_tensor_to_cpu

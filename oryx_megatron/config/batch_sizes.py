@@ -26,12 +26,12 @@ class SampleCount:
 
     @classmethod
     def of(cls, train: TrainConfig, iteration: int = 0, samples: int = 0) -> SampleCount:
-        """What a config alone says."""
+        """Batch sizes as the config has them, without those of a checkpoint."""
         return cls(planned(train), iteration, samples)
 
     @classmethod
     def read(cls, sizes: Sequence[Sequence[int]], iteration: int = 0, samples: int = 0) -> SampleCount:
-        """From JSON: the three fields of `dataclasses.astuple`."""
+        """Read what a manifest holds: the three fields of `dataclasses.astuple`."""
         return cls(tuple((start, size) for start, size in sizes), iteration, samples)
 
     def batch_at(self, iteration: int) -> int:

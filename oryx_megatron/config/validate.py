@@ -303,7 +303,7 @@ def _stage_variants(parallel: ParallelConfig, num_layers: int) -> list[ParallelC
 
 
 def divisors(number: int) -> list[int]:
-    """Of a number of ranks, from 1 on."""
+    """Divisors of a number of ranks, from 1 on."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -350,7 +350,7 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
 
 
 def _input_widths(model: ModelConfig) -> list[int]:
-    """Of the mixer's input projection, by kind of layer."""
+    """Widths of the mixer's input projection, by kind of layer."""
     keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
     gate = model.num_heads * model.v_head_dim if model.output_gate else 0
     queries = [1 if model.shared_query and kind == "both" else 1 + (kind == "both") for kind in sorted(model.kinds)]
@@ -418,7 +418,7 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 def _check_storage(run: RunConfig) -> None:
-    """That files can be written to output_dir."""
+    """Raise ConfigError where files cannot be written to output_dir."""
     if is_url(run.output_dir) and ("::" in run.output_dir or run.output_dir.startswith(("http:", "https:"))):
         raise ConfigError(f"output_dir: {run.output_dir}: files cannot be written there; use s3://, gs:// or the like")
 

@@ -293,7 +293,7 @@ class _Separator:
         return len(self.data) + (self.data.count(b"\n") if self.pattern else 0)
 
     def find(self, data: bytes) -> int:
-        """Where the first one ends; -1 when there is none."""
+        """Where the first separator ends; -1 when there is none."""
         if self.pattern is not None:
             match = self.pattern.search(data)
             return match.end() if match else -1

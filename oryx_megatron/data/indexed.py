@@ -262,7 +262,7 @@ class Dataset:
 
     @functools.cached_property
     def place(self) -> Place:
-        """Its files."""
+        """Where the dataset's files are."""
         return place_of(self.prefix)
 
     def data(self) -> Any:

@@ -122,7 +122,7 @@ class _Source:
 
     @property
     def paths(self) -> list[str]:
-        """Of its datasets, each once."""
+        """Paths of its datasets, each once."""
         return list(dict.fromkeys(entry.path for stage in self.stages for entry in stage.blend))
 
 
@@ -258,7 +258,7 @@ def _sources(
     count: SampleCount,
     expected: dict[str, dict[str, Any]] | None,
 ) -> Iterator[_Source]:
-    """Of each split and validation set, once all checks have passed."""
+    """What each split and validation set is read from, once all its checks have passed."""
     first = expected is None
     content = first or platform.local_rank() == 0
     known = {file["path"]: data for identity in (expected or {}).values() for data, file in identity["files"].items()}

@@ -54,7 +54,7 @@ class Place(Protocol):
         """Size, and when or as what it was written."""
 
     def sha256(self, end: str) -> str:
-        """Of a whole file, as hex."""
+        """sha256 of a whole file, as hex."""
 
     def pieces(self, end: str, starts: Sequence[int], length: int) -> Iterator[bytes]:
         """`length` bytes of a file from each of `starts` on."""

@@ -28,7 +28,7 @@ class Decoder(Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The model's name in messages."""
 
     @property
     def modes(self) -> str:

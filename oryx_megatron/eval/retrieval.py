@@ -79,7 +79,7 @@ class RetrievalTask(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the task, for reports."""
+        """The task's name in reports."""
         ...
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:

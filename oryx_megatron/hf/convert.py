@@ -210,7 +210,7 @@ class _ExportedTensors:
 
 
 def _of_average(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is known of the averaged weights: their losses."""
+    """The evaluations of the averaged weights, in the form of those of trained ones."""
     found = []
     for result in evaluations:
         if (loss := result.get("ema_loss")) is not None:

@@ -75,7 +75,7 @@ class TokenModes:
 
     @classmethod
     def from_mask(cls, mask: Tensor, device: torch.device) -> TokenModes:
-        """Of a CPU mask [b, s]."""
+        """The modes of a CPU mask [b, s], true where a token attends."""
         union = mask.any(0)
         edges = torch.diff(union.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
         starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
@@ -94,7 +94,7 @@ class LayerModes:
 
     @classmethod
     def from_masks(cls, masks: Tensor, device: torch.device) -> LayerModes:
-        """Of a CPU mask [layers, b, s]."""
+        """The modes of a CPU mask [layers, b, s], true where a token attends in a layer."""
         found: dict[bytes, int] = {}
         of_layer = tuple(found.setdefault(mask.numpy().tobytes(), len(found)) for mask in masks)
         return cls(tuple(TokenModes.from_mask(masks[of_layer.index(i)], device) for i in range(len(found))), of_layer)

@@ -144,7 +144,7 @@ class Slicer:
 
 
 def normal_draw(std: float) -> Draw:
-    """Of mean 0."""
+    """Draw from a normal distribution of mean 0 and this standard deviation."""
     return lambda shape, generator: torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
 
 

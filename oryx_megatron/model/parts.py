@@ -199,6 +199,6 @@ class Rows(torch.autograd.Function):
 
 
 def mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
-    """As megatron-core marks the shards of a tensor, cut along its first axis."""
+    """Mark a parameter as megatron-core does the shards of a tensor that is cut along its first axis."""
     for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
         setattr(parameter, name, value)

@@ -53,7 +53,7 @@ class Updates:
         self._last: tuple[Any, Any] | None = None
 
     def seconds(self, begun: Any, ended: Any) -> float:
-        """From the marks (platform.mark) of an update."""
+        """Seconds of an update, from its marks (platform.mark)."""
         last, self._last = self._last, (begun, ended)
         if not platform.has_gpu():
             last = self._last

@@ -64,7 +64,7 @@ class Engine(Protocol):
         """Forward and backward pass of a step's microbatches."""
 
     def gradient_norm(self) -> Tensor:
-        """[] of those gradients, over all ranks, before clipping."""
+        """[] L2 norm of those gradients, over all ranks, before clipping."""
 
     def update(self, norm: float) -> None:
         """Clip gradients of this norm and apply them."""
@@ -73,7 +73,7 @@ class Engine(Protocol):
         """Drop the gradients instead of applying them."""
 
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
 
     def advance(self) -> None:
         """Move the learning rate on by a step, whether or not it was applied."""
@@ -198,7 +198,7 @@ class MegatronEngine:
 
 @dataclass(frozen=True)
 class Taken:
-    """What came of one optimizer step."""
+    """Result of one optimizer step."""
 
     totals: Totals
     grad_norm: float
@@ -212,7 +212,7 @@ class Taken:
     begun: Any
     reduced: Any
     updated: Any
-    """Moments of the device (platform.mark): before the first microbatch, with reduced gradients, after the update."""
+    """Time marks of the device (platform.mark): before the first microbatch, gradients reduced, after the update."""
     by_mode: dict[str, float]
     """See `loss_by_mode`."""
 

@@ -71,7 +71,7 @@ class Guard:
         self.rolled_back_to, self.skipped = to, skipped
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State that a checkpoint keeps, for `load_state`."""
         return {"skipped_samples": self.skipped, "losses": list(self.losses)}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -180,14 +180,14 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """As `1:02:03` or `2:03`."""
+    """Seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def short(value: float) -> str:
-    """As `1.2M`."""
+    """A number in a few characters, as `1.2M`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{unit}"

@@ -41,7 +41,7 @@ class Schedule(OptimizerParamScheduler):
         )
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """That of the step after `num_steps`, in this parameter group."""
+        """Learning rate of the step after `num_steps`, in this parameter group."""
         done, rewarm = self.num_steps, self._schedule.rewarm
         begin, end = next(((b, e) for b, e in self._phases if done < e), self._phases[-1])
         if begin:
@@ -57,7 +57,7 @@ class Schedule(OptimizerParamScheduler):
 
 
 def learning_rate(run: RunConfig, iteration: int) -> float:
-    """That of the step after `iteration` steps."""
+    """Learning rate of the step after `iteration` steps."""
     group: dict[str, Any] = {}
     Schedule(run, SimpleNamespace(param_groups=[group])).step(increment=iteration)
     return float(group["lr"])
