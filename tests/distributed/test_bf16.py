@@ -67,7 +67,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
 
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_losses(name: str, trained: tuple[Path, dict[str, list[float]]]) -> None:
+def test_losses_are_those_of_one_rank_and_bit_equal_after_a_resume(
+    name: str, trained: tuple[Path, dict[str, list[float]]]
+) -> None:
     """Those of one rank but for bf16's roundings, and bit-equal behind a checkpoint."""
     losses = trained[1][name]
     assert losses[: BEFORE + AFTER] == pytest.approx(trained[1][LAYOUTS[name][0]], rel=3e-3)

@@ -187,7 +187,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.timeout(700)
-def test_layouts(found: dict[str, list[Any]], root: Path) -> None:
+def test_averages_are_equal_between_layouts_and_divided_over_ranks(found: dict[str, list[Any]], root: Path) -> None:
     """Against the loop in every world (in the ranks); equal between layouts; divided over data-parallel ranks."""
     assert set(found) == set(CASES)
     (one,) = found["one"]

@@ -165,9 +165,10 @@ def test_a_dropped_step_leaves_no_trace_in_the_biases(trained: dict[str, Any]) -
     assert trained["discarded"]
 
 
-def test_figures(trained: dict[str, Any]) -> None:
+def test_loads_are_of_an_even_share_and_capacity_alone_drops(trained: dict[str, Any]) -> None:
     """Loads are of an even share; capacity drops choices, and nothing else does."""
     by_model = {model: trained[f"{model} one"] for model in MODELS}
+    assert all(by_model.values())
     for model, steps in by_model.items():
         for _, _, balance, z, entropy, most, least, dropped, *_ in steps:
             assert least <= 1

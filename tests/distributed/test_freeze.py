@@ -130,7 +130,9 @@ def found() -> dict[str, list[list[Any]]]:
 
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("patterns", [RECURRENT, FIRST_STAGE], ids=("recurrent path", "first stage"))
-def test_layouts(found: dict[str, list[list[Any]]], patterns: tuple[str, ...]) -> None:
+def test_frozen_runs_have_equal_losses_under_every_layout(
+    found: dict[str, list[list[Any]]], patterns: tuple[str, ...]
+) -> None:
     (((expected, _, states),),) = (found[f"one {patterns[0]}"],)
     assert min(norm for _, norm in expected) > 0
     for name in LAYOUTS:

@@ -88,7 +88,7 @@ def under_layouts(config: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_layouts(tmp_path: Path) -> None:
+def test_weights_are_equal_under_other_layouts(tmp_path: Path) -> None:
     """Bit for bit the weights under other layouts; with everything taken along, the source's own losses."""
     run_distributed(under_layouts, 2, tiny_project(tmp_path), timeout=500)
     runs = Runs(tmp_path)
@@ -345,7 +345,7 @@ def test_every_field_of_a_model_is_of_one_kind() -> None:
     assert names - set(SHAPES) - {"rope_scaling", "mtp"} == free
 
 
-def test_heads(
+def test_new_heads_start_new_and_common_ones_from_the_source(
     trainer: Callable[..., Trainer], project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """New heads of multi-token prediction start from new weights, those that the source has too from its own."""
@@ -394,7 +394,7 @@ def test_heads(
         trainer(f"init_from={source}", "model.mtp={layers: 2}", "train.iterations=3", *frozen)
 
 
-def test_an_export(
+def test_an_export_starts_a_run_where_its_checkpoint_was(
     trainer: Callable[..., Trainer], project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An export is where its checkpoint was, without a checkpoint on the way; nothing temporary stays."""

@@ -163,7 +163,7 @@ def test_unreachable_first_node(alone, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_ring(count: int) -> None:
+def test_turns_of_the_ring_are_disjoint_and_cover_it(count: int) -> None:
     """Turns are disjoint; together they are the ring's edges, each once."""
     nodes = [f"n{i}" for i in range(count)]
     turns = ring(nodes)
@@ -175,7 +175,7 @@ def test_ring(count: int) -> None:
     assert edges == sorted(wanted)
 
 
-def test_blame() -> None:
+def test_a_node_slow_with_both_neighbours_is_blamed_else_the_pair() -> None:
     """Slow with both neighbours: the node. Slow with one: the pair."""
 
     def blamed(**speeds: float | str) -> list[tuple[str, ...]]:

@@ -104,7 +104,9 @@ def test_one_pass_is_what_decoding_does(trained: tuple[Path, list[dict[str, Any]
     assert len(alone["written"]) == 12
 
 
-def test_errors(hf_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_foreign_routers_are_named(
+    hf_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = hf_project.parent / "gdn tp2"
     found = sorted((run / "checkpoints").iterdir())[-1]
     with pytest.raises(ConfigError, match=rf"plan router:0\.1: {run}/{NAME} is missing; train a router: oryx router"):
@@ -121,7 +123,7 @@ def test_errors(hf_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "/nowhere does not exist" in capsys.readouterr().err
 
 
-def test_table() -> None:
+def test_the_table_shows_shares_losses_and_the_gap() -> None:
     rows = [router.Row("attention", 1.0, 2.0), router.Row("recurrent", 0.0, 3.0), router.Row("router:0.1", 0.1, 2.4)]
     assert router.table(rows).splitlines() == [
         "plan           attention     loss  of the gap",

@@ -86,7 +86,7 @@ def tool(name: str, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
-def test_a_run(
+def test_a_run_on_object_storage_is_the_run_on_a_disk(
     project: Path, cache: Path, scheme: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped, resumed on another machine, bit for bit the run on a disk; then read by every command."""

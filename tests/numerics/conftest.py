@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from oryx_megatron import parallel
+from oryx_megatron.config.schema import ParallelConfig
+
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
@@ -14,3 +17,11 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """Process groups of one rank, which a model needs."""
+    parallel.initialize(ParallelConfig(), seed=1)
+    yield
+    parallel.destroy()

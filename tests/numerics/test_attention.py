@@ -107,7 +107,7 @@ def test_work_is_that_of_the_attention_tokens(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_formats(dtype):
+def test_attention_equals_the_reference_in_both_formats(dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     plan = parse_plan("ratio:0.5", 100, chunk=10)
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in random_inputs(100, 130, seed=2))

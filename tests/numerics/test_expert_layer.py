@@ -6,7 +6,6 @@ n tokens, d hidden size, E experts, k of which each token takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from oryx_megatron import parallel
 from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import build_model
 from oryx_megatron.model.experts import expert_weights
@@ -35,14 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "capacity": {"capacity_factor": 0.6},
     "everything": {"score": "sigmoid", "bias_update_rate": 0.1, "z_loss": 0.1, "capacity_factor": 0.8, "top_k": 3},
 }
+pytestmark = pytest.mark.usefixtures("one_rank")
 LENGTH, ROWS = 13, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield
-    parallel.destroy()
 
 
 def model_of(**moe: Any) -> ModelConfig:

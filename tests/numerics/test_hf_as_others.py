@@ -10,7 +10,7 @@ import copy
 import peft
 import pytest
 import torch
-from hf_reference import tiny_config, tiny_model
+from hf_reference import random_ids, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from transformers.utils import logging
@@ -22,10 +22,6 @@ from oryx_megatron.hf.modes_oryx import TokenModes
 
 MIXERS = ("gdn", "mamba2")
 PLANS = ("attention", "recurrent", "every:2")
-
-
-def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

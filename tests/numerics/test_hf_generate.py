@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_reference import tiny_model
+from hf_reference import random_ids, tiny_model
 
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM, plan_mask
 
 MIXERS = ("gdn", "mamba2")
 PLANS = ("attention", "recurrent", "prompt:attention,new:recurrent", "prompt:recurrent,new:attention", "ratio:0.5")
-
-
-def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check_against_one_pass(model: OryxForCausalLM, out, plan, prompt: int, start: int = 0) -> None:

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from hf_reference import reference_logits, tiny_model
+from hf_reference import in_pieces, random_ids, reference_logits, tiny_model
 
-from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM, check_default_plan
+from oryx_megatron.hf.modeling_oryx import OryxForCausalLM, check_default_plan
 from oryx_megatron.modes import plan_for
 
 PLAN = "layers:0=every:2,1=attention,rest=runs:r0-3,a3-8,r8-end"
@@ -31,10 +31,6 @@ def masks(model: OryxForCausalLM, spec: str, length: int, prompt: int | None = N
     config = model.config
     plan = plan_for([True] * config.num_hidden_layers, spec, length, chunk=config.mode_chunk, prompt=prompt)
     return torch.from_numpy(plan.is_attention())
-
-
-def random_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(1))
 
 
 @models
@@ -66,13 +62,9 @@ def test_pieces_equal_one_pass(name: str, room: int | None) -> None:
     modes = masks(model, "layers:0=every:2,1=attention,rest=runs:r0-3,a3-20,r20-end", 23)
     with torch.no_grad():
         whole = model(ids, mode_plan=modes).logits
-        for sizes in ([1] * 23, [5, 1, 9, 1, 7]):
-            cache, parts, end = OryxCache(model.config, room), [], 0
-            for size in sizes:
-                piece = slice(end, end + size)
-                parts.append(model(ids[:, piece], past_key_values=cache, mode_plan=modes[:, :, piece]).logits)
-                end += size
-            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    for sizes in ([1] * 23, [5, 1, 9, 1, 7]):
+        logits, _ = in_pieces(model, ids, modes, sizes, room)
+        torch.testing.assert_close(logits, whole, atol=1e-4, rtol=0)
 
 
 @models

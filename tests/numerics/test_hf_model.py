@@ -6,20 +6,12 @@ import copy
 
 import pytest
 import torch
-from hf_reference import reference_logits, tiny_config, tiny_model
+from hf_reference import random_ids, random_modes, reference_logits, tiny_config, tiny_model
 
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM
 
 MIXERS = ("gdn", "mamba2")
 TOLERANCE = {"atol": 1e-9, "rtol": 0}  # the models are fp64
-
-
-def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_modes(*shape: int, seed: int = 2) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hf_reference import reference_logits, tiny_config, tiny_model
+from hf_reference import in_pieces, random_ids, random_modes, reference_logits, tiny_config, tiny_model
 
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxForCausalLM
 
@@ -24,14 +24,6 @@ models = pytest.mark.parametrize("name", MODELS)
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> OryxForCausalLM:
     mixer, layers, changes = MODELS[name]
     return tiny_model(mixer, dtype=dtype, layer_modes=layers, num_hidden_layers=len(layers), **changes)
-
-
-def random_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(1))
-
-
-def random_modes(length: int) -> torch.Tensor:
-    return torch.rand(length, generator=torch.Generator().manual_seed(2)) < 0.5
 
 
 @models
@@ -52,14 +44,9 @@ def test_states_are_kept_where_they_are_read(name: str, room: int | None) -> Non
     ids, modes = random_ids(3, 23), random_modes(23)
     with torch.no_grad():
         whole = model(ids, mode_plan=modes).logits
-        for sizes in ([1] * 23, [5, 1, 9, 1, 7]):
-            cache, parts, end = OryxCache(model.config, room), [], 0
-            for size in sizes:
-                piece = slice(end, end + size)
-                parts.append(model(ids[:, piece], past_key_values=cache, mode_plan=modes[piece]).logits)
-                end += size
-                assert int(cache.get_seq_length()) == end
-            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+    for sizes in ([1] * 23, [5, 1, 9, 1, 7]):
+        logits, cache = in_pieces(model, ids, modes, sizes, room)
+        torch.testing.assert_close(logits, whole, atol=1e-4, rtol=0)
     for kind, layer in zip(model.config.layer_modes, cache.layers, strict=True):
         assert (layer.keys is None) == (kind == "recurrent")
         assert (layer.recurrent is None) == (kind == "attention")

@@ -106,7 +106,7 @@ def test_as_default_plan(model: OryxForCausalLM) -> None:
 
 
 @torch.no_grad()
-def test_errors(model: OryxForCausalLM) -> None:
+def test_a_router_plan_without_what_it_needs_is_refused(model: OryxForCausalLM) -> None:
     tokens = texts(1, 8)
     without = OryxForCausalLM(OryxConfig(**{**model.config.to_dict(), "router": None}))
     with pytest.raises(ValueError, match=r"mode plan `router:0\.4`: this model has no router; train one"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_model import ROWS, VOCABULARY, build, config, forward, one_rank, random_plan, random_tokens  # noqa: F401 - a fixture
+from test_model import ROWS, VOCABULARY, build, config, forward, random_plan, random_tokens
 from torch import Tensor
 
 from oryx_megatron import platform
@@ -12,6 +12,7 @@ from oryx_megatron.model import SequenceInfo
 from oryx_megatron.model.logits import softcapped
 from oryx_megatron.train.step import Totals, sum_loss
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 LENGTH = 19
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from oryx_megatron import arch, parallel, platform
+from oryx_megatron import arch, platform
 from oryx_megatron.config import load_model, preset_names
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import SequenceInfo, build_meta, build_model
@@ -43,15 +42,9 @@ CASES: dict[str, dict] = {
     "mixed, shared query, rotary both": {"pattern": ("recurrent", "both"), "shared_query": True, "rotary": "both"},
     "plain Transformer": {"modes": "attention", "conv_width": 0, "output_gate": False},
 }
+pytestmark = pytest.mark.usefixtures("one_rank")
 cases = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=1)
-    yield
-    parallel.destroy()
 
 
 def config(variant: str, **changes) -> ModelConfig:

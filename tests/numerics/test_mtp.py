@@ -13,7 +13,6 @@ from test_model import (
     forward,
     layer_plan,
     norm,
-    one_rank,  # noqa: F401 - a fixture
     random_plan,
     random_tokens,
     written_out_layer,
@@ -27,6 +26,7 @@ from oryx_megatron.config.validate import Layout
 from oryx_megatron.model import SequenceInfo, build_meta
 from oryx_megatron.train.step import Totals, sum_loss
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 LENGTH, WEIGHT = 37, 0.3
 BOUNDS = [0, 1, 3, 6, 23, 37]
 """Documents as short as what a head looks ahead."""
@@ -137,7 +137,7 @@ def test_outside_of_training_heads_are_not_there(variant: str) -> None:
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_counts(changes: dict) -> None:
+def test_counts_on_paper_are_those_of_a_built_model(changes: dict) -> None:
     """The arithmetic of `arch` and of the planner = a model built without storage."""
     model = config("gdn", **changes)
     total = sum(parameter.numel() for parameter in build_meta(model).parameters())

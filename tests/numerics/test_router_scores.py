@@ -208,7 +208,7 @@ def test_it_learns_where_attention_gains() -> None:
     assert there[chosen].double().mean() > 0.8  # by chance: 0.25
 
 
-def test_file(tmp_path: Path) -> None:
+def test_a_saved_router_loads_as_it_was(tmp_path: Path) -> None:
     made = router()
     made.calibrate(torch.randn(1000))
     path = tmp_path / NAME

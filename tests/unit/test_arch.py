@@ -289,7 +289,7 @@ def test_memory_by_hand():
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_table(name, capsys):
+def test_the_table_fits_80_columns(name, capsys):
     assert arch.main([name, "--sequence", "131072"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -308,7 +308,7 @@ def test_json(capsys):
     assert half["training"] == arch.training_flops_per_token(load_model("tiny-gdn"), 512, 0.25)
 
 
-def test_errors(tmp_path, capsys):
+def test_models_that_cannot_be_read_are_named(tmp_path, capsys):
     assert arch.main(["1.4b-gnd"]) == 2
     assert "did you mean `1.4b-gdn`?" in capsys.readouterr().err
     bad = tmp_path / "bad.yaml"

@@ -108,5 +108,5 @@ def test_refused_configs(precision: dict, changes: dict, error: str) -> None:
 
 
 @recipes
-def test_accepted(recipe: str) -> None:
+def test_recipes_of_blackwell_are_accepted(recipe: str) -> None:
     assert validate(run_with(RECIPES[recipe]), 1).dp == 1

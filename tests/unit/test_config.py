@@ -130,7 +130,7 @@ def test_quickstart():
 # Loading
 
 
-def test_values(run_file):
+def test_values_of_a_file_are_read_with_their_types(run_file):
     run = load_run(run_file)
     assert run.data.blend == (BlendEntry(path="data/a"), BlendEntry(path="data/b", weight=3.0))
     assert isinstance(run.data.blend[1].weight, float)
@@ -457,7 +457,7 @@ def test_bounds_reach_lists_and_mappings(run_file):
         (2, ["train.micro_batch_size=4"], Layout(1, 1, 1, 1, 2, 2, (8,))),
     ],
 )  # fmt: skip
-def test_layouts(run_file, world_size, overrides, layout):
+def test_a_valid_layout_is_computed(run_file, world_size, overrides, layout):
     result = validate(load_run(run_file, overrides), world_size)
     assert result == layout
     assert result.world_size == world_size

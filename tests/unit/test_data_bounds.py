@@ -151,6 +151,19 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, text: str) -> None:
         write_manifest(tmp_path, source="a test")
 
 
+def refusals(folder: Path) -> list[str]:
+    """The message with which a tokenizer is refused when it is adopted or first used; [] when it works."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    try:
+        tokenizer = write_manifest(folder, source="a test")
+        tokenizer.encode("def f(x):\n    return é")
+        fast_path(tokenizer)
+        tokenizer.token_bytes()
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def test_damaged_tokenizer_json(tmp_path: Path, config: dict[str, Any]) -> None:
     """Whatever single value is another one: one line, or a tokenizer that works."""
     draw = random.Random(5)
@@ -161,20 +174,13 @@ def test_damaged_tokenizer_json(tmp_path: Path, config: dict[str, Any]) -> None:
         few = draw.sample(list(keys), min(len(keys), 12))
         return [(value, key) for key in few] + [place for key in few for place in places(value[key])]
 
-    folder, messages = tmp_path / "t", []
+    folder, messages = tmp_path / "t", list[str]()
     for _ in range(60):
         changed = copy.deepcopy(config)
         holder, key = draw.choice(places(changed))
         holder[key] = draw.choice(values)
         made(folder, changed)
-        (folder / "manifest.json").unlink(missing_ok=True)
-        try:
-            tokenizer = write_manifest(folder, source="a test")
-            tokenizer.encode("a text of é words")
-            fast_path(tokenizer)
-            tokenizer.token_bytes()
-        except DataError as error:
-            messages.append(str(error))
+        messages += refusals(folder)
     assert len(messages) > 20
     assert not any("\n" in message for message in messages)
 
@@ -199,18 +205,11 @@ def variants(raw: bytes, count: int, seed: int) -> list[bytes]:
 
 
 def test_damaged_sentencepiece_models(tmp_path: Path) -> None:
-    messages = []
+    messages: list[str] = []
     shutil.copy(STDLIB_8K / "tokenizer.model", tmp_path)
     for data in variants((tmp_path / "tokenizer.model").read_bytes(), 60, seed=3):
         (tmp_path / "tokenizer.model").write_bytes(data)
-        (tmp_path / "manifest.json").unlink(missing_ok=True)
-        try:
-            tokenizer = write_manifest(tmp_path, source="a test")
-            tokenizer.encode("def f(x):\n    return é")
-            fast_path(tokenizer)
-            tokenizer.token_bytes()
-        except DataError as error:
-            messages.append(str(error))
+        messages += refusals(tmp_path)
     assert len(messages) > 20
     assert not any("\n" in message for message in messages)
 

@@ -103,7 +103,7 @@ def test_samples(local: list[str], stored: list[str], cache: Path, workers: int)
     check_resume({"consumed": 8, "identity": ours.identity}, theirs)  # they are the same data
 
 
-def test_a_dataset(local: list[str], stored: list[str], tmp_path: Path) -> None:
+def test_a_stored_dataset_is_the_local_one(local: list[str], stored: list[str], tmp_path: Path) -> None:
     here, there = open_dataset(local[0], vocab_size=8192), open_dataset(stored[0], vocab_size=8192)
     assert isinstance(place_of(local[0]), LocalPlace)
     assert isinstance(place_of(stored[0]), StoredPlace)
@@ -147,7 +147,7 @@ def test_a_long_file_is_known_by_samples(local: list[str], stored: list[str], mo
     np.testing.assert_array_equal(many[numbers], open_dataset(local[0], content=False).data()[numbers])
 
 
-def test_it_changes(local: list[str], stored: list[str]) -> None:
+def test_a_dataset_written_again_is_another_one(local: list[str], stored: list[str]) -> None:
     """A dataset that was written again is another one, though its name and copies are there."""
     before = open_dataset(stored[0])
     put(local[1], stored[0])
@@ -174,7 +174,7 @@ def test_it_changes(local: list[str], stored: list[str]) -> None:
         ),
     ],
 )
-def test_damage(stored: list[str], damage: object, said: str) -> None:
+def test_a_damaged_dataset_is_refused_with_the_file_at_fault(stored: list[str], damage: object, said: str) -> None:
     damage(stored[0])  # type: ignore[operator]
     with pytest.raises(DataError) as error:
         open_dataset(stored[0])
@@ -183,7 +183,7 @@ def test_damage(stored: list[str], damage: object, said: str) -> None:
         build_datasets(config(stored), TOKENIZER)
 
 
-def test_errors() -> None:
+def test_what_is_not_stored_is_named() -> None:
     for url, said in (
         ("foo://b/x", "dataset foo://b/x: foo://b/x.bin: foo:// is no storage that fsspec knows"),
         ("memory://none/x", "dataset memory://none/x: memory://none/x.idx is missing"),

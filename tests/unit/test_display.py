@@ -40,7 +40,7 @@ NAMES = [
 ]
 
 
-def test_shown() -> None:
+def test_what_a_terminal_would_obey_is_shown_as_text() -> None:
     assert shown("größe 模型 🙂 $x$ ‍ \\x1b") == "größe 模型 🙂 $x$ ‍ \\x1b"
     assert shown("\x1b[31m\n\t\x7f\u202e") == r"\x1b[31m\n\t\x7f\u202e"
     assert shown(OTHER_ENCODING) == r"latin-\udce9"

@@ -64,6 +64,7 @@ def test_recall_queries_come_early_more_often() -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0, None])
 def test_needle_stands_at_its_depth_and_is_asked_for_at_the_end(depth: float | None) -> None:
     batch = Needle(ByteCodec(), depth=depth).sample(700, 20, 3)
+    assert len(batch.answers) == 20
     depths = []
     for row, start, stop in batch.answers.tolist():
         text = bytes(batch.tokens[row].tolist()).decode()
@@ -117,6 +118,7 @@ def test_words_as_tokens() -> None:
 
 def test_phone_book_lists_the_asked_entry_once() -> None:
     batch = PhoneBook(ByteCodec()).sample(900, 20, 4)
+    assert len(batch.answers) == 20
     for row, start, stop in batch.answers.tolist():
         text = bytes(batch.tokens[row].tolist()).decode()
         answer = bytes(batch.labels[row, start:stop].tolist()).decode()

@@ -10,7 +10,7 @@ from oryx_megatron.checkpoint.shards import boxes
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (1, 6), (5, 1), (2, 3, 4), (3, 1, 5), (2, 2, 1, 3)])
-def test_boxes(shape: tuple[int, ...]) -> None:
+def test_boxes_cover_a_range_in_order_and_are_few(shape: tuple[int, ...]) -> None:
     """Every range of every shape: exactly its elements, in their order, in no more than 2n - 1 rectangles."""
     size = math.prod(shape)
     tensor = torch.arange(size).view(shape)

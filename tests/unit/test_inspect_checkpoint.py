@@ -40,7 +40,7 @@ def _tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_sums(checkpoint: Path) -> None:
+def test_parts_sum_tensors_elements_and_bytes(checkpoint: Path) -> None:
     summary = summarize(checkpoint)
     weights, elements = 2 * 24 * 4 + 40, 2 * 24 * 4 * 2 + 40 * 4
     assert summary.parts() == {"model": (3, weights, elements), "optimizer.exp_avg": (3, weights, weights * 4)}
@@ -49,7 +49,7 @@ def test_sums(checkpoint: Path) -> None:
     assert entry == Entry(entry.name, (2, 16, 4), "bfloat16", 1, 256)
 
 
-def test_tree() -> None:
+def test_tree_joins_names_that_do_not_branch() -> None:
     entries = tuple(Entry(name, (2,), "float32", 1, 8) for name in ("a.b.c", "a.b.d.e", "f.g"))
     assert [(level, name, len(group)) for level, name, group in tree(entries)] == [
         (0, "a.b", 2),
@@ -60,7 +60,7 @@ def test_tree() -> None:
     assert [name for _, name, _ in tree(entries, depth=1)] == ["a.b", "f.g"]
 
 
-def test_tool(checkpoint: Path) -> None:
+def test_the_tool_tells_run_iteration_and_tensors(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     shown = _tool(run).stdout
     assert "iteration 7, 28 samples read" in shown

@@ -23,7 +23,7 @@ def name_of(requirement: str) -> str:
 
 
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
-def test_sets(path: Path) -> None:
+def test_a_package_has_one_version_in_all_sets(path: Path) -> None:
     """What runs everywhere has one version everywhere; torch is the image's own in NGC, and the set's elsewhere."""
     own, cpu = pins(path), pins(ROOT / "requirements.txt")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
@@ -94,7 +94,9 @@ def test_the_docs_and_the_image_install_alike(path: Path) -> None:
     own = {name.lower() for name in pins(ROOT / f"configs/install/{path.name.split('.')[0]}.txt")}
     text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
     builders = {"setuptools", "wheel", "ninja", "packaging"}
+    installed: set[str] = set()
     for arguments in re.findall(r"pip install ([^&\n]*)", text):
         plain = re.sub(r"--constraint \S+|--\S+", "", arguments).replace('"', "").split()
-        names = {name_of(word) for word in plain if not word.startswith(".")}
-        assert names - builders <= own, names - builders - own
+        installed |= {name_of(word) for word in plain if not word.startswith(".")}
+    assert installed - builders
+    assert installed - builders <= own, installed - builders - own

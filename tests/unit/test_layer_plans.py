@@ -72,7 +72,7 @@ def test_where_no_layers_are_known():
             read()
 
 
-def test_type():
+def test_a_plan_of_layers_knows_share_text_and_parts():
     spec = "layers:0=attention,1-2=prefix:4,3=recurrent,4-5=last:2"
     plan = plan_for(ALL, spec, 8, chunk=2)
     assert isinstance(plan, LayerPlans)
@@ -154,7 +154,7 @@ def test_draw_of_a_fixed_plan_by_documents():
     assert str(plan.of_layers[1]) == "runs:r0-4,a4-5,r5-9,a9-13,r13-17,a17-20"
 
 
-def test_files(tmp_path):
+def test_plan_files_stand_for_plans_of_layers_and_within_them(tmp_path):
     (tmp_path / "runs").write_text("a0-8\nr8-32\n")
     (tmp_path / "layers").write_text("# ours\n0-1=ratio:0.5\nrest=runs:a0-8,r8-end\n")
     assert read_plan(f"layers:0=file:{tmp_path}/runs,rest=recurrent") == "layers:0=runs:a0-8,r8-32,rest=recurrent"

@@ -140,7 +140,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("changes", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_elsewhere(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_on_another_machine_signs_of_life_count(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Where a process cannot be asked for, its signs of life count, however wrong its clock may be."""
     for ahead in (0.0, 1e6):
         path = leave(tmp_path, **changes)
@@ -187,7 +187,7 @@ def test_requeued_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[1]", b"[" * 60000, b'{"pid": "1"}', b'{"pid": 1e99}'])
-def test_damaged(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_lock_is_gone_when_nothing_touches_it(tmp_path: Path, content: bytes) -> None:
     """As a crash or a full disk leaves it: gone when nothing touches it."""
     (tmp_path / lock.NAME).write_bytes(content)
     os.utime(tmp_path / lock.NAME, (time.time() - 2,) * 2)
@@ -337,7 +337,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no folder, or cannot be written to, is named in a line."""
     file = tmp_path / "file"
     file.touch()

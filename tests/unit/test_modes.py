@@ -46,7 +46,7 @@ def letters(plan: ModePlan) -> str:
         ("prompt:runs:a0-1,r1-4,new:runs:r0-1,a1-6", "arrrraaaaa"),
     ],
 )
-def test_grammar(spec, expected):
+def test_every_form_gives_these_tokens(spec, expected):
     plan = parse_plan(spec, 10, chunk=2, prompt=4)
     assert letters(plan) == expected
     assert plan.length == 10
@@ -116,7 +116,7 @@ def test_wrong_prompt_specs(spec, fault):
         parse_plan(spec, 10, chunk=2, prompt=11)
 
 
-def test_type():
+def test_a_plan_is_made_of_alternating_runs():
     plan = ModePlan((Run(0, 4, A), Run(4, 6, R), Run(6, 9, A)))
     assert plan == ModePlan.from_mask(np.array([1, 1, 1, 1, 0, 0, 1, 1, 1]))
     assert str(plan) == "runs:a0-4,r4-6,a6-9"

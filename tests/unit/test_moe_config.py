@@ -45,7 +45,7 @@ def write_run(folder: Path) -> Path:
         (["optimizer.cpu_offload=true"], 1, "optimizer.cpu_offload: not with experts"),
     ],
 )
-def test_refused(tmp_path: Path, overrides: list[str], ranks: int, error: str) -> None:
+def test_experts_that_cannot_be_are_refused(tmp_path: Path, overrides: list[str], ranks: int, error: str) -> None:
     run = load_run(write_run(tmp_path), [f"model.moe={MOE}", *overrides])
     with pytest.raises(ConfigError) as caught:
         validate(run, ranks)

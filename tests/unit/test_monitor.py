@@ -109,7 +109,7 @@ def test_an_extended_run(kind: type[Followed], tmp_path: Path) -> None:
     assert table([run], time.time())[1].split()[1] == "4/?"
 
 
-def test_states(tmp_path: Path) -> None:
+def test_states_follow_the_events(tmp_path: Path) -> None:
     run = Followed(tmp_path, "run")
     events = Events(tmp_path)
     events.start(0, ranks=2)
@@ -138,7 +138,7 @@ def test_eighty_columns(tmp_path: Path) -> None:
         assert len(lines) >= 3
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_tells_runs_of_one_name_apart(tmp_path: Path) -> None:
     """Two runs of one name are told apart by their parents; a second look without news prints nothing."""
     for parent in ("a", "b"):
         write(tmp_path / parent / "run", step(1))

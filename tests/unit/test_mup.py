@@ -67,7 +67,7 @@ def test_the_final_norm_is_the_factor_of_the_logits() -> None:
     assert found[-1][0] != found[0][0]
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_coordinate_check_draws_its_picture(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/coordinate_check.py", "--widths", "1", "2", "--steps", "1"]
     picture = tmp_path / "check.png"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

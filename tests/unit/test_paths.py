@@ -78,7 +78,7 @@ def test_expanded(here: Path, text: str, expected: str) -> None:
         ("", "field: is empty"),
     ],
 )
-def test_refused(here: Path, text: str, expected: str) -> None:
+def test_paths_that_cannot_be_expanded_are_refused(here: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         expand(text, "field")
     assert expected in str(error.value)
@@ -210,7 +210,7 @@ def test_the_config_itself_and_models(here: Path, run_file: Path) -> None:
         load_run("s3://bucket/run.yaml")
 
 
-def test_arguments(here: Path) -> None:
+def test_named_arguments_are_expanded(here: Path) -> None:
     arguments = argparse.Namespace(runs=["~/a", "b"], out=Path("$SCRATCH/x.png"), tokenizer=None)
     expand_arguments(arguments, "runs", "--out", "--tokenizer")
     assert arguments.runs == [f"{here}/home/a", "b"]

@@ -276,7 +276,7 @@ def test_best_first_and_within_memory() -> None:
     assert all(e.gib <= 80 and e.layout.world_size == 16 for e in found)
 
 
-def test_errors() -> None:
+def test_what_does_not_fit_is_told_with_its_sizes() -> None:
     message = r"70b-gdn does not fit on 8 GPUs of 80 GiB, of which 76 are usable: .* needs \d+ GiB, with .* 52 GiB"
     with pytest.raises(ConfigError, match=message):
         plan(load_model("70b-gdn"), Cluster(8, memory_gib=80), Work(4096, 64))
@@ -290,7 +290,7 @@ def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def test_tool(tmp_path: Path) -> None:
+def test_the_tool_prints_the_best_layouts_and_draws_one(tmp_path: Path) -> None:
     picture = tmp_path / "schedule.png"
     asked = ("1.4b-gdn", "--gpus", "4", "--memory", "24", "--sequence", "4096", "--batch", "32")
     done = _tool(*asked, "--json", "--top", "2", "--picture", str(picture))

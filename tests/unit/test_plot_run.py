@@ -30,7 +30,7 @@ def runs(tmp_path: Path) -> list[str]:
     return folders
 
 
-def test_html(runs, tmp_path, capsys) -> None:
+def test_a_page_shows_every_run_and_runs_no_script(runs, tmp_path, capsys) -> None:
     out = tmp_path / "pages" / "runs.html"
     assert plot_run.main([*runs, "--x", "tokens", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
@@ -74,7 +74,7 @@ def test_loss_against_attention_share(tmp_path, capsys) -> None:
     assert "no validation set was evaluated under plans of several attention shares" in capsys.readouterr().err
 
 
-def test_curves(runs) -> None:
+def test_steps_without_a_finite_loss_are_left_out(runs) -> None:
     """A step without a finite loss is left out, and counts as tokens."""
     curves = plot_run.read_curves(Path(runs[0], "metrics.jsonl"), "tokens", "first")
     assert [position for position, _ in curves.steps] == [100, 200, 300, 400, 600, 700, 800, 900, 1000]
@@ -89,7 +89,7 @@ def test_curves(runs) -> None:
         (["empty", "--out", "x.png"], "metrics.jsonl holds no step yet"),
     ],
 )
-def test_errors(runs, tmp_path, capsys, monkeypatch, arguments, expected) -> None:
+def test_runs_that_cannot_be_drawn_are_named(runs, tmp_path, capsys, monkeypatch, arguments, expected) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("empty/metrics.jsonl").touch()
@@ -242,7 +242,7 @@ def test_panels_of_one_run(tmp_path: Path) -> None:
     assert len(beside.axes) == 5
 
 
-def test_smoothing() -> None:
+def test_smoothing_averages_and_keeps_the_ends() -> None:
     points = [(float(n), float(n % 2)) for n in range(200)]
     assert plot_run.smoothed(points, 1) == points
     middle = plot_run.smoothed(points, 20)[10:-10]

@@ -88,7 +88,7 @@ def tool(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("text", ["WORLD_SIZE=8", "RANK=1", "RANK=x WORLD_SIZE=8", "SLURM_PROCID=1"])
-def test_commands(
+def test_commands_refuse_a_launch_that_is_not_theirs(
     environment: Callable[[str], None], capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     """Every command that takes part in a launch says so before it reads or writes anything else."""

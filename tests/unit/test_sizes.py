@@ -56,7 +56,7 @@ def test_sizes_of_a_model(field: str) -> None:
         parallel.destroy()
 
 
-def test_bounds() -> None:
+def test_sizes_beyond_any_machine_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^data.sequence_length: 1099511627776 should be at most 134217728$"):
         validate(load_run(CONFIG, ["data.sequence_length=1099511627776"]), 1)
     with pytest.raises(ConfigError, match=r"^data.num_workers: 100000 should be at most 1024"):

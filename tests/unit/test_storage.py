@@ -40,7 +40,7 @@ def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
     return Remote(f"memory://{tmp_path.name}-{os.getpid()}")
 
 
-def test_files(bucket: Remote, tmp_path: Path) -> None:
+def test_remote_files_are_written_listed_read_and_removed(bucket: Remote, tmp_path: Path) -> None:
     assert bucket.files() == {}
     assert (bucket / "a").read() is None
     assert (bucket / "a").size() is None
@@ -76,7 +76,7 @@ def test_files(bucket: Remote, tmp_path: Path) -> None:
         ("foo://bucket/x", "foo:// is no storage that fsspec knows"),
     ],
 )
-def test_errors(url: str, said: str) -> None:
+def test_storage_that_fails_is_named_in_one_line(url: str, said: str) -> None:
     for action in (Remote(url).read, lambda: Remote(url).write(b"")):
         with pytest.raises(StorageError, match=said) as error:
             action()
@@ -123,7 +123,7 @@ def test_a_name_that_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------ cache
 
 
-def test_settings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_and_size_come_from_the_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.cache_folder() == cache
     assert storage.cache_bytes() == 100 * 10**9
     monkeypatch.setenv(storage.CACHE_GB, "0.5")

@@ -116,7 +116,9 @@ def test_a_copy_is_another_run(wandb: Wandb, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lr=3e-4:wd=0.1", "a'b;c,d#e?f", "größe 模型", "n" * 200, "$x$", "~"])
-def test_any_name(wandb: Wandb, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_runs_of_any_name_are_reported(
+    wandb: Wandb, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     train(tmp_path / name, 1)
     assert wandb.names == [name[:128]]
     ((identity, history),) = wandb.runs.items()

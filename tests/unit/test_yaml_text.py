@@ -54,7 +54,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
     ids=lambda text: repr(text)[:24],
 )
-def test_texts(text: str, expected: str | None) -> None:
+def test_texts_are_read_or_refused_in_bounded_time(text: str, expected: str | None) -> None:
     started = time.monotonic()
     if expected is None:
         assert isinstance(parse_yaml(text, "f.yaml"), dict)
