@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import safe, store
 from oryx_megatron.checkpoint.average import Averages
-from oryx_megatron.checkpoint.manifest import Manifest, file_digest, write_manifest
+from oryx_megatron.checkpoint.manifest import Digests, MakeManifest, Manifest, file_digest, write_manifest
 from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.checkpoint.state import gather_weights, has_stepped, load_sharded_state, sharded_state
 from oryx_megatron.checkpoint.writers import SaveStrategy, end_writers, look_at, renew_reports
@@ -35,9 +35,9 @@ T = TypeVar("T")
 @dataclass
 class _Pending:
     folder: Path
-    manifest: Callable[[dict[str, dict[str, Any]]], Manifest]
+    manifest: MakeManifest
     deadline: float
-    digests: Future[dict[str, dict[str, Any]] | OSError] | None = None
+    digests: Future[Digests | OSError] | None = None
     """Of this rank's files, from when the writers are done."""
     final: Future[Path] | None = None
     """On rank 0, from when all digests are known; elsewhere it is done at once and without meaning."""
@@ -64,7 +64,7 @@ class Checkpoints:
         """Where the checkpoints are kept, for messages."""
         return str(self.root if self.remote is None else self.remote.remote)
 
-    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
+    def save(self, iteration: int, manifest: MakeManifest) -> Path | None:
         """Write a checkpoint and return it, or None when `poll` is to complete it.
 
         Args:
@@ -143,8 +143,8 @@ class Checkpoints:
     def _finish(
         self,
         folder: Path,
-        manifest: Callable[[dict[str, dict[str, Any]]], Manifest],
-        mine: dict[str, dict[str, Any]] | OSError,
+        manifest: MakeManifest,
+        mine: Digests | OSError,
     ) -> Path:
         """Make `folder`, whose tensors are all written, a complete checkpoint; `mine` are this rank's digests."""
         with self._clearing(folder):
@@ -188,7 +188,7 @@ class Checkpoints:
             raise
 
     @staticmethod
-    def _gather(folder: Path, mine: dict[str, dict[str, Any]] | OSError) -> dict[str, dict[str, Any]]:
+    def _gather(folder: Path, mine: Digests | OSError) -> Digests:
         """Digests of the files of all ranks."""
         digests: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, mine)
@@ -202,8 +202,8 @@ class Checkpoints:
     def _complete(
         self,
         folder: Path,
-        manifest: Callable[[dict[str, dict[str, Any]]], Manifest],
-        files: dict[str, dict[str, Any]],
+        manifest: MakeManifest,
+        files: Digests,
     ) -> Path:
         """On rank 0: what turns written tensors into a checkpoint, and the removal of old ones."""
         self._settle(folder)
@@ -331,8 +331,8 @@ class CheckpointManager(Checkpoints):
         super().__init__(root, config, remote)
         self.chunks, self.optimizer, self.average = chunks, optimizer, average
         self._queue = AsyncCallsQueue()
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        """What runs beside training: reading files for their digests, and rank 0's last steps."""
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        """Thread for what runs beside training: reading files for their digests, and rank 0's last steps."""
         safe.install()
         compat.megatron.keep_common_failures()
         compat.megatron.keep_causes()
@@ -340,7 +340,7 @@ class CheckpointManager(Checkpoints):
         self._strategy = SaveStrategy()
         self._pending: _Pending | None = None
 
-    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path | None:
+    def save(self, iteration: int, manifest: MakeManifest) -> Path | None:
         """See Checkpoints; when configured the save is only started, and `poll` completes it.
 
         The writers are processes of their own in either case: a writer that dies or hangs leaves this rank able to
@@ -360,7 +360,7 @@ class CheckpointManager(Checkpoints):
         else:
             load_sharded_state(folder, self.chunks, self.optimizer, weights_only=True, weights=weights, new_heads=True)
 
-    def _start(self, folder: Path, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
+    def _start(self, folder: Path, iteration: int, manifest: MakeManifest) -> None:
         """Start the writers of all ranks."""
         started = time.monotonic()
         gather_weights(self.chunks)
@@ -404,7 +404,7 @@ class CheckpointManager(Checkpoints):
                     return None
                 self._queue.maybe_finalize_async_calls(blocking=False)
                 # Hashing takes as long as reading the files: it runs beside training, too.
-                pending.digests = self._beside.submit(
+                pending.digests = self._background.submit(
                     _digests, pending.folder, torch.distributed.get_rank(), self.remote
                 )
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
@@ -418,7 +418,7 @@ class CheckpointManager(Checkpoints):
             files = self._gather(pending.folder, pending.digests.result())
             self._pending = pending
             if torch.distributed.get_rank() == 0:
-                pending.final = self._beside.submit(self._complete, pending.folder, pending.manifest, files)
+                pending.final = self._background.submit(self._complete, pending.folder, pending.manifest, files)
             else:
                 pending.final = Future()
                 pending.final.set_result(pending.folder)
@@ -488,7 +488,7 @@ class CheckpointManager(Checkpoints):
         renew_reports()
 
 
-def _digests(folder: Path, rank: int, remote: RemoteCheckpoints | None) -> dict[str, dict[str, Any]] | OSError:
+def _digests(folder: Path, rank: int, remote: RemoteCheckpoints | None) -> Digests | OSError:
     """Sizes and checksums of the files that this rank wrote, uploaded; an error is a value, for all ranks to learn."""
     try:
         found = {path.name: file_digest(path) for path in folder.glob(f"__{rank}_*.distcp")}

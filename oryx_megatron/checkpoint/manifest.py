@@ -9,7 +9,7 @@ import math
 import platform as python_platform
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,8 @@ OWN_FILES = (NAME, ".metadata", "metadata.json", "common.pt", "__*_*.distcp", "*
 """Of a checkpoint of either engine, where its manifest no longer says so."""
 LARGEST = 1 << 28
 """Bytes of a manifest: some hundred thousand files."""
+Digests = dict[str, dict[str, Any]]
+"""Size (`bytes`) and `sha256` of files, by name: what `file_digest` gives for each."""
 CHECKSUM = "checksum"
 """Key of the sha256 of all other keys and values, as `_checksum` makes it. The first version wrote none."""
 
@@ -55,7 +57,7 @@ class Manifest:
     """Package versions."""
     commit: str | None
     """git commit of the code, with `+changes` when files differed; None outside a repository."""
-    files: dict[str, dict[str, Any]]
+    files: Digests
     """Size in bytes and sha256 of every other file of the checkpoint."""
     format: int = FORMAT
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,6 +112,10 @@ def is_checkpoint_name(name: str) -> bool:
 def iteration_of(folder: Path) -> int:
     """Iteration in a checkpoint's folder name."""
     return int(folder.name.removeprefix(PREFIX))
+
+
+MakeManifest = Callable[[Digests], Manifest]
+"""Makes the manifest of a checkpoint from the digests of its files, once all are written."""
 
 
 def lowest(manifests: Mapping[str, Manifest], best: str) -> str | None:

@@ -122,13 +122,7 @@ def load_sharded_state(
         state |= {_name(i): average.as_average(state[_name(i)]) for i in range(len(chunks))}
     absent = _take_absent_scales(state, written)
     heads = _take_absent_heads(state, written) if new_heads else {}
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except CheckpointingException as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} does not fit this model: {why[:300]}") from error
-    except CheckpointException as error:  # of all ranks; the last line is the cause
-        raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
+    loaded = _read(folder, state)
     for i, chunk in enumerate(chunks):
         own = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
         model = unwrap_model(chunk)
@@ -147,6 +141,17 @@ def load_sharded_state(
         return False
     average.fill(averages, loaded[EMA])
     return True
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors that a sharded state asks for; CheckpointError when they do not fit or cannot be read."""
+    try:
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except CheckpointingException as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} does not fit this model: {why[:300]}") from error
+    except CheckpointException as error:  # of all ranks; the last line is the cause
+        raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
 
 
 def has_stepped(optimizer: MegatronOptimizer) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from oryx_megatron import compat, platform
 from oryx_megatron.checkpoint import Manifest, read_manifest, safe, store
 from oryx_megatron.checkpoint.manager import Checkpoints
-from oryx_megatron.checkpoint.manifest import file_digest
+from oryx_megatron.checkpoint.manifest import Digests, MakeManifest, file_digest
 from oryx_megatron.checkpoint.state import own_settings
 from oryx_megatron.compat import deepspeed as patch
 from oryx_megatron.config import to_dict, validate
@@ -186,7 +186,7 @@ class DeepSpeedCheckpoints(Checkpoints):
 
         return write_or_keep
 
-    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> Path:
+    def save(self, iteration: int, manifest: MakeManifest) -> Path:
         """See Checkpoints; always in the foreground."""
         folder = self._on_main_rank(lambda: store.begin(self.root, iteration))
         self._failure = None
@@ -196,7 +196,7 @@ class DeepSpeedCheckpoints(Checkpoints):
                 raise CheckpointError(f"{folder}: could not be written ({failures})")
         return self._finish(folder, manifest, self._digests(folder))
 
-    def _digests(self, folder: Path) -> dict[str, dict[str, Any]] | OSError:
+    def _digests(self, folder: Path) -> Digests | OSError:
         """Of this rank's share of the files, which are all there: DeepSpeed ends a save with a barrier."""
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         try:
@@ -279,7 +279,7 @@ def convert(folder: Path, output: Path) -> Path:
     _copy(source.engine, target)
     config = to_dict(dataclasses.replace(run, checkpoint=written.checkpoint))
 
-    def make(files: dict[str, dict[str, Any]]) -> Manifest:
+    def make(files: Digests) -> Manifest:
         return dataclasses.replace(manifest, config=config, files=files)
 
     saved = target.checkpoints(output / "checkpoints").save(manifest.iteration, make)

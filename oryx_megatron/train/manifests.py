@@ -8,7 +8,7 @@ from typing import Any
 
 from oryx_megatron import platform
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.checkpoint.manifest import package_versions
+from oryx_megatron.checkpoint.manifest import Digests, package_versions
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
@@ -22,7 +22,7 @@ OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")
 
 
 def make(
-    files: dict[str, dict[str, Any]],
+    files: Digests,
     run: RunConfig,
     layout: Layout,
     start: init_from.Start,

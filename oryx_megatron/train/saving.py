@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from oryx_megatron.checkpoint import Manifest
 from oryx_megatron.checkpoint.manager import Checkpoints
+from oryx_megatron.checkpoint.manifest import MakeManifest
 from oryx_megatron.errors import CheckpointError
 from oryx_megatron.train.callbacks import Callbacks
 from oryx_megatron.train.clock import Clock
@@ -44,7 +43,7 @@ class Saver:
         """The run is at a checkpoint that is there."""
         self.saved = self.whole = iteration
 
-    def save(self, iteration: int, manifest: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
+    def save(self, iteration: int, manifest: MakeManifest) -> None:
         """Write a checkpoint, or begin to, unless that of `iteration` is there."""
         if self.saved == iteration:
             return
