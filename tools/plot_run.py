@@ -254,6 +254,35 @@ def draw(
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    panels = _panels(runs, smooth, beside=beside, wanted=wanted)
+    if not panels:
+        raise ConfigError(f"--panels {' '.join(wanted)}: the runs have nothing of it yet")
+    columns = min(len(panels), ROW)
+    rows = -(-len(panels) // columns)
+    width = 5.6 * columns + 1.4 * (columns == 1)
+    figure, grid = plt.subplots(rows, columns, figsize=(width, 5 * rows), squeeze=False, layout="constrained")
+    for ax in grid.flat[len(panels) :]:
+        ax.remove()
+    tallest = 0
+    for ax, (title, panel) in zip(grid.flat, panels, strict=False):
+        ax.set(title=title, xlabel=x, ylabel="loss (nats per token)")
+        legend = panel(ax)  # not by label: matplotlib hides those that begin with _
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        if legend:
+            beside_each_other = 1 if max(len(label) for _, label in legend) > 28 else 2
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": beside_each_other}
+            ax.legend(*zip(*legend), frameon=False, fontsize=9, **place)
+            tallest = max(tallest, -(-len(legend) // beside_each_other))
+    figure.set_figheight(rows * (4.3 + 0.21 * tallest))
+    plain_texts(figure)
+    return figure
+
+
+def _panels(
+    runs: list[Curves], smooth: int | None, *, beside: bool, wanted: Sequence[str]
+) -> list[tuple[str, Callable[[Any], list[tuple[Any, str]]]]]:
+    """Title of each panel, and what draws it into axes and gives its legend; arguments as of `draw`."""
     panels: list[tuple[str, Callable[[Any], list[tuple[Any, str]]]]] = []
     sets = list(dict.fromkeys(name for run in runs for name in run.evaluations))
     plans = list(dict.fromkeys(plan for run in runs for found in run.evaluations.values() for plan in found))
@@ -277,28 +306,7 @@ def draw(
             panels.append(("latest load by expert", functools.partial(_experts, run=runs[0])))
     if (ahead := [run for run in runs if any(run.heads)]) and "heads" in wanted:
         panels.append(("heads, each a token further", functools.partial(_heads, runs=ahead, smooth=smooth)))
-    if not panels:
-        raise ConfigError(f"--panels {' '.join(wanted)}: the runs have nothing of it yet")
-    columns = min(len(panels), ROW)
-    rows = -(-len(panels) // columns)
-    width = 5.6 * columns + 1.4 * (columns == 1)
-    figure, grid = plt.subplots(rows, columns, figsize=(width, 5 * rows), squeeze=False, layout="constrained")
-    for ax in grid.flat[len(panels) :]:
-        ax.remove()
-    tallest = 0
-    for ax, (title, panel) in zip(grid.flat, panels, strict=False):
-        ax.set(title=title, xlabel=x, ylabel="loss (nats per token)")
-        legend = panel(ax)  # not by label: matplotlib hides those that begin with _
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        if legend:
-            beside_each_other = 1 if max(len(label) for _, label in legend) > 28 else 2
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": beside_each_other}
-            ax.legend(*zip(*legend), frameon=False, fontsize=9, **place)
-            tallest = max(tallest, -(-len(legend) // beside_each_other))
-    figure.set_figheight(rows * (4.3 + 0.21 * tallest))
-    plain_texts(figure)
-    return figure
+    return panels
 
 
 def _style(run: int, curve: int = 0, curves: int = 1) -> dict[str, Any]:
