@@ -498,18 +498,8 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
         except broken as error:
             yield Bad(segment.path, "unreadable file", line_of(error), segment.size)
             return
-        if column not in table.schema_arrow.names:
-            names = ", ".join(map(repr, table.schema_arrow.names[:4]))
-            problem = f"no column {column!r}, only {names}; see --text-key"
-            yield Bad(segment.path, "missing key", problem, segment.size)
-            return
-        if (number := table.schema_arrow.names.count(column)) > 1:
-            problem = f"{number} columns are named {column!r}; rename them, or name another one with --text-key"
-            yield Bad(segment.path, "ambiguous key", problem, segment.size)
-            return
-        kind = str(table.schema_arrow.field(column).type)
-        if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
-            yield Bad(segment.path, "wrong type", f"column {column!r} holds {kind}, not text", segment.size)
+        if (wrong := _column_problem(table.schema_arrow, column)) is not None:
+            yield Bad(segment.path, *wrong, segment.size)
             return
         groups = range(segment.start, table.num_row_groups if segment.stop is None else segment.stop)
         row = sum(table.metadata.row_group(i).num_rows for i in range(segment.start))
@@ -526,6 +516,20 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
             except broken as error:
                 yield Bad(f"{segment.path}:row group {group}", "unreadable file", line_of(error), segment.size)
                 return
+
+
+def _column_problem(schema: Any, column: str) -> tuple[str, str] | None:
+    """Why the texts of a parquet file cannot be read from this column, as reason and detail; None: they can."""
+    if column not in schema.names:
+        names = ", ".join(map(repr, schema.names[:4]))
+        return "missing key", f"no column {column!r}, only {names}; see --text-key"
+    if (number := schema.names.count(column)) > 1:
+        detail = f"{number} columns are named {column!r}; rename them, or name another one with --text-key"
+        return "ambiguous key", detail
+    kind = str(schema.field(column).type)
+    if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
+        return "wrong type", f"column {column!r} holds {kind}, not text"
+    return None
 
 
 def _row(value: Any, place: str, options: ReadOptions) -> Iterator[Text | Bad]:

@@ -203,13 +203,7 @@ class RunFiles(Callback):
                     if _is_apart(name) or path.name.startswith("."):
                         continue
                     with contextlib.suppress(FileNotFoundError):
-                        before = self._copied.get(name)
-                        if self._note(name, path) != before:
-                            try:
-                                (self.remote / name).upload(path)
-                            except BaseException:
-                                self._copied.pop(name, None)
-                                raise
+                        self._push_file(name, path)
                 for name in [name for name in self._copied if name not in here]:
                     (self.remote / name).remove()
                     del self._copied[name]
@@ -222,6 +216,17 @@ class RunFiles(Callback):
                         self.folder,
                     )
                 self._muted = True
+
+    def _push_file(self, name: str, path: Path) -> None:
+        """Copy one file if it changed since the last time."""
+        before = self._copied.get(name)
+        if self._note(name, path) == before:
+            return
+        try:
+            (self.remote / name).upload(path)
+        except BaseException:
+            self._copied.pop(name, None)
+            raise
 
     def _note(self, name: str, path: Path) -> tuple[int, int]:
         status = os.stat(path)
