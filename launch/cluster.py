@@ -123,7 +123,7 @@ class Profile:
     srun: tuple[str, ...] = ()
     """More options of every srun."""
     max_restarts: int = 3
-    """Times that torchrun starts the ranks anew after one died."""
+    """Times that torchrun restarts the ranks after one died."""
     heartbeat: int | None = None
     """Have nvidia-resiliency-ext (which must be installed) start the ranks, and end one that makes no progress for this
     many seconds, ten times as many before its first step; null: torchrun, and faults.hang_timeout in the run config."""

@@ -66,7 +66,7 @@ stop_ranks() {
     for rank in $(ranks_of "$1"); do kill -USR1 "$rank" 2>/dev/null || true; done
 }
 
-# abandon AGENT: end it and its ranks at once; it first, so that it starts none anew.
+# abandon AGENT: end it and its ranks at once; it first, so that it restarts none.
 abandon() {
     local process
     for process in "$1" $(ranks_of "$1"); do kill -KILL "$process" 2>/dev/null || true; done

@@ -2,7 +2,7 @@
 
 Under torchrun an error of config, data or checkpoint is the same on all ranks, so rank 0 alone prints it; one that only
 a single rank can see carries `rank_local = True` and is printed there. torchrun itself starts all ranks again after any
-exit code but 0, up to --max-restarts times. What was told once is not told again: ranks of later starts end at once.
+exit code but 0, up to --max-restarts times. What was printed is not printed again: ranks of later starts end at once.
 """
 
 from __future__ import annotations

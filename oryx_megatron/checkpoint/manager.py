@@ -57,7 +57,7 @@ class Checkpoints:
         self._damaged: set[str] = set()
         """Checkpoints found damaged at load; they count for nothing."""
         self._staying: set[str] = set()
-        """Old ones that retention cannot remove, as was said."""
+        """Old checkpoints that retention could not remove, each of which was logged once."""
 
     @property
     def name(self) -> str:
@@ -364,7 +364,7 @@ class CheckpointManager(Checkpoints):
         """Start the writers of all ranks."""
         started = time.monotonic()
         gather_weights(self.chunks)
-        # An optimizer that never stepped has no state, and starts anew after loading as it does now.
+        # An optimizer that never stepped has no state, and starts after loading as it does now.
         held = self.average.parts if self.average is not None and self.average.begun else None
         state = sharded_state(self.chunks, self.optimizer if has_stepped(self.optimizer) else None, averages=held)
         failure: BaseException | None = None

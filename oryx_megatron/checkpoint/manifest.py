@@ -63,7 +63,7 @@ class Manifest:
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Samples skipped after bad steps, and what the next steps are judged by (train/guard.py)."""
     init_from: dict[str, Any] | None = None
-    """What the run started from: path, iteration and sha256 of its manifest, and what was taken along."""
+    """What the run started from: path, iteration and sha256 of its manifest, and what was loaded from it."""
     origin: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
     """Iteration and samples from which `consumed_samples` is counted (config/batch_sizes.py)."""
     batch_sizes: list[list[int]] = dataclasses.field(default_factory=list)
@@ -176,7 +176,7 @@ def read_manifest(folder: str | Path, name: str = NAME) -> Manifest:
 
 
 def _checksum(fields: dict[str, Any]) -> str:
-    """sha256 of the fields in an order and a spelling of their own, so that a file may be formatted anew."""
+    """sha256 of the fields in an order and a spelling of their own, so that a file may be formatted differently."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -5,7 +5,7 @@ In RUN/checkpoints:
     iteration_0001000/   complete: it has a manifest, written last and renamed into place
     .writing_0002000/    a save in progress, or one that died; removed at the next save
 
-What is removed is what a run of this project wrote: links are not followed, and files that someone else laid into a
+What is removed is what a run of this project wrote: links are not followed, and files that someone else put into a
 checkpoint stay. What cannot be removed is a warning.
 """
 
@@ -208,7 +208,7 @@ def apply_retention(
         steps: Those at these iterations stay too.
         best: So does the one with the lowest of this validation loss, `SET/PLAN` (`best_checkpoint`).
         damaged: Names found damaged at load.
-        told: Names of those that could not be removed, as was said; each is said once.
+        told: Names of those that could not be removed; each is logged once.
     """
     if keep <= 0:
         return []

@@ -1,7 +1,7 @@
 """Between a rank and the processes that write its part of a checkpoint.
 
 megatron-core forks a process per rank, which forks another that writes; what was written where comes back through a
-queue. Its own queue is a server process per rank, with all of torch imported anew (hundreds of MB and seconds), that
+queue. Its own queue is a server process per rank, which imports all of torch once more (hundreds of MB and seconds) and
 stays behind for ever when the rank is killed. Here it is a pipe and a thread of the rank.
 """
 
@@ -89,7 +89,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         self.describe: Callable[[], None] = lambda: None
 
     def forget(self) -> None:
-        """Make the next plan anew, on all ranks: after a save that may have ended differently on each."""
+        """Make a new plan at the next save, on all ranks: after a save that may have ended differently on each."""
         self._structure = None
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *writers: str) -> AsyncRequest:

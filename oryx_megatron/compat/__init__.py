@@ -4,7 +4,7 @@
 that it is for and its reason; tests/unit/test_compat*.py fail when an upstream no longer needs one. Nothing here knows
 of the product.
 
-Importing this package loads none of them; it installs the hook (hook.py) that puts off what they load in vain.
+Importing this package loads none of them; it installs the hook (hook.py) that defers imports of theirs no run uses.
 """
 
 from oryx_megatron.compat import deepspeed, hook, megatron, tilelang, torch, transformer_engine

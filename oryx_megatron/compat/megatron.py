@@ -1,4 +1,4 @@
-"""megatron-core 0.16.1 and 0.19.2: what it loads in vain, what does not hold here, and what differs between the two.
+"""megatron-core 0.16.1 and 0.19.2: imports that nothing here uses, what does not hold here, and what differs between the two.
 
 0.16.1 is the last version for Python 3.11; requirements.txt chooses by the version of Python. Training is bit-equal
 under both, and each reads the other's checkpoints (docs/architecture.md).
@@ -27,7 +27,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `destroy_groups` | process groups are only forgotten; each gloo group would keep its threads |
 | `read_checkpoints_by` | three places of a checkpoint are unpickled without weights_only |
 | `keep_common_failures`, `common_failure` | 0.16 raises on rank 0 alone, between two collectives, and leaves the others waiting in the second |
-| `keep_causes` | 0.19 reports the class of what a writer ran into, not the error: nobody would hear of a full disk |
+| `keep_causes` | 0.19 reports the class of what a writer ran into, not the error: nobody would learn of a full disk |
 | `as_rank_0` | GPTDataset builds its indices on rank 0 alone; where each machine has its own copies, the first rank of each builds |
 | `report_to` | the queue that writers report to is a server process per rank with all of torch, and outlives a killed rank |
 
@@ -462,7 +462,7 @@ _common_failures: list[Exception] = []
 
 
 def keep_common_failures() -> None:
-    """Let what fails on rank 0 in writing the common state wait in `common_failure` until all ranks can hear of it.
+    """Let what fails on rank 0 in writing the common state wait in `common_failure` until all ranks can be told.
 
     Since 0.19 the writers write it with everything else.
     """

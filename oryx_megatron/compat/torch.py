@@ -1,4 +1,4 @@
-"""torch (2.11 to 2.13): on a CPU under megatron-core, and what importing it loads in vain.
+"""torch (2.11 to 2.13): on a CPU under megatron-core, and imports of its own that nothing here uses.
 
 | patch | why |
 |---|---|

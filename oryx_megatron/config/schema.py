@@ -395,7 +395,7 @@ class InitFromConfig:
     weights: WeightsKind = "trained"
     """Which of the source's weights: those that it trained, or their average (train.ema)."""
     optimizer: bool = False
-    """Take the optimizer state along; false: it starts anew."""
+    """Load the optimizer state too; false: it starts from zero."""
     schedule: bool = False
     """Continue at the source's iteration: learning rate, mixing schedule, stages; false: at 0."""
     data: bool = False

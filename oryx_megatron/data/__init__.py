@@ -1,3 +1,3 @@
 """Corpora, tokenizers, indexed datasets and the loader. Only `loader` imports torch."""
 
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it defers imports that nothing here uses

@@ -67,8 +67,8 @@ CUT = re.compile(rb"[A-Za-z] (?=[A-Za-z])")
 def read(unit: Sequence[Segment], options: ReadOptions, reading: Reading | None = None) -> Iterator[Text | Bad]:
     """Documents of a piece of work in order, and in between what is wrong with others.
 
-    Documents above PIECE bytes come in parts (`Text.first`, `Text.last`). After a file that cannot be read on, the next
-    file follows.
+    Documents above PIECE bytes come in parts (`Text.first`, `Text.last`). After a file that cannot be read to its
+    end, the next file follows.
     """
     reading = Reading() if reading is None else reading
     readers = {"jsonl": _read_lines, "parquet": _read_parquet, "text": _read_text}

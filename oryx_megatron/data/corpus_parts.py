@@ -94,7 +94,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bad:
-    """A document that cannot be used, or a file that cannot be read on."""
+    """A document that cannot be used, or a file that cannot be read to its end."""
 
     place: str
     reason: str

@@ -47,7 +47,7 @@ from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import DataError
 
 CHECKPOINT_SECONDS = 10.0
-"""At most so much merging is done again after a kill; finished pieces are kept anyhow."""
+"""At most so much merging is done again after a kill; finished pieces are kept in any case."""
 NAMED_FILES = 10_000
 """Of so many input files an unfinished run notes size and time one by one, to tell later which changed."""
 LIBRARIES = ("sentencepiece", "tokenizers", "tiktoken", "gigatoken")

@@ -128,7 +128,7 @@ class AssociativeRecall:
     power: float = 0.1
     """Exponent of the gaps between queries; 1 is uniform."""
     queries: int | None = None
-    """Keys asked for; None: all. More than `pairs`: drawn anew each time, else each once at most."""
+    """Keys asked for; None: all. More than `pairs`: drawn again each time, else each once at most."""
     tail: int | None = None
     """Tokens at the end among which queries stand, each place alike; None: anywhere after the pairs, by `power`."""
     name: str = "mqar"
@@ -223,7 +223,7 @@ class Needle:
     needles: int = 1
     """Facts, each of another city; more than one is RULER's multi-key needle (arXiv 2404.06654)."""
     questions: int = 1
-    """How many are asked for, one after the other with the right answers between; more than needles: drawn anew."""
+    """How many are asked for, one after the other with the right answers between; more than needles: drawn again."""
     name: str = "needle"
 
     def sample(self, length: int, count: int, seed: int) -> RetrievalBatch:

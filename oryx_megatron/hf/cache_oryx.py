@@ -168,7 +168,7 @@ class OryxCache(Cache):
 
     `max_cache_len` gives the static form: fixed addresses and room for that many tokens. `keep_kv=False` keeps no keys
     and values: constant memory, and attention can only read tokens of its own call.
-    `crop` raises ValueError where a recurrent state would have to be wound back.
+    `crop` raises ValueError where a recurrent state would have to be rolled back.
     """
 
     def __new__(cls, config: OryxConfig | None = None, max_cache_len: int | None = None, *args: Any, **kwargs: Any):

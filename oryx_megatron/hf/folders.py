@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it defers imports that nothing here uses
 
 # isort: split
 import re

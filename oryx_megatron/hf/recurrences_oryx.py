@@ -98,7 +98,7 @@ def decay_sums(log_decay: Tensor, fp64: bool = True) -> Tensor:
     """Σ of log_decay over tokens j+1 … i for j ≤ i, [..., c] -> [..., c, c] (row i, column j); others are undefined.
 
     After one strong decay (say e^-10000) a running sum in fp32 could no longer tell the weak ones behind it apart:
-    running sums are in fp64, or where there is none every sum starts anew.
+    running sums are in fp64, or where there is none every sum starts again at its token.
     """
     if fp64:
         running = log_decay.double().cumsum(-1)
@@ -282,7 +282,7 @@ def delta_chunks(
 class _SolveUnitLower(torch.autograd.Function):
     """X and Y of (I + A) [X, Y] = [R, Q], with A the strict lower triangle of the first argument [..., c, c].
 
-    By the inverse, which the backward pass uses again: torch's own backward solves anew, several times slower.
+    By the inverse, which the backward pass uses again: torch's own backward solves again, several times slower.
     """
 
     @staticmethod

@@ -88,7 +88,7 @@ class Drafter:
     """The heads, each with the states of its layer and what it has yet to read.
 
     Head k reads at token t what head k - 1 made of t, and x_{t+k}. Where x_{t+k} is a draft itself, it reads on trial:
-    its states are wound back after the round.
+    its states are rolled back after the round.
     """
 
     def __init__(self, model: Any, plan: SlotPlan, cache: OryxCache) -> None:

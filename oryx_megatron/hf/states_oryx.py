@@ -17,7 +17,7 @@ from torch import Tensor
 class TwoStates(ABC):
     """The rule of a layer's states: they advance together, at every token, whatever its mode (docs/model.md).
 
-    A recurrent state cannot be wound back: tokens are taken back all or none, but for those after `mark`, of which
+    A recurrent state cannot be rolled back: tokens are taken back all or none, but for those after `mark`, of which
     every state is kept.
     """
 

@@ -5,7 +5,7 @@ Nothing here holds more than a layer's worth of a model in memory, and none of i
 
 from __future__ import annotations
 
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it defers imports that nothing here uses
 
 # isort: split
 import io

@@ -122,7 +122,7 @@ class ExpertRouter(TopKRouter):
         return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **keywords)
 
     def take_sums(self) -> Tensor | None:
-        """The sums of this step; the next ones begin anew. None where the router did not run."""
+        """The sums of this step; the next ones begin at zero. None where the router did not run."""
         taken, self.sums = self.sums, None
         return taken
 

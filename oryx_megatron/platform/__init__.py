@@ -1,7 +1,7 @@
 """CPU or GPU: the one place that knows what megatron-core assumes of CUDA.
 
 `install()` must run before a megatron-core model, optimizer or schedule is built; `parallel.initialize` calls it.
-Importing this package costs no torch; it puts off what megatron-core loads in vain (compat/hook.py).
+Importing this package costs no torch; it defers imports of megatron-core that nothing here uses (compat/hook.py).
 """
 
 from __future__ import annotations

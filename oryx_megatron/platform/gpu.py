@@ -1,4 +1,5 @@
-"""What this machine's GPU and its optional packages can do. Nothing here imports those packages, nor torch in vain."""
+"""What this machine's GPU and its optional packages can do. Nothing here imports those packages;
+torch is imported inside functions, for commands that need none of it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The package can be called: `oryx_megatron.train(run)` is `oryx_megatron.api.train`.
 """
 
-import oryx_megatron.platform  # noqa: F401 - before megatron-core: it puts off what that loads in vain
+import oryx_megatron.platform  # noqa: F401 - before megatron-core: it defers imports that nothing here uses
 
 # isort: split
 import importlib

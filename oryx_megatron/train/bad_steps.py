@@ -32,7 +32,7 @@ class BadSteps:
         run: The config.
         layout: How ranks are used.
         guard: Counts them.
-        callbacks: Hear of them.
+        callbacks: Are told of them.
         main: Whether this rank writes the records.
     """
 

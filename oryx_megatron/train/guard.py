@@ -83,7 +83,7 @@ class Guard:
 
 
 class Prolonged(Blend):
-    """A blend that begins anew at its end: who skips `skipped` samples needs as many more."""
+    """A blend that begins again at its end: who skips `skipped` samples needs as many more."""
 
     def __init__(self, blend: Blend, skipped: int) -> None:
         super().__init__(blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity)

@@ -47,7 +47,7 @@ def retention(run: RunConfig) -> CheckpointConfig:
 def seconds_left(run: RunConfig, iteration: int, last: int, *, sample: float, evaluation: float, save: float) -> float:
     """Time from step `iteration` to `last`, evaluations and saves included, from the seconds that one of each takes.
 
-    Steps to come may be of other sizes: they are reckoned from the seconds of a `sample`.
+    Steps to come may be of other sizes: they are computed from the seconds of a `sample`.
     """
     count = SampleCount.of(run.train)
     evaluations, saves = Intervals(run).left(iteration, last)

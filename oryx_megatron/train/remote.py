@@ -4,7 +4,7 @@ Checkpoints have their own way (checkpoint/remote.py). Rank 0 writes the rest, m
 run's folder in the cache; `RunFiles` copies what changed every `storage.sync_interval` seconds, and at the end.
 
 The lock (train/lock.py) is an object, URL/lock, made with a condition that the storage checks (S3's If-None-Match, the
-generation of GCS). Its holder writes it anew every BEAT seconds; one that stays the same for STALE seconds counts as
+generation of GCS). Its holder rewrites it every BEAT seconds; one that stays the same for STALE seconds counts as
 left behind. Storage without such conditions keeps all but starts within the same second apart.
 """
 
@@ -195,7 +195,7 @@ class RunFiles(Callback):
         self.push()
 
     def push(self) -> None:
-        """Copy what changed since the last time; what went here goes there."""
+        """Copy what changed since the last time; what was removed here is removed there."""
         with self._lock:
             try:
                 here = {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}

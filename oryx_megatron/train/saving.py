@@ -23,8 +23,8 @@ class Saver:
         checkpoints: The engine's.
         timeout: Seconds that a save may take (checkpoint.timeout), on top of faults.hang_timeout.
         clock: Counts the time that training stood still.
-        watchdog: Hears of every save.
-        callbacks: Hear of every complete checkpoint.
+        watchdog: Is told of every save.
+        callbacks: Are told of every complete checkpoint.
     """
 
     def __init__(

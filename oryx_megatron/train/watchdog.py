@@ -10,7 +10,7 @@ a hang costs at most hang_timeout, a quarter of it between looks, and that.
 Should the main thread hold the interpreter's lock, no thread of Python can run: faulthandler's own, which needs no
 lock, then writes the stacks and ends the process a little later.
 
-Where nvidia-resiliency-ext's launcher started this rank, its monitor hears of every step too, whatever hang_timeout is.
+Where nvidia-resiliency-ext's launcher started this rank, its monitor is told of every step too, at any hang_timeout.
 """
 
 from __future__ import annotations

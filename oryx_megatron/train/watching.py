@@ -56,7 +56,7 @@ class Followed:
     _place: tuple[int, int] = (0, 0)
     """Inode and offset of metrics.jsonl up to which it was read."""
     _config: tuple[int, int, int] | None = None
-    """Inode, time and size of the config.yaml that was read: a resume, which may extend the run, writes it anew."""
+    """Inode, time and size of the config.yaml that was read: a resume, which may extend the run, rewrites it."""
 
     def look(self) -> None:
         """Read what is new."""

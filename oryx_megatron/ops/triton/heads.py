@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 VARYING = ["length", "offset"]
-"""Arguments that change with the plan: without specialisation, so that no plan compiles anew."""
+"""Arguments that change with the plan: without specialisation, so that no plan compiles again."""
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 VARYING = ["length", "attention"]
-"""Arguments that change with the plan: without specialisation, so that no plan compiles anew."""
+"""Arguments that change with the plan: without specialisation, so that no plan compiles again."""
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -116,7 +116,7 @@ class Callback:
 
 
 class Callbacks(list[Callback]):
-    """Callbacks in the order in which they hear of things. A full disk costs reports, not the run."""
+    """Callbacks in the order in which they are called. A full disk costs reports, not the run."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         super().__init__(callbacks)

@@ -19,7 +19,7 @@ from oryx_megatron.train.metrics import NAME as METRICS
 from oryx_megatron.train.metrics import read_lines
 
 RECENT = 50
-"""Latest steps that the time left is reckoned from."""
+"""Latest steps from which the time left is computed."""
 
 
 class Display(Callback):
