@@ -105,6 +105,8 @@ def _preprocess(argv: list[str]) -> int:
     parsed = importlib.import_module("oryx_megatron.tools.preprocess_data").parse_args(arguments)
     if is_url(parsed.output):
         raise ConfigError(f"--output: {parsed.output}: datasets are made on this machine's file systems; copy it after")
+    expand_arguments(parsed, "--input", urls=True)  # as the jobs do
+    expand_arguments(parsed, "--tokenizer", "--output")
     prefix = Path(parsed.output).absolute()
     if not parsed.overwrite and (prefix.parent / f"{prefix.name}.idx").exists():
         raise ConfigError(f"--output: dataset {prefix} exists already; choose another name or pass --overwrite")

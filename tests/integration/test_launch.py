@@ -258,6 +258,12 @@ def test_shards_that_are_there_must_be_of_this_command(capsys, tmp_path, monkeyp
 
     assert said() == ""
     assert said("--input", str(tmp_path / "corpus")) == ""  # the same place by another name
+    monkeypatch.setenv("HERE", str(tmp_path))  # in quotes, or after `=`, where a shell leaves them alone
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert said("--input", "$HERE/corpus", "--output=~/x") == ""
+    assert "#SBATCH --array=2\n" in scripts(capsys, *command, "--input", "~/corpus", "--output=${HERE}/x")["preprocess"]
+    assert not (tmp_path / "~").exists()
+    assert said("--output", "$NOWHERE/x").startswith("error: --output: $NOWHERE/x: the environment variable NOWHERE")
     assert said("--input", "other").startswith(f"error: --output: {part} was made from corpus, not other; `rm {part}.")
     assert f"{part} was made with tokenizer stdlib-8k" in said("--tokenizer", "small")
     assert said("--input", "other", "--overwrite") == ""
