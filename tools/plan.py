@@ -126,6 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
     how: dict[str, Any] = {"graphs": not a.launched, "fp8": a.fp8 or "none"}
+    if a.fp8 == "mxfp8":
+        sys.stderr.write(
+            "precision.fp8: mxfp8 has not been measured; planned with blockwise FP8's times on a Hopper GPU\n"
+        )
     work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema)
     found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:
@@ -162,6 +166,9 @@ def _of_run(a: argparse.Namespace) -> ModelConfig:
     a.cpu_offload = a.cpu_offload or run.optimizer.cpu_offload
     a.launched = a.launched or run.kernels.graphs == "off"
     a.fp8 = a.fp8 or run.precision.fp8
+    if run.precision.fp4 != "none":
+        a.launched = True  # engine.why_launched
+        sys.stderr.write(f"precision.fp4: {run.precision.fp4} has not been measured; planned as bf16\n")
     a.ema = a.ema or run.train.ema is not None
     return run.model
 

@@ -325,3 +325,24 @@ def test_the_fixed_plan_of_a_run_decides(tmp_path: Path, capsys: pytest.CaptureF
     assert "50% in attention mode" in told
     assert layered["seconds"]["compute"] < drawn["seconds"]["compute"]
     assert layered["memory_bytes"]["activations: recurrence"] == drawn["memory_bytes"]["activations: recurrence"] / 2
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        (
+            "fp8: mxfp8",
+            "precision.fp8: mxfp8 has not been measured; planned with blockwise FP8's times on a Hopper GPU\n",
+        ),
+        ("fp4: nvfp4", "precision.fp4: nvfp4 has not been measured; planned as bf16\n"),
+        ("fp8: blockwise", ""),
+    ],
+)
+def test_recipes_without_a_measurement_say_so(field: str, told: str, tmp_path: Path, capsys: Any) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: tiny-gdn\ndata: {sequence_length: 64, tokenizer: t, blend: [b]}\noutput_dir: r\nschedule: {warmup: 0}\n"
+        f"train: {{iterations: 2, global_batch_size: 8, micro_batch_size: 4}}\nprecision: {{{field}}}\n"
+    )
+    assert plan_tool.main([str(config), "--gpus", "1", "--json"]) == 0
+    assert capsys.readouterr().err == told
