@@ -132,9 +132,13 @@ class OryxGenerationMixin(GenerationMixin):
         keep_kv: bool | None = None,
         speculative: bool | int | None = None,
         cache: Cache | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict:
-        """Arguments of the next forward call, with the modes of its tokens."""
+        """Arguments of the next forward call, with the modes of its tokens.
+
+        `tokenizer` is of `stop_strings`: transformers hands it on with the model's arguments.
+        """
         cache = one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,

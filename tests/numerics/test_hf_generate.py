@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 import torch
 from hf_reference import random_ids, tiny_model
@@ -194,6 +196,31 @@ def test_stopping_and_streaming() -> None:
     first = free[0, 6:].tolist().index(stop)
     assert stopped[0, 6 : 7 + first].tolist() == free[0, 6 : 7 + first].tolist()
     assert set(stopped[0, 7 + first :].tolist()) <= {60}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"return_dict_in_generate": False}, {"speculative": 2}],
+    ids=str,
+)
+def test_stop_strings(options: dict) -> None:
+    """transformers hands the tokenizer that they need on with the arguments of the model."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_letters + string.digits[:9]
+    of_letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[]))
+    of_letters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_letters)
+    model = tiny_model("gdn", dtype=torch.float32, num_nextn_predict_layers=1)
+    common = {"max_new_tokens": 12, "do_sample": False, "mode_plan": "ratio:0.5", "pad_token_id": 0} | options
+    whole = model.generate(random_ids(1, 7), **common)[0].tolist()
+    at = next(i for i in range(9, 19) if whole[i] not in whole[7:i])  # it ends where the letter comes first
+    stopped = model.generate(random_ids(1, 7), stop_strings=[letters[whole[at]]], tokenizer=tokenizer, **common)
+    if "num_beams" in options:  # which text is the best then is another question
+        assert whole[at] not in stopped[0, 7:-1].tolist()
+    else:
+        assert stopped[0].tolist() == whole[: at + 1]
 
 
 def test_defaults_come_from_the_configs() -> None:
