@@ -44,7 +44,7 @@ COMMANDS = {
     "replay": ("oryx_megatron.train.replay", "do a bad step again"),
 }
 """Command: its module with `main(argv)`, or its launch script; what it does."""
-COMPLETION = """_oryx() {{
+BASH = """_oryx() {{
     local typed="${{COMP_WORDS[*]:1:COMP_CWORD}}" command first=() second=()
     while IFS= read -r command; do
         if [[ $COMP_CWORD == 1 && $command == "$typed"* ]]; then first+=("${{command%% *}}"); fi
@@ -54,6 +54,25 @@ COMPLETION = """_oryx() {{
 }}
 complete -o default -F _oryx oryx
 """
+ZSH = """_oryx() {{
+    local command
+    local -aU first second
+    for command in "${{(@f)$(printf '%s' {commands})}}"; do
+        first+=("${{command%% *}}")
+        if [[ $command == "$words[2] "* ]]; then second+=("${{command#* }}"); fi
+    done
+    if (( CURRENT == 2 )); then
+        compadd -a first
+    elif (( CURRENT == 3 && $#second )); then
+        compadd -a second
+    else
+        _files
+    fi
+}}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+compdef _oryx oryx
+"""
+COMPLETION = {"bash": BASH, "zsh": ZSH}
 
 
 @main_guard
@@ -77,7 +96,7 @@ def _other(words: list[str]) -> int:
     listed = "\n".join(f"  {name:<24}{what}" for name, (_, what) in COMMANDS.items())
     parser = Parser(prog="oryx", description=__doc__, epilog=f"commands:\n{listed}")
     parser.add_argument("--version", action="version", version=f"oryx_megatron {__version__}")
-    parser.add_argument("--completion", choices=["bash"], help='for your shell: eval "$(oryx --completion bash)"')
+    parser.add_argument("--completion", choices=COMPLETION, help='for your shell: eval "$(oryx --completion bash)"')
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="see below")
     if words and not words[0].startswith("-"):
         group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
@@ -87,13 +106,16 @@ def _other(words: list[str]) -> int:
             return 0
         if group:
             wanted = " or ".join(f"`oryx {name}`" for name in group)
+            near = difflib.get_close_matches(" ".join(words[:2]), group, 1, 0.8) if words[1:] else ()
+            if near:
+                raise ConfigError(f"oryx: no command `{' '.join(words[:2])}`; did you mean `{near[0]}`?")
             raise ConfigError(f"oryx {words[0]}: expected {wanted}" + (f", got `{words[1]}`" if words[1:] else ""))
         near = difflib.get_close_matches(words[0], {name.split()[0] for name in COMMANDS}, 1)
         raise ConfigError(
             f"oryx: no command `{words[0]}`" + (f"; did you mean `{near[0]}`?" if near else "; see oryx --help")
         )
-    if parser.parse_args(words).completion:
-        sys.stdout.write(COMPLETION.format(commands="$'" + "\\n".join(COMMANDS) + "'"))
+    if shell := parser.parse_args(words).completion:
+        sys.stdout.write(COMPLETION[shell].format(commands="$'" + "\\n".join(COMMANDS) + "'"))
         return 0
     parser.print_help()
     return 0

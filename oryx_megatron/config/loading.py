@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     data = parse_yaml(config_text(path), str(path))
+    if data is None:
+        raise ConfigError(f"{path}: expected `name: value` lines, found nothing")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `name: value` lines, found {_shown(data)}")
     return data
@@ -46,7 +48,11 @@ def config_text(path: Path) -> str:
         return read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file{_near_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a config file (YAML)") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {reason(error)}; save it as UTF-8 text") from None
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
 
 

@@ -76,7 +76,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         why = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{source}{place}: not valid YAML: {why}") from None
+        hint = "; indent with spaces, not tabs" if r"'\t'" in why else ""
+        raise ConfigError(f"{source}{place}: not valid YAML: {why}{hint}") from None
     except RecursionError:  # in the parser, before a node is composed
         raise ConfigError(f"{source}: not valid YAML: nested too deep") from None
 

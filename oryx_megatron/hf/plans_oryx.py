@@ -5,6 +5,7 @@ A spec says which tokens of a text attend and which recur. A run is (start, stop
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ FORMS = (
     "layers:0-5=PLAN,rest=PLAN (N tokens, R from 0 to 1, every K-th chunk; runs also by share or to the end: "
     "runs:a0-25%,r25%-end; layers from 0, also 3, 6-end, even, odd)"
 )
+
+KINDS = ("attention", "recurrent", "prefix:", "last:", "ratio:", "every:", "runs:", "prompt:", "router:", "layers:")
+"""How each form begins."""
 
 _EDGE = r"\d+(?:\.\d+)?%|\d+c?|end"
 _RUN = re.compile(rf"([ar])({_EDGE})-({_EDGE})")
@@ -184,7 +188,8 @@ def parse_runs(
         return text.explicit_runs(value)
     if kind == "prompt":
         return text.prompt_runs(value)
-    raise _wrong(spec, "unknown form")
+    near = difflib.get_close_matches(kind, KINDS, 1, 0.7)
+    raise _wrong(spec, f"unknown form; did you mean `{near[0]}`?" if near else "unknown form")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,13 +26,16 @@ class Intervals:
         """Whether a save is due in a run that ends, for now, at `last`."""
         return _due(iteration, self.run.checkpoint.interval, self._listed(self.run.checkpoint.steps), last)
 
-    def left(self, iteration: int, last: int) -> tuple[int, int]:
-        """Evaluations and saves from after `iteration` to `last`."""
+    def left(self, iteration: int, last: int, done: Collection[str] = ()) -> tuple[int, int]:
+        """Evaluations and saves to come up to `last`, from those due at `iteration` on, without the kinds in `done`."""
         run, best = self.run, self.run.checkpoint.keep_best is not None
         saving, evaluating = self._listed(run.checkpoint.steps), self._listed(run.evaluation.steps)
-        saves = _due_between(iteration, last, run.checkpoint.interval, saving, last)
-        evaluations = _due_between(iteration, last, run.evaluation.interval, evaluating, run.train.iterations)
-        return len(evaluations | saves if best else evaluations), len(saves)
+        evaluated, saved = (iteration if kind in done else iteration - 1 for kind in ("evaluation", "checkpoint"))
+        saves = _due_between(saved, last, run.checkpoint.interval, saving, last)
+        evaluations = _due_between(evaluated, last, run.evaluation.interval, evaluating, run.train.iterations)
+        if best:
+            evaluations |= {step for step in saves if step > evaluated}
+        return len(evaluations), len(saves)
 
     def _listed(self, steps: Collection[int]) -> tuple[int, ...]:
         """These steps, and those at which a decay of the learning rate ends."""
@@ -44,15 +47,33 @@ def retention(run: RunConfig) -> CheckpointConfig:
     return replace(run.checkpoint, steps=tuple(dict.fromkeys((*run.checkpoint.steps, *run.schedule.restarts))))
 
 
-def seconds_left(run: RunConfig, iteration: int, last: int, *, sample: float, evaluation: float, save: float) -> float:
-    """Time from step `iteration` to `last`, evaluations and saves included, from the seconds that one of each takes.
+def seconds_left(
+    run: RunConfig,
+    iteration: int,
+    last: int,
+    *,
+    sample: float,
+    evaluation: float,
+    save: float,
+    done: Collection[str] = (),
+) -> float:
+    """Time from step `iteration` to `last`, evaluations and saves included (`Intervals.left`).
 
-    Steps to come may be of other sizes: they are computed from the seconds of a `sample`.
+    Args:
+        run: The run.
+        iteration: Steps done.
+        last: Step to end at.
+        sample: Seconds for each; steps to come may be of other sizes.
+        evaluation: Seconds of one; 0: none was measured, and a forward pass is a third of a step.
+        save: Seconds of one.
+        done: What step `iteration` has behind it already: `evaluation`, `checkpoint`.
     """
     count = SampleCount.of(run.train)
-    evaluations, saves = Intervals(run).left(iteration, last)
+    evaluations, saves = Intervals(run).left(iteration, last, done)
     stepping = (count.samples_at(last) - count.samples_at(iteration)) * sample
-    return stepping + evaluations * evaluation + saves * save
+    sets = len(run.data.validation) + (run.data.split[1] > 0)
+    read = sets * len(run.evaluation.plans) * (run.evaluation.batches or 0) * run.train.global_batch_size
+    return stepping + evaluations * (evaluation or read * sample / 3) + saves * save
 
 
 def mean_seconds(events: Sequence[dict[str, Any]], kind: str) -> float:
@@ -72,5 +93,5 @@ def _due(iteration: int, interval: int, steps: Collection[int], end: int) -> boo
 
 def _due_between(after: int, last: int, interval: int, steps: Collection[int], end: int) -> set[int]:
     """Iterations from after `after` to `last` at which something is due."""
-    regular = range(after - after % interval + interval, last + 1, interval) if interval else ()
+    regular = range(max(after - after % interval, 0) + interval, last + 1, interval) if interval else ()
     return {step for step in {*regular, *steps, end} if after < step <= last}

@@ -100,8 +100,15 @@ class Followed:
             return (self.count.samples_at(self.iterations) - self.count.samples_at(last)) * seconds / read
         took = {kind: mean_seconds(self.events, kind) for kind in ("evaluation", "checkpoint")}
         end = last_step(self.run)
+        done = {event["event"] for event in self.events if event.get("iteration") == last}
         return seconds_left(
-            self.run, last, end, sample=seconds / read, evaluation=took["evaluation"], save=took["checkpoint"]
+            self.run,
+            last,
+            end,
+            sample=seconds / read,
+            evaluation=took["evaluation"],
+            save=took["checkpoint"],
+            done=done,
         )
 
     def loss(self, now: float) -> float:

@@ -126,6 +126,7 @@ def test_commands_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert __version__ in run(installed, tmp_path, oryx, "--version")
     assert "did you mean `train`" in run(installed, tmp_path, oryx, "trian", code=2)
     assert "`oryx data preprocess`" in run(installed, tmp_path, oryx, "data", code=2)
+    assert "did you mean `data preprocess`?" in run(installed, tmp_path, oryx, "data", "preproces", code=2)
     assert "usage: oryx plan" in run(installed, tmp_path, oryx, "plan", "--help")
     assert "no such config file" in run(installed, tmp_path, oryx, "launch", "--ranks", "1", "none.yaml", code=2)
     assert "usage" in run(installed, tmp_path, python, "-m", "oryx_megatron.tools.generate", "--help")
@@ -141,4 +142,16 @@ def test_completion(capsys: pytest.CaptureFixture[str], words: str, expected: st
     done = subprocess.run(
         ["bash", "-c", script + 'echo "${COMPREPLY[*]}"'], capture_output=True, text=True, check=True, timeout=60
     )
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+@pytest.mark.parametrize(
+    ("words", "expected"), [("oryx data ''", "inspect merge preprocess split"), ("oryx train ''", "")]
+)
+def test_completion_in_zsh(capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:
+    assert main(["--completion", "zsh"]) == 0
+    stubs = "compdef() {}; _files() {}; compadd() { print -r -- ${(oP)2} }\n"
+    script = f"{stubs}{capsys.readouterr().out}\nwords=({words}) CURRENT=3\n_oryx\n"
+    done = subprocess.run(["zsh", "-fc", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == expected

@@ -258,7 +258,8 @@ def test_model_by_name_path_and_change(run_file, tmp_path):
         ("  chunk: 32", "  chunk: 32\n  chunk: 64", "line 20, column 3: not valid YAML: key `chunk` is given twice"),
         ("  chunk: 32", "  32: 1", "line 19, column 3: not valid YAML: key 32 is not a name"),
         ("{path: data/b", "{{path: data/b", "not valid YAML: "),
-        (RUN, "", "expected `name: value` lines, found None"),
+        (RUN, "", "expected `name: value` lines, found nothing"),
+        (RUN, "train:\n\titerations: 3\n", "indent with spaces, not tabs"),
         (RUN, "- a\n", "expected `name: value` lines, found ['a'] (list)"),
     ],
 )

@@ -71,7 +71,7 @@ def test_ratio_is_exact():
     ("spec", "fault"),
     [
         ("", "unknown form"),
-        ("atention", "unknown form"),
+        ("atention", "unknown form; did you mean `attention`?; a plan is one of"),
         ("attention:3", "unknown form"),
         ("prefix:11", "11 tokens are more than the 10 of the text"),
         ("last:11", "11 tokens are more than the 10"),

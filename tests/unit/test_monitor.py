@@ -93,7 +93,8 @@ def test_an_extended_run(kind: type[Followed], tmp_path: Path) -> None:
     """A run that is done is resumed with more iterations while it is watched: the table and the page count to those."""
     run = kind(tmp_path, "run")
     for iterations in (4, 8, 6):
-        (tmp_path / "new.yaml").write_text(to_yaml(tiny_run(train__iterations=iterations, train__exit_after=None)))
+        length = tiny_run(train__iterations=iterations, train__exit_after=None, evaluation__batches=None)
+        (tmp_path / "new.yaml").write_text(to_yaml(length))
         os.replace(tmp_path / "new.yaml", tmp_path / "config.yaml")
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         write(tmp_path, *(step(i) for i in range(1, 5)))
@@ -302,10 +303,15 @@ def test_time_left_counts_evaluations_and_saves() -> None:
     intervals = Intervals(run)
     assert [i for i in range(13) if intervals.evaluate(i)] == [0, 3, 6, 8, 9, 12]
     assert [i for i in range(13) if intervals.save(i, 12)] == [10, 12]
-    assert intervals.left(5, 12) == (4, 2)
+    assert intervals.left(5, 12) == intervals.left(6, 12) == (4, 2)  # a line is written before what its step brings
+    assert intervals.left(6, 12, {"evaluation"}) == (3, 2)
+    assert intervals.left(10, 12, {"evaluation", "checkpoint"}) == intervals.left(11, 12) == (1, 1)
     assert seconds_left(run, 5, 12, sample=0.5, evaluation=100.0, save=1000.0) == 7 * 2 * 0.5 + 400.0 + 2000.0
+    # None was measured yet: 3 plans × 8 batches × 2 samples, each a third of a step's half second.
+    assert seconds_left(run, 5, 12, sample=0.5, evaluation=0.0, save=1000.0) == 7 * 2 * 0.5 + 4 * 8.0 + 2000.0
     best = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, keep_best="valid/recurrent"))
     assert Intervals(best).left(5, 12) == (5, 2)
+    assert (Intervals(best).left(10, 12), Intervals(best).left(10, 12, {"evaluation"})) == ((2, 2), (1, 2))
     assert Intervals(run).left(5, 7) == (1, 1)  # train.exit_after=7: saved there, not evaluated
 
 

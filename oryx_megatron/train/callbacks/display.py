@@ -40,7 +40,8 @@ class Display(Callback):
         self._losses: list[float] = []
         """Of the steps behind the last line, those before a resume included: the last line is the final loss."""
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
-        """Seconds and samples of the latest steps."""
+        """Seconds and samples of the latest steps; without the first of this process once there are others."""
+        self._warming = True
         self._counts = {"evaluation": 0, "checkpoint": 0}
         self._known = dict.fromkeys(self._counts, 0.0)
         """Seconds that one took in earlier starts."""
@@ -57,6 +58,9 @@ class Display(Callback):
     def on_step(self, record: StepRecord) -> None:
         assert self._run is not None
         self._since.append(record)
+        if self._warming and self._recent:  # the first step of a process compiles and fills caches
+            self._recent.clear()
+            self._warming = False
         self._recent.append((record.seconds, SampleCount.of(self._run.train).batch_at(record.iteration - 1)))
         if not record.skipped:
             self._losses.append(record.loss)
