@@ -49,12 +49,14 @@ class RouterOptions:
     """Training texts, each a sample of the run's sequence length."""
     held_out: int = 64
     """Validation texts for thresholds and the table."""
-    epochs: int = 4
+    epochs: int = 6
     """Times that every training text is used."""
     batch_size: int = 4
     """Texts per update and rank."""
     lr: float = 6e-3
     """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    weight_decay: float = 1.0
+    """Of AdamW, times the learning rate: gains are noisy, and a router would learn those of its texts by heart."""
     width: int = 64
     layers: int = 2
     heads: int = 2
@@ -67,7 +69,10 @@ class RouterOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in ("seed", "table") else 1
-            if field.name == "lr":
+            if field.name == "weight_decay":
+                if not (math.isfinite(value) and value >= 0):
+                    raise ConfigError(f"--weight-decay: {value:g} should be at least 0")
+            elif field.name == "lr":
                 if not (math.isfinite(value) and value > 0):
                     raise ConfigError(f"--lr: {value:g} should be above 0")
             elif value < least:
@@ -109,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the run's router")
     docs = {
         "texts": "training texts", "held_out": "validation texts", "epochs": "times every text is used",
-        "batch_size": "texts per update and rank", "lr": "peak learning rate", "width": "of the router",
-        "layers": "of the router", "heads": "of the router",
+        "batch_size": "texts per update and rank", "lr": "peak learning rate", "weight_decay": "of AdamW",
+        "width": "of the router", "layers": "of the router", "heads": "of the router",
         "table": "entries for counts of tokens that follow each other in training text; 0: none",
         "counted": "further texts per text that are read for these counts alone", "seed": "of weights and order",
     }  # fmt: skip
@@ -306,7 +311,9 @@ def fit(router: OryxRouter, gains: Gains, options: RouterOptions, generator: Any
     device, count = platform.device(), len(gains.tokens)
     targets = gains.gains.clamp(-CLIP, CLIP)
     steps = options.epochs * -(-count // options.batch_size)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        router.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=options.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=steps + 1, pct_start=min(0.1, 20 / steps), anneal_strategy="cos"
     )

@@ -170,7 +170,7 @@ def router_of(training: Training, texts: RetrievalBatch, counted: Tensor, others
     """The product's router, trained on what attention gains in texts, with counts and thresholds from others."""
     gained = torch.from_numpy(np.concatenate([gains(training, part) for part in _split(texts, 256)])).float()
     torch.manual_seed(0)
-    options = RouterOptions(epochs=8, batch_size=32)
+    options = RouterOptions(epochs=8, batch_size=32, weight_decay=0.01)  # little to learn by heart here
     router = OryxRouter(RouterShape(training.run.model.vocab_size, table=options.table))
     router.count(counted)
     known = Gains(

@@ -259,3 +259,5 @@ def test_wrong_options() -> None:
         RouterOptions(held_out=0)
     with pytest.raises(ConfigError, match="--lr: nan should be above 0"):
         RouterOptions(lr=math.nan)
+    with pytest.raises(ConfigError, match="--weight-decay: -1 should be at least 0"):
+        RouterOptions(weight_decay=-1.0)
