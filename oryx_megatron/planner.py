@@ -81,6 +81,8 @@ class Work:
     """Other batch sizes that a layout must take as well (train.batch_schedule)."""
     ema: bool = False
     """Whether an average of the weights is kept (train.ema)."""
+    muon: bool = False
+    """Whether Muon updates the matrices (optimizer.name); their state has one number where AdamW's has two."""
 
 
 @dataclass(frozen=True)
@@ -235,13 +237,25 @@ def parameters_per_gpu(model: ModelConfig, layout: Layout, stage: int) -> float:
         parameter_counts(kind.model).non_embedding * kind.layers / model.num_layers
         for kind in kinds(plain, layout.layers(stage))
     )
-    embedding = model.vocab_size * model.hidden_size
+    if stage == layout.pp - 1 and model.mtp_layers:  # the last stage has the heads
+        blocks += parameter_counts(model).of("mtp")
+    return (blocks + _tables(model, layout, stage) * model.vocab_size * model.hidden_size) / layout.tp
+
+
+def _tables(model: ModelConfig, layout: Layout, stage: int) -> int:
+    """Embedding and output matrices of a pipeline stage."""
     first, last = stage == 0, stage == layout.pp - 1
     tables = first + last - (1 if first and last and model.tie_embeddings else 0)
-    if last and model.mtp_layers:  # the last stage has the heads, and an embedding for them
-        blocks += parameter_counts(model).of("mtp")
+    if last and model.mtp_layers:  # an embedding for the heads
         tables += not first and not model.tie_embeddings
-    return (blocks + tables * embedding) / layout.tp
+    return tables
+
+
+def _muon_bytes(model: ModelConfig, layout: Layout, stage: int, parameters: float) -> float:
+    """Optimizer state of the fullest GPU: 8 bytes a parameter, 12 in tables, which one GPU owns whole."""
+    table = model.vocab_size * model.hidden_size / layout.tp
+    tables = _tables(model, layout, stage)
+    return max((8 * parameters + 4 * tables * table) / (layout.dp * layout.cp), 12 * table if tables else 0.0)
 
 
 def _owned(parameters: float, experts: float, layout: Layout) -> float:
@@ -269,7 +283,8 @@ def memory_bytes(
     *,
     fp8: bool = False,
 ) -> dict[str, float]:
-    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded.
+    """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded,
+    or Muon.
 
     With `fp8` beside them the weights of products and their transposes in FP8.
     """
@@ -282,6 +297,8 @@ def memory_bytes(
         "gradients": 4 * (parameters + experts),
         "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
     }
+    if work.muon:
+        items["optimizer"] = _muon_bytes(model, layout, stage, parameters)
     if fp8:
         items["fp8 weights"] = 2 * (parameters + experts)
     if work.ema:

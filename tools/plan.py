@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
     )
     parser.add_argument("--ema", action="store_true", help="as with train.ema: an fp32 average of the weights")
+    parser.add_argument("--muon", action="store_true", help="as with optimizer.name muon: its memory, AdamW's time")
     parser.add_argument("--fp8", choices=sorted(COSTS.fp8), help="precision.fp8 (default: the run's, else none)")
     parser.add_argument("--launched", action="store_true", help="as with kernels.graphs off: the host may be the limit")
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
@@ -130,7 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(
             "precision.fp8: mxfp8 has not been measured; planned with blockwise FP8's times on a Hopper GPU\n"
         )
-    work = Work(a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema)
+    work = Work(
+        a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
+    )
+    if a.muon and (a.cpu_offload or model.moe is not None):
+        raise ConfigError(f"--muon: not with {'--cpu-offload' if a.cpu_offload else 'experts (model.moe)'}; use AdamW")
     found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:
         plain = [_plain(e) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
@@ -170,6 +175,7 @@ def _of_run(a: argparse.Namespace) -> ModelConfig:
         a.launched = True  # engine.why_launched
         sys.stderr.write(f"precision.fp4: {run.precision.fp4} has not been measured; planned as bf16\n")
     a.ema = a.ema or run.train.ema is not None
+    a.muon = a.muon or run.optimizer.name == "muon"
     return run.model
 
 

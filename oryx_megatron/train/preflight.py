@@ -28,7 +28,7 @@ from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
 
 GIB = 2.0**30
-OPTIMIZER_BYTES = {"adamw": 12, "muon": 8}
+ADAMW_BYTES, MUON_BYTES = 12, 8
 """Of a parameter in a checkpoint, beside the weight: the fp32 master and AdamW's two means, or Muon's one."""
 
 
@@ -101,7 +101,11 @@ def checkpoint_bytes(run: RunConfig) -> int:
     """Size of one checkpoint: weights, masters, optimizer state and fp32 average, if any, of every parameter."""
     width = 4 if run.precision.dtype == "fp32" else 2
     average = 0 if run.train.ema is None else 4
-    return arch.parameter_counts(run.model).total * (width + OPTIMIZER_BYTES[run.optimizer.name] + average)
+    counts = arch.parameter_counts(run.model)
+    moments = ADAMW_BYTES * counts.total
+    if run.optimizer.name == "muon":  # the tables stay with AdamW
+        moments = MUON_BYTES * counts.non_embedding + ADAMW_BYTES * counts.embedding
+    return counts.total * (width + average) + moments
 
 
 def checkpoints_held(run: RunConfig) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from oryx_megatron.config import validate
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from oryx_megatron.planner import Work, memory_bytes, parameters_per_gpu
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
 
@@ -114,6 +116,11 @@ def test_every_element_of_state_is_on_one_data_parallel_rank(found: dict[str, An
     shares = [elements for _, elements in found["data fp32"]]
     assert sum(shares) == whole
     assert max(shares) < 0.6 * whole
+    run = run_of("data", "fp32")
+    layout = validate(run, 2)
+    planned = memory_bytes(run.model, layout, Work(32, 4, muon=True), 1, "none", 0)["optimizer"]
+    masters = 4 * parameters_per_gpu(run.model, layout, 0) / 2
+    assert planned - masters == pytest.approx(4 * max(shares), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -262,6 +262,18 @@ def test_an_average_of_the_weights_is_shared_out() -> None:
     assert averaged.memory == plain.memory | {"average of weights": plain.memory["optimizer"] / 3}
 
 
+def test_muon_needs_two_thirds_of_what_adamw_does() -> None:
+    """fp32 masters and one mean instead of two; tables stay with AdamW, each whole on one of the GPUs."""
+    model = load_model("1.4b-gdn")
+    counts = parameter_counts(model)
+    for tensor, ranks in ((1, 8), (2, 4), (1, 64)):
+        layout = layout_of(model, Work(4096, 64), ParallelConfig(tensor=tensor), 1, tensor * ranks)
+        adamw, muon = (memory_bytes(model, layout, Work(4096, 64, muon=muon), 1, "none", 0) for muon in (False, True))
+        even = (8 * counts.non_embedding + 12 * counts.embedding) / (tensor * ranks)
+        assert muon == adamw | {"optimizer": max(even, 12 * counts.embedding / tensor)}
+    assert even < 12 * counts.embedding
+
+
 def test_gates_of_idle_recurrence_cost_nothing() -> None:
     model = load_model("1.4b-gdn")
     layout = layout_of(model, Work(4096, 8), ParallelConfig(context=2), 1, 8)
