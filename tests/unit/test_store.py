@@ -12,6 +12,7 @@ import pytest
 
 from oryx_megatron.checkpoint import manifest, store
 from oryx_megatron.checkpoint.manifest import Manifest, file_digest, read_manifest, write_manifest
+from oryx_megatron.checkpoint.retention import to_remove
 from oryx_megatron.errors import CheckpointError, ClosedCheckpointError, NewerCheckpointError
 
 
@@ -254,3 +255,18 @@ def test_formatted_anew(tmp_path: Path) -> None:
     fields = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(dict(reversed(fields.items()))))
     assert read_manifest(folder).iteration == 3
+
+
+def test_what_retention_removes() -> None:
+    """All but the newest whole ones, multiples, listed steps and the best; a damaged one among the newest stays too."""
+    names = [f"iteration_{iteration:07d}" for iteration in range(12, 0, -1)]
+    asked: list[int] = []
+
+    def whole(name: str) -> bool:
+        asked.append(store.iteration_of(Path(name)))
+        return asked[-1] != 11
+
+    removed = to_remove(names, 2, 4, steps=(3, 99), best="iteration_0000006", whole=whole)
+    assert [store.iteration_of(Path(name)) for name in removed] == [9, 7, 5, 2, 1]
+    assert asked == [12, 11, 10]  # files of older ones are not looked at
+    assert list(to_remove(names, 99, 0, steps=(), best=None, whole=lambda _: True)) == []
