@@ -392,8 +392,7 @@ def _bytes(count: float) -> str:
 
 def table(model: ModelConfig, sequence: int) -> str:
     """All figures of `model` as text, at most 80 columns wide."""
-    counts = parameter_counts(model)
-    both, single = model.takes_plans, model.single_mode
+    single = model.single_mode
     kind = f"{model.mixer} + attention"
     if single is not None:
         kind = "attention only" if single == "attention" else f"{model.mixer} only"
@@ -403,32 +402,50 @@ def table(model: ModelConfig, sequence: int) -> str:
         f"{model.ffn_hidden_size}",
         *([] if not model.pattern else textwrap.wrap(f"layers in turn: {', '.join(model.pattern)}", 78)),
         "",
-        f"{'parameters':<26}{'count':>15}  {'used by':<11}per layer",
+        *_parameter_lines(model),
+        "",
+        *_flops_lines(model, sequence),
+        "",
+        *_memory_lines(model, sequence),
     ]
-    users = {"mtp": "mtp heads", "shared": "both modes" if both else single or "all"}
+    return "\n".join(lines) + "\n"
+
+
+def _parameter_lines(model: ModelConfig) -> list[str]:
+    """Parameters by part, and how many of them each mode shares with the other."""
+    counts = parameter_counts(model)
+    both = model.takes_plans
+    lines = [f"{'parameters':<26}{'count':>15}  {'used by':<11}per layer"]
+    users = {"mtp": "mtp heads", "shared": "both modes" if both else model.single_mode or "all"}
     for part in counts.parts:
         lines.append(f"  {part.name:<24}{part.count:>15,}  {users.get(part.user, part.user):<11}{part.note}".rstrip())
     lines.append(f"  {'non-embedding':<24}{counts.non_embedding:>15,}")
     lines.append(f"  {'total':<24}{counts.total:>15,}")
     if model.moe is not None:
         lines.append(f"  {'active for a token':<24}{counts.active:>15,}")
-    if both:
-        lines += ["", f"{'shared by both modes':<26}{'parameters':>15}{'non-embedding':>17}{'with embedding':>17}"]
-        rows: tuple[tuple[Literal["attention", "recurrent", "whole"], str, int], ...] = (
-            ("attention", "of attention mode's", counts.shared + counts.attention_only),
-            ("recurrent", "of recurrent mode's", counts.shared + counts.recurrent_only),
-            ("whole", "of the whole model's", counts.of("shared", "attention", "recurrent")),
-        )
-        for mode, name, used in rows:
-            plain, full = counts.share(mode), counts.share(mode, embedding=True)
-            lines.append(f"  {name:<24}{used:>15,}{plain:>16.1%} {full:>16.1%}")
-        lines.append(
-            f"  shared {counts.shared:,}, attention {counts.attention_only:,}, recurrent {counts.recurrent_only:,} only"
-        )
+    if not both:
+        return lines
+    lines += ["", f"{'shared by both modes':<26}{'parameters':>15}{'non-embedding':>17}{'with embedding':>17}"]
+    rows: tuple[tuple[Literal["attention", "recurrent", "whole"], str, int], ...] = (
+        ("attention", "of attention mode's", counts.shared + counts.attention_only),
+        ("recurrent", "of recurrent mode's", counts.shared + counts.recurrent_only),
+        ("whole", "of the whole model's", counts.of("shared", "attention", "recurrent")),
+    )
+    for mode, name, used in rows:
+        plain, full = counts.share(mode), counts.share(mode, embedding=True)
+        lines.append(f"  {name:<24}{used:>15,}{plain:>16.1%} {full:>16.1%}")
+    lines.append(
+        f"  shared {counts.shared:,}, attention {counts.attention_only:,}, recurrent {counts.recurrent_only:,} only"
+    )
+    return lines
+
+
+def _flops_lines(model: ModelConfig, sequence: int) -> list[str]:
+    """MFLOPs of a token by part, a column for each attention share."""
     shares = _shares(model)
-    head = {1.0: "all attention", 0.0: "all recurrent"} if both or single else {1.0: "any plan"}
-    lines += [
-        "",
+    pure = model.takes_plans or model.single_mode
+    head = {1.0: "all attention", 0.0: "all recurrent"} if pure else {1.0: "any plan"}
+    lines = [
         f"{'MFLOPs per token, s=' + str(sequence):<26}"
         + "".join(f"{head.get(share, f'{share:.0%} attention'):>18}" for share in shares),
     ]
@@ -443,6 +460,11 @@ def table(model: ModelConfig, sequence: int) -> str:
         lines.append(f"  {'mtp heads, training':<24}" + "".join(f"{value:>18,.2f}" for value in ahead))
         sums, name = [a + b for a, b in zip(sums, ahead, strict=True)], "training (3× both)"
     lines.append(f"  {name:<24}" + "".join(f"{3 * value:>18,.2f}" for value in sums))
+    return lines
+
+
+def _memory_lines(model: ModelConfig, sequence: int) -> list[str]:
+    """Bytes of decoding one sequence."""
     kv, state, windows = kv_bytes_per_token(model), state_bytes(model), window_bytes(model)
     memory = (
         ("KV cache per token", kv, "bf16"),
@@ -451,9 +473,7 @@ def table(model: ModelConfig, sequence: int) -> str:
         ("convolution windows", windows, "bf16, any length"),
         ("sum per sequence", kv * sequence + state + windows, ""),
     )
-    lines += ["", "decode memory"]
-    lines += [f"  {name:<24}{_bytes(count):>15}  {note}".rstrip() for name, count, note in memory]
-    return "\n".join(lines) + "\n"
+    return ["decode memory", *(f"  {name:<24}{_bytes(count):>15}  {note}".rstrip() for name, count, note in memory)]
 
 
 @main_guard
