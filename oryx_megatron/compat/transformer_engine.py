@@ -57,10 +57,9 @@ def own_rows(linear: Any) -> None:
 def begin_at(weight: Any, values: Any) -> None:
     """Let the optimizer's fp32 master of a weight in FP8 begin at the values that it was rounded from, as in bf16.
 
-    megatron-core takes them from `get_high_precision_init_val`; a weight without that has no use for them.
+    megatron-core takes them from `get_high_precision_init_val`, which such a weight has.
     """
-    if hasattr(weight, "get_high_precision_init_val"):
-        weight._high_precision_init_val = values.to("cpu", weight.dtype)
+    weight._high_precision_init_val = values.to("cpu", weight.dtype)
 
 
 def accumulate_into_main_gradients(chunk: Any) -> None:

@@ -383,7 +383,9 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 "tokens attend is decided on the host; export with mode_plan='attention' or 'recurrent'"
             )
         elif isinstance(plan, str) or callable(plan):
-            modes = TokenModes.from_mask(self._rows_of(plan, mask, past, slots, s, by_default), device)
+            real = mask if mask is None or slots is None else mask[:, : int(past) + s]
+            rows = _rows_of(plan, real, past, s, chunk=self.config.mode_chunk, shorter=by_default)
+            modes = TokenModes.from_mask(rows, device)
         elif (rows := self._token_mask(plan, b, s)).dim() == 3:
             plan = LayerModes.from_masks(rows, device)
             return self._modes(plan, mask, valid, past, slots, b, s, device)
@@ -394,20 +396,6 @@ class OryxModel(OryxPreTrainedModel, Routed):
         if modes.recurs and not self.config.has_recurrence:
             raise ValueError("the mode plan asks for recurrence, but this model has attention mode only")
         return modes
-
-    def _rows_of(
-        self, plan: ModePlan, mask: Tensor | None, past: int | Tensor, slots: Tensor | None, s: int, by_default: bool
-    ) -> Tensor:
-        """Bool [1 or b, s] on the host: which of the call's tokens attend, counted within each text of the batch."""
-        chunk = self.config.mode_chunk
-        if mask is None:
-            return plan_mask(plan, int(past) + s, chunk=chunk, shorter=by_default)[None, -s:]
-        real = mask if slots is None else mask[:, : int(past) + s]
-        index = (real.long().cumsum(1) - 1)[:, -s:].clamp(min=0).cpu()
-        lengths = real.sum(1).tolist()
-        tables = {n: plan_mask(plan, n, chunk=chunk, shorter=by_default) for n in set(lengths) if n}
-        tables[0] = torch.zeros(1, dtype=torch.bool)
-        return torch.stack([tables[n][i] for n, i in zip(lengths, index)])
 
     def _masks(
         self,
@@ -450,6 +438,20 @@ class OryxModel(OryxPreTrainedModel, Routed):
             )
             counts.append(count)
         return tuple(masks), tuple(counts)
+
+
+def _rows_of(plan: ModePlan, mask: Tensor | None, past: int | Tensor, s: int, *, chunk: int, shorter: bool) -> Tensor:
+    """Bool [1 or b, s] on the host: which of a call's tokens attend; `mask` [b, past + s] is true for real tokens.
+
+    A plan counts the real tokens of each row: those of a padded batch are texts of different lengths.
+    """
+    if mask is None:
+        return plan_mask(plan, int(past) + s, chunk=chunk, shorter=shorter)[None, -s:]
+    index = (mask.long().cumsum(1) - 1)[:, -s:].clamp(min=0).cpu()
+    lengths = mask.sum(1).tolist()
+    tables = {n: plan_mask(plan, n, chunk=chunk, shorter=shorter) for n in set(lengths) if n}
+    tables[0] = torch.zeros(1, dtype=torch.bool)
+    return torch.stack([tables[n][i] for n, i in zip(lengths, index)])
 
 
 def _padding(

@@ -140,7 +140,8 @@ class Slicer:
             shares.append(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
         values = torch.cat(shares)
         parameter.copy_(values)  # in one piece, as weights kept in FP8 need it
-        compat.transformer_engine.begin_at(parameter, values)
+        if hasattr(parameter, "get_high_precision_init_val"):  # a weight kept in FP8
+            compat.transformer_engine.begin_at(parameter, values)
 
 
 def normal_draw(std: float) -> Draw:

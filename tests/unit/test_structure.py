@@ -127,3 +127,16 @@ def test_files_that_texts_name_are_there() -> None:
         if name not in elsewhere and not any((base / name).is_file() for base in (ROOT, PACKAGE))
     }
     assert missing == set()
+
+
+def test_files_that_comments_name_are_there() -> None:
+    """`train/muon.py` in a comment or docstring of the package is a file of this project."""
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    others = {"datasets/indexed_dataset.py", "torch/cuda/__init__.py"}  # megatron-core's, torch's
+    named = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name in re.findall(r"(?<![\w/.{}-])(?:\w+/)+\w+\.py\b", path.read_text(encoding="utf-8")):
+            named[name] = path.name
+    assert len(named) > 20
+    missing = {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
+    assert missing <= others, {name: named[name] for name in missing - others}
