@@ -51,7 +51,7 @@ SUMMARY_SECONDS = 35.0
 """Kept at the end for tables and plots."""
 ROUTER_SECONDS = 75.0
 """A router and its first comparisons take about so long; an Oryx training that leaves less is not begun."""
-POLICY_SECONDS = 90.0
+POLICY_SECONDS = 120.0
 SHORTEST = 45.0
 """Seconds that a training of unknown length must have."""
 ENDING = 6.0
@@ -60,7 +60,7 @@ WARMING = 100
 """Seconds after which trainings begin whether or not their kernels are compiled."""
 LAST_LINES = 20
 """Of a failed job's log, printed."""
-ROUTER = {"texts": 3072, "held_out": 128, "epochs": 3, "batch_size": 16}
+ROUTER = {"texts": 3072, "held_out": 128, "epochs": 4, "batch_size": 16}
 """Options of `oryx router` here."""
 
 
