@@ -325,9 +325,9 @@ def memory_bytes(
 def _collectives(recompute: Recompute) -> int:
     """Gathers and scatters of sequence parallelism a layer.
 
-    4 forward, 4 backward, 2 to gather inputs again, 2 for queries.
+    4 forward, 4 backward, 1 to gather the MLP's input again (that of the mixer is kept).
     """
-    return 12 + (4 if recompute == "full" else 0)
+    return 9 + (4 if recompute == "full" else 0)
 
 
 def _exchanges(recompute: Recompute) -> int:
@@ -392,7 +392,7 @@ def estimate(
         fp8: precision.fp8.
         costs: Constants of speed.
     """
-    captured = layout.cp == 1 and model.moe is None and model.mtp is None and fp8 != "mxfp8"  # engine.why_launched
+    captured = model.moe is None and fp8 != "mxfp8"  # engine.why_launched
     graphs = graphs and captured
     stages = [
         memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload, fp8=fp8 != "none")

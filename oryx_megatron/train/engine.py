@@ -284,10 +284,6 @@ def why_launched(run: RunConfig) -> str | None:
         return "there is no GPU"
     if run.precision.fp8 == "mxfp8" or run.precision.fp4 != "none":
         return f"not with precision {run.precision.fp4 if run.precision.fp8 == 'none' else run.precision.fp8}"
-    if run.parallel.context > 1:
-        return "not with parallel.context"  # not yet seen on GPUs
-    if run.model.mtp is not None:
-        return "not with model.mtp"  # not yet seen on GPUs
     if run.modes.align == "documents":
         return "not with modes.align documents, whose plans have any number of attention rows: each is a shape"
     drawn = run.modes.p_layers or any(stage.p_layers for stage in run.modes.schedule)
