@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import time
@@ -46,6 +47,8 @@ from oryx_megatron.data.preprocess_work import (
 from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import DataError
 
+log = logging.getLogger(__name__)
+
 CHECKPOINT_SECONDS = 10.0
 """At most so much merging is done again after a kill; finished pieces are kept in any case."""
 NAMED_FILES = 10_000
@@ -69,6 +72,12 @@ def preprocess(
     """
     prefix = output_prefix(prefix)
     tokenizer = load_tokenizer(job.tokenizer)
+    if tokenizer.leaves_out:
+        log.warning(
+            "tokenizer %s: characters that its vocabulary lacks get no token and are lost (a BPE without unk_token and "
+            "without all bytes)",
+            job.tokenizer,
+        )
     job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
     folder = file_of(prefix, "work")
     _check_work(folder)

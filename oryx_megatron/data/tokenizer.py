@@ -87,6 +87,8 @@ class Tokenizer(ABC):
     """Special tokens it puts after every text; where the end of a document is the last of them, none is added."""
     dummy_prefix: bool = False
     """It reads every text as if a space stood before it."""
+    leaves_out: bool = False
+    """Characters that its vocabulary lacks get no token, and nothing says so."""
     splittable: bool = False
     """A text may be cut in `letter space letter` before the space: the parts' tokens are the whole's."""
 
@@ -238,6 +240,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.backend.no_padding()
         self.before, self.after = self._template(path)
         self.splittable = self.known and _is_splittable(config)
+        self.leaves_out = _leaves_out(config, vocabulary)
 
     def _template(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The special tokens the post-processor puts around a text."""
@@ -552,7 +555,22 @@ def _eos_of_config(folder: Path) -> str | None:
     if not path.is_file():
         return None
     token = read_json(path).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise DataError(f"{path}: eos_token is {token!r}, not the text of a token")
+    return token
+
+
+def _leaves_out(config: dict[str, Any], vocabulary: Mapping[str, int]) -> bool:
+    """Whether a tokenizer.json leaves out what its vocabulary lacks; others have an unknown token, or fail."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    model, steps = config["model"], flatten(config["pre_tokenizer"], "pretokenizers")
+    if model["type"] != "BPE" or model["unk_token"] is not None:
+        return False
+    if model["byte_fallback"]:
+        return not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    return all(step["type"] != "ByteLevel" for step in steps) or not set(ByteLevel.alphabet()) <= vocabulary.keys()
 
 
 def _is_id(value: object) -> bool:

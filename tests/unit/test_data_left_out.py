@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_corpus import bad, items, texts
 from test_data_tools import ROOT, tool
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from oryx_megatron.data import corpus
 from oryx_megatron.data.corpus import BOM, LeftOut, Reading, ReadOptions, Text, plan, read
 from oryx_megatron.data.files import read_json
 from oryx_megatron.data.preprocess import Job, preprocess
+from oryx_megatron.data.tokenizer import write_manifest
 from oryx_megatron.errors import DataError
 
 TOKENIZER = str(ROOT / "tokenizers" / "stdlib-8k")
@@ -273,6 +275,42 @@ def test_a_damaged_page_of_parquet(tmp_path: Path) -> None:
     assert texts(path) == ["some words of a text"] * 3
     path.write_bytes(path.read_bytes().replace(b"words", b"wards"))
     assert bad(path)[0].startswith(f"{path}:row group 0: unreadable file (")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "fallback", "unknown", "bytes", "few bytes"])
+def test_characters_without_a_token_are_told(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A BPE without an unknown token leaves out what its vocabulary lacks; the library says nothing."""
+    pieces = ["<eos>", "<unk>", *"abc"]
+    if kind == "bytes":
+        pieces += sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(pieces))
+    elif kind == "fallback":
+        pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)},
+            [],
+            unk_token="<unk>" if kind == "unknown" else None,
+            byte_fallback=kind == "fallback",
+        )
+    )
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = level if "bytes" in kind else pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    write_manifest(folder, source="a test", eod="<eos>")
+    (tmp_path / "a.jsonl").write_text(line("abc é cab") + line("zz"))
+    preprocess(Job(inputs=(str(tmp_path / "a.jsonl"),), tokenizer=str(folder)), tmp_path / "data", processes=1)
+    told = "characters that its vocabulary lacks get no token and are lost" in caplog.text
+    assert told == (kind in ("bpe", "few bytes"))
+
+
+@pytest.mark.parametrize("token", [["<eos>"], 3, {"content": 3}])
+def test_an_end_token_that_is_no_text(tmp_path: Path, token: object) -> None:
+    Tokenizer(models.BPE({"<eos>": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: eos_token is .*, not the text of a token"):
+        write_manifest(tmp_path, source="a test")
 
 
 def dropped(path: Path, unit: int | None = None, **options: object) -> tuple[list[str], dict[str, int]]:
