@@ -132,6 +132,8 @@ def kinds(model: ModelConfig, layers: Sequence[int] | None = None, share: Share 
     `share` as of `layer_shares`; None where only their modes matter.
     """
     plain = float(model.has_attention)
+    if not model.pattern and share is None:  # sizes are counted before anyone knows that so many layers fit
+        return [Kind(model, model.num_layers if layers is None else len(layers), plain)]
     shares = [plain] * model.num_layers if share is None else layer_shares(model, share)
     modes = model.layer_modes
     counts = Counter((modes[i], shares[i]) for i in (range(model.num_layers) if layers is None else layers))

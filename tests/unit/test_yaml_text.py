@@ -91,7 +91,7 @@ def test_files_without_an_end(tmp_path: Path, read: Callable[[Path], object]) ->
         ("pipe", "not a regular file"),
         ("endless", "not a regular file"),
         ("large", "larger than 1,048,576 bytes"),
-        ("folder", "Is a directory"),
+        ("folder", "is a folder; give a config file (YAML)"),
         ("loop", "Too many levels of symbolic links"),
     ):
         path = tmp_path / f"{name}.yaml"
