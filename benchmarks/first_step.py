@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         for cache in ("empty", "warm"):
             seconds, log = first_step(arguments, folder, cache)
             found.append({"cache": cache, **seconds})
-            print(
-                f"{cache} cache: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), flush=True
-            )
+            moments = ", ".join(f"{moment} {value:.1f} s" for moment, value in seconds.items())
+            print(f"{cache} cache: {moments}", flush=True)
             if arguments.out is not None:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 with replacing(arguments.out / f"first-step-{cache}.log") as path:
@@ -111,29 +111,26 @@ def first_step(arguments: argparse.Namespace, folder: Path, cache: str) -> tuple
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
     assert process.stdout is not None
+    timer = threading.Timer(arguments.timeout, process.kill)  # a run that hangs prints no line
+    timer.start()
     try:
         for line in process.stdout:
             now = time.perf_counter() - begun
             lines.append(f"{now:7.1f} {line}")
-            for pattern, name in MOMENTS.items():
-                if name not in seconds and re.search(pattern, line):
-                    seconds[name] = now
-            if "first step" in seconds or now > arguments.timeout:
+            for pattern, moment in MOMENTS.items():
+                if moment not in seconds and re.search(pattern, line):
+                    seconds[moment] = now
+            if "first step" in seconds:
                 break
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
     if "first step" not in seconds:
         print("".join(lines[-20:]), file=sys.stderr)
-        raise ConfigError(
-            f"{arguments.model}: no first step within {seconds_of(lines):.0f} s; its last lines are above"
-        )
+        after = time.perf_counter() - begun
+        raise ConfigError(f"{arguments.model}: no first step within {after:.0f} s; its last lines are above")
     return seconds, "".join(lines)
-
-
-def seconds_of(lines: list[str]) -> float:
-    """When the last line came."""
-    return float(lines[-1].split()[0]) if lines else 0.0
 
 
 if __name__ == "__main__":

@@ -242,10 +242,11 @@ class OryxTokenMixer(nn.Module):
         if config.rotary != "none":
             q = rotate(q, (pick(context.rotary[0]), pick(context.rotary[1])))
         attend = eager_attention_forward
+        name = config._attn_implementation
         # Compiled, a single fp32 query on a GPU gets strides that torch's kernel for it refuses (torch 2.11).
         single = x.is_cuda and x.shape[1] == 1 and x.dtype == torch.float32 and torch.compiler.is_compiling()
-        if config._attn_implementation != "eager" and not (single and config._attn_implementation == "sdpa"):
-            attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+        if name != "eager" and not (name == "sdpa" and single):
+            attend = ALL_ATTENTION_FUNCTIONS[name]
         outputs, all_weights = [], []
         parts = q.transpose(1, 2).split([stop - start for start, stop in runs], 2)
         for part, keys, mask in zip(parts, context.key_counts, context.masks):

@@ -148,6 +148,19 @@ class Session:
         """`step`, `count` times."""
         return [self.step() for _ in range(count)]
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of this rank's weights by name, fused ones in their parts (train/freeze.py)."""
+        from megatron.core.utils import unwrap_model
+
+        from oryx_megatron.train.freeze import named_parts
+
+        return {
+            name: parameter.detach()[rows].clone()
+            for chunk in self.chunks
+            for parameter, parts in named_parts(unwrap_model(chunk), tied=True)
+            for name, rows in parts.items()
+        }
+
     def checkpoints(self, root: Path) -> CheckpointManager:
         """A manager of this session's checkpoints under `root`."""
         return self.engine.checkpoints(root)

@@ -76,9 +76,9 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                     torch.distributed.broadcast_object_list(root)
                     found[f"resume {patterns[0]}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
                 with session(run) as opened:
-                    before = rows_of(opened)
+                    before = opened.weights()
                     steps = opened.steps(4)
-                    moved = {key: not torch.equal(rows, before[key]) for key, rows in rows_of(opened).items()}
+                    moved = {key: not torch.equal(rows, before[key]) for key, rows in opened.weights().items()}
                     states = sum(
                         tensor.numel()
                         for single in getattr(opened.optimizer, "chained_optimizers", [opened.optimizer])
@@ -92,9 +92,9 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
             with worlds.of(size, f"experts {size}"):
                 run = tiny_run(parallel=ParallelConfig(expert=expert), train__freeze=OF_EXPERTS, model__moe=EXPERTS)
                 with session(run) as opened:
-                    before = rows_of(opened)
+                    before = opened.weights()
                     steps = opened.steps(4)
-                    moved = {key: not torch.equal(rows, before[key]) for key, rows in rows_of(opened).items()}
+                    moved = {key: not torch.equal(rows, before[key]) for key, rows in opened.weights().items()}
                     found[f"experts {expert}"] = [steps, moved]
     for name, (layout, changes) in STAGES.items():
         with worlds.of(2, name):
@@ -103,20 +103,6 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
             run = run_of(FIRST_STAGE, layout, **changes)
             found[f"stage {name}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
     return found
-
-
-def rows_of(opened: Any) -> dict[str, torch.Tensor]:
-    """Parts of this rank's weights by name."""
-    from megatron.core.utils import unwrap_model
-
-    from oryx_megatron.train.freeze import named_parts
-
-    return {
-        name: parameter.detach()[rows].clone()
-        for chunk in opened.chunks
-        for parameter, parts in named_parts(unwrap_model(chunk), tied=True)
-        for name, rows in parts.items()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.utils import unwrap_model
 from test_training import REFERENCE, WIDE, losses
-from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.config.schema import (
@@ -22,8 +19,8 @@ from oryx_megatron.config.schema import (
     RopeScalingConfig,
 )
 from oryx_megatron.ops import backends
-from oryx_megatron.testing.layouts import Session, session, tiny_run
-from oryx_megatron.train.freeze import is_frozen, named_parts
+from oryx_megatron.testing.layouts import session, tiny_run
+from oryx_megatron.train.freeze import is_frozen
 
 STEPS = 12
 EXPERTS = MoEConfig(experts=4, top_k=2, ffn_hidden_size=256, shared_ffn_hidden_size=256, first_dense=1)
@@ -65,18 +62,10 @@ def test_frozen_experts_stay() -> None:
     run = tiny_run("gdn", **changes, precision=PrecisionConfig())
     backends.select(run.kernels, backends.Workload(run.model, "bf16"))
     with session(run) as opened:
-        before = {name: rows.clone() for name, rows in rows_of(opened)}
+        before = opened.weights()
         opened.steps(3)
-        moved = {name for name, rows in rows_of(opened) if not torch.equal(rows, before[name])}
+        moved = {name for name, rows in opened.weights().items() if not torch.equal(rows, before[name])}
     frozen = {name for name in before if is_frozen(name, run.train.freeze)}
     assert any("experts.0." in name for name in frozen)
     assert not moved & frozen
     assert {name for name in before if "experts.3." in name} <= moved
-
-
-def rows_of(opened: Session) -> Iterator[tuple[str, Tensor]]:
-    """Parts of this rank's weights by name."""
-    for chunk in opened.chunks:
-        for parameter, parts in named_parts(unwrap_model(chunk), tied=True):
-            for name, rows in parts.items():
-                yield name, parameter.detach()[rows]

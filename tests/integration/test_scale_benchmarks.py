@@ -117,6 +117,19 @@ def test_links_count_every_collective() -> None:
     assert all(float(row[2]) > 0 for row in rows)
 
 
+def test_seconds_until_the_first_step(tmp_path: Path) -> None:
+    """With an empty and with a warm cache; a run that does not get there is one line behind its own last ones."""
+    lines = _lines("first_step.py", "tiny-gdn", "--sequence", "256", "--micro", "2", "--out", str(tmp_path))
+    assert [(line[0], line[-4:-2]) for line in lines] == [(kind, ["first", "step"]) for kind in ("empty", "warm")]
+    found = json.loads((tmp_path / "first_step.json").read_text())["runs"]
+    assert [(run["cache"], run["first step"] > 0) for run in found] == [("empty", True), ("warm", True)]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/first_step.py"), "tiny-gdn", "--sequence", "255"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 2
+    assert "modes.chunk" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: tiny-gdn: no first step within ")
+
+
 def test_recompute_keeps_less() -> None:
     lines = _lines("recompute.py", "tiny-gdn", "--layers", "2", "--sequence", "128", "--plans", "ratio:0.5")
     kept = {line[1]: float(line[2]) for line in lines if line[:1] == ["ratio:0.5"]}
