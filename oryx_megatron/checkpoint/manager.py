@@ -161,16 +161,18 @@ class Checkpoints:
         remote = self.remote
         if remote is None:
             return self._on_main_rank(lambda: store.begin(self.root, iteration))
-        self._on_main_rank(lambda: remote.begin(iteration))
+        remote.target = self._on_main_rank(lambda: remote.begin(iteration))
+        folder = self.root / f"{store.WRITING}{iteration:07d}"
         failure = None
         if self._first_here():
             try:
-                store.begin(self.root, iteration)
+                if store.begin(self.root, iteration) != folder:
+                    failure = FileExistsError(f"{folder} is in the way")
             except OSError as error:
                 failure = error
         if failures := self._failures(failure):
             raise CheckpointError(f"{self.root}: cannot be written ({failures})")
-        return self.root / f"{store.WRITING}{iteration:07d}"
+        return folder
 
     def _first_here(self) -> bool:
         """Whether this rank does what is done once for every folder that ranks share."""

@@ -9,7 +9,7 @@ import math
 import platform as python_platform
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,6 +112,17 @@ def is_checkpoint_name(name: str) -> bool:
 def iteration_of(folder: Path) -> int:
     """Iteration in a checkpoint's folder name."""
     return int(folder.name.removeprefix(PREFIX))
+
+
+def age_of(name: str) -> tuple[int, int]:
+    """Sorts names of checkpoints, oldest first: by iteration; of one iteration a longer name is the newer one."""
+    return int(name.removeprefix(PREFIX)), len(name)
+
+
+def next_name(iteration: int, taken: Collection[str]) -> str:
+    """Name for a checkpoint beside those of the same iteration in `taken`: with more zeros, so that it is the newer."""
+    digits = max((len(name) - len(PREFIX) + 1 for name in taken), default=7)
+    return f"{PREFIX}{iteration:0{max(digits, 7)}d}"
 
 
 MakeManifest = Callable[[Digests], Manifest]

@@ -2,6 +2,9 @@
 
 A run writes them into a folder of each machine (`root`); every rank uploads the files that it wrote, rank 0 the rest
 and then the manifest. At load each machine downloads what it lacks and compares all files with the checksums.
+
+A save of an iteration that is there already gets a name with more zeros, iteration_00001000: objects cannot be renamed,
+and the earlier one stays until the new one is complete.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from oryx_megatron.checkpoint.manifest import (
     NAME,
     PREFIX,
     Manifest,
+    age_of,
     is_checkpoint_name,
     iteration_of,
     lowest,
+    next_name,
     read_manifest,
 )
 from oryx_megatron.checkpoint.retention import is_own_file, to_remove, warn_once
@@ -53,24 +58,32 @@ class RemoteCheckpoints:
         beside = [other for other, place in enumerate(places) if place == places[rank]]
         self.shard, self.shards = beside.index(rank), len(beside)
         """This rank's number among those that share `root`, and their number."""
+        self.target = self.remote
+        """Where the save under way goes, on all ranks: what `begin` gave."""
 
-    def begin(self, iteration: int) -> None:
-        """On rank 0: clear what unfinished saves left, and what a checkpoint of this iteration would leave behind."""
-        name = f"{PREFIX}{iteration:07d}"
+    def begin(self, iteration: int) -> Remote:
+        """On rank 0: clear what unfinished saves left; where a save of this iteration goes."""
+        taken = []
         for folder, files in self._folders().items():
-            if folder == name or NAME not in files:
+            if NAME not in files:
                 self._remove(folder, files)
+            elif iteration_of(Path(folder)) == iteration:
+                taken.append(folder)
+        return self.remote / next_name(iteration, taken)
 
     def upload(self, folder: Path, names: Collection[str]) -> None:
         """Copy files of a save there."""
-        target = self._target(folder)
         for name in sorted(names):
-            (target / name).upload(folder / name)
+            (self.target / name).upload(folder / name)
 
     def publish(self, folder: Path, names: Collection[str]) -> None:
-        """On rank 0, when all ranks have uploaded theirs: the rest, then the manifest."""
+        """On rank 0, when all ranks have uploaded theirs: the rest, then the manifest; earlier ones of the step go."""
         self.upload(folder, [name for name in names if name != NAME])
-        (self._target(folder) / NAME).upload(folder / NAME)
+        (self.target / NAME).upload(folder / NAME)
+        iteration = iteration_of(Path(self.target.name))
+        for other, files in self._folders().items():
+            if other != self.target.name and iteration_of(Path(other)) == iteration:
+                self._remove(other, files)
 
     def mirror(self) -> None:
         """On rank 0: see `mirror`."""
@@ -109,7 +122,7 @@ class RemoteCheckpoints:
         if keep <= 0:
             return
         folders = {name: files for name, files in self._folders().items() if NAME in files}
-        names = sorted(folders, key=lambda name: iteration_of(Path(name)), reverse=True)
+        names = sorted(folders, key=age_of, reverse=True)
         kept_best = None if best is None else self._best(best, damaged)
 
         def whole(name: str) -> bool:
@@ -129,9 +142,6 @@ class RemoteCheckpoints:
                 with contextlib.suppress(CheckpointError):
                     manifests[name] = self._manifest(name)
         return lowest(manifests, best)
-
-    def _target(self, folder: Path) -> Remote:
-        return self.remote / f"{PREFIX}{folder.name.rpartition('_')[2].partition('.')[0]}"
 
     def _folders(self) -> dict[str, dict[str, int]]:
         """Files with their sizes of all that has a checkpoint's name."""
@@ -248,7 +258,7 @@ def newest(url: str) -> tuple[Remote, dict[str, int]]:
         below = {name.removeprefix(start): size for name, size in files.items() if name.startswith(start)}
         complete = {name: found for name, found in _folders(below).items() if NAME in found}
         if complete:
-            name = max(complete, key=lambda name: iteration_of(Path(name)))
+            name = max(complete, key=age_of)
             return remote / f"{start}{name}", complete[name]
     if not files:
         raise CheckpointError(f"{url} does not exist; give a checkpoint or a run folder")
@@ -262,7 +272,7 @@ def list_remote(url: str) -> list[str]:
         return [first.url]
     root = Remote(first.url.rpartition("/")[0])
     complete = [name for name, files in _folders(root.files()).items() if NAME in files]
-    return [(root / name).url for name in sorted(complete, key=lambda name: iteration_of(Path(name)), reverse=True)]
+    return [(root / name).url for name in sorted(complete, key=age_of, reverse=True)]
 
 
 def _folders(files: dict[str, int]) -> dict[str, dict[str, int]]:

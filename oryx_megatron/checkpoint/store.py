@@ -3,7 +3,8 @@
 In RUN/checkpoints:
 
     iteration_0001000/   complete: it has a manifest, written last and renamed into place
-    .writing_0002000/    a save in progress, or one that died; removed at the next save
+    iteration_00001000/  the same with more zeros: a newer one of that step, whose save was killed as it replaced the other
+    .writing_0002000/    a save in progress, or one that died; removed at the next save, unless a process writes it
 
 What is removed is what a run of this project wrote: links are not followed, and files that someone else put into a
 checkpoint stay. What cannot be removed is a warning.
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +31,12 @@ from oryx_megatron.checkpoint.manifest import (
     NAME,
     PREFIX,
     Manifest,
+    age_of,
     file_digest,
     is_checkpoint_name,
     iteration_of,
     lowest,
+    next_name,
     read_manifest,
 )
 from oryx_megatron.checkpoint.remote import fetch_checkpoint
@@ -41,6 +47,10 @@ from oryx_megatron.paths import is_url
 log = logging.getLogger(__name__)
 
 WRITING = ".writing_"
+LEFT = re.compile(rf"{re.escape(WRITING)}(\d+|replaced)(\.\d+)?")
+"""Names that saves leave behind."""
+TEMPORARY = ".metadata.tmp"
+"""torch's, while a save is written."""
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """What DeepSpeed lays beside its checkpoints."""
 
@@ -75,7 +85,7 @@ def _renamed_from(folder: Path) -> int | None:
 def list_folders(root: str | Path) -> list[Path]:
     """Folders under `root` with the name of a checkpoint, complete or not, oldest first."""
     folders = Path(root).glob(f"{PREFIX}*")
-    return sorted((f for f in folders if is_checkpoint_name(f.name)), key=iteration_of)
+    return sorted((f for f in folders if is_checkpoint_name(f.name)), key=lambda folder: age_of(folder.name))
 
 
 def foreign_files(root: Path) -> list[str]:
@@ -133,17 +143,65 @@ def check_format(folder: Path) -> None:
 
 
 def begin(root: Path, iteration: int) -> Path:
-    """Make an empty folder for a save, and clear away what earlier failed saves left."""
+    """Make an empty folder for a save, and clear away what earlier failed saves left.
+
+    It is locked until `commit` or `discard`, or the process ends: no other save takes it for a leftover.
+    """
     for leftover in root.glob(f"{WRITING}*"):
-        discard(leftover)
+        _clear(leftover)
     name = f"{WRITING}{iteration:07d}"
     folder = next(path for path in _names(root / name) if not os.path.lexists(path))
     folder.mkdir(parents=True)
+    with contextlib.suppress(OSError):  # a file system without locks
+        _begun[os.getpid(), folder] = _lock(folder)
     return folder
+
+
+_begun: dict[tuple[int, Path], int] = {}
+"""Locks of the saves of this process. A forked writer inherits them, and so holds them as long as it writes."""
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the lock of a folder; BlockingIOError where another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unlock(folder: Path) -> None:
+    if (descriptor := _begun.pop((os.getpid(), folder), None)) is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # for the processes that inherited it, too
+        os.close(descriptor)
+
+
+def _clear(leftover: Path) -> None:
+    """Remove what a save left, unless it is being written, or holds anything that no save wrote."""
+    _unlock(leftover)
+    if leftover.is_dir() and not leftover.is_symlink():
+        try:
+            os.close(_lock(leftover))
+        except BlockingIOError:
+            log.warning("%s stays: another process writes it", leftover)
+            return
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                log.warning("%s stays: %s", leftover, error.strerror)
+                return
+        foreign = [name for name in _foreign(leftover) if name != TEMPORARY]
+        if foreign or not LEFT.fullmatch(leftover.name):
+            what = f"it holds {foreign[0]}, which no save wrote" if foreign else "it has not the name of a save"
+            log.warning("%s stays: %s", leftover, what)
+            return
+    discard(leftover)
 
 
 def discard(folder: Path) -> None:
     """Remove a save that did not come to its end; what cannot be removed stays, with a warning."""
+    _unlock(folder)
     if folder.is_symlink() or not folder.is_dir():
         if os.path.lexists(folder):
             log.warning("%s stays: it is not a folder of a save", folder)
@@ -157,24 +215,32 @@ def discard(folder: Path) -> None:
 def commit(folder: Path) -> Path:
     """Rename a finished save to its final name, durably; a checkpoint of the same iteration is replaced.
 
-    One that is a link, a renamed checkpoint of another iteration, or that holds anything else, is renamed and kept.
+    One that is a link, a renamed checkpoint of another iteration, or that holds anything else, is renamed and kept. A
+    kill at any moment leaves a whole checkpoint of that iteration under a name of a checkpoint.
     """
     final = folder.with_name(PREFIX + folder.name.removeprefix(WRITING).partition(".")[0])
     for file in folder.iterdir():
         sync(file)
     sync(folder)
-    if not os.path.lexists(final):
+    _unlock(folder)
+    others = [path for path in list_folders(final.parent) if iteration_of(path) == iteration_of(final)]
+    if not others:
         folder.rename(final)
-    elif final.is_symlink() or not final.is_dir() or _renamed_from(final) is not None or _foreign(final):
-        old = next(path for path in _names(final.with_name(f"{final.name}.old")) if not os.path.lexists(path))
-        final.rename(old)
-        folder.rename(final)
-        log.warning("%s was there already, and not a checkpoint of that step alone; it is now %s", final, old)
-    else:
-        old = next(path for path in _names(final.with_name(f"{WRITING}replaced")) if not os.path.lexists(path))
-        final.rename(old)
-        folder.rename(final)
-        discard(old)
+        sync(final.parent)
+        return final
+    new = final.with_name(next_name(iteration_of(final), [path.name for path in others]))
+    folder.rename(new)
+    sync(final.parent)
+    for other in others:
+        if other.is_symlink() or not other.is_dir() or _renamed_from(other) is not None or _foreign(other):
+            old = next(path for path in _names(other.with_name(f"{other.name}.old")) if not os.path.lexists(path))
+            other.rename(old)
+            log.warning("%s was there already, and not a checkpoint of that step alone; it is now %s", other, old)
+        else:
+            old = next(path for path in _names(final.with_name(f"{WRITING}replaced")) if not os.path.lexists(path))
+            other.rename(old)
+            discard(old)
+    new.rename(final)
     sync(final.parent)
     return final
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from oryx_megatron import storage
+from oryx_megatron.checkpoint import find_checkpoint, store
+from oryx_megatron.checkpoint.manifest import Manifest, file_digest, write_manifest
+from oryx_megatron.checkpoint.remote import RemoteCheckpoints
 from oryx_megatron.errors import ConfigError, OryxError
 from oryx_megatron.storage import BLOCK, Ranges, Remote, StorageError
 from oryx_megatron.testing.layouts import tiny_run
@@ -66,6 +72,48 @@ def test_remote_files_are_written_listed_read_and_removed(bucket: Remote, tmp_pa
     (bucket / "new/up").remove()
     assert set(bucket.files()) == {"x/a", "b"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["copy"]
+
+
+def upload_checkpoint(url: str, root: Path, content: str, *, killed_at: int | None = None) -> None:
+    """A save of iteration 5 by one rank, which ends as if killed before so many changes of the storage."""
+    checkpoints = RemoteCheckpoints.__new__(RemoteCheckpoints)  # without ranks
+    checkpoints.remote, checkpoints.root = Remote(url), root
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        if killed_at is not None:
+            changes = itertools.count()
+            for name in ("upload", "remove"):
+                act = getattr(Remote, name)
+
+                def act_until(remote: Remote, *arguments: Path, act: Callable[..., None] = act) -> None:
+                    if next(changes) == killed_at:
+                        raise KeyboardInterrupt
+                    act(remote, *arguments)
+
+                patch.setattr(Remote, name, act_until)
+        checkpoints.target = checkpoints.begin(5)
+        folder = store.begin(root, 5)
+        (folder / "__0_0.distcp").write_text(content)
+        facts = {"__0_0.distcp": file_digest(folder / "__0_0.distcp")}
+        write_manifest(folder, Manifest(5, 0, {}, {}, {}, {}, [], {}, None, facts))
+        checkpoints.upload(folder, facts)
+        checkpoints.publish(folder, ["manifest.json"])
+    shutil.rmtree(root)
+
+
+def test_a_kill_while_a_checkpoint_is_replaced(bucket: Remote, tmp_path: Path, cache: Path) -> None:
+    """Whatever was uploaded or removed by then: the earlier or the new checkpoint of the iteration is found, whole."""
+    found = []
+    for killed_at in range(7):
+        url = f"{bucket}/{killed_at}"
+        upload_checkpoint(f"{url}/checkpoints", tmp_path / "here", "old")
+        upload_checkpoint(f"{url}/checkpoints", tmp_path / "here", "new", killed_at=killed_at)
+        copy = find_checkpoint(url)
+        assert not store.damaged_files(copy, store.read_own(copy))
+        found.append((copy / "__0_0.distcp").read_text())
+        upload_checkpoint(f"{url}/checkpoints", tmp_path / "here", "newer")
+        assert len({name.partition("/")[0] for name in Remote(f"{url}/checkpoints").files()}) == 1
+        assert (find_checkpoint(url) / "__0_0.distcp").read_text() == "newer"
+    assert found == ["old", "old", *["new"] * 5]
 
 
 @pytest.mark.parametrize(

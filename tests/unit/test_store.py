@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,112 @@ def test_a_checkpoint_that_is_there_already(tmp_path: Path, caplog: pytest.LogCa
     elif there != "plain":
         assert len(names(kept)) == (3 if there == "with notes" else 2)
     assert ("is now" in caplog.text) == (there != "plain")
+
+
+def killed_after(renames: int, root: Path) -> None:
+    """Save iteration 5 once more in a process that dies right after so many renames, as by kill -9."""
+    if (child := os.fork()) == 0:
+        rename, done = Path.rename, 0
+
+        def count(path: Path, target: Path) -> Path:
+            nonlocal done
+            found = rename(path, target)
+            done += 1
+            if done == renames:
+                os._exit(9)
+            return found
+
+        Path.rename = count  # type: ignore[method-assign,assignment]
+        try:
+            save(root, 5, "new")
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 9
+
+
+def save(root: Path, iteration: int, content: str) -> Path:
+    """As a run does, of one file."""
+    writing = store.begin(root, iteration)
+    (writing / "common.pt").write_text(content)
+    files = {"common.pt": file_digest(writing / "common.pt")}
+    write_manifest(writing, Manifest(iteration, 0, {}, {}, {}, {}, [], {}, None, files))
+    return store.commit(writing)
+
+
+def newest(root: Path) -> tuple[int, str]:
+    """Iteration and content of what a resume and the tools take, which must be whole."""
+    found = store.find_checkpoint(root.parent)
+    assert found == store.list_folders(root)[-1]
+    assert not store.damaged_files(found, facts := store.read_own(found))
+    return facts.iteration, (found / "common.pt").read_text()
+
+
+@pytest.mark.parametrize("notes", [False, True])
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_kill_while_a_checkpoint_is_replaced(tmp_path: Path, renames: int, notes: bool) -> None:
+    """At every moment one of that iteration is found, and later saves tidy up."""
+    root = tmp_path / "checkpoints"
+    save(root, 4, "earlier")
+    save(root, 5, "old")
+    if notes:
+        (root / "iteration_0000005" / "notes.txt").write_text("mine")
+    killed_after(renames, root)
+    assert newest(root) == (5, "new")
+    save(root, 5, "newer")
+    assert newest(root) == (5, "newer")
+    kept = ["iteration_0000005.old"] if notes else []
+    assert names(root) == ["iteration_0000004", "iteration_0000005", *kept]
+    if notes:
+        assert (root / kept[0] / "common.pt").read_text() == "old"
+
+
+def test_a_kill_while_a_replaced_checkpoint_is_replaced_again(tmp_path: Path) -> None:
+    """Kills at the first rename, again and again: the newest of several names of one iteration counts."""
+    root = tmp_path / "checkpoints"
+    save(root, 5, "old")
+    for _ in range(3):
+        killed_after(1, root)
+        assert newest(root) == (5, "new")
+    assert names(root) == [f"iteration_{5:0{digits}d}" for digits in (10, 9, 8, 7)]
+    removed = [folder.name for folder in store.apply_retention(root, 1, 0)]
+    assert removed == [f"iteration_{5:0{digits}d}" for digits in (7, 8, 9)]
+    save(root, 5, "newer")
+    assert names(root) == ["iteration_0000005"]
+
+
+def test_a_save_that_is_being_written_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another process's is left alone until that process ends; this one's own earlier save is a leftover."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            store.begin(tmp_path, 2)
+            os.write(write, b"x")
+            signal.pause()
+        finally:
+            os._exit(0)
+    os.read(read, 1)
+    assert store.begin(tmp_path, 2) == tmp_path / ".writing_0000002.1"
+    assert store.begin(tmp_path, 3) == tmp_path / ".writing_0000003"
+    assert names(tmp_path) == [".writing_0000002", ".writing_0000003"]
+    assert ".writing_0000002 stays: another process writes it" in caplog.text
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    store.begin(tmp_path, 4)
+    assert names(tmp_path) == [".writing_0000004"]
+
+
+def test_what_is_no_leftover_of_a_save_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders that only begin like one, and files that no save writes."""
+    for name in (".writing_notes", ".writing_0000001", ".writing_0000002", ".writing_replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".writing_0000002" / "thesis.tex").write_text("mine")
+    for name in ("__0_0.distcp", ".metadata.tmp", "common.pt"):
+        (tmp_path / ".writing_0000001" / name).touch()
+    store.begin(tmp_path, 3)
+    assert names(tmp_path) == [".writing_0000002", ".writing_0000003", ".writing_notes"]
+    assert ".writing_0000002 stays: it holds thesis.tex, which no save wrote" in caplog.text
+    assert ".writing_notes stays: it has not the name of a save" in caplog.text
 
 
 def test_leftovers_that_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
