@@ -90,13 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         train=dataclasses.replace(run.train, global_batch_size=batch, iterations=10_000),
     )
     waiting = dataclasses.replace(run, checkpoint=CheckpointConfig(asynchronous=False))
-    going_on = dataclasses.replace(run, checkpoint=CheckpointConfig(asynchronous=True))
+    continuing = dataclasses.replace(run, checkpoint=CheckpointConfig(asynchronous=True))
     try:
         with session(waiting) as opened:
             opened.steps(2)
             plain = statistics.median(timed_step(opened) for _ in range(5))
             saves = foreground(opened, arguments.folder / "foreground", arguments.repeats)
-        with session(going_on) as opened:
+        with session(continuing) as opened:
             opened.steps(2)
             starts, polls, steps = background(opened, arguments.folder / "background", arguments.repeats)
         if parallel.is_main_rank():

@@ -30,7 +30,7 @@ class Costs:
     """Per token and head of 128 × 128 on an H200, forward and backward (flash_qla at 8,192 tokens, our Triton
     kernels)."""
     passes: float = 2.5
-    """How often memory is passed over for each byte that is kept for the backward pass."""
+    """How many times memory is read and written for each byte that is kept for the backward pass."""
     fp8: dict[str, float] = field(
         default_factory=lambda: {"none": 1.0, "tensorwise": 0.74, "delayed": 0.71, "blockwise": 0.81, "mxfp8": 0.81}
     )

@@ -163,7 +163,7 @@ class Checkpoints:
             return self._on_main_rank(lambda: store.begin(self.root, iteration))
         remote.target = self._on_main_rank(lambda: remote.begin(iteration))
         folder = self.root / f"{store.WRITING}{iteration:07d}"
-        failure = None
+        failure: OSError | None = None
         if self._first_here():
             try:
                 if store.begin(self.root, iteration) != folder:

@@ -3,7 +3,7 @@
 In RUN/checkpoints:
 
     iteration_0001000/   complete: it has a manifest, written last and renamed into place
-    iteration_00001000/  the same with more zeros: a newer one of that step, whose save was killed as it replaced the other
+    iteration_00001000/  the same, newer: with more zeros, as its save was killed while it replaced the other
     .writing_0002000/    a save in progress, or one that died; removed at the next save, unless a process writes it
 
 What is removed is what a run of this project wrote: links are not followed, and files that someone else put into a
@@ -52,7 +52,7 @@ LEFT = re.compile(rf"{re.escape(WRITING)}(\d+|replaced)(\.\d+)?")
 TEMPORARY = ".metadata.tmp"
 """torch's, while a save is written."""
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-"""What DeepSpeed lays beside its checkpoints."""
+"""What DeepSpeed writes beside its checkpoints."""
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:

@@ -60,7 +60,7 @@ def read_plan(spec: str) -> str:
     if not lines:
         raise wrong("holds no plan; write one, or runs such as a0-256, one a line")
     top, first = next(iter(lines.items()))
-    if len(lines) > 1 and (form := re.match(r"(layers|runs)\s*:", first)):  # a spec that goes on in the next line
+    if len(lines) > 1 and (form := re.match(r"(layers|runs)\s*:", first)):  # a spec that continues in the next line
         first = lines[top] = first[form.end() :].strip()
     if re.match(r"[\w-]+\s*=", first):
         for number, line in lines.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from oryx_megatron.data.indexed import (
     open_dataset,
     output_prefix,
 )
+from oryx_megatron.data.lost import add_lost
 from oryx_megatron.data.tokenizer import difference
 from oryx_megatron.errors import DataError
 from oryx_megatron.storage import Remote
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = object()
 TOKENIZER_FACTS = (("tokenizer", "fingerprint"), ("end-of-document token", "eod"))
@@ -34,7 +38,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     """Write the documents of several datasets, one after the other, as one; gives its manifest.
 
     Merged shards are, byte for byte, the dataset made without sharding. Raises DataError for a damaged dataset, shards
-    that do not belong together, other token formats or other tokenizers.
+    that do not belong together, other token formats or other tokenizers, a dataset given twice. Warns of a copy.
     """
     output = output_prefix(output)
     parts = [open_dataset(prefix) for prefix in prefixes]
@@ -43,8 +47,9 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     for i, part in enumerate(parts):
         if _shares_files(output, part.prefix):
             raise DataError(f"the output {output} is one of the inputs ({part.prefix})")
-        if any(_shares_files(part.prefix, other.prefix) for other in parts[:i]):
-            raise DataError(f"dataset {part.prefix} is given twice")
+        for other in parts[:i]:
+            if _shares_files(part.prefix, other.prefix):
+                raise DataError(f"dataset {part.prefix} is given twice")
     check_outputs(output, overwrite=overwrite)
     first = parts[0]
     for part in parts[1:]:
@@ -52,10 +57,15 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
             raise DataError(f"{part.prefix} holds {part.index.dtype}, {first.prefix} holds {first.index.dtype}")
         _check_alike(first, part)
     _check_shards(parts)
+    for i, part in enumerate(parts):
+        if (same := next((other for other in parts[:i] if _is_copy(part, other)), None)) is not None:
+            log.warning("%s holds the same documents as %s: the output has them twice", part.prefix, same.prefix)
     known = all(part.manifest is not None and part.manifest["bytes"] is not None for part in parts)
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
     counts: dict[str, Any] = {field: _sums(parts, field) for field in ("skipped", "dropped", "paths")}
     left_out = _left_out(parts)
+    if (lost := add_lost([(part.manifest or {}).get("lost") for part in parts])) is not None:
+        counts["lost"] = lost
     with IndexedWriter(output, _vocabulary(first), overwrite=overwrite, dtype=first.index.dtype) as writer:
         for part in parts:
             _copy(part, writer, 0, part.documents)
@@ -202,6 +212,15 @@ def _shares_files(left: Path | Remote, right: Path | Remote) -> bool:
     if isinstance(left, Remote) or isinstance(right, Remote):
         return left == right
     return any(same_file(file_of(left, end), file_of(right, end)) for end in ("bin", "idx", "json"))
+
+
+def _is_copy(left: Dataset, right: Dataset) -> bool:
+    """Whether two datasets hold the same documents. Shards are told apart by their numbers: any may be alike."""
+    if left.tokens == 0 or any("shard" in (dataset.manifest or {}) for dataset in (left, right)):
+        return False
+    if left.manifest is not None and right.manifest is not None:
+        return left.identity() == right.identity()
+    return left.digests == right.digests
 
 
 def _finish(writer: IndexedWriter, source: Dataset, size: int | None, **more: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from oryx_megatron.data.corpus import (
 )
 from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.data.indexed import IndexedWriter, check_outputs, file_of, output_prefix
+from oryx_megatron.data.lost import summarize_lost
 from oryx_megatron.data.preprocess_work import (
     Job,
     Piece,
@@ -75,7 +76,7 @@ def preprocess(
     if tokenizer.leaves_out:
         log.warning(
             "tokenizer %s: characters that its vocabulary lacks get no token and are lost (a BPE without unk_token and "
-            "without all bytes)",
+            "without all bytes); they are counted",
             job.tokenizer,
         )
     job = replace(job, read=replace(job.read, splittable=tokenizer.splittable))
@@ -102,6 +103,12 @@ def preprocess(
         with contextlib.suppress(OSError):
             _clear(folder, but=("lock", "key.json"))
     shutil.rmtree(folder, ignore_errors=True)
+    if (lost := manifest.get("lost", {})).get("characters"):
+        most = ", ".join(f"{character!a} × {count:,}" for character, count in list(lost["most"].items())[:5])
+        log.warning(
+            "tokenizer %s: %s characters of %s documents got no token and are lost (%s); train one with byte fallback",
+            job.tokenizer, f"{lost['characters']:,}", f"{lost['documents']:,}", most,
+        )  # fmt: skip
     return manifest
 
 
@@ -333,12 +340,17 @@ def _run(
         writer.check_tokens()
         _write_skipped(prefix, folder, left_out, logged=log.tell() > 0)
         return writer.finish(
-            tokenizer.describe(), totals.text_bytes, **_manifest_fields(job, units, corpus, left_out, totals)
+            tokenizer.describe(), totals.text_bytes, **_manifest_fields(job, units, corpus, left_out, totals, tokenizer)
         )
 
 
 def _manifest_fields(
-    job: Job, units: list[tuple[Segment, ...]], corpus: str, left_out: list[LeftOut], totals: Piece
+    job: Job,
+    units: list[tuple[Segment, ...]],
+    corpus: str,
+    left_out: list[LeftOut],
+    totals: Piece,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """How a dataset was made and what was left out of it, for its manifest."""
     fields: dict[str, Any] = {
@@ -350,6 +362,8 @@ def _manifest_fields(
         "paths": dict(sorted(totals.paths.items())),
         "reading": _reading(job, units),
     }
+    if tokenizer.leaves_out:
+        fields["lost"] = summarize_lost(totals.lost, totals.lost_documents)
     if job.shard[1] > 1:
         fields |= {"shard": list(job.shard), "corpus": corpus}
     return fields
@@ -385,6 +399,8 @@ def _add(totals: Piece, part: Piece) -> None:
     totals.unread += part.unread
     totals.max_token = max(totals.max_token, part.max_token)
     totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
+    totals.lost = dict(Counter(totals.lost) + Counter(part.lost))
+    totals.lost_documents += part.lost_documents
     totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 

@@ -31,6 +31,7 @@ from oryx_megatron.data.corpus import (
 from oryx_megatron.data.fast import Encoder
 from oryx_megatron.data.files import write_json
 from oryx_megatron.data.indexed import token_dtype
+from oryx_megatron.data.lost import LostCharacters
 from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import DataError
 
@@ -87,6 +88,10 @@ class Piece:
     max_token: int = -1
     dropped: dict[str, int] = field(default_factory=dict)
     paths: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    """Characters without a token, by how often they were lost."""
+    lost_documents: int = 0
+    """Documents with such characters."""
     bad: dict[str, int] = field(default_factory=dict)
     unread: int = 0
     """Input bytes of files that could not be read to their end."""
@@ -222,6 +227,7 @@ class _Worker:
         """Input bytes, documents and tokens so far, where the main process sees them."""
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.encoder = Encoder(self.tokenizer, fast=job.fast, verify_fraction=job.verify_fraction)
+        self.lost = LostCharacters(self.tokenizer) if self.tokenizer.leaves_out else None
         self.dtype = np.dtype(token_dtype(self.tokenizer.vocab_size))
 
     def __call__(self, number: int, unit: tuple[Segment, ...]) -> None:
@@ -271,6 +277,10 @@ class _Worker:
 
     def _write(self, batch: list[Text], part: Piece, bin_: Any, len_: Any, open_length: int) -> int:
         tokens, lengths = self.encoder.encode(batch)
+        if self.lost is not None:
+            characters, documents = self.lost.count(batch)
+            part.lost = dict(characters + Counter(part.lost))
+            part.lost_documents += documents
         ends = np.array([text.last for text in batch])
         totals = np.add.reduceat(lengths, np.flatnonzero(np.concatenate([[True], ends[:-1]])))
         if not batch[0].first:

@@ -191,7 +191,7 @@ class Session:
         gc.collect()
 
 
-def stop_and_go_on(run: RunConfig, root: Path, *, before: int, after: int) -> tuple[list[float], list[float]]:
+def train_and_resume(run: RunConfig, root: Path, *, before: int, after: int) -> tuple[list[float], list[float]]:
     """Losses of `before + after` steps with a checkpoint under `root` between, and of `after` steps from there."""
     with session(run) as opened:
         going = opened.steps(before)

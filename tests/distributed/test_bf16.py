@@ -10,7 +10,7 @@ import torch
 
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import Worlds, session, tiny_run, train_and_resume
 from oryx_megatron.testing.masters import compare_masters
 
 RANKS = 4
@@ -52,7 +52,7 @@ def _losses(root: Path) -> dict[str, list[float]]:
         for name, (variant, _, layout) in worlds.share(size, [case for case in LAYOUTS.items() if case[1][1] == size]):
             run = _run(variant, layout)
             with worlds.of(size, name):
-                going, resumed = stop_and_go_on(run, root / name, before=BEFORE, after=AFTER)
+                going, resumed = train_and_resume(run, root / name, before=BEFORE, after=AFTER)
                 results[name] = going + resumed
     return results
 

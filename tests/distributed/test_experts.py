@@ -12,7 +12,7 @@ import torch
 from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.model.experts import routers
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Session, Worlds, session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import Session, Worlds, session, tiny_run, train_and_resume
 from oryx_megatron.train.routing import routing_of
 
 RANKS, HALF, STEPS = 4, 2, 4
@@ -119,11 +119,11 @@ def _everything(root: str) -> dict[str, Any]:
         for name in worlds.share(size, ["expert 2, overlap"] if size == 2 else []):
             model, _, layout = LAYOUTS[name]
             with worlds.of(size, f"{name} resumed"):
-                results["resumed"] = stop_and_go_on(_run(model, layout), Path(root) / "resumed", before=2, after=2)
+                results["resumed"] = train_and_resume(_run(model, layout), Path(root) / "resumed", before=2, after=2)
             layout = {"tensor": 2, "expert": 2, "distributed_optimizer": False}
             run = dataclasses.replace(_run(model, layout), precision=PrecisionConfig(dtype="bf16"))
             with worlds.of(size, f"{name} in bf16"):
-                results["resumed bf16"] = stop_and_go_on(run, Path(root) / "bf16", before=2, after=2)
+                results["resumed bf16"] = train_and_resume(run, Path(root) / "bf16", before=2, after=2)
     return results
 
 

@@ -34,7 +34,7 @@ def all_whole(folder: Path) -> bool:
 
 
 def went_on_from_the_newest(folder: Path) -> bool:
-    """Whether every start went on from the newest checkpoint: nothing but the steps since was lost."""
+    """Whether every start resumed from the newest checkpoint: nothing but the steps since was lost."""
     newest = 0
     for event in read_events(folder):
         if event["event"] == "start" and event["iteration"] < newest:

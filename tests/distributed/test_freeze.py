@@ -18,7 +18,7 @@ from oryx_megatron.arch import parameter_counts
 from oryx_megatron.config.schema import MoEConfig, ParallelConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import Worlds, session, tiny_run, train_and_resume
 from oryx_megatron.train import optimizer
 from oryx_megatron.train.freeze import is_frozen, names
 
@@ -74,7 +74,7 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                 if size == 2 and name == "data":
                     root = [tempfile.mkdtemp()]
                     torch.distributed.broadcast_object_list(root)
-                    found[f"resume {patterns[0]}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
+                    found[f"resume {patterns[0]}"] = list(train_and_resume(run, Path(root[0]), before=2, after=2))
                 with session(run) as opened:
                     before = opened.weights()
                     steps = opened.steps(4)
@@ -101,7 +101,7 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
             root = [tempfile.mkdtemp()]
             torch.distributed.broadcast_object_list(root)
             run = run_of(FIRST_STAGE, layout, **changes)
-            found[f"stage {name}"] = list(stop_and_go_on(run, Path(root[0]), before=2, after=2))
+            found[f"stage {name}"] = list(train_and_resume(run, Path(root[0]), before=2, after=2))
     return found
 
 

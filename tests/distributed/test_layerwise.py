@@ -13,7 +13,7 @@ from oryx_megatron.config import validate
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.planner import Work, memory_bytes, parameters_per_gpu
 from oryx_megatron.testing import run_distributed
-from oryx_megatron.testing.layouts import Worlds, session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import Worlds, session, tiny_run, train_and_resume
 
 LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "one": (1, ParallelConfig()),
@@ -61,7 +61,7 @@ def under_layouts(root: str) -> dict[str, Any]:
                 if name in ("data", "tensor and data"):
                     folder = [tempfile.mkdtemp(dir=root)]
                     torch.distributed.broadcast_object_list(folder)
-                    found[f"resume {name} {dtype}"] = stop_and_go_on(
+                    found[f"resume {name} {dtype}"] = train_and_resume(
                         run_of(name, dtype), Path(folder[0]), before=BEFORE, after=AFTER
                     )
                     if torch.distributed.get_rank() == 0:

@@ -16,7 +16,7 @@ from oryx_megatron.config.schema import KernelsConfig, ParallelConfig, Precision
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.ops import backends
 from oryx_megatron.testing import layouts, run_distributed
-from oryx_megatron.testing.layouts import session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import session, tiny_run, train_and_resume
 from oryx_megatron.testing.masters import compare_masters
 
 STEPS, WINDOW = 200, 20
@@ -91,7 +91,7 @@ def test_resumes_from_a_checkpoint(mixer, tmp_path):
     run = tiny_run(mixer, **WIDE, precision=PrecisionConfig())
     platform.install()
     backends.select(KernelsConfig(), backends.Workload(run.model, "bf16"))
-    going, resumed = stop_and_go_on(run, tmp_path, before=3, after=5)
+    going, resumed = train_and_resume(run, tmp_path, before=3, after=5)
     assert resumed == pytest.approx(going[3:], rel=1e-3)
 
 
@@ -148,7 +148,7 @@ def losses_under_overlap(root: Path) -> tuple[list[float], list[float]]:
     run = tiny_run("gdn", **WIDE, parallel=ParallelConfig(overlap=True), precision=PrecisionConfig())
     platform.install()
     backends.select(KernelsConfig(), backends.Workload(run.model, "bf16"))
-    return stop_and_go_on(run, root, before=3, after=3)
+    return train_and_resume(run, root, before=3, after=3)
 
 
 def test_checkpoints_under_overlap_hold_the_weights_of_their_step(tmp_path):

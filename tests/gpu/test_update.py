@@ -16,7 +16,7 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.config.schema import EmaConfig, KernelsConfig, ModesConfig, PrecisionConfig, RunConfig
 from oryx_megatron.ops import backends
-from oryx_megatron.testing.layouts import Session, session, stop_and_go_on, tiny_run
+from oryx_megatron.testing.layouts import Session, session, tiny_run, train_and_resume
 from oryx_megatron.train.optimizer import connect
 
 
@@ -108,18 +108,18 @@ def test_an_average_of_the_weights_beside_it(fp8, tmp_path: Path):
         assert found == plain
         for part, wanted in zip(opened.engine.average.parts, loop, strict=True):
             torch.testing.assert_close(part.average.double(), wanted, rtol=1e-6, atol=1e-9)
-    going, resumed = stop_and_go_on(run, tmp_path, before=3, after=3)
+    going, resumed = train_and_resume(run, tmp_path, before=3, after=3)
     assert resumed == going[3:]
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
 def test_resume_is_exact(mixer, tmp_path: Path):
-    going, resumed = stop_and_go_on(run_of(mixer), tmp_path, before=3, after=5)
+    going, resumed = train_and_resume(run_of(mixer), tmp_path, before=3, after=5)
     assert resumed == going[3:]
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
 def test_scales_of_delayed_fp8_come_back(mixer, tmp_path: Path):
     run = run_of(mixer, precision=PrecisionConfig(fp8="delayed"))
-    going, resumed = stop_and_go_on(run, tmp_path, before=3, after=5)
+    going, resumed = train_and_resume(run, tmp_path, before=3, after=5)
     assert resumed == going[3:]

@@ -411,7 +411,7 @@ def test_hostile_names(capsys, tmp_path, monkeypatch) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_local_stops_and_goes_on(tmp_path) -> None:
+def test_local_stops_and_resumes(tmp_path) -> None:
     """A closed terminal, SIGHUP to all: checkpoint, exit code 75; the same command finishes the run."""
     steps = 400  # some seconds: it must not be done before the signal comes
     project = tiny_project(tmp_path)

@@ -115,7 +115,7 @@ def test_constant_memory(mixer: str, cache: str) -> None:
         assert int(layer.get_seq_length()) == 16
 
 
-def test_going_on_from_a_cache() -> None:
+def test_continuing_from_a_cache() -> None:
     """A second call on the whole text, or on the new tokens with the whole mask, continues where the first stopped."""
     model = tiny_model("gdn", dtype=torch.float32)
     ids = random_ids(1, 6)

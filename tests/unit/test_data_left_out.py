@@ -9,10 +9,12 @@ import itertools
 import json
 import lzma
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +22,15 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_corpus import bad, items, texts
 from test_data_tools import ROOT, tool
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from oryx_megatron.data import corpus
 from oryx_megatron.data.corpus import BOM, LeftOut, Reading, ReadOptions, Text, plan, read
+from oryx_megatron.data.datasets import merge
 from oryx_megatron.data.files import read_json
+from oryx_megatron.data.lost import LostCharacters
 from oryx_megatron.data.preprocess import Job, preprocess
-from oryx_megatron.data.tokenizer import write_manifest
+from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
 TOKENIZER = str(ROOT / "tokenizers" / "stdlib-8k")
@@ -299,10 +303,60 @@ def test_characters_without_a_token_are_told(tmp_path: Path, kind: str, caplog: 
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     write_manifest(folder, source="a test", eod="<eos>")
-    (tmp_path / "a.jsonl").write_text(line("abc é cab") + line("zz"))
-    preprocess(Job(inputs=(str(tmp_path / "a.jsonl"),), tokenizer=str(folder)), tmp_path / "data", processes=1)
+    (tmp_path / "a.jsonl").write_text(line("abc é cab") + line("zz") + line("abc"))
+    manifest = preprocess(
+        Job(inputs=(str(tmp_path / "a.jsonl"),), tokenizer=str(folder)), tmp_path / "data", processes=1
+    )
     told = "characters that its vocabulary lacks get no token and are lost" in caplog.text
     assert told == (kind in ("bpe", "few bytes"))
+    # The spaces are lost where the pre-tokeniser keeps them: `Ġ` is not among the few bytes.
+    most = {"bpe": {"z": 2, "é": 1}, "few bytes": {" ": 2, "z": 2, "é": 1}}.get(kind)
+    counted = None if most is None else {"characters": sum(most.values()), "documents": 2, "most": most}
+    assert manifest.get("lost") == counted
+    end = (
+        f"{counted['characters']} characters of 2 documents got no token and are lost (" if counted else "got no token"
+    )
+    assert (end in caplog.text) == told
+    if told:
+        assert "'z' × 2, '\\xe9' × 1)" in caplog.text
+
+
+@pytest.mark.parametrize("piece_bytes", [None, 40])
+def test_lost_characters_add_up(tmp_path: Path, piece_bytes: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Over pieces of work, shards and merging; a second count, by the tokens that are missing, agrees."""
+    draw = random.Random(3)
+    texts = ["".join(draw.choice("aabcé漢\U0001f600 ") for _ in range(draw.randrange(60))) for _ in range(40)]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(["<eos>", *"abc"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    write_manifest(folder, source="a test", eod="<eos>")
+    (tmp_path / "a.jsonl").write_text("".join(map(line, texts)))
+    job = Job(inputs=(str(tmp_path / "a.jsonl"),), tokenizer=str(folder), unit_bytes=piece_bytes, append_eod=False)
+    whole = preprocess(job, tmp_path / "whole")
+    kept = [text for text in texts if text]
+    assert whole["lost"]["characters"] == sum(len("".join(text.split())) for text in texts) - whole["tokens"]
+    assert whole["lost"]["documents"] == sum(any(c in text for c in "é漢\U0001f600") for text in kept)
+    if piece_bytes is not None:
+        parts = [tmp_path / f"part{number}" for number in (1, 2)]
+        for number, part in enumerate(parts, 1):
+            preprocess(replace(job, shard=(number, 2)), part)
+        assert merge(parts, tmp_path / "merged")["lost"] == whole["lost"]
+
+
+def test_a_lost_character_in_a_long_document(tmp_path: Path) -> None:
+    """Parts of one document count once; a document without one in between starts anew."""
+    backend = Tokenizer(models.BPE({"<eos>": 0, "a": 1, "é": 2}, []))
+    backend.normalizer = normalizers.NFD()  # é becomes two characters, of which one is lost
+    backend.add_tokens(["ö"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_manifest(tmp_path, source="a test", eod="<eos>")
+    parts = [("aé", True, False), ("é é", False, True), ("aö", True, True), ("é", True, True)]
+    texts = [Text(text, text.encode(), "x", first, last) for text, first, last in parts]
+    count = LostCharacters(load_tokenizer(tmp_path)).count
+    assert count(texts[:1]) == ({"é": 1}, 1)
+    assert count(texts[1:]) == ({"é": 3, " ": 1}, 1)
 
 
 @pytest.mark.parametrize("token", [["<eos>"], 3, {"content": 3}])

@@ -184,7 +184,7 @@ def test_loader_processes_are_forked_before_the_stream_is_there(paths: dict[str,
     stream.close()
 
 
-def test_a_resumed_stream_goes_on_where_it_stopped(paths: dict[str, str], tmp_path: Path) -> None:
+def test_a_resumed_stream_continues_where_it_stopped(paths: dict[str, str], tmp_path: Path) -> None:
     blend = build_datasets(config((BlendEntry(path=paths["a"]),), tmp_path), TOKENIZER)["train"]
     settings: dict[str, Any] = {"micro_batch_size": 2, "microbatches": 4, "eod": EOD, "vocab_size": 8192}
     whole = SampleStream(blend, **settings)

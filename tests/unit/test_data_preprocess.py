@@ -182,7 +182,7 @@ def command(source: Path, prefix: Path, *options: str) -> list[str]:
     return [sys.executable, str(tool), *fixed, *options]
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_resumes(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "in", documents=6000)
     options = {"unit_bytes": 4000, "verify_fraction": 0.0}
     preprocess(job(source, **options), tmp_path / "whole")

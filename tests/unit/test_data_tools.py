@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,26 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="was made with another tokenizer than"):
         merge([a, b], tmp_path / "c")
     assert not list(tmp_path.glob("c.*"))
+
+
+def test_a_merged_copy_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under another name the same documents are there twice; equal shards are told apart by their numbers."""
+    a, other = dataset(tmp_path / "a", documents(3)), dataset(tmp_path / "other", documents(3, seed=1))
+    for end in ("bin", "idx", "json"):
+        shutil.copy(a.with_suffix(f".{end}"), tmp_path / f"copy.{end}")
+    for name in ("bare", "bare2"):  # of another tool: without a manifest
+        for end in ("bin", "idx"):
+            shutil.copy(a.with_suffix(f".{end}"), tmp_path / f"{name}.{end}")
+    cases = [([a, other, tmp_path / "copy"], 9), ([tmp_path / "bare", tmp_path / "bare2"], 6)]
+    for number, (prefixes, count) in enumerate(cases):
+        caplog.clear()
+        assert merge(prefixes, tmp_path / f"m{number}")["documents"] == count
+        assert f"{prefixes[-1]} holds the same documents as {prefixes[0]}: the output has them twice" in caplog.text
+    caplog.clear()
+    shards = [dataset(tmp_path / f"shard{number}", documents(3), shard=[number, 2]) for number in (1, 2)]
+    assert merge(shards, tmp_path / "c")["documents"] == 6
+    assert merge([a, other], tmp_path / "d")["documents"] == 6
+    assert "twice" not in caplog.text
 
 
 @pytest.mark.parametrize("seed", [None, 3])

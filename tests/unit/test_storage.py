@@ -364,7 +364,7 @@ def test_the_files_of_a_run(
     (bucket / "checkpoints/x").write(b"large")
     (bucket / "lock").write(b"{}")
     (folder / "metrics.jsonl").write_bytes(b"1\n2\n3\n")  # this process wrote more before it died
-    (folder / "events.jsonl").write_bytes(b"a\nc\n")  # another run went on since
+    (folder / "events.jsonl").write_bytes(b"a\nc\n")  # another run continued since
     (folder / "requeue").write_bytes(b"old")
     files = RunFiles(bucket.url, folder, 1000.0)
     files.pull()

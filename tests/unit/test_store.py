@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_retention_leaves_what_is_not_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Links are neither followed nor removed nor counted; files that someone laid into a checkpoint stay."""
+    """Links are neither followed nor removed nor counted; files that someone put into a checkpoint stay."""
     root, archive = tmp_path / "checkpoints", tmp_path / "archive"
     for iteration in range(1, 8):
         checkpoint(root, iteration)
@@ -200,7 +200,8 @@ def newest(root: Path) -> tuple[int, str]:
     """Iteration and content of what a resume and the tools take, which must be whole."""
     found = store.find_checkpoint(root.parent)
     assert found == store.list_folders(root)[-1]
-    assert not store.damaged_files(found, facts := store.read_own(found))
+    facts = store.read_own(found)
+    assert not store.damaged_files(found, facts)
     return facts.iteration, (found / "common.pt").read_text()
 
 

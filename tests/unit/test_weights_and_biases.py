@@ -96,7 +96,7 @@ def test_one_path_at_two_times_is_two(tmp_path: Path) -> None:
     assert ids[0] != ids[1]
 
 
-def test_a_restart_goes_on(wandb: Wandb, tmp_path: Path) -> None:
+def test_a_restart_resumes(wandb: Wandb, tmp_path: Path) -> None:
     """Also where the folder was moved; steps that are done again are sent once."""
     train(tmp_path / "run", 1, 2, 3, 4)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -148,7 +148,7 @@ def test_a_damaged_file(wandb: Wandb, tmp_path: Path, content: str, caplog: pyte
     [RuntimeError("No API key configured.\nUse `wandb login`"), OSError("no such host"), TimeoutError(), KeyError("x")],
     ids=lambda error: type(error).__name__,
 )
-def test_the_run_goes_on_without_it(
+def test_the_run_continues_without_it(
     wandb: Wandb, tmp_path: Path, what: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     wandb.fails[what] = error
