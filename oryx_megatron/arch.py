@@ -253,6 +253,26 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     return ParameterCounts(tuple(parts))
 
 
+def moment_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of the fp32 means of gradients that an optimizer (optimizer.name) keeps, over the whole model.
+
+    AdamW has two; Muon one, of matrices, and leaves tables to AdamW. So it does the vectors of layers, which count as
+    matrices here: they are below a hundredth of the model.
+    """
+    counts = parameter_counts(model)
+    return 4 * (2 * counts.total - (counts.non_embedding if optimizer == "muon" else 0))
+
+
+def muon_line(model: ModelConfig) -> str:
+    """Muon's state beside AdamW's, over the whole model."""
+    muon, adamw = moment_bytes(model, "muon"), moment_bytes(model, "adamw")
+    masters = 4 * parameter_counts(model).total
+    return (
+        f"means {_bytes(muon)}, {muon / adamw:.0%} of AdamW's {_bytes(adamw)}; with fp32 masters "
+        f"{_bytes(muon + masters)}, {(muon + masters) / (adamw + masters):.0%} of {_bytes(adamw + masters)}"
+    )
+
+
 def flops_per_token(model: ModelConfig, sequence: int, attention_share: Share) -> dict[str, float]:
     """Forward FLOPs per token by term, over all layers; a training step needs three times the sum.
 

@@ -251,11 +251,17 @@ def _tables(model: ModelConfig, layout: Layout, stage: int) -> int:
     return tables
 
 
-def _muon_bytes(model: ModelConfig, layout: Layout, stage: int, parameters: float) -> float:
-    """Optimizer state of the fullest GPU: 8 bytes a parameter, 12 in tables, which one GPU owns whole."""
+def _muon_bytes(model: ModelConfig, layout: Layout, stage: int, parameters: float, experts: float) -> float:
+    """Optimizer state of the fullest GPU: 8 bytes a parameter, 12 in tables.
+
+    A table, and an expert's first matrix, is at least the share of the GPU that owns it: none is cut.
+    """
     table = model.vocab_size * model.hidden_size / layout.tp
     tables = _tables(model, layout, stage)
-    return max((8 * parameters + 4 * tables * table) / (layout.dp * layout.cp), 12 * table if tables else 0.0)
+    dense = max(_owned(8 * parameters + 4 * tables * table, 0.0, layout), 12 * table if tables else 0.0)
+    if model.moe is None or not experts:
+        return dense
+    return dense + max(_owned(0.0, 8 * experts, layout), 16.0 * model.hidden_size * model.moe.ffn_hidden_size)
 
 
 def _owned(parameters: float, experts: float, layout: Layout) -> float:
@@ -298,7 +304,7 @@ def memory_bytes(
         "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
     }
     if work.muon:
-        items["optimizer"] = _muon_bytes(model, layout, stage, parameters)
+        items["optimizer"] = _muon_bytes(model, layout, stage, parameters, experts)
     if fp8:
         items["fp8 weights"] = 2 * (parameters + experts)
     if work.ema:

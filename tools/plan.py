@@ -30,7 +30,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from oryx_megatron.arch import Share, layer_shares
+from oryx_megatron.arch import Share, layer_shares, muon_line
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import is_run, load_model, load_run
 from oryx_megatron.config.batch_sizes import SampleCount
@@ -134,11 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     work = Work(
         a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
     )
-    if a.muon and (a.cpu_offload or model.moe is not None):
-        raise ConfigError(f"--muon: not with {'--cpu-offload' if a.cpu_offload else 'experts (model.moe)'}; use AdamW")
+    if a.muon and a.cpu_offload:
+        raise ConfigError("--muon: not with --cpu-offload; use AdamW")
     found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:
-        plain = [_plain(e) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
+        plain = [_plain(e, work) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
     else:
         ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload, **how)
@@ -218,7 +218,7 @@ def _mean_share(model: ModelConfig, work: Work) -> float:
     return sum(read) / len(read)
 
 
-def _plain(e: Estimate) -> dict[str, object]:
+def _plain(e: Estimate, work: Work) -> dict[str, object]:
     return {
         "layout": dataclasses.asdict(e.layout),
         "micro_batch_size": e.micro_batch,
@@ -231,11 +231,11 @@ def _plain(e: Estimate) -> dict[str, object]:
         "step_seconds": e.step_seconds,
         "tokens_per_second": e.tokens_per_second,
         "bubble": e.bubble,
-        "settings": _settings(e),
+        "settings": _settings(e, muon=work.muon),
     }
 
 
-def _settings(e: Estimate) -> list[str]:
+def _settings(e: Estimate, *, muon: bool) -> list[str]:
     """Overrides that give a run this layout."""
     layout = e.layout
     first = [] if e.first_stage is None else [f"parallel.first_stage_layers={e.first_stage}"]
@@ -250,6 +250,7 @@ def _settings(e: Estimate) -> list[str]:
         "parallel.overlap=true",
         f"train.micro_batch_size={e.micro_batch}",
         *(["optimizer.cpu_offload=true"] if e.host else []),
+        *(["optimizer.name=muon"] if muon else []),
     ]
 
 
@@ -285,6 +286,8 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     lines += ["", f"best: {best.name()}", *ramp, "", "memory of the fullest GPU, GiB"]
     lines += [f"  {name:<30}{size / GIB:>9.2f}" for name, size in best.memory.items() if size]
     lines += [f"  {'sum':<30}{best.gib:>9.2f}"]
+    if work.muon:
+        lines += ["", "Muon's state over all GPUs:", *textwrap.wrap(muon_line(model), 77, initial_indent="  ")]
     if best.host:
         lines += ["", "memory of the host for each such GPU, GiB", f"  {'optimizer':<30}{best.host / GIB:>9.2f}"]
     lines += ["", "sent per GPU and step, GiB"] if any(best.traffic.values()) else []
@@ -292,7 +295,8 @@ def _report(model: ModelConfig, cluster: Cluster, work: Work, found: list[Estima
     lines += ["", "time of a step, s"]
     lines += [f"  {name:<30}{seconds:>9.3f}" for name, seconds in best.seconds.items() if seconds]
     lines += ["", "micro: sequences per microbatch; m: microbatches per step; pp 8·2: virtual stages", ""]
-    lines += textwrap.wrap("set " + " ".join(_settings(best)), 79, subsequent_indent="    ", break_on_hyphens=False)
+    text = "set " + " ".join(_settings(best, muon=work.muon))
+    lines += textwrap.wrap(text, 79, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 

@@ -76,8 +76,6 @@ def check_expert_run(run: RunConfig) -> None:
             f"parallel.sequence: false with experts and tensor {run.parallel.tensor} would route every token on every "
             "tensor-parallel rank; set it to true"
         )
-    if run.optimizer.name == "muon":
-        raise ConfigError("optimizer.name: muon does not know the matrices of experts (model.moe); use adamw")
     if run.optimizer.cpu_offload:
         raise ConfigError("optimizer.cpu_offload: not with experts (model.moe); set it to false")
 

@@ -168,7 +168,7 @@ class OptimizerConfig:
     """Optimizer; no weight decay on norms, A_log, dt_bias, D."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Update rule; muon orthogonalises the updates of weight matrices and leaves the rest to AdamW."""
+    """Update rule; muon orthogonalises updates of matrices, and AdamW keeps the rest (docs/parallelism.md)."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     weight_decay: NotNegative = 0.1

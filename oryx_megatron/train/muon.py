@@ -4,6 +4,10 @@ torch.optim.Muon orthogonalises the tensor it is given; here that would be a ten
 projection, and the update would depend on the layout. So each named part of a fused weight is an own matrix, gathered
 over the tensor-parallel ranks before it is orthogonalised. megatron-core's Muon needs a package that is not on the
 usual index for Python 3.11.
+
+Of a layer with experts Muon has every expert's matrices, each for itself, those of the shared expert, and the router's.
+So do Moonlight (arXiv 2502.16982: AdamW for norms, embedding and output alone; section 3.4 finds that routers gain
+most) and megatron-core (every weight of two dimensions but embedding and output).
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from oryx_megatron.model.experts import expert_weights
 from oryx_megatron.model.mtp import blocks, heads
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -29,8 +35,8 @@ class Matrix:
 
     rows: tuple[int, ...]
     """Rows of each part; one part unless the weight is fused."""
-    axis: int
-    """Dimension that tensor parallelism splits."""
+    axis: int | None
+    """Dimension that tensor parallelism splits; None: every rank that has the weight has all of it."""
 
 
 def matrices(chunk: Any) -> dict[Tensor, Matrix]:
@@ -39,15 +45,31 @@ def matrices(chunk: Any) -> dict[Tensor, Matrix]:
     for head in heads(chunk):
         found[head.eh_proj.weight] = Matrix((head.eh_proj.weight.shape[0],), 0)
     for _, _, layer in blocks(chunk):
-        mixer, mlp = layer.self_attention, layer.mlp
-        half = mlp.linear_fc1.weight.shape[0] // 2
+        mixer = layer.self_attention
         found[mixer.in_proj.weight] = Matrix(tuple(mixer.in_proj_rows.values()), 0)
         for linear in mixer.query_projections().values():  # on a GPU; rows of in_proj elsewhere
             found[linear.weight] = Matrix((linear.weight.shape[0],), 0)
         found[mixer.out_proj.weight] = Matrix((mixer.out_proj.weight.shape[0],), 1)
-        found[mlp.linear_fc1.weight] = Matrix((half, half), 0)
-        found[mlp.linear_fc2.weight] = Matrix((mlp.linear_fc2.weight.shape[0],), 1)
+        if isinstance(layer.mlp, MoELayer):
+            found |= _of_experts(layer.mlp)
+        else:
+            found |= _of_mlp(layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight, (0, 1))
     return found
+
+
+def _of_experts(layer: MoELayer) -> dict[Tensor, Matrix]:
+    router = layer.router.weight
+    found = {router: Matrix((router.shape[0],), None)}
+    if (shared := layer.shared_experts) is not None:
+        found |= _of_mlp(shared.linear_fc1.weight, shared.linear_fc2.weight, (0, 1))
+    for _, fc1, fc2 in expert_weights(layer):
+        found |= _of_mlp(fc1, fc2, (None, None))
+    return found
+
+
+def _of_mlp(fc1: Tensor, fc2: Tensor, axes: tuple[int | None, int | None]) -> dict[Tensor, Matrix]:
+    half = fc1.shape[0] // 2  # gate and up
+    return {fc1: Matrix((half, half), axes[0]), fc2: Matrix((fc2.shape[0],), axes[1])}
 
 
 def orthogonalized(update: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,10 +157,11 @@ class Muon(torch.optim.Optimizer):
     def _matrix_update(self, update: Tensor, matrix: Matrix) -> Tensor:
         pieces = []
         for part in update.split(matrix.rows):
-            whole = self._gathered(part, matrix.axis)
-            scale = 0.2 * math.sqrt(max(whole.shape))
-            own = orthogonalized(whole, self.dtype).chunk(self.group.size(), matrix.axis)[self.group.rank()]
-            pieces.append(own * scale)
+            whole = part if matrix.axis is None else self._gathered(part, matrix.axis)
+            own = orthogonalized(whole, self.dtype)
+            if matrix.axis is not None:
+                own = own.chunk(self.group.size(), matrix.axis)[self.group.rank()]
+            pieces.append(own * (0.2 * math.sqrt(max(whole.shape))))
         return torch.cat(pieces)
 
     def _gathered(self, part: Tensor, axis: int) -> Tensor:

@@ -16,7 +16,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config, unwrap_model
 
@@ -127,36 +127,53 @@ def _build_muon(run: RunConfig, config: OptimizerConfig, chunks: list[Any], over
     for chunk in chunks:
         known.update(matrices(unwrap_model(chunk)))
     overrides |= mup.overrides(run, known.__contains__)
-    inner = Muon(
-        _get_param_groups(chunks, config, overrides),
-        matrix_of=known.get,
-        group=parallel_state.get_tensor_model_parallel_group(),
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.muon_momentum,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        dtype=torch.bfloat16 if config.bf16 else torch.float32,
-    )
+    groups = _get_param_groups(chunks, config, overrides)
+
+    def make(own: list[dict[str, Any]]) -> Muon:
+        return Muon(
+            own,
+            matrix_of=known.get,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.muon_momentum,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        )
 
     def allocate(optimizer: Muon, unused: Any = None) -> None:
         optimizer.allocate()
 
-    sharded: LayerWise | None = None
+    def state_size(parameter: torch.Tensor) -> int:  # fp32 numbers: the master, and one mean or two
+        return parameter.numel() * (2 if parameter in known else 3)
+
+    optimizer: MegatronOptimizer
     if run.parallel.distributed_optimizer:
-        plain = inner if config.bf16 else FP32Optimizer(inner, config, allocate)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        sharded = LayerWise([plain], config, groups, [allocate])
-        (wrapped,) = sharded.chained_optimizers
-    elif config.bf16:
-        wrapped = Float16OptimizerWithFloat16Params(inner, config, None, allocate)
+        plain = make(groups) if config.bf16 else FP32Optimizer(make(groups), config, allocate)
+        optimizer = LayerWise(plain, config, ProcessGroupCollection.use_mpu_process_groups(), allocate, size=state_size)
+        singles = optimizer.chained_optimizers
     else:
-        wrapped = FP32Optimizer(inner, config, allocate)
-    if config.bf16:  # `inner` now holds the fp32 masters instead of the weights
-        for weights, masters in zip(wrapped.float16_groups, wrapped.fp32_from_float16_groups):
-            known.update({master: known[weight] for weight, master in zip(weights, masters) if weight in known})
-    wrapped.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
-    return sharded or wrapped
+        singles = []
+        for experts, ranks in (
+            (False, parallel_state.get_model_parallel_group()),
+            (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
+        ):
+            if own := [group for group in groups if group["is_expert_parallel"] == experts]:
+                wrapped = (
+                    Float16OptimizerWithFloat16Params(make(own), config, None, allocate)
+                    if config.bf16
+                    else FP32Optimizer(make(own), config, allocate)
+                )
+                wrapped.grad_stats_parallel_group = ranks
+                singles.append(wrapped)
+        optimizer = singles[0] if len(singles) == 1 else ChainedOptimizer(singles)
+    if config.bf16:  # each Muon now holds the fp32 masters instead of the weights
+        for single in singles:
+            for weights, masters in zip(single.float16_groups, single.fp32_from_float16_groups, strict=True):
+                pairs = zip(weights, masters, strict=True)
+                known.update({master: known[weight] for weight, master in pairs if weight in known})
+    return optimizer
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

@@ -28,8 +28,7 @@ from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.sizes import check_sizes
 
 GIB = 2.0**30
-ADAMW_BYTES, MUON_BYTES = 12, 8
-"""Of a parameter in a checkpoint, beside the weight: the fp32 master and AdamW's two means, or Muon's one."""
+MASTER_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +61,8 @@ def checks(run: RunConfig, layout: Layout) -> Iterator[Checked]:
             )
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     yield Checked("kernels", f"{backends.describe()} ({'GPU' if platform.has_gpu() else 'CPU'})")
+    if run.optimizer.name == "muon":
+        yield Checked("muon", arch.muon_line(run.model))
     if run.train.freeze:
         names = freeze.names(run.model)
         freeze.check(run.train.freeze, names)
@@ -101,11 +102,8 @@ def checkpoint_bytes(run: RunConfig) -> int:
     """Size of one checkpoint: weights, masters, optimizer state and fp32 average, if any, of every parameter."""
     width = 4 if run.precision.dtype == "fp32" else 2
     average = 0 if run.train.ema is None else 4
-    counts = arch.parameter_counts(run.model)
-    moments = ADAMW_BYTES * counts.total
-    if run.optimizer.name == "muon":  # the tables stay with AdamW
-        moments = MUON_BYTES * counts.non_embedding + ADAMW_BYTES * counts.embedding
-    return counts.total * (width + average) + moments
+    parameters = arch.parameter_counts(run.model).total
+    return parameters * (width + average + MASTER_BYTES) + arch.moment_bytes(run.model, run.optimizer.name)
 
 
 def checkpoints_held(run: RunConfig) -> int:

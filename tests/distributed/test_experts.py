@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from oryx_megatron import compat
+from oryx_megatron.checkpoint import whole
 from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.model.experts import routers
+from oryx_megatron.planner import Work, memory_bytes
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Session, Worlds, session, tiny_run, train_and_resume
 from oryx_megatron.train.routing import routing_of
@@ -22,6 +25,7 @@ MODELS = {
     ),
     "bias": MoEConfig(experts=4, top_k=3, ffn_hidden_size=20, score="sigmoid", aux_loss=0.0, bias_update_rate=0.05),
     "capacity": MoEConfig(experts=4, ffn_hidden_size=20, capacity_factor=0.75, aux_loss_over="sequence"),
+    "muon": MoEConfig(experts=4, ffn_hidden_size=20, shared_ffn_hidden_size=24, first_dense=1, aux_loss=0.1),
 }
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "expert 2": ("losses", 2, {"expert": 2}),
@@ -37,6 +41,17 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "virtual pipeline, expert 2": ("bias", 4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
     "capacity, expert 2": ("capacity", 2, {"expert": 2}),
     "capacity, expert 4": ("capacity", 4, {"expert": 4, "overlap": True}),
+    "muon, data 2": ("muon", 2, {}),
+    "muon, expert 2": ("muon", 2, {"expert": 2, "overlap": True}),
+    "muon, expert 2, whole": ("muon", 2, {"expert": 2, "distributed_optimizer": False}),
+    "muon, tensor 2": ("muon", 2, {"tensor": 2}),
+    "muon, tensor 2, whole": ("muon", 2, {"tensor": 2, "distributed_optimizer": False}),
+    "muon, pipeline 2": ("muon", 2, {"pipeline": 2}),
+    "muon, tensor 2, expert 2, data 2": ("muon", 4, {"tensor": 2, "expert": 2}),
+    "muon, context 2, expert 2, data 2": ("muon", 4, {"context": 2, "expert": 2}),
+    "muon, pipeline 2, expert 2": ("muon", 4, {"pipeline": 2, "expert": 2}),
+    "muon, tensor 2, context 2, expert 4": ("muon", 4, {"tensor": 2, "context": 2, "expert": 4}),
+    "muon, expert 4, whole": ("muon", 4, {"expert": 4, "distributed_optimizer": False}),
 }
 """Model, ranks, layout. Capacity counts the tokens of a rank: those layouts leave a microbatch whole."""
 RESHARDED = {
@@ -46,13 +61,19 @@ RESHARDED = {
     "virtual pipeline, expert 2": "bias one",
     "tensor 2, expert 2, data 2": "bias expert 2, overlap",
     "expert 4, whole optimizer": "bias expert 2, whole optimizer",
+    "muon, tensor 2": "muon one",
+    "muon, tensor 2, context 2, expert 4": "muon muon, expert 2",
+    "muon, pipeline 2, expert 2": "muon muon, tensor 2",
+    "muon, expert 4, whole": "muon muon, expert 2, whole",
 }
 """By layout: whose checkpoint of half the steps it continues."""
 
 
 def _run(model: str, layout: dict[str, Any]) -> RunConfig:
-    documents = "isolated" if model == "losses" else "joined"
-    return tiny_run(parallel=ParallelConfig(**layout), model__moe=MODELS[model], data__documents=documents)
+    changes = {"data__documents": "isolated" if model == "losses" else "joined"}
+    if model == "muon":
+        changes |= {"optimizer__name": "muon"}
+    return tiny_run(parallel=ParallelConfig(**layout), model__moe=MODELS[model], **changes)
 
 
 def _steps(opened: Session, count: int) -> list[tuple[float, ...]]:
@@ -70,6 +91,22 @@ def _steps(opened: Session, count: int) -> list[tuple[float, ...]]:
 def _save(opened: Session, root: Path, name: str) -> None:
     manager = opened.checkpoints(root / name)
     assert manager.save(opened.iteration, opened.manifest) or manager.wait()
+
+
+def _state(opened: Session) -> tuple[float, int, int]:
+    """Bytes of masters and means of the fullest rank as planned and as they are, and their sum over all ranks."""
+    own = 0
+    for single in compat.megatron.singles(opened.optimizer):
+        means = [mean for state in single.optimizer.state.values() for mean in state.values() if torch.is_tensor(mean)]
+        own += sum(tensor.numel() for tensor in [*means, *(master for _, master in whole.masters(single))])
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, 4 * own)
+    run, layout = opened.run, opened.layout
+    stages = [
+        memory_bytes(run.model, layout, Work(32, 4, muon=True), 1, "none", stage)["optimizer"]
+        for stage in range(layout.pp)
+    ]
+    return max(stages), max(ranks), sum(ranks)
 
 
 def _discarded(opened: Session) -> bool:
@@ -108,6 +145,8 @@ def _everything(root: str) -> dict[str, Any]:
             run = _run(model, layout)
             with worlds.of(size, name), session(run) as opened:
                 results[name] = _steps(opened, HALF)
+                if model == "muon":
+                    results[f"{name} state"] = _state(opened)
                 if f"{model} {name}" in RESHARDED.values():
                     _save(opened, Path(root), f"{model} {name}")
                 results[name] += _steps(opened, STEPS - HALF)
@@ -124,6 +163,12 @@ def _everything(root: str) -> dict[str, Any]:
             run = dataclasses.replace(_run(model, layout), precision=PrecisionConfig(dtype="bf16"))
             with worlds.of(size, f"{name} in bf16"):
                 results["resumed bf16"] = train_and_resume(run, Path(root) / "bf16", before=2, after=2)
+        for layout in ({"expert": 2}, {"tensor": 2, "expert": 2}) if size == 2 else ():
+            for dtype in worlds.share(size, ("fp32", "bf16")):
+                name = f"muon resumed {dtype} {layout}"
+                run = dataclasses.replace(_run("muon", layout), precision=PrecisionConfig(dtype=dtype))
+                with worlds.of(size, name):
+                    results[name] = train_and_resume(run, Path(root) / name, before=2, after=2)
     return results
 
 
@@ -159,6 +204,29 @@ def test_resume_is_exact(trained: dict[str, Any]) -> None:
     going, resumed = trained["resumed bf16"]
     assert going[2:] == resumed
     assert going == pytest.approx([step[0] for step in trained["bias one"]], rel=5e-3)
+
+
+def test_muon_resumes_exactly(trained: dict[str, Any]) -> None:
+    cases = [name for name in trained if name.startswith("muon resumed")]
+    assert len(cases) == 4
+    for name in cases:
+        going, resumed = trained[name]
+        assert going[2:] == resumed
+        assert going == pytest.approx([step[0] for step in trained["muon one"]], rel=2e-2 if "bf16" in name else 1e-4)
+
+
+def test_each_state_of_muon_is_on_one_rank(trained: dict[str, Any]) -> None:
+    """Over the ranks that hold the weight, which for experts are others; the fullest has what `plan` says."""
+    sums = set()
+    for name, (model, ranks, layout) in LAYOUTS.items():
+        if model != "muon" or not layout.get("distributed_optimizer", True):
+            continue
+        planned, fullest, everything = trained[f"{name} state"]
+        assert planned == pytest.approx(fullest, rel=0.1), name
+        assert fullest < 1.3 * everything / ranks, name
+        if "tensor" not in layout and "pipeline" not in layout:  # vectors have copies, and tied tables
+            sums.add(everything)
+    assert len(sums) == 1
 
 
 def test_a_dropped_step_leaves_no_trace_in_the_biases(trained: dict[str, Any]) -> None:

@@ -41,7 +41,6 @@ def write_run(folder: Path) -> Path:
         (["parallel.tensor=2", "parallel.sequence=false"], 2, "parallel.sequence: false with experts"),
         (["model.mup_base_hidden_size=16"], 1, "model.mup_base_hidden_size: muP has no rules for routers"),
         (["engine=deepspeed"], 1, "model.moe: not with engine deepspeed"),
-        (["optimizer.name=muon", "parallel.distributed_optimizer=false"], 1, "optimizer.name: muon"),
         (["optimizer.cpu_offload=true"], 1, "optimizer.cpu_offload: not with experts"),
     ],
 )

@@ -7,6 +7,7 @@ from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.config.validate import validate
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing.layouts import tiny_run
+from oryx_megatron.train.layerwise import dealt
 from oryx_megatron.train.muon import Matrix, Muon, orthogonalized
 
 
@@ -81,6 +82,18 @@ def test_parts_are_matrices_of_their_own() -> None:
         alone.grad = gradient
         _muon(alone, Matrix((len(gradient),), 0), weight_decay=0.0).step()
         torch.testing.assert_close(part.detach(), alone.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_are_dealt_out_evenly() -> None:
+    """Each to one rank; the two largest, as embedding and output of a large vocabulary, never to the same."""
+    sizes = [1000, 1000, *range(1, 60)]
+    parameters = [torch.empty(size, device="meta") for size in sizes]
+    for ranks in (1, 2, 3, 7, 80):
+        shares = dealt(parameters, ranks, torch.Tensor.numel)
+        assert sorted(id(p) for share in shares for p in share) == sorted(map(id, parameters))
+        loads = [sum(p.numel() for p in share) for share in shares]
+        assert max(loads) <= max(1000, sum(sizes) / ranks + 59)
+        assert len(shares) == ranks
 
 
 def test_config_errors() -> None:

@@ -274,6 +274,21 @@ def test_muon_needs_two_thirds_of_what_adamw_does() -> None:
     assert even < 12 * counts.embedding
 
 
+def test_muon_with_experts() -> None:
+    """Experts' state is over the ranks with the same ones, in whole matrices; the rest over data-parallel ranks."""
+    model = load_model("7b-a1b-gdn-moe")
+    assert model.moe is not None
+    counts = parameter_counts(model)
+    experts = next(part.count for part in counts.parts if part.name == "experts")
+    first = 8 * 2 * model.hidden_size * model.moe.ffn_hidden_size
+    for expert, ranks in ((1, 8), (8, 8), (64, 1024)):
+        layout = layout_of(model, Work(4096, 1024), ParallelConfig(expert=expert), 1, ranks)
+        found = memory_bytes(model, layout, Work(4096, 1024, muon=True), 1, "none", 0)["optimizer"]
+        dense = (8 * (counts.non_embedding - experts) + 12 * counts.embedding) / ranks
+        table = 12 * model.vocab_size * model.hidden_size
+        assert found == pytest.approx(max(dense, table) + max(8 * experts / ranks, first))
+
+
 def test_gates_of_idle_recurrence_cost_nothing() -> None:
     model = load_model("1.4b-gdn")
     layout = layout_of(model, Work(4096, 8), ParallelConfig(context=2), 1, 8)
