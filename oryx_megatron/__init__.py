@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Dataset", "ModePlan", "Trained", "__version__", "export", "generate", "load_model", "load_run", "train"]
 
-if sys.argv[:1] == ["-m"] and "oryx_megatron.doctor" not in sys.orig_argv:  # python -m oryx_megatron.…
+# python -m oryx_megatron.…, but for the doctor and the command `oryx`, which look for themselves
+if sys.argv[:1] == ["-m"] and not {"oryx_megatron", "oryx_megatron.doctor"} & set(sys.orig_argv):
     from oryx_megatron import environment
 
     environment.check()

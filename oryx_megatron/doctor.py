@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from oryx_megatron import environment, platform, resources
+from oryx_megatron import display, environment, platform, resources
 from oryx_megatron.cli import Parser, main_guard
 
 State = Literal["ok", "absent", "other", "wrong"]
@@ -102,11 +102,16 @@ def _torch_loads() -> bool:
     return platform.installed("torch") and _import_error("torch") is None
 
 
+def _has_driver() -> bool:
+    """Whether this machine serves NVIDIA GPUs, whatever is installed."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
 def tested_set() -> Path:
     """Constraints of the supported set that this machine belongs to; of a machine without a GPU requirements.txt."""
     if os.environ.get("NVIDIA_PYTORCH_VERSION"):
         return resources.folder("configs") / "install" / "ngc.txt"
-    if _has_gpu():
+    if _has_gpu() or (_has_driver() and not _torch_loads()):
         return resources.folder("configs") / "install" / "cuda13.txt"
     return resources.folder("configs").parent / "requirements.txt"
 
@@ -138,7 +143,8 @@ def _tested() -> Finding:
     ]
     count = sum(version is not None for version in found.values())
     text = f"{path.name}: {count - len(others)} of the {count} packages here as tested"
-    return Finding("other" if others else "ok", "tested set", text, ", ".join(others))
+    where = "" if _torch_loads() else f"that file is {display.shown(os.path.relpath(path))}"
+    return Finding("other" if others else "ok", "tested set", text, ", ".join(filter(None, [*others, where])))
 
 
 def _version(name: str) -> str | None:
@@ -155,6 +161,9 @@ def _machine() -> Iterator[Finding]:
     yield Finding(state, "python", host.python_version(), "" if state == "ok" else "needs Python 3.11 or later")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Finding("ok", "machine", f"{host.node()}, {os.cpu_count()} cores, {memory:.0f} GiB")
+    if not _torch_loads() and _has_driver():
+        yield Finding("absent", "gpu", "an NVIDIA driver is here", "torch, which sees the GPUs, is not installed")
+        return
     if not _has_gpu():
         yield Finding("absent", "gpu", "none", "runs on the CPU: reference kernels, gloo")
         return
@@ -167,7 +176,7 @@ def _package(package: Package) -> Finding:
     if not (platform.installed(package.module) and (not package.required or environment.found(package.module))):
         state: State = "wrong" if package.required else "absent"
         advice = (
-            f"pip install {name}: {package.provides}" if package.required else f"optional: provides {package.provides}"
+            f"{_install(name)}: {package.provides}" if package.required else f"optional: provides {package.provides}"
         )
         return Finding(state, name, "not installed", advice)
     version = _version(name) or "installed, version unknown"
@@ -177,6 +186,12 @@ def _package(package: Package) -> Finding:
     if error := _import_error(f"torch, {package.module}" if package.gpu else package.module):
         return Finding("wrong", name, version, f"import fails: {error}; install a build for this torch and Python")
     return Finding("ok", name, version)
+
+
+def _install(name: str) -> str:
+    """The command that installs a package in its tested version; the NGC image brings its own torch."""
+    path = tested_set()
+    return f"pip install -c {path.name} {name}" if path.is_file() and name in pins(path) else f"pip install {name}"
 
 
 def _import_error(modules: str) -> str | None:
@@ -197,7 +212,7 @@ def _torch_and_driver() -> Finding | None:
         return Finding("ok", "cuda", platform.cuda_versions())
     if not _torch_loads():
         return None  # told above
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+    if _has_driver():
         return Finding(
             "wrong", "cuda", platform.cuda_versions(),
             "there is an NVIDIA driver, but this torch sees no GPU: install a torch built for CUDA, no newer than the "
@@ -252,7 +267,9 @@ def show(finding: Finding) -> str:
     """A finding on lines of at most 79 columns."""
     head = f"{MARKS[finding.state]:<6}{finding.name:<24}"
     text = finding.found if not finding.advice else f"{finding.found}; {finding.advice}"
-    return textwrap.fill(text, 79, initial_indent=head, subsequent_indent=" " * 30, break_on_hyphens=False)
+    return textwrap.fill(
+        text, 79, initial_indent=head, subsequent_indent=" " * 30, break_on_hyphens=False, break_long_words=False
+    )
 
 
 @main_guard

@@ -161,7 +161,7 @@ class Checkpoints:
         remote = self.remote
         if remote is None:
             return self._on_main_rank(lambda: store.begin(self.root, iteration))
-        remote.target = self._on_main_rank(lambda: remote.begin(iteration))
+        remote.target = self._on_main_rank(lambda: remote.begin(iteration, self._damaged))
         folder = self.root / f"{store.WRITING}{iteration:07d}"
         failure: OSError | None = None
         if self._first_here():

@@ -3,8 +3,8 @@
 A run writes them into a folder of each machine (`root`); every rank uploads the files that it wrote, rank 0 the rest
 and then the manifest. At load each machine downloads what it lacks and compares all files with the checksums.
 
-A save of an iteration that is there already gets a name with more zeros, iteration_00001000: objects cannot be renamed,
-and the earlier one stays until the new one is complete.
+A save of an iteration that is there already, whole, gets a name with more zeros, iteration_00001000: objects cannot be
+renamed, and the earlier one stays until the new one is complete.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ class RemoteCheckpoints:
         self.target = self.remote
         """Where the save under way goes, on all ranks: what `begin` gave."""
 
-    def begin(self, iteration: int) -> Remote:
-        """On rank 0: clear what unfinished saves left; where a save of this iteration goes."""
+    def begin(self, iteration: int, damaged: Collection[str] = ()) -> Remote:
+        """On rank 0: clear what unfinished saves left, and damaged ones of this iteration; where its save goes."""
         taken = []
         for folder, files in self._folders().items():
-            if NAME not in files:
+            same = iteration_of(Path(folder)) == iteration
+            if NAME not in files or (same and (folder in damaged or not self._complete(folder, files))):
                 self._remove(folder, files)
-            elif iteration_of(Path(folder)) == iteration:
+            if same and NAME in files:
                 taken.append(folder)
         return self.remote / next_name(iteration, taken)
 

@@ -82,15 +82,43 @@ def test_lines_fit_a_terminal():
     assert text.startswith("WRONG flash-linear-attention")
 
 
-def test_works_without_torch():
-    """A Python with nothing installed: what is missing is listed, nothing is imported in vain."""
-    command = [sys.executable, "-S", "-m", "oryx_megatron.doctor"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+def without_packages(*command: str, path: str = "") -> subprocess.CompletedProcess:
+    """`python -m` in a Python with nothing installed."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NVIDIA_PYTORCH_VERSION")
+    }
+    environment["PATH"] = f"{path}:{environment['PATH']}"
+    command = (sys.executable, "-S", "-m", *command)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("command", [("oryx_megatron.doctor",), ("oryx_megatron", "doctor")])
+@pytest.mark.parametrize("driver", [False, True])
+def test_works_without_torch(tmp_path: Path, command: tuple[str, ...], driver: bool):
+    """What is missing is listed, with the set of this kind of machine; nothing is imported in vain."""
+    if not driver and doctor._has_driver():
+        pytest.skip("a driver is here")
+    if driver:
+        (tmp_path / "nvidia-smi").touch(mode=0o755)
+    done = without_packages(*command, path=str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     assert "wrong: torch, megatron-core, sentencepiece, tokenizers\n" in done.stdout
     assert "kernels, gdn" not in done.stdout
+    text, name = " ".join(done.stdout.split()), "cuda13.txt" if driver else "requirements.txt"
+    assert f"torch not installed; pip install -c {name} torch: everything" in text
+    assert f"that file is {'configs/install/' if driver else ''}{name}" in text
+    assert ("an NVIDIA driver is here" in text) == driver
+
+
+def test_other_commands_without_packages_say_so():
+    """But help and version need none."""
+    done = without_packages("oryx_megatron", "train", "run.yaml")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "is not the environment of oryx_megatron: it lacks torch, " in done.stderr
+    for option in ("--help", "--version"):
+        done = without_packages("oryx_megatron", option)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("ngc", [False, True])
