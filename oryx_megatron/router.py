@@ -188,7 +188,7 @@ def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = F
     with torch.no_grad():
         scores = torch.cat([router(part)[0] for part in held_out.tokens.to(platform.device()).split(4)])
     router.calibrate(_everywhere(scores[held_out.counted.to(scores.device)]))
-    rows = compare(model, router, held_out)
+    rows = compare(model, router, held_out, scores.cpu())
     if not parallel.is_main_rank():
         return rows, None
     about = {
@@ -333,22 +333,30 @@ def fit(router: OryxRouter, gains: Gains, options: RouterOptions, generator: Any
         log.info("router: epoch %d of %d, squared error %.4f", epoch + 1, options.epochs, loss.item())
 
 
-def compare(model: LoadedModel, router: OryxRouter, held_out: Gains) -> list[Row]:
-    """Held-out loss under all attention, all recurrence, evenly spread chunks, and the router, at some shares."""
+def compare(model: LoadedModel, router: OryxRouter, held_out: Gains, scores: Tensor) -> list[Row]:
+    """Held-out loss under all attention, all recurrence, evenly spread chunks, and the router, at some shares.
+
+    `scores` [n, s]: the router's of these texts, on the host.
+    """
     import torch
 
-    from oryx_megatron.eval.routed import Plans
+    from oryx_megatron.modes import ModePlan, parse_plan
 
-    plans = Plans(model.run.modes.chunk, router, model.run.model.reads_plans)
-    specs = ["attention", "recurrent", *(f"{kind}:{share:g}" for kind in ("ratio", "router") for share in SHARES)]
+    length = held_out.tokens.shape[1]
+    plans: dict[str, list[ModePlan]] = {}
+    for share in SHARES:
+        evenly = parse_plan(f"ratio:{share:g}", length, chunk=model.run.modes.chunk).anywhere  # the same in all layers
+        plans[f"ratio:{share:g}"] = [evenly] * len(scores)
+    for share in SHARES:
+        attends = (scores > router.threshold(share)).numpy()
+        plans[f"router:{share:g}"] = [ModePlan.from_mask(row) for row in attends]
     rows = []
-    for spec in specs:
+    for spec in ("attention", "recurrent", *plans):
         if spec in ("attention", "recurrent"):
             losses, share = held_out.losses[int(spec == "recurrent")], float(spec == "attention") * len(held_out.tokens)
         else:
-            chosen = [plans.of(spec, text).anywhere for text in held_out.tokens]  # the same in all layers
-            losses = losses_of(model, held_out.tokens, held_out.labels, chosen)
-            share = sum(plan.attention_share for plan in chosen)
+            losses = losses_of(model, held_out.tokens, held_out.labels, plans[spec])
+            share = sum(plan.attention_share for plan in plans[spec])
         loss = (losses * held_out.counted).sum(dtype=torch.float64)
         sums = [float(loss), float(held_out.counted.sum()), share, len(held_out.tokens)]
         total = _summed(torch.tensor(sums, dtype=torch.float64))

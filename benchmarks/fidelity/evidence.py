@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError, OryxError
+from oryx_megatron.router import TOKENS
 
 HERE = Path(__file__).resolve().parent
 SUMMARY_SECONDS = 35.0
@@ -58,6 +60,10 @@ ENDING = 6.0
 """Seconds in which what is ended may still save."""
 WARMING = 100
 """Seconds after which trainings begin whether or not their kernels are compiled."""
+READING = [
+    "data.documents=isolated", f"data.sequence_length={TOKENS}", "train.global_batch_size=1", "train.micro_batch_size=1"
+]  # fmt: skip
+"""Changes of a run for kernels that compile for texts of plans of their own: isolated documents of one sequence."""
 LAST_LINES = 20
 """Of a failed job's log, printed."""
 ROUTER = {"texts": 3072, "held_out": 128, "epochs": 4, "batch_size": 16}
@@ -314,13 +320,18 @@ def language_jobs(
     yield Job("texts", "text", command, last.is_file, leaves=SHORTEST)
     environment = {"OMP_NUM_THREADS": "2"}
     warm: list[str] = []
-    for run in runs:
-        if schedule.gpus and run.model.takes_plans and (name := f"kernels-{run.model.name}") not in warm:
-            warm.append(name)
-            mark, config = work / name, Path(run.output_dir) / "run.yaml"
-            ended = f'timeout {WARMING} "$0" "$@"; touch {shlex.quote(str(mark))}'  # whatever came of it
-            command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.warmup", str(config)]
-            yield Job(name, "warm", ["sh", "-c", ended, *command], mark.is_file, (), 0.0, environment, on_gpu=True)
+    read: dict[str, str] = {}
+    for run in runs if schedule.gpus else ():
+        model = run.model.name
+        if run.model.takes_plans and model not in read:
+            config = Path(run.output_dir) / "run.yaml"
+            warm.append(f"kernels-{model}")
+            read[model] = f"reading-{model}"
+            for name, changes in ((warm[-1], []), (read[model], READING)):
+                mark = work / name
+                ended = f'timeout {WARMING} "$0" "$@"; touch {shlex.quote(str(mark))}'  # whatever came of it
+                command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.warmup", str(config), *changes]
+                yield Job(name, "warm", ["sh", "-c", ended, *command], mark.is_file, (), 0.0, environment, on_gpu=True)
     for run in runs:
         folder, name = Path(run.output_dir), Path(run.output_dir).name
         kept = arguments.out / "language" / name
@@ -337,7 +348,7 @@ def language_jobs(
             options = [f"{key}={value}" for key, value in ROUTER.items()] + arguments.router
             command = _python("routing.py", folder, "--out", result, "--texts", arguments.texts, "--router", *options)
             done = lambda result=result: _finished(result)  # noqa: E731
-            after = (f"language-{name}",)
+            after = (f"language-{name}", *([read[run.model.name]] if schedule.gpus else []))
             yield Job(f"routing-{name}", "router", command, done, after, 0.0, environment, on_gpu=True)
 
 
@@ -373,7 +384,7 @@ def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterato
                 policy = nice + _python("policy.py", config, "--out", out, *chosen)
                 which = "_".join(["policy", *asked[1:]])
                 written = out / which / f"{model}-{seed}.json"
-                yield Job(f"{which}-{name}", "cpu", policy, written.is_file, (name,), 0.0, environment)
+                yield Job(f"{which}-{name}", "cpu", policy, partial(_finished, written), (name,), 0.0, environment)
 
 
 def _retrieval_configs(arguments: argparse.Namespace) -> list[str]:

@@ -29,9 +29,9 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ from oryx_megatron.router import Gains, RouterOptions, fit
 
 ROUTER_TEXTS, COUNTED = 2048, 8192
 """That a router learns from, and that it only counts."""
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Of attention tokens, where a policy can be given one."""
+SHARES = (0.05, 0.02, 0.1, 0.2, 0.4)
+"""Of attention tokens, where a policy can be given one; in order of worth."""
 Chooser = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Tokens, entropies and labels of one text, each [s] → bool [s]: which tokens attend."""
 
@@ -83,9 +83,12 @@ def main(argv: list[str] | None = None) -> int:
     if not found and not arguments.summarize:
         raise ConfigError(f"{arguments.out}: holds no weights; train models with both modes by retrieval.py first")
     for outcome in () if arguments.summarize else found:
-        rows = _try_all(experiment, outcome, arguments.out, arguments.examples)
-        ex.write_json(ex.outcome_path(results, outcome.model, outcome.seed), rows)
-    rows = [row for path in sorted(results.glob("*-*.json")) for row in json.loads(path.read_text())]
+        path, rows = ex.outcome_path(results, outcome.model, outcome.seed), []
+        for row in _try_all(experiment, outcome, arguments.out, arguments.examples):
+            rows.append(row)
+            ex.write_json(path, {"finished": False, "rows": rows})
+        ex.write_json(path, {"finished": True, "rows": rows})
+    rows = [row for path in sorted(results.glob("*-*.json")) for row in json.loads(path.read_text())["rows"]]
     if not rows:
         raise ConfigError(f"{results}: holds no results")
     ex.write_json(arguments.out / f"{name}.json", rows)
@@ -96,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examples: int) -> list[dict[str, Any]]:
-    """Every policy with one model."""
+def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examples: int) -> Iterator[dict[str, Any]]:
+    """Every policy with one model, each as soon as it is known."""
     parallel.initialize(experiment.run(outcome.model, outcome.seed).parallel, seed=outcome.seed)
     try:
         training = Training(experiment, outcome.model, outcome.seed)
@@ -107,63 +110,58 @@ def _try_all(experiment: ex.Experiment, outcome: ex.Outcome, folder: Path, examp
         length = experiment.task.length
         texts, others = (training.task.sample(length, examples, seed) for seed in (0, 1))
         entropies, calibration = entropy(training, texts.tokens), entropy(training, others.tokens)
-        rows = []
         learned = Learned(others.tokens.numpy(), calibration, gains(training, others))
-        samples = [training.task.sample(length, count, seed) for count, seed in ((ROUTER_TEXTS, 2), (COUNTED, 3))]
-        routed = router_of(training, samples[0], samples[1].tokens, others.tokens)
+
+        @cache
+        def routed() -> OryxRouter:
+            samples = [training.task.sample(length, count, seed) for count, seed in ((ROUTER_TEXTS, 2), (COUNTED, 3))]
+            return router_of(training, samples[0], samples[1].tokens, others.tokens)
+
         for policy, wanted, choose in policies(others.tokens.numpy(), calibration, length, learned, routed):
             plans = [
                 ModePlan.from_mask(choose(*parts))
                 for parts in zip(texts.tokens.numpy(), entropies, texts.labels.numpy(), strict=True)
             ]
-            rows.append(
-                {
-                    "model": outcome.model,
-                    "seed": outcome.seed,
-                    "policy": policy,
-                    "wanted": wanted,
-                    "share": statistics.mean(plan.attention_share for plan in plans),
-                    "accuracy": answers_found(training, texts, plans),
-                }
-            )
-        return rows
+            yield {
+                "model": outcome.model,
+                "seed": outcome.seed,
+                "policy": policy,
+                "wanted": wanted,
+                "share": statistics.mean(plan.attention_share for plan in plans),
+                "accuracy": answers_found(training, texts, plans),
+            }
     finally:
         parallel.destroy()
 
 
 def policies(
-    tokens: np.ndarray, entropies: np.ndarray, length: int, learned: Learned, routed: OryxRouter
-) -> list[tuple[str, float | None, Chooser]]:
-    """Name, wanted share (None: the policy's own) and rule; thresholds from these other texts, both [n, s]."""
+    tokens: np.ndarray, entropies: np.ndarray, length: int, learned: Learned, routed: Callable[[], OryxRouter]
+) -> Iterator[tuple[str, float | None, Chooser]]:
+    """Name, wanted share (None: the policy's own) and rule, in order of worth.
+
+    Thresholds are from these other texts, both [n, s]. `routed` makes the router, which takes most of the time: it is
+    asked for after the policies that do without.
+    """
     repeated = np.stack([seen(text) for text in tokens])
-    rules: list[tuple[str, float | None, Chooser]] = [
-        ("recurrent", None, lambda text, entropy, labels: np.zeros(length, bool)),
-        ("attention", None, lambda text, entropy, labels: np.ones(length, bool)),
-        ("asked", None, lambda text, entropy, labels: labels != IGNORED),
-        ("seen", None, lambda text, entropy, labels: seen(text)),
-    ]
+    yield "recurrent", None, lambda text, entropy, labels: np.zeros(length, bool)
+    yield "attention", None, lambda text, entropy, labels: np.ones(length, bool)
+    yield "asked", None, lambda text, entropy, labels: labels != IGNORED
+    yield "seen", None, lambda text, entropy, labels: seen(text)
+    for share in SHARES:
+        gain = learned.threshold(share)
+        yield "learned", share, lambda text, entropy, labels, gain=gain: learned.expected_gain(text, entropy) > gain
+        evenly = parse_plan(f"ratio:{share}", length, chunk=1).is_attention()
+        yield "ratio", share, lambda text, entropy, labels, evenly=evenly: evenly
+    for share in SHARES:
+        yield "router", share, partial(routes, routed(), share)
     for share in SHARES:
         least = float(np.quantile(entropies, 1 - share))
-        rules.append(("entropy", share, lambda text, entropy, labels, least=least: entropy > least))
+        yield "entropy", share, lambda text, entropy, labels, least=least: entropy > least
         if share < repeated.mean():
-            of_seen = float(np.quantile(entropies[repeated], 1 - share / repeated.mean()))
-            rules.append(
-                (
-                    "seen+entropy",
-                    share,
-                    lambda text, entropy, labels, least=of_seen: seen(text) & (entropy > least),
-                )
-            )
-        gain = learned.threshold(share)
-        rules.append(
-            ("learned", share, lambda text, entropy, labels, gain=gain: learned.expected_gain(text, entropy) > gain)
-        )
-        rules.append(("router", share, partial(routes, routed, share)))
+            least = float(np.quantile(entropies[repeated], 1 - share / repeated.mean()))
+            yield "seen+entropy", share, lambda text, entropy, labels, least=least: seen(text) & (entropy > least)
         rng = np.random.default_rng(7)
-        rules.append(("random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share))
-        evenly = parse_plan(f"ratio:{share}", length, chunk=1).is_attention()
-        rules.append(("ratio", share, lambda text, entropy, labels, evenly=evenly: evenly))
-    return rules
+        yield "random", share, lambda text, entropy, labels, share=share, rng=rng: rng.random(length) < share
 
 
 def router_of(training: Training, texts: RetrievalBatch, counted: Tensor, others: Tensor) -> OryxRouter:
@@ -272,7 +270,7 @@ def _table(experiment: ex.Experiment, rows: list[dict[str, Any]]) -> str:
         f"| policy | {' | '.join(models)} |",
         f"|---|{'---|' * len(models)}",
     ]
-    for key in dict.fromkeys((row["policy"], row["wanted"]) for row in rows):
+    for key in sorted(dict.fromkeys((row["policy"], row["wanted"]) for row in rows), key=lambda key: key[1] or 0.0):
         cells = []
         for model in models:
             some = [row for row in rows if (row["policy"], row["wanted"]) == key and row["model"] == model]

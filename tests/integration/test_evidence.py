@@ -149,7 +149,8 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
         with pytest.raises(Stop):
             evidence.main.__wrapped__(arguments)
     names = [job.name for job in seen["jobs"]]
-    assert names[:5] == ["texts", "kernels-gdn", "kernels-mamba2", "language-gdn-4", "routing-gdn-4"]
+    warm = ["kernels-gdn", "reading-gdn", "kernels-mamba2", "reading-mamba2"]
+    assert names[:7] == ["texts", *warm, "language-gdn-4", "routing-gdn-4"]
     trainings = [name.removeprefix("language-") for name in names if name.startswith("language-")]
     assert trainings == [
         "gdn-4", "mamba2-4", "gdn-5", "mamba2-5", "gdn-hybrid-4", "mamba2-hybrid-4", "gdn-hybrid-5", "mamba2-hybrid-5",
@@ -159,8 +160,16 @@ def test_what_runs(module: Callable[[str], Any], tmp_path: Path) -> None:
     assert {"needle-gdn-hybrid-5", "policy-needle-gdn-5", "mqar-cpu-mamba2-hybrid-4"} <= set(names)
     assert {"policy-mqar-cpu-gdn-4", "policy_3-mqar-cpu-gdn-4"} <= set(names)
     by_name = {job.name: job for job in seen["jobs"]}
-    assert by_name["routing-gdn-4"].after == ("language-gdn-4",)
-    assert by_name["policy-needle-gdn-5"].after == ("needle-gdn-5",)
+    assert by_name["language-mamba2-5"].after == ("texts", "kernels-gdn", "kernels-mamba2")
+    assert by_name["routing-gdn-4"].after == ("language-gdn-4", "reading-gdn")
+    assert "data.documents=isolated" in by_name["reading-mamba2"].command
+    policies = by_name["policy-needle-gdn-5"]
+    assert policies.after == ("needle-gdn-5",)
+    written = tmp_path / "out" / "needle" / "policy" / "gdn-5.json"
+    written.parent.mkdir(parents=True)
+    for finished in (False, True):
+        written.write_text(json.dumps({"finished": finished, "rows": []}))
+        assert policies.done() is finished
     text = (tmp_path / "out.work" / "language" / "gdn-hybrid-4" / "run.yaml").read_text()
     assert "iterations: 100\n" in text
     assert f"{tmp_path}/out.work/texts/prose" in text
