@@ -23,36 +23,53 @@ from torch import Tensor
 
 from oryx_megatron import platform
 from oryx_megatron.cli import main_guard
-from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, RunConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.modes import ModePlan
 from oryx_megatron.testing.layouts import session, tiny_run
 
 PARTS = ("first block", "last block", "logits")
+ROUTER = "router"
+"""The fourth part of a model with experts: the logits of the last layer's router."""
 
 
 def run_of(
-    width: int, optimizer: Literal["adamw", "muon"], *, mup: bool, mixer: str = "gdn", lr: float | None = None
+    width: int,
+    optimizer: Literal["adamw", "muon"],
+    *,
+    mup: bool,
+    mixer: str = "gdn",
+    lr: float | None = None,
+    experts: int = 0,
 ) -> RunConfig:
-    """A tiny run, `width` times as wide as the base model by more heads; `mup` scales it."""
+    """A tiny run, `width` times as wide as the base model by more heads; `mup` scales it.
+
+    `experts`: in place of every MLP; wider experts, not more of them. Their balance is left alone.
+    """
     run = tiny_run(mixer)
+    moe = MoEConfig(experts=experts, ffn_hidden_size=width * 32, aux_loss=0.0) if experts else None
     model = dataclasses.replace(
         run.model,
         hidden_size=width * run.model.hidden_size,
         ffn_hidden_size=width * run.model.ffn_hidden_size,
         num_heads=width * run.model.num_heads,
         num_kv_heads=width * run.model.kv_heads,
+        moe=moe,
         mup_base_hidden_size=run.model.hidden_size if mup else None,
         init_std=0.1,  # of fan-ins of 32: about 1 / √32
     )
     muon = optimizer == "muon"
     settings = dataclasses.replace(run.optimizer, name=optimizer, lr=lr or (2e-2 if muon else 1e-2))
-    parallel = dataclasses.replace(run.parallel, distributed_optimizer=not muon)
-    return dataclasses.replace(run, model=model, optimizer=settings, parallel=parallel)
+    return dataclasses.replace(run, model=model, optimizer=settings)
+
+
+def parts_of(model: ModelConfig) -> tuple[str, ...]:
+    """What is looked at."""
+    return PARTS if model.moe is None else (*PARTS, ROUTER)
 
 
 def changes(run: RunConfig, steps: int) -> list[dict[str, float]]:
-    """Mean absolute change of each of PARTS since the start, after each step, on the first batch."""
+    """Mean absolute change of each of `parts_of` since the start, after each step, on the first batch."""
     with session(run) as opened:
         (batch, *_) = opened.stream.next_batches()
         before = _activations(opened.chunks[0], batch.get("tokens"), run)
@@ -60,7 +77,7 @@ def changes(run: RunConfig, steps: int) -> list[dict[str, float]]:
         for _ in range(steps):
             opened.step()
             after = _activations(opened.chunks[0], batch.get("tokens"), run)
-            found.append({part: float((after[part] - before[part]).abs().mean()) for part in PARTS})
+            found.append({part: float((after[part] - before[part]).abs().mean()) for part in parts_of(run.model)})
     return found
 
 
@@ -74,6 +91,11 @@ def _activations(chunk: Any, tokens: Tensor, run: RunConfig) -> dict[str, Tensor
         module.register_forward_hook(lambda m, i, output, part=part: held.__setitem__(part, output[0].clone()))
         for part, module in zip(PARTS, (layers[0], layers[-1], chunk.module.output_layer), strict=True)
     ]
+    if run.model.moe is not None:
+        router = layers[-1].mlp.router
+        hooks.append(
+            router.register_forward_hook(lambda m, i, o: held.__setitem__(ROUTER, i[0].float() @ m.weight.float().T))
+        )
     mask = torch.arange(tokens.shape[1]) % 16 < 8  # both modes
     sequence = SequenceInfo.build(ModePlan.from_mask(mask.numpy()), device=platform.device())
     chunk(tokens.to(platform.device()), None, None, packed_seq_params=sequence)
@@ -97,20 +119,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--mixer", choices=("gdn", "mamba2"), default="gdn")
+    parser.add_argument("--experts", type=int, default=0, help="experts in place of every MLP (model.moe)")
     parser.add_argument("--lr", type=float, help="at the base width")
     parser.add_argument("--picture", type=Path, help="PNG")
     a = parser.parse_args(argv)
     if len(a.widths) < 2 or min(a.widths) < 1 or a.steps < 1:
         raise ConfigError("--widths, --steps: give two widths of at least 1, and a step")
+    if a.experts < 0 or a.experts == 1:
+        raise ConfigError(f"--experts: {a.experts} should be 0 or at least 2, of which a token takes 2")
     warnings.simplefilter("ignore")
     platform.install()
     found = {
-        mup: {w: changes(run_of(w, a.optimizer, mup=mup, mixer=a.mixer, lr=a.lr), a.steps) for w in a.widths}
+        mup: {
+            w: changes(run_of(w, a.optimizer, mup=mup, mixer=a.mixer, lr=a.lr, experts=a.experts), a.steps)
+            for w in a.widths
+        }
         for mup in (False, True)
     }
     for mup, by_width in found.items():
         sys.stdout.write(f"{'with' if mup else 'without'} muP, {a.optimizer}, step {a.steps}: change by width\n")
-        for part in PARTS:
+        for part in by_width[a.widths[0]][-1]:
             values = {width: steps[-1][part] for width, steps in by_width.items()}
             row = "".join(f"{value:10.4f}" for value in values.values())
             sys.stdout.write(f"  {part:<12}{row}   ∝ width^{slope(values):.2f}\n")
@@ -128,9 +156,10 @@ def draw(found: dict[bool, dict[int, list[dict[str, float]]]], optimizer: str, p
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
 
-    figure, rows = plt.subplots(2, len(PARTS), figsize=(10.5, 5.6), dpi=140, sharex=True, sharey="col")
+    parts = list(next(iter(found[True].values()))[0])
+    figure, rows = plt.subplots(2, len(parts), figsize=(3.5 * len(parts), 5.6), dpi=140, sharex=True, sharey="col")
     for row, (mup, by_width) in zip(rows, found.items(), strict=True):
-        for axes, part in zip(row, PARTS, strict=True):
+        for axes, part in zip(row, parts, strict=True):
             widths = list(by_width)
             for step in range(len(by_width[widths[0]])):
                 color = plt.get_cmap("viridis")(0.85 * step / max(len(by_width[widths[0]]) - 1, 1))

@@ -67,10 +67,6 @@ def check_expert_run(run: RunConfig) -> None:
         return
     if run.engine != "megatron":
         raise ConfigError(f"model.moe: not with engine {run.engine}; set engine: megatron")
-    if run.model.mup_base_hidden_size:
-        raise ConfigError(
-            "model.mup_base_hidden_size: muP has no rules for routers and experts (model.moe); set it to null"
-        )
     if run.parallel.tensor > 1 and not run.parallel.sequence:
         raise ConfigError(
             f"parallel.sequence: false with experts and tensor {run.parallel.tensor} would route every token on every "

@@ -35,7 +35,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     Routers and experts are matrices too, each expert drawn by its number among all; so is what a head of multi-token
     prediction projects with.
     With muP (arXiv 2203.03466, table 8; megatron-core 0.19) those inside blocks are divided by √m too, m the width over
-    the base width, and the factor 1/m of the logits is what the final norm starts from (train/mup.py).
+    the base width, routers by m, and the factor 1/m of the logits is what the final norm starts from (train/mup.py).
     Convolution taps: uniform in ±1/√width, torch's default. A uniform in `decay_init`, softplus(dt_bias) log-uniform in
     `dt_init`, as in the Mamba-2 and Gated DeltaNet code bases. Norm weights and d: one.
 
@@ -46,6 +46,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     experts = Slicer(None, seed)
     table, std = normal_draw(model.init_std), model.init_std / math.sqrt(model.width_multiplier)
     normal, residual = normal_draw(std), normal_draw(std / math.sqrt(2 * model.num_layers))
+    router = normal_draw(model.init_std / model.width_multiplier)
     done: set[int] = set()
 
     def fill(
@@ -84,7 +85,7 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
         if not isinstance(layer.mlp, MoELayer):
             fill_mlp(prefix, layer.mlp.linear_fc1.weight, layer.mlp.linear_fc2.weight)
             return
-        fill(prefix + "router", layer.mlp.router.weight, normal, axis=None)
+        fill(prefix + "router", layer.mlp.router.weight, router, axis=None)
         if layer.mlp.shared_experts is not None:
             shared = layer.mlp.shared_experts
             fill_mlp(prefix + "shared_experts.", shared.linear_fc1.weight, shared.linear_fc2.weight)

@@ -39,7 +39,6 @@ def write_run(folder: Path) -> Path:
         (["model.moe.shared_ffn_hidden_size=7", "parallel.tensor=2"], 2, "model.moe.shared_ffn_hidden_size 7"),
         (["model.moe.first_dense=2", "parallel.pipeline=2"], 2, "stage 0 would have no layer with experts"),
         (["parallel.tensor=2", "parallel.sequence=false"], 2, "parallel.sequence: false with experts"),
-        (["model.mup_base_hidden_size=16"], 1, "model.mup_base_hidden_size: muP has no rules for routers"),
         (["engine=deepspeed"], 1, "model.moe: not with engine deepspeed"),
         (["optimizer.cpu_offload=true"], 1, "optimizer.cpu_offload: not with experts"),
     ],
