@@ -6,8 +6,8 @@ over the tensor-parallel ranks before it is orthogonalised. megatron-core's Muon
 usual index for Python 3.11.
 
 Of a layer with experts Muon has every expert's matrices, each for itself, those of the shared expert, and the router's.
-So do Moonlight (arXiv 2502.16982: AdamW for norms, embedding and output alone; section 3.4 finds that routers gain
-most) and megatron-core (every weight of two dimensions but embedding and output).
+So do Moonlight (arXiv 2502.16982: AdamW for norms, embedding and output alone) and megatron-core (0.16.1 and 0.19.2:
+every weight of two dimensions but embedding and output).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ exports know of it. Muon moves m × n matrices by 0.2 √max(m, n) in the spectr
 constant. Heads keep their size: a wider model has more of them, and attention needs no other scale.
 
 The rules are megatron-core 0.19's but for routers. Those have a few outputs however wide the model is: output matrices
-in muP (table 3 of the paper, where their initial variance falls with the square of the fan-in; for routers arXiv
-2508.09752), which megatron-core starts and moves as if both dimensions grew.
+in muP (table 3 of the paper: their initial variance falls with the square of the fan-in), which megatron-core starts
+as if both dimensions grew. muP for experts is derived in arXiv 2508.09752.
 """
 
 from __future__ import annotations
