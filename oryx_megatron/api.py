@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from oryx_megatron import ranks
 from oryx_megatron.config import load_run, validate
@@ -29,6 +29,7 @@ class Trained:
     """A run that ended, or stopped."""
 
     folder: Path
+    """Its files on this machine: metrics, events and, unless on object storage, checkpoints."""
     iteration: int
     """Steps done."""
     stopped: str | None
@@ -110,8 +111,12 @@ def generate(
         seed: Of the sampling.
 
     Raises:
-        ConfigError: a value out of range; no plan, or none for this text or model.
+        ConfigError: a value out of range; no plan, or none for this text or model; a path for a model.
     """
+    from oryx_megatron.errors import ConfigError
+
+    if isinstance(model, (str, Path)):
+        raise ConfigError(f"generate: expected a model, got {str(model)!r}; load_model({str(model)!r}) gives one")
     return model.generate(prompt, new_tokens, plan=plan, temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -138,8 +143,20 @@ class Dataset:
     def __len__(self) -> int:
         return self._opened.documents
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        """Tokens [length] of a document; negative numbers count from the end. IndexError outside."""
+    @overload
+    def __getitem__(self, number: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, number: int | slice) -> np.ndarray | list[np.ndarray]:
+        """Tokens [length] of a document, or a list for a slice; negative numbers count from the end.
+
+        Raises:
+            IndexError: no document of this number.
+        """
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
             raise IndexError(f"document {number} of {len(self)}")
         return self._opened.document(number % len(self))

@@ -17,6 +17,7 @@ import numpy as np
 
 from oryx_megatron.config.plans import PlanRuns, chunk_runs, layer_plans, merge_runs, parse_runs, read_plan
 from oryx_megatron.config.schema import MixStage, ModesConfig
+from oryx_megatron.errors import ConfigError
 
 
 class Mode(enum.IntEnum):
@@ -37,8 +38,9 @@ class Run:
 
 @dataclass(frozen=True)
 class ModePlan:
-    """Modes of the tokens 0 … length - 1 as runs: contiguous from 0, none empty, neighbours of different mode.
+    """A mode plan (Oryx, arXiv 2605.28769): modes of the tokens 0 … length - 1, the same in all layers.
 
+    Held as runs: contiguous from 0, none empty, neighbours of different mode.
     Immutable and hashable, so that kernels can cache what they derive from it. ValueError when the runs break the rule.
     """
 
@@ -86,6 +88,10 @@ class ModePlan:
         Raises:
             ConfigError: no plan, or none for a text of this length; with the list of forms.
         """
+        if length < 0 or chunk < 1:
+            raise ConfigError(
+                f"mode plan `{spec}`: {length} tokens in chunks of {chunk}; a text has at least 0, a chunk 1"
+            )
         return parse_plan(spec, length, chunk=chunk, prompt=prompt)
 
     @property

@@ -358,19 +358,25 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a YAML file with `key.sub=value` overrides applied in order.
+    """The run of a YAML file, with overrides; every field checked by itself. `validate` checks them together.
 
-    Values of overrides are YAML, so lists and mappings work: `evaluation.plans=[attention, 'ratio:0.5']`. `model` may
-    be a preset's name, a path relative to the run file, the fields, or `preset:` with changed fields; an override
-    `model.num_layers=2` changes one field of whichever it is. Other paths are relative to the working folder. In all
-    paths `~`, `$NAME` and `${NAME}` are expanded. ConfigError for all that is wrong with one field; `validate` checks
-    them together. A `configs/…` that is not under the working folder is the one that ships with the package.
+    Args:
+        path: Of the file. A `configs/…` that is not under the working folder is the one that ships with the package.
+        overrides: `key.sub=value`, applied in order. Values are YAML, so lists and mappings work:
+            `evaluation.plans=[attention, 'ratio:0.5']`.
+
+    In the file `model` may be a preset's name, a path relative to the file, the fields, or `preset:` with changed
+    fields; an override `model.num_layers=2` changes one field of whichever it is. Other paths are relative to the
+    working folder. In all paths `~`, `$NAME` and `${NAME}` are expanded.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown field, or a value that does not fit one.
     """
     path = resources.shipped(expand(str(path), "run config"))
     data, source = _read(path), str(path)
     if "mixer" in data and "model" not in data:
         raise ConfigError(f"{source}: this is a model, which a run names as `model: {path.stem}`; see configs/run")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _override(data, override)
     if "model" in data:
         data["model"] = _model_data(data["model"], source, path.parent)

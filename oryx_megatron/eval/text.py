@@ -35,12 +35,14 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class Generated:
-    """A text that a model continued."""
+    """A text that a model continued; as a `str`, prompt and text."""
 
     prompt: str
+    """As it was given."""
     text: str
     """What was added."""
     prompt_tokens: tuple[int, ...]
+    """The prompt's, after those that the tokenizer puts before every text."""
     tokens: tuple[int, ...]
     """The new ones."""
     plan: Plan
@@ -72,7 +74,13 @@ class Generated:
 
 
 class Model:
-    """A model that continues text under mode plans; `load` makes one."""
+    """A model that continues text under mode plans; `load_model` of the package makes one.
+
+    Attributes:
+        decoder: The model with its states, which takes tokens.
+        tokenizer: Text to tokens and back.
+        default_plan: The mode plan of `generate` without one.
+    """
 
     def __init__(self, decoder: Decoder, tokenizer: TextCodec, default_plan: str) -> None:
         self.decoder, self.tokenizer, self.default_plan = decoder, tokenizer, default_plan

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 import shutil
+import typing
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +63,15 @@ class Conversion:
     """What a conversion wrote."""
 
     source: Path
+    """The checkpoint, or the Hugging Face folder."""
     target: Path
+    """The folder that was made."""
     tensors: int
+    """Their number."""
     bytes: int
+    """Of all tensors together."""
     model: ModelConfig
+    """The architecture."""
 
 
 # ------------------------------------------------------------------------------------------------- to Hugging Face
@@ -103,8 +109,12 @@ def export(
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
         DataError: the tokenizer is missing or not the run's.
-        ConversionError: a tensor is missing, left over or of a wrong shape; the target exists; no such mode plan.
+        ConversionError: a tensor is missing, left over or of a wrong shape; the target exists; no such mode plan,
+            dtype or kind of weights.
     """
+    for name, value, kind in (("dtype", dtype, Format), ("weights", weights, WeightsKind)):
+        if value not in (known := typing.get_args(kind)):
+            raise ConversionError(f"{name}: {value!r} is none of {', '.join(known)}")
     source, target = find_checkpoint(source), Path(target)
     manifest = read_manifest(source)
     run = manifest.run()

@@ -3,6 +3,7 @@
 Imports nothing but torch. `ops/` imports it, and every export ships it beside `modeling_oryx.py`.
 
 Gated delta rule (Gated DeltaNet, arXiv 2412.06464) and Mamba-2's recurrence (SSD, arXiv 2405.21060):
+
     S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ;  o_t = S_tᵀ q_t
     S_t = α_t S_{t-1} + Δ_t k_t v_tᵀ;                     o_t = S_tᵀ q_t
 
