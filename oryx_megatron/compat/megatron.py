@@ -52,7 +52,7 @@ from types import ModuleType
 from typing import Any
 
 from oryx_megatron.compat.hook import Around, instead, made_on_first_use
-from oryx_megatron.compat.torch import late_builder
+from oryx_megatron.compat.torch import late_builder, late_compile
 
 
 @functools.cache
@@ -111,25 +111,6 @@ def _with_experts_on_cpus(module: ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _with_a_late_torch_compile(module: ModuleType) -> Iterator[None]:
-    """`@torch.compile(…)` in the module compiles at the first call."""
-    import torch
-
-    original = torch.compile
-
-    def compile(function: Any = None, **options: Any) -> Any:
-        if function is None:
-            return lambda function: compile(function, **options)
-        return made_on_first_use(function, lambda: original(function, **options))
-
-    torch.compile = compile  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = original
-
-
-@contextlib.contextmanager
 def _without_syntax_warnings(module: ModuleType) -> Iterator[None]:
     """Its docstring has an invalid escape sequence, of which Python warns when it compiles the file."""
     with warnings.catch_warnings():
@@ -140,7 +121,7 @@ def _without_syntax_warnings(module: ModuleType) -> Iterator[None]:
 AROUND: dict[str, Around] = {
     "megatron.core.transformer.moe.moe_utils": _with_experts_on_cpus,
     "megatron.core.jit": _with_late_compilation,
-    "megatron.core.transformer.moe.router": _with_a_late_torch_compile,
+    "megatron.core.transformer.moe.router": late_compile,
     "megatron.core.timers": _without_tensorboard,
     "megatron.core.nccl_allocator": late_builder,
     "megatron.core.inference.unified_memory": late_builder,

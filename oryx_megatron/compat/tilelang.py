@@ -2,9 +2,9 @@
 
 | patch | why |
 |---|---|
-| `side_by_side` | those of the gated delta rule take a minute and more in turn, and are independent; `par_compile` of tilelang wants all arguments beforehand |
+| `side_by_side` | those of the gated delta rule take minutes in turn, and are independent; `par_compile` of tilelang wants all arguments beforehand, and its threads wait for each other: the compiler holds Python's lock |
 
-Its compiler runs in threads (as in its own `par_compile`), nvcc in processes of them.
+Each kernel is compiled in a process of its own, which leaves it in tilelang's cache on disk.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -13,70 +13,86 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-MOST_WORKERS = 16
-"""More than a step has kernels."""
+LONGEST = 600
+"""Seconds after which a process that compiles a kernel is taken for stuck, and ends."""
 _ALONE = threading.Lock()
 
 
 class _Pending:
     """Stands for a kernel that is being compiled: called, it leaves its outputs as they are."""
 
-    def __init__(self, kernel: Future[Any]) -> None:
-        self.kernel = kernel
+    def __init__(self, process: int, compile: Callable[[], Any]) -> None:
+        self.process = process
+        self.compile = compile
 
     def __call__(self, *tensors: Any, **more: Any) -> None:
         pass
 
 
 @contextlib.contextmanager
-def side_by_side(workers: int = 0) -> Iterator[None]:
+def side_by_side() -> Iterator[None]:
     """Inside, kernels compute nothing; at the end all that were called are compiled, side by side.
 
     Their outputs keep whatever memory held: call only what is called again afterwards. Kernels that return their
     outputs are compiled at once, as outside. One that does not compile is compiled again when it is next called, and
-    fails there. Without tilelang, and for a second thread inside at the same time, nothing changes.
-
-    Args:
-        workers: Threads that compile; 0: one for each core that this process may use.
+    fails there. Without tilelang or its cache, and for a second thread inside at the same time, nothing changes.
     """
     if importlib.util.find_spec("tilelang") is None or not _ALONE.acquire(blocking=False):
         yield
         return
     import tilelang
-    import torch
+    from tilelang.backend.target import determine_target
     from tilelang.jit import JITImpl
 
     original, met = JITImpl.compile, {}
-    device = torch.cuda.current_device()  # each thread has its own
-    pool = ThreadPoolExecutor(
-        workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS),
-        initializer=lambda: torch.cuda.set_device(device),
-    )
 
     def compile_later(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         if kernel.mode != "lazy" or kernel.out_idx is not None or kernel.debug_root_path:
             return original(kernel, *args, **kwargs)
-        program = kernel.get_tir(*args, **kwargs)  # here: its builder of programs is not made for threads
+        program = kernel.get_tir(*args, **kwargs)
         met[id(kernel)] = kernel
-        same = ("out_idx", "execution_backend", "target", "target_host", "verbose", "pass_configs", "compile_flags")
-        return _Pending(pool.submit(tilelang.compile, program, **{name: getattr(kernel, name) for name in same}))
+        same = ("out_idx", "execution_backend", "target_host", "verbose", "pass_configs", "compile_flags")
+        options = {name: getattr(kernel, name) for name in same}
+        # Here: a process made of this one cannot ask CUDA for the GPU's kind.
+        options["target"] = determine_target(kernel.target or tilelang.env.get_default_target(), return_object=True)
 
-    JITImpl.compile = compile_later
+        def compile() -> Any:
+            return tilelang.compile(program, **options)
+
+        return _Pending(_in_a_process(compile), compile)
+
+    if tilelang.env.is_cache_enabled():
+        JITImpl.compile = compile_later
     try:
         yield
     finally:
         JITImpl.compile = original
         for kernel in met.values():
             _settle(kernel)
-        pool.shutdown()
         _ALONE.release()
+
+
+def _in_a_process(work: Callable[[], Any]) -> int:
+    """Do it in a copy of this process, which has all that was imported; its number."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1  # the first to call this kernel compiles it itself, and fails with the reason
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):  # not as the training command handles them
+            signal.signal(number, signal.SIG_DFL)
+        signal.alarm(LONGEST)
+        work()
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def _settle(kernel: Any) -> None:
@@ -85,7 +101,8 @@ def _settle(kernel: Any) -> None:
     for key, pending in list(kernel._kernel_cache.items()):
         if isinstance(pending, _Pending):
             del kernel._kernel_cache[key]
-            try:
-                kernel._kernel_cache[key] = pending.kernel.result()
-            except Exception:
-                log.debug("a kernel did not compile beside others", exc_info=True)
+            _, status = os.waitpid(pending.process, 0)
+            if status:
+                log.debug("a kernel did not compile beside others")
+            else:
+                kernel._kernel_cache[key] = pending.compile()

@@ -7,6 +7,7 @@
 | `AROUND`: torch.distributed.tensor loads sympy for five names of symbolic_shapes | put off to a tensor of unknown shape |
 | `AROUND`: torch.optim loads dynamo (and inductor) to say what it must not trace | nothing traces where dynamo is not loaded |
 | `late_builder`: torch's C++ builder loads setuptools | put off to a build |
+| `late_compile`: `@torch.compile` loads dynamo and inductor where it is written | put off to the function's first call |
 | `never_restart` | torchrun's agent restarts ranks whatever they exited with, and reports each of their ends in some 30 lines |
 | `store_of_start` | torchrun's agent keeps one store over all restarts (PyTorch issue 135712) |
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from oryx_megatron.compat.hook import Around, StandIn, instead
+from oryx_megatron.compat.hook import Around, StandIn, instead, made_on_first_use
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -227,6 +228,25 @@ def _builder(name: str) -> Any:
         return None
     sys.modules.pop(BUILDER, None)
     return getattr(importlib.import_module(BUILDER), name)
+
+
+@contextlib.contextmanager
+def late_compile(module: ModuleType) -> Iterator[None]:
+    """`@torch.compile(…)` in the module compiles at the first call."""
+    import torch
+
+    original = torch.compile
+
+    def compile(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: compile(function, **options)
+        return made_on_first_use(function, lambda: original(function, **options))
+
+    torch.compile = compile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 @contextlib.contextmanager

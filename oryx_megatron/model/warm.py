@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oryx_megatron import compat, parallel, platform
+from oryx_megatron import compat, ops, parallel, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.mixer import FusedSteps, OryxMixer, Parts
 from oryx_megatron.modes import parse_plan
@@ -34,19 +34,21 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
     begun = time.perf_counter()
     if platform.has_gpu() and run.model.mixer == "gdn":
         with compat.tilelang.side_by_side():
+            for mixer in _kinds(chunks):
+                if mixer.model.modes != "attention":
+                    _scan(mixer, run.data.sequence_length, run.train.micro_batch_size)
             _call_each(run, chunks)
     _call_each(run, chunks)
     return time.perf_counter() - begun
 
 
 def _call_each(run: RunConfig, chunks: list[Any]) -> None:
-    fused_mixers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer]
-    kinds = {mixer.model.modes: mixer for mixer in reversed(fused_mixers)}
+    mixers = _kinds(chunks)
     model, length, batch = run.model, run.data.sequence_length, run.train.micro_batch_size
     documents = None
     if run.data.documents == "isolated":
         documents = torch.tensor([0, length // 2, length], dtype=torch.int32)
-    for mixer in kinds.values():
+    for mixer in mixers:
         for spec in PLANS[mixer.model.modes]:
             plan = parse_plan(spec, length, chunk=run.modes.chunk)
             layouts = [TokenLayout.of(plan, device=platform.device())]
@@ -54,13 +56,13 @@ def _call_each(run: RunConfig, chunks: list[Any]) -> None:
                 layouts.append(TokenLayout.of(plan, device=platform.device(), documents=documents))
             for layout in layouts:
                 _step(mixer, layout, batch)
-    if fused_mixers:
+    if mixers:
         tensor, moe = run.parallel.tensor, model.moe
         widths = {model.ffn_hidden_size // tensor}
         if moe is not None:
             widths |= {moe.ffn_hidden_size, moe.shared_ffn_hidden_size // tensor} - {0}
         for width in sorted(widths):
-            _backward(fused.SwiGLU()(x := _random(length, batch, 2 * width, like=fused_mixers[0])), [x])
+            _backward(fused.SwiGLU()(x := _random(length, batch, 2 * width, like=mixers[0])), [x])
         platform.synchronize()
 
 
@@ -76,6 +78,21 @@ def compile_in_turn(run: RunConfig, chunks: list[Any]) -> float:
             compile_kernels(run, chunks)
         torch.distributed.barrier()
     return time.perf_counter() - begun
+
+
+def _kinds(chunks: list[Any]) -> list[OryxMixer]:
+    """The first fused mixer of each kind of layer."""
+    mixers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer]
+    return list({mixer.model.modes: mixer for mixer in reversed(mixers)}.values())
+
+
+def _scan(mixer: OryxMixer, length: int, batch: int) -> None:
+    """The gated delta rule alone: its backward pass compiles for longer than all else, and begins first."""
+    heads, groups, model = mixer.heads, mixer.groups, mixer.model
+    shapes = (heads, model.qk_head_dim), (groups, model.qk_head_dim), (groups, model.v_head_dim)
+    q, k, v = (_random(batch, length, *shape, like=mixer) for shape in shapes)
+    gates = [torch.zeros(batch, length, heads, device=platform.device(), requires_grad=True) for _ in range(2)]
+    _backward(ops.delta_scan(q, k, v, *gates)[0], [q, k, v, *gates])
 
 
 def _step(mixer: OryxMixer, layout: TokenLayout, batch: int) -> None:

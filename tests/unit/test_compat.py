@@ -55,7 +55,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["torch", "megatron", "deepspeed", "transformer_engine", "tilelang"])
+@pytest.mark.parametrize("name", ["torch", "megatron", "deepspeed", "transformer_engine", "fla", "tilelang"])
 def test_every_patch_has_its_reason(name: str) -> None:
     """The table at the top of each file names every function that others call, and no other."""
     module = getattr(compat, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from oryx_megatron import compat
 # Its classes are patched; the version that they are known of is the one of configs/install.
 tilelang = pytest.importorskip("tilelang", reason="needs tilelang: .ci/python-3.12 installs it")
 from tilelang import language as T  # noqa: E402
+from tilelang.cache import _dispatch_map  # noqa: E402
 from tilelang.jit import JITImpl, JITKernel  # noqa: E402
 from tilelang.language.kernel import Kernel  # noqa: E402
 
@@ -23,25 +25,25 @@ SIZES = (64, 128, 192)
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing comes from a cache, and a machine without a GPU has device 0."""
-    tilelang.disable_cache()
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    """A cache of its own."""
+    monkeypatch.setattr(tilelang.env, "TILELANG_CACHE_DIR", str(tmp_path))
+    for cache in _dispatch_map.values():
+        monkeypatch.setattr(cache, "_memory_cache", {})
+        cache._create_dirs()
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Threads that compiled a kernel, each time one did."""
-    threads: list[int] = []
-    original = tilelang.compile
+    """Sizes of kernels that this process compiled, not found in the cache."""
+    sizes: list[int] = []
+    original = JITKernel._compile_and_create_adapter
 
-    def compile(*args: Any, **kwargs: Any) -> Any:
-        threads.append(threading.get_ident())
-        return original(*args, **kwargs)
+    def compile(kernel: JITKernel, program: Any, out_idx: Any) -> Any:
+        sizes.append(int(program.buffer_map[program.params[0]].shape[0]))
+        return original(kernel, program, out_idx)
 
-    monkeypatch.setattr(tilelang, "compile", compile)
-    return threads
+    monkeypatch.setattr(JITKernel, "_compile_and_create_adapter", compile)
+    return sizes
 
 
 def adder(**options: Any) -> Callable[..., Any]:
@@ -63,29 +65,29 @@ def adder(**options: Any) -> Callable[..., Any]:
 def test_kernels_compute_nothing_inside_and_all_afterwards(compiled: list[int]) -> None:
     add = adder()
     a, b = torch.arange(192.0), torch.zeros(192)
-    with compat.tilelang.side_by_side(workers=3):
+    with compat.tilelang.side_by_side():
         for size in SIZES * 2:  # a kernel that was met is not compiled twice
             add(size)(a[:size], b[:size])
         assert not b.any()
-    assert len(compiled) == len(SIZES)
-    assert threading.get_ident() not in compiled
     for size in SIZES:
         b.zero_()
         add(size)(a[:size], b[:size])
         assert torch.equal(b[:size], a[:size] + 1)
         assert not b[size:].any()
-    assert len(compiled) == len(SIZES)  # nothing was left to compile
+    assert not compiled  # but in processes of their own
+    add(256)(torch.zeros(256), torch.zeros(256))
+    assert compiled == [256]
 
 
 def test_a_kernel_that_returns_its_output_is_compiled_at_once() -> None:
     add = adder(out_idx=[-1])
-    with compat.tilelang.side_by_side(workers=2):
+    with compat.tilelang.side_by_side():
         assert torch.equal(add(64)(torch.arange(64.0)), torch.arange(64.0) + 1)
 
 
 def test_a_kernel_that_does_not_compile_fails_where_it_is_called_next(monkeypatch: pytest.MonkeyPatch) -> None:
     add = adder(compile_flags=["--no-such-flag"])
-    with compat.tilelang.side_by_side(workers=2):
+    with compat.tilelang.side_by_side():
         add(64)(torch.zeros(64), torch.zeros(64))
     assert add._kernel_cache == {}
     with pytest.raises(RuntimeError, match="no-such-flag"):
@@ -96,11 +98,40 @@ def test_a_kernel_that_does_not_compile_fails_where_it_is_called_next(monkeypatc
     assert torch.equal(b, torch.ones(64))
 
 
+def test_without_its_cache_kernels_are_compiled_at_once(monkeypatch: pytest.MonkeyPatch, compiled: list[int]) -> None:
+    monkeypatch.setenv("TILELANG_DISABLE_CACHE", "1")
+    with compat.tilelang.side_by_side():
+        b = torch.zeros(64)
+        adder()(64)(torch.zeros(64), b)
+        assert torch.equal(b, torch.ones(64))
+    assert compiled == [64]
+
+
+def test_a_process_that_dies_leaves_its_kernel_to_this_one(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[int]
+) -> None:
+    add = adder()
+    here, original = os.getpid(), tilelang.compile
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(tilelang, "compile", killed)
+    with compat.tilelang.side_by_side():
+        add(64)(torch.zeros(64), torch.zeros(64))
+    b = torch.zeros(64)
+    add(64)(torch.zeros(64), b)
+    assert torch.equal(b, torch.ones(64))
+    assert compiled == [64]
+
+
 def test_an_error_inside_is_the_callers() -> None:
     add = adder()
 
     def fails() -> None:
-        with compat.tilelang.side_by_side(workers=2):
+        with compat.tilelang.side_by_side():
             add(64)(torch.zeros(64), torch.zeros(64))
             raise ZeroDivisionError
 

@@ -173,3 +173,33 @@ def test_benchmark_of_startup(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert any("import json" in line for line in lines)
     assert any("import argparse" in line and "×" in line for line in lines)
     assert any("tools/plan.py --help" in line for line in lines)
+
+
+@pytest.mark.parametrize(("version", "left_out"), [("0.6.0", True), ("0.5.1", False)])
+def test_fla_comes_without_its_layers(tmp_path: Path, version: str, left_out: bool) -> None:
+    """They load transformers and mamba_ssm. Before 0.6 fla cannot be imported without them."""
+    (tmp_path / "fla" / "layers").mkdir(parents=True)
+    (tmp_path / "fla" / "modules" / "activations").mkdir(parents=True)
+    optional = "try:\n    import fla.layers\nexcept ModuleNotFoundError:\n    pass\n"
+    (tmp_path / "fla" / "__init__.py").write_text(optional if left_out else "import fla.layers\n")
+    for folder in ("layers", "modules", "modules/activations"):
+        (tmp_path / "fla" / folder / "__init__.py").touch()
+    (tmp_path / "fla/modules/activations/ops.py").write_text(
+        "import torch\n@torch.compile\ndef twice(x):\n    return 2 * x\n"
+    )
+    package = tmp_path / f"fla_core-{version}.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fla-core\nVersion: {version}\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import oryx_megatron.platform
+import fla.modules.activations.ops as ops
+print("fla.layers" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+import fla.layers
+print(fla.layers.__file__)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.split() == [str(not left_out), "False", str(tmp_path / "fla/layers/__init__.py")], (
+        result.stderr
+    )

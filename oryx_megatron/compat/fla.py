@@ -1,0 +1,40 @@
+"""fla (0.6): what its import loads that no run uses, 15 s of a start beside a GPU.
+
+| patch | why |
+|---|---|
+| `AROUND`: fla loads its layers and models, and they transformers and mamba_ssm | left out, as where fla-core is installed alone; `import fla.layers` still works |
+| `AROUND`: fla.modules.activations.ops compiles seven functions at import | loads inductor; put off to their first call |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from types import ModuleType
+
+from oryx_megatron.compat.hook import Around, instead
+from oryx_megatron.compat.torch import late_compile
+
+
+@contextlib.contextmanager
+def _without_layers(module: ModuleType) -> Iterator[None]:
+    with contextlib.ExitStack() as left_out:
+        if _core_stands_alone():
+            left_out.enter_context(instead("fla.layers", None))
+        yield
+
+
+def _core_stands_alone() -> bool:
+    """Whether this fla does without its layers; before 0.6 its import fails then."""
+    try:
+        major, minor, *_ = importlib.metadata.version("fla-core").split(".")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) >= (0, 6)
+
+
+AROUND: dict[str, Around] = {
+    "fla": _without_layers,
+    "fla.modules.activations.ops": late_compile,
+}
