@@ -379,6 +379,10 @@ def _check_precision(run: RunConfig) -> None:
     for name in ("fp8_params", "fp8_attention"):
         if getattr(precision, name) and recipe == "mxfp8":
             raise ConfigError(f"precision.{name}: not with precision.fp8 mxfp8; set it to false")
+    if precision.fp8_params and run.optimizer.name != "adamw":
+        raise ConfigError(f"precision.fp8_params: not with optimizer.name {run.optimizer.name}; set it to false")
+    if precision.fp8_params and not run.parallel.distributed_optimizer:
+        raise ConfigError("precision.fp8_params: needs parallel.distributed_optimizer; set that to true")
     if precision.dtype == "fp32":
         raise ConfigError(f"precision.{field}: {recipe} needs precision.dtype bf16, not fp32")
     if precision.bf16_first_layers + precision.bf16_last_layers >= model.num_layers:

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "frozen unsharded": (2, UNSHARDED, {"train__freeze": ("embedding.*", "decoder.layers.[01].*")}),
     "experts": (2, {"expert": 2, "overlap": True}, {"model__moe": EXPERTS}),
     "experts unsharded": (2, {"expert": 2} | UNSHARDED, {"model__moe": EXPERTS}),
+    "experts muon": (2, {"expert": 2}, {"model__moe": EXPERTS, "optimizer__name": "muon"}),
     "muon": (2, {}, {"optimizer__name": "muon"}),
     "muon bf16": (2, {}, {"optimizer__name": "muon", "precision__dtype": "bf16"}),
     "muon tensor bf16": (2, {"tensor": 2}, {"optimizer__name": "muon", "precision__dtype": "bf16"}),

@@ -88,14 +88,19 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                     )
                     found[f"{name} {patterns[0]}"] = [steps, moved, states]
     for size, expert in ((2, 2), (1, 1)):
-        for _ in worlds.share(size, ["experts"]):
-            with worlds.of(size, f"experts {size}"):
-                run = tiny_run(parallel=ParallelConfig(expert=expert), train__freeze=OF_EXPERTS, model__moe=EXPERTS)
+        for update in worlds.share(size, ("adamw", "muon")):
+            with worlds.of(size, f"experts {update} {size}"):
+                run = tiny_run(
+                    parallel=ParallelConfig(expert=expert),
+                    train__freeze=OF_EXPERTS,
+                    model__moe=EXPERTS,
+                    optimizer__name=update,
+                )
                 with session(run) as opened:
                     before = opened.weights()
                     steps = opened.steps(4)
                     moved = {key: not torch.equal(rows, before[key]) for key, rows in opened.weights().items()}
-                    found[f"experts {expert}"] = [steps, moved]
+                    found[f"experts {update} {expert}"] = [steps, moved]
     for name, (layout, changes) in STAGES.items():
         with worlds.of(2, name):
             root = [tempfile.mkdtemp()]
@@ -142,12 +147,13 @@ def test_a_frozen_stage_resumes_bit_by_bit(found: dict[str, list[list[Any]]], na
 
 
 @pytest.mark.timeout(500)
-def test_experts_by_their_number_in_the_whole_model(found: dict[str, list[list[Any]]]) -> None:
-    ((expected, whole),) = found["experts 1"]
+@pytest.mark.parametrize("update", ["adamw", "muon"])
+def test_experts_by_their_number_in_the_whole_model(found: dict[str, list[list[Any]]], update: str) -> None:
+    ((expected, whole),) = found[f"experts {update} 1"]
     assert {part for part, moves in whole.items() if not moves} == {
         part for part in whole if is_frozen(part, OF_EXPERTS)
     }
-    (one, first), (two, second) = found["experts 2"]
+    (one, first), (two, second) = found[f"experts {update} 2"]
     assert one == two == [pytest.approx(step, rel=1e-4) for step in expected]
     assert first | second == whole
     assert len([name for name in whole if is_frozen(name, OF_EXPERTS)]) == 2 * 2 * 2 + 3 * 2
@@ -156,7 +162,7 @@ def test_experts_by_their_number_in_the_whole_model(found: dict[str, list[list[A
 @pytest.mark.timeout(500)
 def test_names_without_a_model(found: dict[str, list[list[Any]]]) -> None:
     """--dry-run knows those of the model that the run builds."""
-    ((_, whole),) = found["experts 1"]
+    ((_, whole),) = found["experts adamw 1"]
     assert set(names(tiny_run(model__moe=EXPERTS).model)) == set(whole)
     ((_, whole, _),) = found[f"one {FIRST_STAGE[0]}"]
     assert set(names(run_of(FIRST_STAGE, ParallelConfig()).model)) == set(whole)

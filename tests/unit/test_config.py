@@ -627,6 +627,14 @@ def test_a_valid_layout_is_computed(run_file, world_size, overrides, layout):
         (["parallel.first_stage_layers=2"], "last_stage_layers need parallel.pipeline above 1"),
         (["precision.fp8_params=true"], "precision.fp8_params: has no effect without precision.fp8"),
         (
+            ["precision.fp8=tensorwise", "precision.fp8_params=true", "optimizer.name=muon"],
+            "precision.fp8_params: not with optimizer.name muon; set it to false",
+        ),
+        (
+            ["precision.fp8=tensorwise", "precision.fp8_params=true", "parallel.distributed_optimizer=false"],
+            "precision.fp8_params: needs parallel.distributed_optimizer; set that to true",
+        ),
+        (
             ["precision.fp8=delayed", "precision.dtype=fp32"],
             "precision.fp8: delayed needs precision.dtype bf16, not fp32",
         ),
