@@ -15,6 +15,9 @@ from oryx_megatron.errors import ConfigError
 
 PEER = "gpt"
 """Name of megatron-core's own model."""
+HYBRIDS = ("mcore-gdn", "mcore-gdn-plain")
+"""megatron-core's hybrid of GDN and attention by layer; `plain`: experts without its fused permutation and router."""
+PEERS = (PEER, *HYBRIDS)
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Case:
     """What to measure."""
 
     model: str
-    """A preset, a YAML file, or `gpt`."""
+    """A preset, a YAML file, or one of PEERS."""
     layout: str
     """As `parse_layout` reads it."""
     gpus: int
@@ -41,9 +44,16 @@ class Case:
     chunk: int = 256
     gpt: str = "1.4b-transformer"
     """Preset that gives `gpt` its size."""
+    hybrid: str = "1.4b-gdn-hybrid"
+    """Preset or YAML file that gives `mcore-gdn` its shape."""
     warm: int = 3
     """Steps before the timed ones: they compile, capture and fill caches."""
     steps: int = 5
+
+    @property
+    def shape_of(self) -> str:
+        """The preset or file whose shape the model has."""
+        return self.gpt if self.model == PEER else self.hybrid if self.model in HYBRIDS else self.model
 
     def name(self) -> str:
         """In words."""
@@ -138,14 +148,19 @@ def with_data(text: str, world: int) -> str | None:
 
 
 HEAD = (
-    "| model | GPUs | layout | tokens | precision | graphs | tokens/s | vs GPT | × one GPU | planned | GiB | planned | "
-    "idle | NCCL | loss |"
+    "| model | GPUs | layout | tokens | precision | graphs | tokens/s | vs GPT | vs mcore-gdn | × one GPU | planned "
+    "| GiB | planned | idle | NCCL | loss |"
 )
 
 
 def versus_gpt(found: Found, results: Iterable[Found]) -> float | None:
     """Speed against GPT's best setting of the same layout, text and precision."""
     return _ratio(found, [r for r in results if r.model == PEER and _shape(r) == _shape(found)])
+
+
+def versus_hybrid(found: Found, results: Iterable[Found]) -> float | None:
+    """The same against the best setting of megatron-core's hybrid."""
+    return _ratio(found, [r for r in results if r.model in HYBRIDS and _shape(r) == _shape(found)])
 
 
 def versus_one(found: Found, results: Iterable[Found]) -> float | None:
@@ -175,16 +190,15 @@ def _ratio(found: Found, bases: list[Found]) -> float | None:
 def row(found: Found, results: Iterable[Found]) -> str:
     """A line of the table."""
     results = list(results)
-    against, scaled = (
-        "" if ratio is None else f"{ratio:.2f}" for ratio in (versus_gpt(found, results), versus_one(found, results))
-    )
+    ratios = [versus(found, results) for versus in (versus_gpt, versus_hybrid, versus_one)]
+    against = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
     parts = found.batch // found.micro // data_size(found.layout, found.gpus)
     precision = found.fp8 if found.fp8 != "none" else "bf16" if found.card else "fp32"
     if found.optimizer != "adamw":
         precision += f", {found.optimizer}"
     return (
         f"| {found.model} | {found.gpus} | {found.layout} | {found.sequence} × {found.micro} × {parts} | {precision} "
-        f"| {'yes' if found.graphs else 'no'} | {found.tokens_per_second:,.0f} | {against} | {scaled} "
+        f"| {'yes' if found.graphs else 'no'} | {found.tokens_per_second:,.0f} | {against} "
         f"| {found.planned_tokens_per_second:,.0f} | {found.peak_gib:.1f} | {found.planned_gib:.1f} | {found.idle:.1%} "
         f"| {found.exchange:.1%} | {found.loss:.4f} |"
     )
@@ -196,7 +210,7 @@ def table(results: Iterable[Found]) -> str:
     return "\n".join([HEAD, "|---" * HEAD.count(" | ") + "|---|", *(row(r, results) for r in results)])
 
 
-COLORS = {"gdn": "#0072b2", "mamba2": "#d55e00", PEER: "#7f7f7f"}
+COLORS = {"mcore": "#cc79a7", "gdn": "#0072b2", "mamba2": "#d55e00", PEER: "#7f7f7f"}
 
 
 def plot(results: Iterable[Found], path: Path) -> None:

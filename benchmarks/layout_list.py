@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from layout_cases import PEER, Case, Found, data_size, parse_layout, plot, row, table, with_data
+from layout_cases import PEERS, Case, Found, data_size, parse_layout, plot, row, table, with_data
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
@@ -79,6 +79,8 @@ class LayoutList:
     chunk: int = 256
     gpt: str = "1.4b-transformer"
     """Preset that gives `gpt` its size."""
+    hybrid: str = "1.4b-gdn-hybrid"
+    """Preset or YAML file that gives `mcore-gdn` its shape."""
     warm: int = 3
     steps: int = 5
     together: int = 1
@@ -145,6 +147,7 @@ def launches(plan: LayoutList, gpus: int) -> Iterator[Launch]:
                     optimizer=entry.optimizer,
                     chunk=plan.chunk,
                     gpt=plan.gpt,
+                    hybrid=plan.hybrid,
                     warm=plan.warm,
                     steps=plan.steps,
                 )
@@ -423,7 +426,7 @@ def prepared(plan: LayoutList, kept: Results, gpus: int, *, compiles: bool) -> l
     known = set(kept.compiled)
     for launch in fresh + again:
         for case in launch.cases if compiles else ():
-            if case.model != PEER and shape(case) not in known:
+            if case.model not in PEERS and shape(case) not in known:
                 known.add(shape(case))
                 queue.append(Launch([case], 1, beside=True, compiles=True))
         queue.append(launch)

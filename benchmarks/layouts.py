@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Layouts on the GPUs at hand: Oryx beside megatron-core's GPT, and what tools/plan.py says of memory and speed.
+"""Layouts on the GPUs at hand: Oryx beside megatron-core's models, and what tools/plan.py says of memory and speed.
 
     torchrun --nproc-per-node 2 benchmarks/layouts.py 1.4b-gdn gpt --sequence 2048 --batch 32 --micro 4 \\
         --layout tensor=2 --layout pipeline=2 --layout context=2 --layout data=2
@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from layout_cases import PEER, Case, Found, parse_layout, row, table
-from peers import gpt_engine
+from layout_cases import PEERS, Case, Found, parse_layout, row, table
+from peers import ENGINES
 
 from oryx_megatron import parallel, platform, ranks, warmup
 from oryx_megatron.cli import HelpFormatter, main_guard
@@ -59,14 +59,14 @@ from oryx_megatron.train.traces import Trace
 
 
 def run_config(case: Case) -> RunConfig:
-    """The run that a case trains: GPT has no modes, so it is a model of attention alone."""
-    peer = case.model == PEER
+    """The run that a case trains: megatron-core's models have no mode plans."""
+    peer = case.model in PEERS
     layout = parse_layout(case.layout, case.gpus)
     optimizer = OptimizerConfig(lr=1e-5, name=case.optimizer, cpu_offload=case.cpu_offload)  # type: ignore[arg-type]
     run = tiny_run(parallel=layout, optimizer=optimizer)
     return dataclasses.replace(
         run,
-        model=load_model(case.gpt if peer else case.model),
+        model=load_model(case.shape_of),
         data=dataclasses.replace(run.data, sequence_length=case.sequence),
         train=dataclasses.replace(
             run.train, global_batch_size=case.batch, micro_batch_size=case.micro, iterations=10_000
@@ -83,7 +83,7 @@ def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str]
     name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
     card = next((card for card in MEMORY_GIB if card.upper() in name_of_card), "h200")
     plan = parse_plan(case.plan, case.sequence, chunk=case.chunk)
-    work = Work(case.sequence, case.batch, 1.0 if case.model == PEER else plan.attention_share)
+    work = Work(case.sequence, case.batch, 1.0 if case.model in PEERS else plan.attention_share)
     split = layout_of(run.model, work, run.parallel, case.micro, case.gpus)
     recompute, cluster = run.parallel.recompute, Cluster.of(card, case.gpus)
     found = estimate(
@@ -119,14 +119,17 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
     if platform.has_gpu():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with session(run, build=gpt_engine if case.model == PEER else MegatronEngine) as opened:
+    with session(run, build=ENGINES.get(case.model, MegatronEngine)) as opened:
         opened.steps(case.warm)
         seconds, loss = timed(opened, case.steps)
         own, captured = [0.0] * 4, opened.engine.graphs
-        graphs = captured is not None
+        graphs = captured is not None and not captured.failed
         if platform.has_gpu():
             if captured is not None and captured.failed:
-                raise RuntimeError(f"graphs: {captured.failed}")
+                if case.model not in PEERS:
+                    raise RuntimeError(f"graphs: {captured.failed}")
+                if parallel.is_main_rank():
+                    print(f"{case.name()}: not captured ({captured.failed}), launched instead", flush=True)
             free, total = torch.cuda.mem_get_info()
             own[:2] = torch.cuda.max_memory_reserved() / GIB, (total - free - torch.cuda.memory_reserved()) / GIB
             profile = Trace.of(opened.step)
@@ -155,7 +158,7 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
         gpus=case.gpus,
         sequence=case.sequence,
         batch=case.batch,
-        plan="attention" if case.model == PEER else case.plan,
+        plan="attention" if case.model in PEERS else case.plan,
         fp8=case.fp8,
         optimizer=case.optimizer,
         card=torch.cuda.get_device_name() if platform.has_gpu() else "",
@@ -239,8 +242,11 @@ def share_of(case: Case) -> RunConfig:
 def main(argv: list[str] | None = None) -> int:
     """Measure every layout; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("models", nargs="*", help="presets or YAML files; gpt: megatron-core's own model")
+    parser.add_argument("models", nargs="*", help="presets or YAML files; megatron-core's own: gpt, mcore-gdn")
     parser.add_argument("--gpt", default="1.4b-transformer", help="preset that gives gpt its size")
+    parser.add_argument(
+        "--hybrid", default="1.4b-gdn-hybrid", help="preset or YAML file that gives mcore-gdn its shape"
+    )
     parser.add_argument("--graphs", nargs="+", choices=("no", "yes"), default=["no", "yes"], help="launched, replayed")
     parser.add_argument("--fp8", choices=("none", "tensorwise", "delayed", "blockwise"), default="none")
     parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of every case")
@@ -281,7 +287,10 @@ def main(argv: list[str] | None = None) -> int:
             parallel.release()
             try:
                 found = measure(case, arguments.profile)
-            except torch.OutOfMemoryError as error:  # alike on all ranks, which hold the same
+            except Exception as error:
+                # Memory runs out alike on all ranks, which hold the same; whatever else, a single rank waits for none.
+                if world > 1 and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 if main_rank:
                     print(f"{case.name()}: {first_line(error)}", flush=True)
                 continue
@@ -291,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
                 if arguments.out is not None:
                     with replacing(arguments.out) as temporary:
                         temporary.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
-        if main_rank and PEER in arguments.models:  # again, now that all of GPT's are known
+        if main_rank and set(PEERS) & set(arguments.models):  # again, now that all of theirs are known
             print("\n" + table(results))
     finally:
         parallel.destroy()
@@ -311,6 +320,7 @@ def _asked(arguments: argparse.Namespace, world: int) -> Iterator[Case]:
                 name: getattr(arguments, name)
                 for name in (
                     *("sequence", "batch", "micro", "plan", "fp8", "optimizer", "cpu_offload", "chunk", "gpt"),
+                    "hybrid",
                     *("warm", "steps"),
                 )
             },

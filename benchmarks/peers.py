@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from oryx_megatron import compat, platform
+from oryx_megatron import arch, compat, parallel, platform
 from oryx_megatron.compat.transformer_engine import accumulate_into_main_gradients
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.errors import ConfigError
 from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.experts import expert_weights
 from oryx_megatron.model.initialize import Slicer, normal_draw
 from oryx_megatron.model.parts import RMSNorm
 from oryx_megatron.train.engine import MegatronEngine
@@ -70,16 +74,56 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
 
     Without a GPU the layers are megatron-core's own: no peer to measure, but all of the path that is not a kernel.
     """
+    return _chunks(run, _config(run), (lambda *_: _te_layers()) if platform.has_gpu() else _local_layers)
+
+
+def gdn_chunks(run: RunConfig, *, fused: bool = True) -> list[torch.nn.Module]:
+    """This rank's stages of megatron-core's own hybrid by layer: its GatedDeltaNet where `run.model` is recurrent.
+
+    Heads, widths, the gate and the norms of attention, experts and their layers are those of `run.model`, a hybrid of
+    GDN. Its layers are what megatron-core gives for `experimental_attention_variant`, as Qwen3-Next is trained there.
+
+    Args:
+        run: What Oryx would train.
+        fused: With megatron-core's fused permutation of tokens and fused router; else experts as Oryx's are set.
+
+    Raises:
+        ConfigError: no such hybrid, or not of its size.
+    """
+    model, gpu = run.model, platform.has_gpu()
+    if model.mixer != "gdn" or not model.ignores_plans:
+        raise ConfigError(f"{model.name}: mcore-gdn takes its shape from a hybrid of gdn, as 1.4b-gdn-hybrid")
+    fusions = {"moe_permute_fusion": True, "moe_router_fusion": True} if gpu and fused and model.moe else {}
+    config = _config(
+        run,
+        experimental_attention_variant="gated_delta_net",
+        linear_attention_freq=[int(mode == "recurrent") for mode in model.layer_modes],
+        linear_conv_kernel_dim=model.conv_width,
+        linear_key_head_dim=model.qk_head_dim,
+        linear_value_head_dim=model.v_head_dim,
+        linear_num_key_heads=model.num_heads,
+        linear_num_value_heads=model.num_heads,
+        attention_output_gate=model.output_gate,
+        qk_layernorm=model.qk_norm,
+        deterministic_mode=not gpu,
+        **fusions,
+    )
+    chunks = _chunks(run, config, _te_hybrid_layers if gpu else _local_layers)
+    _check_size(run, chunks)
+    return chunks
+
+
+def _chunks(run: RunConfig, config: Any, layers: Callable[[Any, int | None], Any]) -> list[torch.nn.Module]:
+    """`layers`: spec of a stage's layers, from the config and the virtual stage."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    model, gpu, config = run.model, platform.has_gpu(), _config(run)
-    stages = run.parallel.virtual_pipeline
+    model, stages = run.model, run.parallel.virtual_pipeline
     chunks = []
     for stage in range(stages):
         virtual = stage if stages > 1 else None
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_te_layers() if gpu else _local_layers(config, virtual),
+            transformer_layer_spec=layers(config, virtual),
             vocab_size=model.vocab_size,
             max_sequence_length=run.data.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
@@ -90,10 +134,31 @@ def gpt_chunks(run: RunConfig) -> list[torch.nn.Module]:
         )
         chunk.rotary_pos_emb.forward = _remembering(chunk.rotary_pos_emb)
         _fill(chunk, run)
-        if gpu:
+        if platform.has_gpu():
             accumulate_into_main_gradients(chunk)
         chunks.append(chunk)
     return chunks
+
+
+WITHIN = 0.02
+"""Of Oryx's parameters that a hybrid of megatron-core may differ by."""
+
+
+def _check_size(run: RunConfig, chunks: list[torch.nn.Module]) -> None:
+    """Print how many parameters the model has beside Oryx's; ConfigError where it is another size."""
+    split = run.parallel
+    if split.pipeline > 1:
+        return
+    count = 0
+    for name, parameter in chunks[0].named_parameters():
+        ranks = split.tensor if getattr(parameter, "tensor_model_parallel", False) else 1
+        count += parameter.numel() * (split.expert if ".experts." in name else ranks)
+    own = arch.parameter_counts(run.model).total
+    text = f"mcore-gdn: {count:,} parameters, {count / own - 1:+.2%} of {run.model.name}'s {own:,}"
+    if abs(count / own - 1) > WITHIN:
+        raise ConfigError(f"{text}: no comparison beyond {WITHIN:.0%}")
+    if parallel.is_main_rank():
+        print(text, flush=True)
 
 
 def _remembering(rotary: Any) -> Any:
@@ -111,15 +176,59 @@ def _te_layers() -> Any:
     return get_gpt_layer_with_transformer_engine_spec()
 
 
+def _te_hybrid_layers(config: Any, vp_stage: int | None) -> Any:
+    from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+    return specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage)
+
+
 def _local_layers(config: Any, vp_stage: int | None) -> Any:
     """Layers without TransformerEngine, with the norm and the attention that know sequence and context parallelism."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
+    recurrent = getattr(config, "linear_attention_freq", None) or [0] * config.num_layers
+    experts = [config.num_moe_experts is not None and config.oryx.moe.in_layer(i) for i in range(config.num_layers)]
+    kinds = list(zip(recurrent, experts, strict=True))
+    layers = {kind: _local_layer(config, *kind) for kind in set(kinds)}
+    return TransformerBlockSubmodules([layers[kind] for kind in kinds[first : first + count]], layer_norm=RMSNorm)
+
+
+def _local_layer(config: Any, recurrent: int, experts: bool) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        normalization="RMSNorm",
+        qk_layernorm=config.qk_layernorm,
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = LocalAttention
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+    if recurrent:
+        layer.submodules.self_attention = _local_delta_net()
+        return layer
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = LocalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def _local_delta_net() -> Any:
+    """megatron-core's GatedDeltaNet without FLA: deterministic, it takes torch's convolution and recurrence."""
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    for module in {sys.modules[kind.__module__] for kind in GatedDeltaNet.__mro__}:
+        if hasattr(module, "HAVE_FLA"):
+            module.HAVE_FLA, module.l2norm = True, _unit  # type: ignore[attr-defined]
+    submodules = GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear)
+    return ModuleSpec(module=GatedDeltaNet, submodules=submodules)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * (x.float().square().sum(-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype)
 
 
 class LocalAttention(torch.nn.Module):
@@ -154,25 +263,57 @@ def _fill(chunk: Any, run: RunConfig) -> None:
     with torch.no_grad():
         for layer in chunk.decoder.layers:
             for name, parameter in layer.named_parameters():
-                parts = None
-                if name.endswith("linear_fc1.weight"):
-                    parts = dict.fromkeys(("gate", "up"), parameter.shape[0] // 2)
-                _draw(slicer, f"layers.{layer.layer_number}.{name}", parameter, parts)
+                if ".experts." not in name:
+                    _draw(slicer, f"layers.{layer.layer_number}.{name}", parameter, _parts(layer, name, parameter))
+            if isinstance(layer.mlp, MoELayer):
+                for number, *weights in expert_weights(layer.mlp):
+                    for name, parameter in zip(("linear_fc1.weight", "linear_fc2.weight"), weights):
+                        full = f"layers.{layer.layer_number}.experts.{number}.{name}"
+                        _draw(Slicer(None, run.seed), full, parameter, _parts(layer, name, parameter))
+                        parameter.allreduce = False  # type: ignore[attr-defined]  # as those of Oryx
         for name, parameter in chunk.named_parameters():
             if ".layers." not in name:
                 _draw(slicer, "embedding" if parameter.dim() > 1 else name, parameter, None)
 
 
+def _parts(layer: Any, name: str, parameter: Tensor) -> dict[str, int] | None:
+    """Rows of this rank by part, of weights that hold several."""
+    if name.endswith("linear_fc1.weight"):
+        return dict.fromkeys(("gate", "up"), parameter.shape[0] // 2)
+    if name.endswith(("in_proj.weight", "conv1d.weight")):
+        mixer = layer.self_attention
+        keys, values, heads = (n // mixer.tp_size for n in (mixer.qk_dim, mixer.v_dim, mixer.num_value_heads))
+        convolved = {"query": keys, "key": keys, "value": values}
+        gates = {"gate": values, "beta": heads, "alpha": heads}
+        return convolved if "conv1d" in name else convolved | gates
+    return None
+
+
 def _draw(slicer: Slicer, name: str, parameter: Tensor, parts: dict[str, int] | None) -> None:
     if parameter.dim() == 1:
-        parameter.fill_(1.0)
-    else:
-        slicer.fill(name, parameter, normal_draw(0.02), int(name.endswith(("linear_proj.weight", "fc2.weight"))), parts)
+        parameter.fill_(2.0 if name.endswith("A_log") else 1.0)  # within megatron-core's range, A of 1 to 16
+        return
+    axis = int(name.endswith(("linear_proj.weight", "out_proj.weight", "fc2.weight")))
+    std = 0.3 if name.endswith("conv1d.weight") else 0.02
+    slicer.fill(name, parameter, normal_draw(std), None if name.endswith("router.weight") else axis, parts)
 
 
 def gpt_engine(run: RunConfig) -> MegatronEngine:
     """`peer_engine` of a GPT; modes do not concern it."""
     return peer_engine(run, gpt_chunks(run))
+
+
+def gdn_engine(run: RunConfig, *, fused: bool = True) -> MegatronEngine:
+    """`peer_engine` of `gdn_chunks`; mode plans do not concern it."""
+    return peer_engine(run, gdn_chunks(run, fused=fused))
+
+
+ENGINES: dict[str, Callable[[RunConfig], MegatronEngine]] = {
+    "gpt": gpt_engine,
+    "mcore-gdn": gdn_engine,
+    "mcore-gdn-plain": partial(gdn_engine, fused=False),
+}
+"""megatron-core's models by their name in the tables."""
 
 
 def hybrid_chunks(run: RunConfig, mixers: Sequence[str], stack: Any = None) -> list[torch.nn.Module]:

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from layout_cases import PEER, parse_layout
+from layout_cases import HYBRIDS, PEER, parse_layout
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
@@ -41,7 +41,7 @@ KEPT = (
 GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")
 """Measured when mixers gathered their input twice under tensor parallelism: those layouts of theirs are left out."""
 PEERS = {PEER: "1.4b-transformer"}
-SKIPPED = ("mamba", "hybrid")
+SKIPPED = ("mamba", "hybrid", *HYBRIDS)
 """megatron-core's own models, of which the planner knows nothing."""
 
 
@@ -114,6 +114,8 @@ def _row(source: str, card: str, r: dict[str, Any]) -> Measured | None:
             r["batch"], r["attention_share"], bool(r.get("graphs")),
             "none" if r["precision"] == "bf16" else r["precision"], r["tokens_per_second"],
         )  # fmt: skip
+    if r["model"] in SKIPPED:
+        return None
     # Earlier results of layouts.py do not say what was asked of all of them.
     sequence, plan = r.get("sequence") or 2048, r.get("plan") or "ratio:0.5"
     share = 1.0 if r["model"] in PEERS else attention_share(plan, sequence, chunk=256)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import layout_list  # noqa: E402
 import layouts  # noqa: E402
-from layout_cases import parse_layout, versus_gpt, versus_one, with_data  # noqa: E402
+from layout_cases import Found, parse_layout, table, versus_gpt, versus_one, with_data  # noqa: E402
 
 from oryx_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
 from oryx_megatron.config.validate import validate  # noqa: E402
@@ -199,6 +199,28 @@ def test_side_by_side_on_own_gpus(run, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [r for r in results.found if r.layout == "data=2"]
     assert [versus_gpt(r, results.found) for r in data] == [0.5, 1.0]
     assert [versus_one(r, results.found) for r in data] == [2.0, 2.0]
+
+
+def test_each_peer_is_a_base_of_its_own() -> None:
+    """Against the best of megatron-core's hybrid under the same layout, and against GPT there."""
+    speeds = [("1.4b-gdn", 90.0), ("gpt", 60.0), ("mcore-gdn", 45.0), ("mcore-gdn-plain", 50.0)]
+    found = [
+        Found(model, layout, 2, False, 1, 1, 1, speed * factor, 1, 0, 0, 1, gpus=2, sequence=64, batch=8)
+        for layout, factor in (("data=2", 1.0), ("tensor=2", 0.5))
+        for model, speed in speeds
+    ]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(found).splitlines())
+    against = [row[head.index("vs GPT") : head.index("vs mcore-gdn") + 1] for row in rows]
+    assert against == 2 * [["1.50", "1.80"], ["1.00", "1.20"], ["0.75", "0.90"], ["0.83", "1.00"]]
+    assert {len(row) for row in rows} == {len(head)}
+
+
+def test_a_peer_has_the_shape_of_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(
+        "models: [tiny-gdn, gpt, mcore-gdn]\ngpt: tiny-transformer\nhybrid: tiny-gdn-hybrid\ncases: [{layout: data}]\n"
+    )
+    (launch,) = layout_list.launches(layout_list.read_list(tmp_path / "list.yaml"), 2)
+    assert [case.shape_of for case in launch.cases] == ["tiny-gdn", "tiny-transformer", "tiny-gdn-hybrid"]
 
 
 @pytest.mark.parametrize(

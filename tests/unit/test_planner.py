@@ -188,7 +188,9 @@ def test_results_of_all_kinds_are_read(tmp_path: Path) -> None:
     truth = planner_error.changed(planner_error.COSTS, "launch_seconds.gdn", 1.5)
     model = {"model": "1.4b-gdn", "layout": "data=2", "gpus": 2, "sequence": 2048, "batch": 32, "plan": "ratio:0.5"}
     found = model | {"micro": 1, "graphs": False, "fp8": "none", "card": "NVIDIA H100 80GB HBM3"}
-    (tmp_path / "layouts.json").write_text(json.dumps({"results": [{"found": found | {"tokens_per_second": 1.0}}]}))
+    peer = {"model": "mcore-gdn"}  # of which the planner knows nothing
+    results = [{"found": found | {"tokens_per_second": 1.0} | changed} for changed in ({}, peer)]
+    (tmp_path / "layouts.json").write_text(json.dumps({"results": results}))
     (row,) = planner_error.read(tmp_path / "layouts.json")
     assert (row.card, row.share, row.batch) == ("h100", 0.5, 32)
     row = dataclasses.replace(row, tokens_per_second=row.planned(truth).tokens_per_second)
