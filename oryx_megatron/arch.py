@@ -503,16 +503,18 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: print the table or JSON of one model."""
     parser = Parser("oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="name of a preset in configs/model, or a YAML file of a model or a run")
-    parser.add_argument("--sequence", type=int, default=2048, help="tokens of context (default 2048)")
+    parser.add_argument("--sequence", type=int, help="tokens of context (default: the run's, else 2048)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if args.sequence < 1:
+    if args.sequence is not None and args.sequence < 1:
         raise ConfigError(f"--sequence: {args.sequence} should be above 0")
-    model = load_run(args.model).model if is_run(args.model) else load_model(args.model)
+    run = load_run(args.model) if is_run(args.model) else None
+    model = load_model(args.model) if run is None else run.model
+    sequence = args.sequence or (2048 if run is None else run.data.sequence_length)
     if args.json:
-        sys.stdout.write(json.dumps(report(model, args.sequence), indent=2) + "\n")
+        sys.stdout.write(json.dumps(report(model, sequence), indent=2) + "\n")
     else:
-        sys.stdout.write(shown_lines(table(model, args.sequence)))
+        sys.stdout.write(shown_lines(table(model, sequence)))
 
 
 if __name__ == "__main__":

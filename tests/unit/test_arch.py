@@ -308,6 +308,14 @@ def test_json(capsys):
     assert half["training"] == arch.training_flops_per_token(load_model("tiny-gdn"), 512, 0.25)
 
 
+def test_a_run_is_counted_at_its_own_length(capsys):
+    """Its 4,096 tokens, unless the command names others."""
+    run = "configs/run/pretrain-1.4b-gdn.yaml"
+    for arguments, sequence in (([run], 4096), ([run, "--sequence", "512"], 512), (["1.4b-gdn"], 2048)):
+        assert arch.main(arguments) == 0
+        assert f"MFLOPs per token, s={sequence} " in capsys.readouterr().out
+
+
 def test_models_that_cannot_be_read_are_named(tmp_path, capsys):
     assert arch.main(["1.4b-gnd"]) == 2
     assert "did you mean `1.4b-gdn`?" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from oryx_megatron.config import (
     to_yaml,
     validate,
 )
+from oryx_megatron.config.__main__ import main as config_main
 from oryx_megatron.config.bounds import Range, check_ranges, ranges
 from oryx_megatron.config.pattern import layer_modes, pattern_of, period
 from oryx_megatron.config.reference import field_docs, inner_class, reference
@@ -784,3 +785,16 @@ def test_every_field_is_documented():
 def test_reference_is_current():
     """After a change of the schema: python -m oryx_megatron.config > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference()
+
+
+def test_configs_that_ship_are_printed(tmp_path, monkeypatch, capsys):
+    """As they are, in any working folder; a name that is none of them is one line."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs/run/pretrain-1.4b-gdn.yaml", "configs/cluster/cpu.yaml", "./configs/install/cuda13.txt"):
+        assert config_main([name]) == 0
+        assert capsys.readouterr().out == (ROOT / name).read_text(encoding="utf-8")
+    for name in ("configs/run/pretrain-1.4b-gnd.yaml", "configs", "../x", "/etc/passwd"):
+        assert config_main([name]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: {name} is none of the configs that ship with the package; configs/")

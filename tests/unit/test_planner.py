@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +376,26 @@ def test_recipes_without_a_measurement_say_so(field: str, told: str, tmp_path: P
     )
     assert plan_tool.main([str(config), "--gpus", "1", "--json"]) == 0
     assert capsys.readouterr().err == told
+
+
+def test_the_recipes_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/recipes/1.4b.md shows what its command prints; bytes are by hand."""
+    page = (ROOT / "docs/recipes/1.4b.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \| ([\d.]+) \| (\d+) \|$", page, re.MULTILINE)
+    assert [row[0] for row in rows] == ["8", "64", "256"]
+    for gpus, layout, hours, gpu_hours in rows:
+        command = ["configs/run/pretrain-1.4b-gdn.yaml", "--gpus", gpus, "--card", "h100", "--price", "2.50", "--json"]
+        assert plan_tool.main(command) == 0
+        best = json.loads(capsys.readouterr().out)[0]
+        names = {"tensor": "tp", "pipeline": "pp", "context": "cp", "data": "dp"}
+        found = [f"{name} {best['layout'][short]}" for name, short in names.items() if best["layout"][short] > 1]
+        assert " × ".join(found) == layout
+        assert (f"{best['hours']:.1f}", f"{best['gpu_hours']:.0f}") == (hours, gpu_hours)
+        assert best["hours"] == pytest.approx(28_000 * best["step_seconds"] / 3600)
+        assert best["cost"] == pytest.approx(2.5 * int(gpus) * best["hours"])
+    tokens, parameters = 28_000 * 256 * 4096, parameter_counts(load_model("1.4b-gdn")).total
+    sizes = {"text": 4 * tokens, "tokens": 2 * tokens, "a checkpoint": 14 * parameters, "the export": 2 * parameters}
+    sizes["checkpoints"] = 6 * sizes["a checkpoint"]
+    for name, size in sizes.items():
+        (shown,) = re.findall(rf"^\| {name} \| .* \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert float(shown) == pytest.approx(size / 1e9, abs=0.051 if "." in shown else 0.51)
