@@ -23,9 +23,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
 MARK = re.compile(r"^ *<!-- (ran|not run): (.+) -->$")
 PROGRAMS = (
     "oryx|python[.\\d]*|make|torchrun|pip|docker|podman|srun|sbatch|scancel|git|lm_eval|bash|sh|cp|mv|mkdir|source|eval|"
-    "export|curl|wget|hf|huggingface-cli|tensorboard|accelerate|deepspeed|apptainer|conda|uv|wandb|nvidia-smi|for|ssh"
+    "export|curl|wget|hf|huggingface-cli|tensorboard|accelerate|deepspeed|apptainer|conda|uv|wandb|nvidia-smi|for|ssh|"
+    "pytest|ruff|mypy|pre-commit|shellcheck|jupyter|mkdocs|squeue|sinfo|scontrol|sacct|salloc|kubectl|ray|nvcc|nsys|ncu|"
+    "aws|gcloud|gsutil|s5cmd|rclone|rsync|scp|tar|gzip|gunzip|zstd|unzip|cd|ls|cat|head|tail|less|grep|sed|awk|find|jq|"
+    "echo|printf|touch|rm|ln|chmod|sudo|apt|apt-get|module|env|time|tmux|nohup|ipython|pipx|virtualenv|kill|df|du"
 )
 COMMAND = re.compile(rf"(?:\$ |[A-Z_]+=\S+ |sudo )*(?:(?:{PROGRAMS})(?= |$)|(?:\./|launch/|\.ci/)\S)|[a-z_]+=[\"(]")
+LANGUAGES = dict.fromkeys(("bash", "sh", "zsh", "shell", "console", "terminal"), "bash") | dict.fromkeys(
+    ("python", "py", "python3", "pycon", "ipython"), "python"
+)
+"""Of fences, and what they hold."""
 CODE = re.compile(r"(?:from \S+ )?import \S|\w+\.\w+\(")
 """A line of Python."""
 
@@ -72,7 +79,7 @@ def blocks(page: str, text: str) -> Iterator[Block]:
             while not re.match(r" *```$", lines[place]):
                 place += 1
             found = lines[start + 1 : place]
-            language = {"bash": "bash", "sh": "bash", "shell": "bash", "python": "python"}.get(fence[1], "")
+            language = LANGUAGES.get(fence[1].lower(), "")
             if not fence[1] and any(COMMAND.match(line) and line.startswith("$ ") for line in found):
                 language = "bash"
         elif re.match(r" {4,}\S", lines[place]):

@@ -163,7 +163,7 @@ class _Pool:
         except BrokenProcessPool as error:
             first = self.units[number][0].path
             raise DataError(
-                f"a process died at or after {first}, perhaps for want of memory; run the same command "
+                f"a process died at or after {first}, perhaps out of memory; run the same command "
                 "again to resume, with fewer --processes"
             ) from error
         del self.futures[number]

@@ -23,7 +23,7 @@ class Routing:
     expert_load_min: float
     """Tokens of the idlest expert of any layer, over an even share."""
     dropped_share: float
-    """Of the choices of all tokens in all layers, those that no expert took for want of capacity."""
+    """Of the choices of all tokens in all layers, those that were dropped for lack of capacity."""
     load: tuple[tuple[float, ...], ...]
     """By layer with experts and by expert: tokens over an even share."""
 

@@ -107,7 +107,7 @@ class Job:
             time.sleep(rng.uniform(0.0, 4.0))
         else:
             before = self.started()
-            self.wait_for(lambda: self.started() > before or self.went_on(), "a start")
+            self.wait_for(lambda: self.started() > before or self.continued(), "a start")
             goal = self.iteration() + rng.randint(1, 3)
             self.wait_for(lambda: self.iteration() >= goal, f"step {goal}")
             if moment == "save":
@@ -124,7 +124,7 @@ class Job:
         path = self.folder / "events.jsonl"
         return path.read_text().count('"event": "start"') if path.exists() else 0
 
-    def went_on(self) -> bool:
+    def continued(self) -> bool:
         """Whether the latest start has done a step."""
         path, events = self.folder / "metrics.jsonl", self.folder / "events.jsonl"
         return path.exists() and events.exists() and path.stat().st_mtime > events.stat().st_mtime

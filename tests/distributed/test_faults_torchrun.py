@@ -33,7 +33,7 @@ def all_whole(folder: Path) -> bool:
     return bool(folders) and all(store.damaged_files(path, read_manifest(path)) == [] for path in folders)
 
 
-def went_on_from_the_newest(folder: Path) -> bool:
+def resumed_from_the_newest(folder: Path) -> bool:
     """Whether every start resumed from the newest checkpoint: nothing but the steps since was lost."""
     newest = 0
     for event in read_events(folder):
@@ -90,7 +90,7 @@ def test_kills_hang_and_preemption(project: Path, tmp_path: Path) -> None:
     events = [event["event"] for event in read_events(folder)]
     assert events.count("stop") == events.count("end") == 1
     assert events.count("lost") >= 3
-    assert went_on_from_the_newest(folder)
+    assert resumed_from_the_newest(folder)
     log = (folder / "log").read_text()
     for fact in ("command: ", "code: commit ", "versions: python ", "layout: 2 ranks: ", "kernels: ", "seed 1234"):
         assert fact in log  # what it takes to do the run again
@@ -111,7 +111,7 @@ def test_fifty_kills(project: Path, tmp_path: Path, seed: int) -> None:
         assert job.finish(600.0) == 0, job.log()
     assert losses(folder) == expected
     assert all_whole(folder)
-    assert went_on_from_the_newest(folder)
+    assert resumed_from_the_newest(folder)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import re
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -40,9 +40,11 @@ def wrong(block: Block) -> str | None:
         return f"{test.name} does not name {block.page}"
     date, _, machine = block.mark.partition(", ")
     try:
-        datetime.strptime(date, "%d %B %Y")
+        day = datetime.strptime(date, "%d %B %Y")
     except ValueError:
         return f"{date}: no test and no date as in 27 November 2026"
+    if day > datetime.now() + timedelta(days=1):
+        return f"{date} is still to come"
     return None if machine else "on which machine?"
 
 
@@ -74,6 +76,8 @@ def test_commands_are_found() -> None:
         "1. item\n\n       oryx a --b\n",
         "```\n$ oryx a --b\nprinted\n```\n",
         "    $ oryx a \\\n        --b\n    printed: oryx c\n",
+        "```console\n$ oryx a --b\nprinted\n```\n",
+        "```zsh\noryx a --b\n```\n",
     ):
         (block,) = blocks("docs/x.md", text)
         assert [line.split() for line in block.commands] == [["oryx", "a", "--b"]]
@@ -82,6 +86,7 @@ def test_commands_are_found() -> None:
             ("ran: 27 November 2026, two CPU cores", None),
             ("ran: 27 November 2026", "on which machine?"),
             ("ran: 2026, two CPU cores", "no date"),
+            ("ran: 1 January 2999, two CPU cores", "still to come"),
             ("ran: tests/nothing.py", "is not there"),
             ("ran: tests/unit/test_modes.py", "does not name docs/x.md"),
             ("not run: needs 8 GPUs", None),
@@ -91,7 +96,17 @@ def test_commands_are_found() -> None:
             marked = marked.replace("1. item\n\n", f"1. item\n\n   <!-- {mark} -->\n\n") if "item" in text else marked
             (block,) = blocks("docs/x.md", marked)
             assert (says or "None") in str(wrong(block)), marked
-    for line in ("pip install x", "docker run x", "srun x", "launch/local.sh x", "$ make x", "X=1 python3.12 -m x"):
+    for line in (
+        "pip install x",
+        "docker run x",
+        "srun x",
+        "launch/local.sh x",
+        "$ make x",
+        "X=1 python3.12 -m x",
+        "cd x",
+        "pytest tests/gpu",
+        "aws s3 cp x y",
+    ):
         assert COMMAND.match(line)
     assert not list(blocks("docs/x.md", "    Δ_t = softplus(x)\n\n    model: {preset: x}\n\n```yaml\nmake: 1\n```\n"))
     assert inline("`oryx plan RUN.yaml`, `oryx COMMAND --help` and `oryx train`") == ["oryx plan RUN.yaml"]

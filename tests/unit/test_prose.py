@@ -1,4 +1,4 @@
-"""Docs in short sentences and whole tables. Their commands: test_commands_in_docs.py."""
+"""Docs in short sentences and whole tables; words of the field everywhere. Commands: test_commands_in_docs.py."""
 
 from __future__ import annotations
 
@@ -65,3 +65,37 @@ def test_tables_are_whole(page: Path) -> None:
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
         assert re.fullmatch(r" *\|(?: *:?-+:? *\|)+", table.splitlines()[1]), table
         assert len(set(cells)) == 1, table
+
+
+NOT_OURS = {
+    r"\b(?:go|goes|going|went|gone)[ _]on\b": "continue, resume",
+    r"\bmend(?:s|ed|ing)?\b": "fix",
+    r"\b(?:is|are|was|were|be|been) passed over\b": "skip",
+    r"\bno word (?:from|of)\b": "did not report",
+    r"\bwould buy\b": "provides",
+    r"\bcarr(?:y|ies|ied) on\b": "continue",
+    r"\bfor want of\b": "without, no",
+    r"\bset down\b": "write",
+    r"\bfell? to pieces\b": "fail",
+}
+"""What nobody in this field writes, and the field's term."""
+SOURCES = sorted(
+    path
+    for folder in ("oryx_megatron", "tools", "launch", "benchmarks", "configs", "docs", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".sh", ".md", ".yaml", ".html", ".ipynb") and path != Path(__file__).resolve()
+)
+
+
+def test_words_are_the_fields() -> None:
+    """Code, comments, messages and pages."""
+    assert len(SOURCES) > 300
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]!r}; write: {instead}"
+        for path in [*SOURCES, *PAGES]
+        for text in [path.read_text(encoding="utf-8")]
+        for pattern, instead in NOT_OURS.items()
+        for match in re.finditer(pattern, text, re.IGNORECASE)
+    ]
+    assert found == []
+    assert all(any(re.search(pattern, text) for pattern in NOT_OURS) for text in ("it goes on", "mended", "go_on"))
