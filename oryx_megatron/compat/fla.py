@@ -21,7 +21,8 @@ from oryx_megatron.compat.torch import late_compile
 def _without_layers(module: ModuleType) -> Iterator[None]:
     with contextlib.ExitStack() as left_out:
         if _core_stands_alone():
-            left_out.enter_context(instead("fla.layers", None))
+            for name in ("fla.layers", "fla.models"):
+                left_out.enter_context(instead(name, None))
         yield
 
 

@@ -274,6 +274,11 @@ class PrecisionConfig:
     bf16_last_layers: Index = 0
     """Last layers kept out of FP8."""
 
+    @property
+    def of_decoding(self) -> PrecisionConfig:
+        """Without FP8 and FP4, whose products take eight rows and more: a step of decoding has one."""
+        return PrecisionConfig(dtype=self.dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

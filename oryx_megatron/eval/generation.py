@@ -73,7 +73,8 @@ class LoadedModel:
 def load_for_inference(path: str | Path, *, tensor: int = 1, weights: WeightsKind = "trained") -> LoadedModel:
     """Load the weights of a checkpoint, or of a run's newest one, over `tensor` tensor-parallel ranks.
 
-    Joins the process group when there is none yet. The layout the checkpoint was written under does not matter.
+    Joins the process group when there is none yet. The layout the checkpoint was written under does not matter. What
+    was trained in FP8 or FP4 computes in bf16.
 
     Raises:
         CheckpointError: no checkpoint there, a damaged one, or without an average of the weights where that is asked.
@@ -93,7 +94,7 @@ def load_for_inference(path: str | Path, *, tensor: int = 1, weights: WeightsKin
     parallel.initialize(layout, seed=run.seed)
     check_whole(folder, manifest)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
-    chunk = build_model(run.model, layout, run.precision, seed=run.seed)[0]
+    chunk = build_model(run.model, layout, run.precision.of_decoding, seed=run.seed)[0]
     load_model_weights(folder, [chunk], weights)
     return LoadedModel(chunk.eval(), manifest, run, folder)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import CheckpointError, ConfigError, ConversionError
 from oryx_megatron.hf.convert import export
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
+from oryx_megatron.modes import parse_plan
 from oryx_megatron.testing import run_distributed
 
 TASKS = Path(__file__).resolve().parents[2] / "oryx_megatron" / "eval" / "tasks"
@@ -145,6 +149,27 @@ def test_changed_weights_are_neither_evaluated_nor_continued(hf_project: Path, t
         load_export(tmp_path / "hf")
 
 
+def test_what_was_trained_in_fp8_decodes_without(hf_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of decoding has one row, and FP8's products take eight and more; nor need the machine have FP8."""
+    from oryx_megatron import parallel
+    from oryx_megatron.eval.generation import load_for_inference
+
+    trained = Manifest.run
+
+    def in_fp8(manifest: Manifest) -> RunConfig:
+        run = trained(manifest)
+        return replace(run, precision=replace(run.precision, fp8="delayed", fp8_attention=True))
+
+    monkeypatch.setattr(Manifest, "run", in_fp8)
+    try:
+        loaded = load_for_inference(hf_project.parent / "shared tp2")
+        assert loaded.run.precision.fp8 == "delayed"
+        assert loaded.chunk.config.fp8 is None
+        assert loaded.begin()(torch.tensor([[3]]), parse_plan("attention", 1, chunk=8), 0).isfinite().all()
+    finally:
+        parallel.destroy()
+
+
 def test_retrieval_finds_the_same_on_both_sides(hf_project: Path, folder: Path, tmp_path: Path) -> None:
     """Through the command line's own functions: predictions of checkpoint and export agree token by token."""
     from oryx_megatron import parallel
@@ -152,7 +177,6 @@ def test_retrieval_finds_the_same_on_both_sides(hf_project: Path, folder: Path, 
     from oryx_megatron.eval.generation import load_for_inference
     from oryx_megatron.eval.grid import predict_with_checkpoint, predict_with_export
     from oryx_megatron.eval.retrieval import retrieval_task
-    from oryx_megatron.modes import parse_plan
 
     codec = load_export(folder)[1]
     text = "el ma so.\n"

@@ -178,12 +178,22 @@ def test_benchmark_of_startup(capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.mark.parametrize(("version", "left_out"), [("0.6.0", True), ("0.5.1", False)])
 def test_fla_comes_without_its_layers(tmp_path: Path, version: str, left_out: bool) -> None:
     """They load transformers and mamba_ssm. Before 0.6 fla cannot be imported without them."""
-    (tmp_path / "fla" / "layers").mkdir(parents=True)
-    (tmp_path / "fla" / "modules" / "activations").mkdir(parents=True)
-    optional = "try:\n    import fla.layers\nexcept ModuleNotFoundError:\n    pass\n"
-    (tmp_path / "fla" / "__init__.py").write_text(optional if left_out else "import fla.layers\n")
+    optional = """
+import importlib
+for name in ("fla.layers", "fla.models"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+"""
+    for folder in ("layers", "models", "modules/activations"):
+        (tmp_path / "fla" / folder).mkdir(parents=True)
     for folder in ("layers", "modules", "modules/activations"):
         (tmp_path / "fla" / folder / "__init__.py").touch()
+    (tmp_path / "fla/__init__.py").write_text(optional if left_out else "import fla.layers\n")
+    (tmp_path / "fla/layers/abc.py").touch()
+    (tmp_path / "fla/models/__init__.py").write_text("import fla.layers.abc\n")
     (tmp_path / "fla/modules/activations/ops.py").write_text(
         "import torch\n@torch.compile\ndef twice(x):\n    return 2 * x\n"
     )
@@ -196,7 +206,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 import oryx_megatron.platform
 import fla.modules.activations.ops as ops
 print("fla.layers" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
-import fla.layers
+import fla.models
 print(fla.layers.__file__)
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
