@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from oryx_megatron.doctor import pins
 
@@ -36,6 +37,39 @@ def test_a_package_has_one_version_in_all_sets(path: Path) -> None:
     brought = {"torch", "transformer-engine", "mamba-ssm", "causal-conv1d"} if path.stem == "ngc" else set()
     assert (needed | gpu) - {name.lower() for name in own} == brought - {"mamba-ssm"}
     assert "mamba-ssm" not in gpu  # pip finds no version of it that goes with this tilelang
+
+
+@pytest.mark.parametrize("path", [ROOT / "requirements.txt", *SETS], ids=lambda path: path.stem)
+def test_pins_lie_within_the_bounds(path: Path) -> None:
+    """What is installed by exact version is what pyproject.toml allows, for the Pythons that a set is for."""
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    bounds = [Requirement(text) for group in groups for text in group]
+    found = 0
+    for python in ("3.11", "3.12") if path.stem == "requirements" else ("3.12",):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not (text := line.partition("#")[0].strip()):
+                continue
+            pin = Requirement(text)
+            for bound in (b for b in bounds if b.name.lower() == pin.name.lower()):
+                if all(r.marker is None or r.marker.evaluate({"python_version": python}) for r in (pin, bound)):
+                    (exact,) = pin.specifier
+                    assert bound.specifier.contains(exact.version, prereleases=True), f"{text} is outside {bound}"
+                    found += 1
+    assert found > 15
+
+
+def test_transformers_has_one_range() -> None:
+    """That of exports: in the package's bounds, in the docs, and at both ends of what `make test` runs."""
+    source = (ROOT / "oryx_megatron/hf/configuration_oryx.py").read_text(encoding="utf-8")
+    numbers = re.search(r"^SUPPORTED = \((\d+), (\d+)\), \((\d+), (\d+)\)$", source, re.MULTILINE)
+    assert numbers is not None
+    major, first, last_major, last = map(int, numbers.groups())
+    assert major == last_major
+    assert f"transformers>={major}.{first},<{major}.{last + 1}" in PROJECT["dependencies"]
+    assert f"ENDS := {major}.{first} {major}.{last}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"transformers {major}.{first} to {major}.{last} " in (ROOT / "docs/huggingface.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_requirements_gpu_is_gone() -> None:
