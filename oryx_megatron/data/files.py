@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from oryx_megatron.atomic import exchange
 from oryx_megatron.atomic import replacing as replacing  # offered here too, with what commands need beside them
 from oryx_megatron.atomic import sync as sync
 from oryx_megatron.atomic import temporary_name as temporary_name
@@ -168,13 +169,17 @@ def appearing(
             sync(path)
         # It may have been made or changed meanwhile.
         check_folder_output(target, overwrite=overwrite, inputs=inputs, error=error)
-        if target.exists():
+        if not target.exists():
+            folder.rename(target)
+        elif not exchange(folder, target):  # else `folder` is the old one now
             old = temporary_name(target)
             target.rename(old)
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
-        else:
-            folder.rename(target)
         sync(target.parent)
     except OSError as failure:
         if failure.errno not in NO_ROOM:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_data_tools import ROOT, tool
 
+from oryx_megatron.atomic import exchange
 from oryx_megatron.data.files import LISTING, appearing, check_output, is_marked, read_json
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.errors import DataError
@@ -263,6 +264,66 @@ def test_folders_are_replaced_only_as_they_were_made(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder that this command made"):
         make(tmp_path / "link", overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["link", "t"]
+
+
+def fill(target: Path, content: str) -> None:
+    """A folder of one file, as commands make theirs."""
+    with appearing(target, overwrite=True) as folder:
+        (folder / "file").write_text(content)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """Where the file system swaps names in one step, a kill leaves the old one or the new; a failure always the old."""
+    target = tmp_path / "out"
+    fill(target, "old")
+    if at_once:
+        (tmp_path / "a").mkdir()
+        if not exchange(tmp_path / "a", target):
+            pytest.skip("this file system cannot swap names")
+        exchange(tmp_path / "a", target)
+        (tmp_path / "a").rmdir()
+        if (child := os.fork()) == 0:  # killed before anything is cleared away
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: os._exit(9))
+            monkeypatch.setattr(Path, "rename", lambda *_: os._exit(1))
+            fill(target, "new")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert (target / "file").read_text() == "new"
+        left = [path for path in tmp_path.iterdir() if path != target]
+        assert [(path / "file").read_text() for path in left] == ["old"]
+    else:
+        rename, calls = Path.rename, []
+
+        def fail_once(path: Path, to: Path) -> Path:
+            calls.append(path)
+            if len(calls) == 2:
+                raise PermissionError(13, "Permission denied", str(to))
+            return rename(path, to)
+
+        monkeypatch.setattr("oryx_megatron.data.files.exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "rename", fail_once)
+        with pytest.raises(PermissionError):
+            fill(target, "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (target / "file").read_text() == "old"
+        fill(target, "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (target / "file").read_text() == "new"
+
+
+def test_names_are_swapped(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot swap names")
+    assert (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "b" / "a").exists()
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_an_output_made_meanwhile_is_kept(tmp_path: Path) -> None:
