@@ -85,7 +85,33 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     wholly, partly = divide(found, patterns, [group for chunk in chunks for group in _grouped(unwrap_model(chunk))])
     for parameter in wholly:
         parameter.requires_grad_(False)
+    if run.parallel.recompute != "none":
+        for chunk in chunks:
+            if (embedding := getattr(unwrap_model(chunk), "embedding", None)) is not None:
+                embedding.register_forward_hook(_track)
     return Frozen(partly)
+
+
+def _track(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Let what is recomputed have an input with a gradient, under a frozen embedding too.
+
+    torch's checkpoint computes none, for any parameter inside, where no input has one.
+    """
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    return _Tracked.apply(output, output.new_zeros((), requires_grad=True))
+
+
+class _Tracked(torch.autograd.Function):
+    """x as it is; its gradient is computed and dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 Named = tuple[torch.nn.Parameter, dict[str, slice]]

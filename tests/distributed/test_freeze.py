@@ -25,6 +25,8 @@ from oryx_megatron.train.freeze import is_frozen, names
 RECURRENT = ("*", "!*query_recurrent", "!*decay_proj.weight", "!*a_log", "!*dt_bias", "!*self_attention.d")
 """The recurrent path alone, as of an imported Transformer: part of in_proj trains, the rest of it does not."""
 FIRST_STAGE = ("embedding.*", "decoder.layers.[01].*")
+INSIDE = ("*", "!*a_log", "!*.conv.*")
+"""What trains lies between the projections of a mixer: with recompute, nothing before it has a gradient."""
 LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "one": (1, ParallelConfig()),
     "tensor": (2, ParallelConfig(tensor=2)),
@@ -32,6 +34,9 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "data": (2, ParallelConfig()),
     "overlap": (2, ParallelConfig(overlap=True)),
     "unsharded": (2, ParallelConfig(distributed_optimizer=False)),
+    "recomputed": (1, ParallelConfig(recompute="full")),
+    "recomputed, overlap": (2, ParallelConfig(recompute="full", overlap=True)),
+    "recomputed mixers, pipeline": (2, ParallelConfig(recompute="mixer", pipeline=2)),
 }
 
 
@@ -54,6 +59,9 @@ OF_EXPERTS = ("*.experts.[01].*", "!decoder.layers.2.*", "*shared_experts*")
 """Those of the first rank, but for one layer; each is named by its number in the whole model."""
 
 
+PATTERNS = {"recurrent path": RECURRENT, "first stage": FIRST_STAGE, "inside": INSIDE}
+
+
 def run_of(patterns: tuple[str, ...], parallel: ParallelConfig, **changes: Any) -> RunConfig:
     return tiny_run("mamba2", parallel=parallel, train__freeze=patterns, **changes)
 
@@ -62,19 +70,14 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
     worlds, found = Worlds(), {}
     optimizer.BUCKET = 3000
     for size in (2, 1):
-        cases = [
-            (patterns, name)
-            for patterns in (RECURRENT, FIRST_STAGE)
-            for name, (ranks, _) in LAYOUTS.items()
-            if ranks == size
-        ]
-        for number, (patterns, name) in enumerate(worlds.share(size, cases)):
+        cases = [(kind, name) for kind in PATTERNS for name, (ranks, _) in LAYOUTS.items() if ranks == size]
+        for number, (kind, name) in enumerate(worlds.share(size, cases)):
             with worlds.of(size, f"{size} {number}"):
-                run = run_of(patterns, LAYOUTS[name][1], optimizer__weight_decay=0.5)
+                run = run_of(PATTERNS[kind], LAYOUTS[name][1], optimizer__weight_decay=0.5)
                 if size == 2 and name == "data":
                     root = [tempfile.mkdtemp()]
                     torch.distributed.broadcast_object_list(root)
-                    found[f"resume {patterns[0]}"] = list(train_and_resume(run, Path(root[0]), before=2, after=2))
+                    found[f"resume {kind}"] = list(train_and_resume(run, Path(root[0]), before=2, after=2))
                 with session(run) as opened:
                     before = opened.weights()
                     steps = opened.steps(4)
@@ -86,7 +89,7 @@ def under_layouts() -> dict[str, dict[str, list[Any]]]:
                         for tensor in state.values()
                         if torch.is_tensor(tensor) and tensor.dim()
                     )
-                    found[f"{name} {patterns[0]}"] = [steps, moved, states]
+                    found[f"{name} {kind}"] = [steps, moved, states]
     for size, expert in ((2, 2), (1, 1)):
         for update in worlds.share(size, ("adamw", "muon")):
             with worlds.of(size, f"experts {update} {size}"):
@@ -120,21 +123,19 @@ def found() -> dict[str, list[list[Any]]]:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("patterns", [RECURRENT, FIRST_STAGE], ids=("recurrent path", "first stage"))
-def test_frozen_runs_have_equal_losses_under_every_layout(
-    found: dict[str, list[list[Any]]], patterns: tuple[str, ...]
-) -> None:
-    (((expected, _, states),),) = (found[f"one {patterns[0]}"],)
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_frozen_runs_have_equal_losses_under_every_layout(found: dict[str, list[list[Any]]], kind: str) -> None:
+    (((expected, _, states),),) = (found[f"one {kind}"],)
     assert min(norm for _, norm in expected) > 0
     for name in LAYOUTS:
-        for steps, moved, _ in found[f"{name} {patterns[0]}"]:
+        for steps, moved, _ in found[f"{name} {kind}"]:
             assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-4), name
             assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3), name
             assert {part for part, moves in moved.items() if moves} == {
-                part for part in moved if not is_frozen(part, patterns)
+                part for part in moved if not is_frozen(part, PATTERNS[kind])
             }, name
-    assert sum(states for _, _, states in found[f"data {patterns[0]}"]) == states  # none for what is frozen
-    ((going, resumed), *_) = found[f"resume {patterns[0]}"]
+    assert sum(states for _, _, states in found[f"data {kind}"]) == states  # none for what is frozen
+    ((going, resumed), *_) = found[f"resume {kind}"]
     assert going[2:] == resumed
 
 
@@ -164,13 +165,13 @@ def test_names_without_a_model(found: dict[str, list[list[Any]]]) -> None:
     """--dry-run knows those of the model that the run builds."""
     ((_, whole),) = found["experts adamw 1"]
     assert set(names(tiny_run(model__moe=EXPERTS).model)) == set(whole)
-    ((_, whole, _),) = found[f"one {FIRST_STAGE[0]}"]
+    ((_, whole, _),) = found["one first stage"]
     assert set(names(run_of(FIRST_STAGE, ParallelConfig()).model)) == set(whole)
 
 
 def test_state_of_the_recurrent_path_alone(found: dict[str, list[list[Any]]]) -> None:
     """Two moments of in_proj, of whose rows some train, and of the small parameters: nothing of MLPs or tables."""
-    ((_, _, states),) = found["one *"]
+    ((_, _, states),) = found["one recurrent path"]
     model = run_of(RECURRENT, ParallelConfig()).model
     in_proj = 352 * model.hidden_size
     small = model.num_heads * model.hidden_size + 3 * model.num_heads
