@@ -36,7 +36,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
 from oryx_megatron.hf.router_oryx import RouterShape, RouterSteps
-from oryx_megatron.router import RouterOptions
+from oryx_megatron.router import RouterConfig
 
 WARM = 4
 """Steps of each kind before the clock: two as they are, one to record the graph, one to replay it."""
@@ -213,7 +213,7 @@ def build(kind: str, model: ModelConfig, llama_ffn: int, device: torch.device, d
             if kind in ("oryx", "hybrid"):
                 config = to_hf_config(model)
                 config.router = (
-                    RouterShape(model.vocab_size, table=RouterOptions.table).to_dict() if kind == "oryx" else None
+                    RouterShape(model.vocab_size, table=RouterConfig.table).to_dict() if kind == "oryx" else None
                 )
                 made = OryxForCausalLM(config).eval()
                 if config.router is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from oryx_megatron import ranks
+from oryx_megatron import ranks, router
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig, WeightsKind
 from oryx_megatron.modes import ModePlan
@@ -67,7 +67,7 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
         run = load_run(run, overrides)
     elif overrides:
         raise ConfigError("train: overrides go to load_run, or with the path of a config")
-    stopped = fit(run, validate(run, ranks.world_size()))
+    stopped = fit(run, validate(run, ranks.world_size()), after=router.recipe(run))
     last = run.train.iterations if run.train.exit_after is None else min(run.train.exit_after, run.train.iterations)
     return Trained(
         run_folder(run),

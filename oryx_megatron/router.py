@@ -12,16 +12,21 @@ mode plan wherever this model is evaluated, and an export carries the router.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
-import math
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.config.schema import RouterConfig, RunConfig
+from oryx_megatron.config.validate import Layout
+from oryx_megatron.config.validate_modes import check_router_sizes
+from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
@@ -39,46 +44,6 @@ SHARES = (0.02, 0.05, 0.1, 0.25)
 """Of attention tokens, in the table at the end."""
 TOKENS = 8192
 """About so many are read in one forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterOptions:
-    """How to train a router."""
-
-    texts: int = 512
-    """Training texts, each a sample of the run's sequence length."""
-    held_out: int = 64
-    """Validation texts for thresholds and the table."""
-    epochs: int = 6
-    """Times that every training text is used."""
-    batch_size: int = 4
-    """Texts per update and rank."""
-    lr: float = 6e-3
-    """Peak learning rate of AdamW; it falls to zero along a cosine."""
-    weight_decay: float = 1.0
-    """Of AdamW, times the learning rate: gains are noisy, and a router would learn those of its texts by heart."""
-    width: int = 64
-    layers: int = 2
-    heads: int = 2
-    table: int = 1 << 18
-    """Entries for counts of runs of tokens in training text; 0: a router that counts nothing."""
-    counted: int = 4
-    """Further training texts per text that are read for these counts alone."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("seed", "table") else 1
-            if field.name == "weight_decay":
-                if not (math.isfinite(value) and value >= 0):
-                    raise ConfigError(f"--weight-decay: {value:g} should be at least 0")
-            elif field.name == "lr":
-                if not (math.isfinite(value) and value > 0):
-                    raise ConfigError(f"--lr: {value:g} should be above 0")
-            elif value < least:
-                raise ConfigError(f"--{field.name.replace('_', '-')}: {value} should be at least {least}")
-        if self.width % self.heads:
-            raise ConfigError(f"--width: {self.width} should be a multiple of --heads {self.heads}")
 
 
 @dataclass(frozen=True)
@@ -119,18 +84,29 @@ def main(argv: list[str] | None = None) -> int:
         "table": "entries for counts of tokens that follow each other in training text; 0: none",
         "counted": "further texts per text that are read for these counts alone", "seed": "of weights and order",
     }  # fmt: skip
-    for field in dataclasses.fields(RouterOptions):
-        name, default = f"--{field.name.replace('_', '-')}", field.default
-        parser.add_argument(name, type=type(default), default=default, help=f"{docs[field.name]} (default: {default})")
+    for field in dataclasses.fields(RouterConfig):
+        default = field.default
+        parser.add_argument(
+            _flag(field.name), type=type(default), default=default, help=f"{docs[field.name]} (default: {default})"
+        )
     arguments = parser.parse_args(argv)
     expand_arguments(arguments, "run")
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(RouterOptions)}
-    rows, path = train_router(arguments.run, RouterOptions(**values), overwrite=arguments.overwrite)
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(RouterConfig)}
+    options = RouterConfig(**values)
+    try:
+        check_router_sizes(options)
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"router\.(\w+)", lambda field: _flag(field[1]), str(error))) from None
+    rows, path = train_router(arguments.run, options, overwrite=arguments.overwrite)
     if path is not None:
         sys.stdout.write(table(rows))
         sys.stdout.write(f"written: {path}\n")
     return 0
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def table(rows: list[Row]) -> str:
@@ -144,7 +120,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = False) -> tuple[list[Row], Path | None]:
+def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = False) -> tuple[list[Row], Path | None]:
     """Train, calibrate, compare and write a router. Collective: all data-parallel ranks call it.
 
     Returns:
@@ -201,7 +177,98 @@ def train_router(run: str | Path, options: RouterOptions, *, overwrite: bool = F
     return rows, path
 
 
-def texts_of(model: LoadedModel, options: RouterOptions) -> Iterator[tuple[str, Any, int]]:
+def recipe(run: RunConfig) -> Callable[[RunConfig, Layout], None] | None:
+    """What a run's `router` asks for when the run has ended; None for a run without.
+
+    Raises:
+        DataError: a file in the way that is not a router.
+    """
+    if run.router is None:
+        return None
+    from oryx_megatron.data.files import check_output
+    from oryx_megatron.hf.router import NAME, is_router
+
+    check_output(Path(run.output_dir) / NAME, ours=is_router, overwrite=True)
+    return after_training
+
+
+def after_training(run: RunConfig, layout: Layout) -> None:
+    """Train the router that a run's config asks for, once the run has ended, and evaluate its plans. Collective.
+
+    What is there of both is not done again. The run's process groups are given up.
+
+    Raises:
+        DataError, CheckpointError: what cannot be read; a file in the way that is not a router.
+    """
+    from oryx_megatron import parallel
+    from oryx_megatron.checkpoint import find_checkpoint, read_manifest
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+    from oryx_megatron.hf.plans_oryx import routed_share
+    from oryx_megatron.hf.router import router_of
+    from oryx_megatron.train.callbacks.metrics_file import MetricsFile
+    from oryx_megatron.train.metrics import NAME, read_lines
+
+    folder = find_checkpoint(run.output_dir)
+    if run.router is None or (iteration := read_manifest(folder).iteration) < run.train.iterations:
+        return
+    path = router_of(folder)
+    if _told_by_main(_serves(path, folder, run.router)):
+        log.info("router: %s is of this checkpoint already", shown(path))
+    else:
+        gc.collect()  # what the trained model held
+        parallel.release()
+        rows, _ = train_router(run.output_dir, run.router, overwrite=True)
+        for line in table(rows).splitlines():
+            log.info("router: %s", line)
+    plans = tuple(spec for spec in run.evaluation.plans if routed_share(spec) is not None)
+    metrics = Path(run.output_dir) / NAME
+    known = [
+        line["plan"] for line in read_lines(metrics) if line["kind"] == "evaluation" and line["iteration"] == iteration
+    ]
+    if not plans or _told_by_main(set(plans) <= set(known)):
+        return
+    parallel.release()
+    train, stages = run.train, run.parallel.pipeline
+    samples = None if run.evaluation.batches is None else run.evaluation.batches * train.global_batch_size
+    results = evaluate_checkpoint(
+        run.output_dir,
+        plans,
+        batches=None if samples is None else max(1, samples // (train.micro_batch_size * layout.dp * stages)),
+        batch_size=train.micro_batch_size,
+        layout=run.parallel,
+        world_size=layout.world_size,
+    ).results
+    for result in results:
+        text = "%s under %s: loss %.4f, %.3f bits per byte, %.1f %% attention"
+        log.info(text, result.dataset, result.plan, result.loss, result.bits_per_byte, 100 * result.attention_share)
+    if parallel.is_main_rank():
+        file = MetricsFile(metrics)
+        file.on_start(run, iteration)
+        file.on_evaluation(iteration, results)
+        file.on_end()
+
+
+def _serves(path: Path, checkpoint: Path, options: RouterConfig) -> bool:
+    """Whether a router is of this checkpoint and was trained with these options."""
+    from oryx_megatron.hf.router import is_router, load_router
+
+    if not is_router(path) or path.stat().st_mtime < checkpoint.stat().st_mtime:
+        return False
+    about = load_router(path)[1]
+    return about.get("checkpoint") == checkpoint.name and about.get("options") == dataclasses.asdict(options)
+
+
+def _told_by_main(fact: bool) -> bool:
+    """What the main rank found, on all ranks: others may look at its files too late."""
+    import torch
+
+    facts = [fact]
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(facts)
+    return facts[0]
+
+
+def texts_of(model: LoadedModel, options: RouterConfig) -> Iterator[tuple[str, Any, int]]:
     """`train` and `valid`: this rank's stream of texts, and how many to take of it."""
     from megatron.core import parallel_state
 
@@ -299,7 +366,7 @@ def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, docume
         return placed.info.restore(losses).float().cpu()
 
 
-def fit(router: OryxRouter, gains: Gains, options: RouterOptions, generator: Any) -> None:
+def fit(router: OryxRouter, gains: Gains, options: RouterConfig, generator: Any) -> None:
     """Train a router to predict gains: the mean of what is to come, by which a budget is spent best.
 
     All ranks hold equal weights and average their gradients.

@@ -47,7 +47,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch, score
 from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
-from oryx_megatron.router import Gains, RouterOptions, fit
+from oryx_megatron.router import Gains, RouterConfig, fit
 
 ROUTER_TEXTS, COUNTED = 2048, 8192
 """That a router learns from, and that it only counts."""
@@ -168,7 +168,7 @@ def router_of(training: Training, texts: RetrievalBatch, counted: Tensor, others
     """The product's router, trained on what attention gains in texts, with counts and thresholds from others."""
     gained = torch.from_numpy(np.concatenate([gains(training, part) for part in _split(texts, 256)])).float()
     torch.manual_seed(0)
-    options = RouterOptions(epochs=8, batch_size=32, weight_decay=0.01)  # little to learn by heart here
+    options = RouterConfig(epochs=8, batch_size=32, weight_decay=0.01)  # little to learn by heart here
     router = OryxRouter(RouterShape(training.run.model.vocab_size, table=options.table))
     router.count(counted)
     known = Gains(

@@ -79,7 +79,7 @@ def compare(run: str, out: Path, texts: int, options: dict[str, Any]) -> None:
     from oryx_megatron.hf.router import load_router
 
     begun = time.time()
-    chosen = router.RouterOptions(**options)
+    chosen = router.RouterConfig(**options)
     rows, path = router.train_router(run, chosen, overwrite=True)
     assert path is not None  # one process
     parallel.destroy()

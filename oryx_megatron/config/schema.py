@@ -24,6 +24,7 @@ from oryx_megatron.config.types import (
     PathOrUrl,
     Positive,
     Probability,
+    Size,
 )
 
 RENAMED = {
@@ -388,6 +389,36 @@ class StorageConfig:
     """Seconds between uploads of metrics and events to an output_dir on object storage."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How the router learns which tokens should attend (docs/router.md), once the run has ended."""
+
+    texts: Count = 512
+    """Training texts, each a sample of data.sequence_length."""
+    held_out: Count = 64
+    """Validation texts for thresholds and the table."""
+    epochs: Count = 6
+    """Times that every training text is used."""
+    batch_size: Count = 4
+    """Texts per update and rank."""
+    lr: Positive = 6e-3
+    """Peak learning rate of AdamW; it falls to zero along a cosine."""
+    weight_decay: NotNegative = 1.0
+    """Of AdamW, times the learning rate: gains are noisy, and a router would learn those of its texts by heart."""
+    width: Size = 64
+    """Numbers per token between its layers."""
+    layers: Size = 2
+    """Layers."""
+    heads: Size = 2
+    """Heads of a layer; they divide its width."""
+    table: Annotated[int, Range(ge=0, le=1 << 32)] = 1 << 18
+    """Entries for counts of runs of tokens in training text; 0: a router that counts nothing."""
+    counted: Count = 4
+    """Further training texts per text that are read for these counts alone."""
+    seed: Index = 0
+    """Seeds weights and order."""
+
+
 WeightsKind = Literal["trained", "ema"]
 
 
@@ -442,6 +473,8 @@ class RunConfig:
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation during training."""
+    router: RouterConfig | None = None
+    """Trains the model's router when the run has ended, for `router:R` in evaluation.plans; null: it gets none."""
     faults: FaultsConfig = FaultsConfig()
     """Signals, time limits, bad numbers, hanging and slow ranks."""
     logging: LoggingConfig = LoggingConfig()

@@ -38,8 +38,9 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.config.validate_model import check_model, divisible
-from oryx_megatron.config.validate_modes import check_modes, check_stages
+from oryx_megatron.config.validate_modes import check_modes, check_router, check_stages
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.paths import is_url
 
 FP8_MULTIPLE = 16
@@ -107,7 +108,7 @@ def _check_moments(run: RunConfig) -> None:
             raise ConfigError(f"{name}: {late[0]} is after train.iterations {iterations}")
     if best is not None:
         sets = [*(["valid"] if run.data.split[1] > 0 else []), *run.data.validation]
-        known = [f"{name}/{plan}" for name in sets for plan in run.evaluation.plans]
+        known = [f"{name}/{plan}" for name in sets for plan in run.evaluation.plans if routed_share(plan) is None]
         known += [f"ema/{name}" for name in known] if run.train.ema is not None else []
         if best not in known:
             near = difflib.get_close_matches(best, known, 1)
@@ -526,6 +527,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     check_modes(run)
     check_expert_run(run)
     check_ema(run)
+    check_router(run)
     check_license(run.license)
     try:
         layout = layout_for(run, world_size)

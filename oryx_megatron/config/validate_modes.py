@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from oryx_megatron.config.bounds import check_ranges
 from oryx_megatron.config.plans import layer_plans, parse_runs
-from oryx_megatron.config.schema import MixStage, ModelConfig, ModesConfig, RunConfig
+from oryx_megatron.config.schema import MixStage, ModelConfig, ModesConfig, RouterConfig, RunConfig
 from oryx_megatron.config.validate_model import divisible
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.hf.plans_oryx import routed_share
+from oryx_megatron.paths import is_url
 
 
 def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
@@ -71,9 +74,39 @@ def check_modes(run: RunConfig) -> None:
     if modes.layer_groups > model.num_layers and any(stage.p_layers for _, stage in stages):
         raise ConfigError(f"modes.layer_groups: {modes.layer_groups} is more than model.num_layers {model.num_layers}")
     for i, spec in enumerate(run.evaluation.plans):
-        _check_plan(f"evaluation.plans[{i}]", spec, model, modes, length)
+        name = f"evaluation.plans[{i}]"
+        try:
+            routed = routed_share(spec) is not None
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        if not routed:
+            _check_plan(name, spec, model, modes, length)
+        elif run.router is None:
+            raise ConfigError(
+                f"{name}: `{spec}` needs a router: set `router: {{}}`, which trains one when the run has ended; where "
+                "there is one, use `oryx eval perplexity RUN --plans router:R`"
+            )
     if len(set(run.evaluation.plans)) != len(run.evaluation.plans):
         raise ConfigError(f"evaluation.plans: a plan is given twice in {', '.join(run.evaluation.plans)}")
+
+
+def check_router_sizes(router: RouterConfig) -> None:
+    """Sizes of a router within their bounds, its width divisible over the heads; ConfigError names the field."""
+    check_ranges(router, "router")
+    divisible("router.width", router.width, f"router.heads {router.heads}", router.heads)
+
+
+def check_router(run: RunConfig) -> None:
+    """A run that trains a router has both modes, texts for it, and a folder for it; ConfigError names the field."""
+    if run.router is None:
+        return
+    check_router_sizes(run.router)
+    if not run.model.takes_plans:
+        raise ConfigError(f"router: no layer of model {run.model.name} reads a mode plan: remove it")
+    if not run.data.split[1]:
+        raise ConfigError(f"router: needs validation texts; data.split {list(run.data.split)} leaves none")
+    if is_url(run.output_dir):
+        raise ConfigError(f"router: output_dir {run.output_dir} is not on this machine; remove `router`")
 
 
 def check_stages(name: str, starts: list[int], iterations: int) -> None:

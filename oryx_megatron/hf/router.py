@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import CheckpointError, first_line
@@ -24,7 +24,7 @@ def save_router(router: OryxRouter, path: Path, about: Mapping[str, Any]) -> Non
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in router.state_dict().items()}
     metadata = {"format": FORMAT, "shape": json.dumps(router.shape.to_dict()), "about": json.dumps(dict(about))}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(save(tensors, metadata=metadata))  # save_file hides it from other users
 
 
 def is_router(path: Path) -> bool:

@@ -16,6 +16,7 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend
 from oryx_megatron.data.tokenizer import Tokenizer
+from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.modes import Plan, plan_for
 from oryx_megatron.train.batches import TOKEN_MODES, TextPlan, evaluation_batches, open_stream, position_bounds
 from oryx_megatron.train.step import REPORTED, Totals, forward_backward
@@ -68,23 +69,25 @@ def evaluate(
     """Evaluate every dataset under every plan on the same `evaluation.batches` global batches (null: on all).
 
     Args:
-        run: The run's config; `plans` replaces its evaluation.plans.
+        run: The run's config.
         layout: How ranks are used.
         chunks: Model chunks of this rank; put into eval mode and back.
         datasets: Validation sets by name.
         tokenizer: For the bytes behind each token.
         data_rank: Data-parallel rank of this process.
-        plans: Plan specs.
+        plans: Plan specs; default those of the run's evaluation.plans that need no router.
         progress: Called after every global batch.
         text_plans: Of the specs whose plan depends on the text, e.g. `router:R`.
         averaged: Engine.averaged; the losses of that average come beside those of the weights.
     """
     token_bytes = tokenizer.token_bytes()
+    if plans is None:  # a router is trained when the run has ended
+        plans = tuple(spec for spec in run.evaluation.plans if routed_share(spec) is None)
     length, size, layers = run.data.sequence_length, run.modes.chunk, run.model.reads_plans
 
     def losses() -> Iterator[Evaluation]:
         for name, dataset in datasets.items():
-            for spec in plans or run.evaluation.plans:
+            for spec in plans:
                 plan = (text_plans or {}).get(spec) or plan_for(layers, spec, length, chunk=size)
                 totals, share = _run(run, layout, chunks, dataset, tokenizer, token_bytes, plan, data_rank, progress)
                 bits = totals.loss / math.log(2) / totals.text_bytes if totals.text_bytes else math.nan

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from oryx_megatron import parallel, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.train import lock, signals
 
 
-def fit(run: RunConfig, layout: Layout, stop: signals.StopRequest | None = None) -> signals.Stop | None:
+def fit(
+    run: RunConfig,
+    layout: Layout,
+    stop: signals.StopRequest | None = None,
+    after: Callable[[RunConfig, Layout], None] | None = None,
+) -> signals.Stop | None:
     """Train, or resume, until the run ends; None at its end, else where and why it stopped.
 
     Args:
         run: Validated config.
         layout: From `validate(run, world_size)`.
         stop: Takes signals while the run is under way; None leaves them to the caller.
+        after: Called at the end of the run, on all ranks, which are in one process group still.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: see `Trainer`.
@@ -28,9 +36,14 @@ def fit(run: RunConfig, layout: Layout, stop: signals.StopRequest | None = None)
         from oryx_megatron.train.trainer import Trainer
 
         try:
-            return Trainer(run, layout, stop=stop).fit()
+            stopped = Trainer(run, layout, stop=stop).fit()
         finally:
             lock.release()
+        if stopped is None and after is not None:
+            if stop is not None:
+                stop.restore()
+            after(run, layout)
+        return stopped
     finally:
         parallel.destroy()
         if stop is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 from oryx_megatron import router
+from oryx_megatron.checkpoint import find_checkpoint, read_manifest
+from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ParallelConfig
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.eval.routed import Plans
@@ -20,9 +24,11 @@ from oryx_megatron.hf.convert import export, import_
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.router import NAME, load_router
 from oryx_megatron.testing import run_distributed
+from oryx_megatron.train.session import fit
 
+RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 SPEC = "router:0.3"
-OPTIONS = router.RouterOptions(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
+OPTIONS = router.RouterConfig(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
 LAYOUTS = (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2))
 
 
@@ -45,13 +51,36 @@ def train_and_evaluate(run: Path) -> dict[str, Any]:
     return {"rows": [(row.plan, row.share, row.loss) for row in rows], "path": path, "found": found}
 
 
+def train_again(run: Path) -> list[str]:
+    """A run that has ended, under its own layout, whose config asks for a router; its log."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("oryx_megatron").setLevel(logging.INFO)
+    logging.getLogger().addHandler(kept := Kept())
+    config = read_manifest(find_checkpoint(run)).run()
+    evaluation = dataclasses.replace(config.evaluation, plans=("recurrent", SPEC), batches=2)
+    config = dataclasses.replace(config, output_dir=str(run), router=OPTIONS, evaluation=evaluation)
+    assert fit(config, validate(config, 2), after=router.recipe(config)) is None
+    return kept.lines
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def decode(run: Path) -> dict[str, Any]:
     """One rank: validation texts token by token, each decision before the layers see the token; a text written."""
     warnings.simplefilter("ignore")
     from oryx_megatron.eval.generation import generate, load_for_inference, logits_of
 
     model = load_for_inference(run)
-    held = router.RouterOptions(texts=1, held_out=4, width=16)
+    held = router.RouterConfig(texts=1, held_out=4, width=16)
     streams = router.texts_of(model, held)
     next(streams)
     _, stream, count = next(streams)
@@ -88,6 +117,37 @@ def test_a_run_gets_a_router(trained: tuple[Path, list[dict[str, Any]]]) -> None
     assert made.shape.width == 16
     assert about["held_out"][0]["plan"] == "attention"
     assert {"iteration", "checkpoint", "options"} < set(about)
+
+
+def test_a_run_that_asks_for_a_router(
+    trained: tuple[Path, list[dict[str, Any]]], hf_project: Path, tmp_path: Path
+) -> None:
+    """Trained once when the run has ended, as the command does it; its plans are evaluated then, once."""
+    run = tmp_path / "run"
+    shutil.copytree(hf_project.parent / "gdn tp2", run)
+    (lines, _), (again, _) = (run_distributed(train_again, 2, run) for _ in range(2))
+    made, about = load_router(run / NAME)
+    by_hand, of_hand = load_router(trained[0] / NAME)
+    assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), by_hand.state_dict().values()))
+    assert about == of_hand
+    assert sum("router: epoch 2 of 2" in line for line in lines) == 1
+    assert sum(line.startswith("router: router:0.1 ") for line in lines) == 1
+    assert f"router: {run}/{NAME} is of this checkpoint already" in again
+    assert not any("router: epoch" in line or SPEC in line for line in again)
+    lines_of = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (found,) = (line for line in lines_of if line.get("plan") == SPEC)
+    assert (found["kind"], found["iteration"]) == ("evaluation", about["iteration"])
+    assert 0 < found["attention_share"] < 1
+    assert f"valid under {SPEC}: loss {found['loss']:.4f}, " in "\n".join(lines)
+
+
+def test_what_a_recipe_refuses(tmp_path: Path) -> None:
+    config = load_run(RUNS / "quickstart.yaml", ["router={}", f"output_dir={tmp_path}"])
+    assert router.recipe(config) is not None
+    assert router.recipe(dataclasses.replace(config, router=None)) is None
+    (tmp_path / NAME).write_text("mine")
+    with pytest.raises(DataError, match=f"{tmp_path}/{NAME} exists and is not an earlier output"):
+        router.recipe(config)  # before the run begins
 
 
 def test_one_pass_is_what_decoding_does(trained: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -24,7 +24,7 @@ from oryx_megatron.hf.router_oryx import (
     next_repetitions,
     repetitions,
 )
-from oryx_megatron.router import Gains, RouterOptions, fit
+from oryx_megatron.router import Gains, RouterConfig, fit, main
 
 VOCABULARY = 97
 
@@ -198,7 +198,7 @@ def test_it_learns_where_attention_gains() -> None:
     counted = torch.ones_like(again)
     torch.manual_seed(0)
     made = OryxRouter(RouterShape(VOCABULARY, 32, 2, 2))
-    options = RouterOptions(epochs=16, batch_size=16, lr=1e-2)
+    options = RouterConfig(epochs=16, batch_size=16, lr=1e-2)
     known = Gains(tokens, gains, counted, torch.zeros(2, *gains.shape), tokens)
     fit(made, known, options, torch.Generator().manual_seed(0))
     fresh, there = repeats(32, 7)
@@ -252,12 +252,13 @@ def test_routed_share(spec: str, share: float | None) -> None:
     assert routed_share(spec) == share
 
 
-def test_wrong_options() -> None:
-    with pytest.raises(ConfigError, match="--width: 33 should be a multiple of --heads 2"):
-        RouterOptions(width=33)
-    with pytest.raises(ConfigError, match="--held-out: 0 should be at least 1"):
-        RouterOptions(held_out=0)
-    with pytest.raises(ConfigError, match="--lr: nan should be above 0"):
-        RouterOptions(lr=math.nan)
-    with pytest.raises(ConfigError, match="--weight-decay: -1 should be at least 0"):
-        RouterOptions(weight_decay=-1.0)
+def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, told in (
+        (["--width", "33"], "--width 33 is not divisible by --heads 2; use 32 or 34"),
+        (["--held-out", "0"], "--held-out: 0 should be above 0"),
+        (["--lr", "nan"], "--lr: nan should be above 0 and finite"),
+        (["--weight-decay", "-1"], "--weight-decay: -1.0 should not be negative"),
+        (["--table", "-1"], "--table: -1 should "),
+    ):
+        assert main(["/nowhere", *options]) == 2
+        assert f"error: {told}" in capsys.readouterr().err
