@@ -30,13 +30,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Mamba2Conf
 
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.config.schema import ModelConfig, RouterConfig
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.fields import to_hf_config
 from oryx_megatron.hf.modeling_oryx import OryxCache, OryxDecoder, OryxForCausalLM, plan_mask
 from oryx_megatron.hf.router_oryx import RouterShape, RouterSteps
-from oryx_megatron.router import RouterConfig
 
 WARM = 4
 """Steps of each kind before the clock: two as they are, one to record the graph, one to replay it."""

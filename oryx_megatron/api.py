@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from oryx_megatron import ranks, router
+from oryx_megatron import ranks
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig, WeightsKind
 from oryx_megatron.modes import ModePlan
@@ -60,6 +60,7 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
         ConfigError, DataError, CheckpointError, TrainingError: what the run's own command would print.
     """
     from oryx_megatron.errors import ConfigError
+    from oryx_megatron.eval.router_training import recipe
     from oryx_megatron.train.remote import run_folder
     from oryx_megatron.train.session import fit
 
@@ -67,7 +68,7 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
         run = load_run(run, overrides)
     elif overrides:
         raise ConfigError("train: overrides go to load_run, or with the path of a config")
-    stopped = fit(run, validate(run, ranks.world_size()), after=router.recipe(run))
+    stopped = fit(run, validate(run, ranks.world_size()), after=recipe(run))
     last = run.train.iterations if run.train.exit_after is None else min(run.train.exit_after, run.train.iterations)
     return Trained(
         run_folder(run),

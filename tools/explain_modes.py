@@ -95,8 +95,8 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
 
     from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
+    from oryx_megatron.eval.router_training import losses_of
     from oryx_megatron.modes import Mode, ModePlan, Plan
-    from oryx_megatron.router import losses_of
 
     model = load_for_inference(checkpoint)
     if not model.run.model.takes_plans:

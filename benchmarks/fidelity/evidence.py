@@ -46,7 +46,7 @@ from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError, OryxError
-from oryx_megatron.router import TOKENS
+from oryx_megatron.eval.router_training import TOKENS
 
 HERE = Path(__file__).resolve().parent
 SUMMARY_SECONDS = 35.0

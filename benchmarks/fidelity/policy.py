@@ -43,11 +43,12 @@ from training import Training
 
 from oryx_megatron import parallel
 from oryx_megatron.cli import main_guard
+from oryx_megatron.config.schema import RouterConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.retrieval import IGNORED, RetrievalBatch, score
+from oryx_megatron.eval.router_training import Gains, fit
 from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
-from oryx_megatron.router import Gains, RouterConfig, fit
 
 ROUTER_TEXTS, COUNTED = 2048, 8192
 """That a router learns from, and that it only counts."""

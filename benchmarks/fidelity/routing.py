@@ -74,7 +74,8 @@ def compare(run: str, out: Path, texts: int, options: dict[str, Any]) -> None:
     """Train the router of a run and write what every policy loses on its validation sets."""
     from text_policies import Sets, policies
 
-    from oryx_megatron import parallel, router
+    from oryx_megatron import parallel
+    from oryx_megatron.eval import router_training as router
     from oryx_megatron.eval.generation import load_for_inference
     from oryx_megatron.hf.router import load_router
 

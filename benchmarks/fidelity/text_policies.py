@@ -20,10 +20,10 @@ from oryx_megatron.data.loader import build_datasets
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
+from oryx_megatron.eval.router_training import CLIP, TOKENS, losses_of
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
-from oryx_megatron.router import CLIP, TOKENS, losses_of
 
 REST = "held-out"
 """The set of a run that names none."""

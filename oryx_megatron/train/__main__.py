@@ -11,7 +11,7 @@ import sys
 import textwrap
 import warnings
 
-from oryx_megatron import ranks, router
+from oryx_megatron import ranks
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.batch_sizes import SampleCount
@@ -62,21 +62,23 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     launch = ranks.read()
     stop = StopRequest(main=launch is None or launch.rank == 0)
+    from oryx_megatron.eval.router_training import recipe
     from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
 
-    return 0 if fit(run, layout, stop, router.recipe(run)) is None else exit_code()
+    return 0 if fit(run, layout, stop, recipe(run)) is None else exit_code()
 
 
 def _dry_run(run: RunConfig, layout: Layout) -> None:
     """Open what the run would open, and say what was checked and what was not."""
     _quiet()
-    router.recipe(run)
     from oryx_megatron import platform
 
     platform.install()
+    from oryx_megatron.eval.router_training import recipe
     from oryx_megatron.train import preflight, remote
 
     remote.check(run)
+    recipe(run)
     sys.stdout.write("checked on this machine:\n")
     for checked in preflight.checks(run, layout):
         if not checked.what:

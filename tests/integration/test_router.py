@@ -13,22 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from oryx_megatron import router
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.config import load_run, validate
-from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.config.schema import ParallelConfig, RouterConfig
 from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.eval import router_training
 from oryx_megatron.eval.routed import Plans
 from oryx_megatron.eval.text import load
 from oryx_megatron.hf.convert import export, import_
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 from oryx_megatron.hf.router import NAME, load_router
+from oryx_megatron.router import main
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.train.session import fit
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 SPEC = "router:0.3"
-OPTIONS = router.RouterConfig(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
+OPTIONS = RouterConfig(texts=8, held_out=4, epochs=2, batch_size=2, width=16)
 LAYOUTS = (ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(context=2))
 
 
@@ -39,7 +40,7 @@ def train_and_evaluate(run: Path) -> dict[str, Any]:
 
     from oryx_megatron.eval.perplexity import evaluate_checkpoint
 
-    rows, path = router.train_router(run, OPTIONS)
+    rows, path = router_training.train_router(run, OPTIONS)
     parallel_state.destroy_model_parallel()
     found = []
     for layout in LAYOUTS:
@@ -59,7 +60,7 @@ def train_again(run: Path) -> list[str]:
     config = read_manifest(find_checkpoint(run)).run()
     evaluation = dataclasses.replace(config.evaluation, plans=("recurrent", SPEC), batches=2)
     config = dataclasses.replace(config, output_dir=str(run), router=OPTIONS, evaluation=evaluation)
-    assert fit(config, validate(config, 2), after=router.recipe(config)) is None
+    assert fit(config, validate(config, 2), after=router_training.recipe(config)) is None
     return kept.lines
 
 
@@ -80,8 +81,8 @@ def decode(run: Path) -> dict[str, Any]:
     from oryx_megatron.eval.generation import generate, load_for_inference, logits_of
 
     model = load_for_inference(run)
-    held = router.RouterConfig(texts=1, held_out=4, width=16)
-    streams = router.texts_of(model, held)
+    held = RouterConfig(texts=1, held_out=4, width=16)
+    streams = router_training.texts_of(model, held)
     next(streams)
     _, stream, count = next(streams)
     plans = Plans.of_checkpoint(model.folder, model.run.modes.chunk, (SPEC,))
@@ -143,11 +144,11 @@ def test_a_run_that_asks_for_a_router(
 
 def test_what_a_recipe_refuses(tmp_path: Path) -> None:
     config = load_run(RUNS / "quickstart.yaml", ["router={}", f"output_dir={tmp_path}"])
-    assert router.recipe(config) is not None
-    assert router.recipe(dataclasses.replace(config, router=None)) is None
+    assert router_training.recipe(config) is not None
+    assert router_training.recipe(dataclasses.replace(config, router=None)) is None
     (tmp_path / NAME).write_text("mine")
     with pytest.raises(DataError, match=f"{tmp_path}/{NAME} exists and is not an earlier output"):
-        router.recipe(config)  # before the run begins
+        router_training.recipe(config)  # before the run begins
 
 
 def test_one_pass_is_what_decoding_does(trained: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -174,25 +175,29 @@ def test_missing_and_foreign_routers_are_named(
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
     (copied / NAME).write_text("mine")
-    assert router.main([str(copied)]) == 2
+    assert main([str(copied)]) == 2
     assert f"{copied}/{NAME}" in capsys.readouterr().err
     assert (copied / NAME).read_text() == "mine"
     with pytest.raises(DataError):
-        router.train_router(copied, OPTIONS, overwrite=True)
-    assert router.main(["/nowhere"]) == 2
+        router_training.train_router(copied, OPTIONS, overwrite=True)
+    assert main(["/nowhere"]) == 2
     assert "/nowhere does not exist" in capsys.readouterr().err
 
 
 def test_the_table_shows_shares_losses_and_the_gap() -> None:
-    rows = [router.Row("attention", 1.0, 2.0), router.Row("recurrent", 0.0, 3.0), router.Row("router:0.1", 0.1, 2.4)]
-    assert router.table(rows).splitlines() == [
+    rows = [
+        router_training.Row("attention", 1.0, 2.0),
+        router_training.Row("recurrent", 0.0, 3.0),
+        router_training.Row("router:0.1", 0.1, 2.4),
+    ]
+    assert router_training.table(rows).splitlines() == [
         "plan           attention     loss  of the gap",
         "attention         100.0%   2.0000      100.0%",
         "recurrent           0.0%   3.0000        0.0%",
         "router:0.1         10.0%   2.4000       60.0%",
     ]
-    equal = [router.Row("attention", 1.0, 2.0), router.Row("recurrent", 0.0, 2.0)]
-    assert router.table(equal).splitlines()[1].endswith(" -")
+    equal = [router_training.Row("attention", 1.0, 2.0), router_training.Row("recurrent", 0.0, 2.0)]
+    assert router_training.table(equal).splitlines()[1].endswith(" -")
 
 
 def test_it_travels_with_an_export(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from oryx_megatron.config.schema import RouterConfig
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.eval.routed import Plans
+from oryx_megatron.eval.router_training import Gains, fit
 from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.hf.router import NAME, load_router, save_router
 from oryx_megatron.hf.router_oryx import (
@@ -24,7 +26,7 @@ from oryx_megatron.hf.router_oryx import (
     next_repetitions,
     repetitions,
 )
-from oryx_megatron.router import Gains, RouterConfig, fit, main
+from oryx_megatron.router import main
 
 VOCABULARY = 97
 
