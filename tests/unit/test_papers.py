@@ -31,6 +31,15 @@ def test_license() -> None:
     assert set(PROJECT["license-files"]) == {"LICENSE", "NOTICE"}
 
 
+def test_notice_names_every_paper_that_the_code_follows() -> None:
+    number = re.compile(r"(?:arXiv:?\s+|arxiv\.org/abs/)(\d{4}\.\d{4,5})")
+    cited = {
+        paper for path in (ROOT / "oryx_megatron").rglob("*.py") for paper in number.findall(path.read_text("utf-8"))
+    }
+    assert len(cited) > 15
+    assert cited - set(number.findall(text("NOTICE"))) == set()
+
+
 def test_versions_agree() -> None:
     version = oryx_megatron.__version__
     cited = yaml.safe_load(text("CITATION.cff"))
