@@ -117,6 +117,7 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
     run = run_config(case)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     if platform.has_gpu():
+        gc.collect()  # the model before is held by cycles until then, and would count
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with session(run, build=ENGINES.get(case.model, MegatronEngine)) as opened:

@@ -285,7 +285,7 @@ def _table(experiment: ex.Experiment, rows: list[dict[str, Any]]) -> str:
 
 
 def _plot(experiment: ex.Experiment, rows: list[dict[str, Any]], path: Path) -> None:
-    from retrieval import figure
+    from retrieval import figure, legend_below
 
     models = sorted({row["model"] for row in rows})
 
@@ -308,7 +308,7 @@ def _plot(experiment: ex.Experiment, rows: list[dict[str, Any]], path: Path) -> 
             axes.set_xlim(-0.003, 1.3)
             axes.set_xticks([0, 0.02, 0.05, 0.1, 0.2, 0.4, 1], ["0", "2 %", "5 %", "10 %", "20 %", "40 %", "all"])
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, loc="lower right")
+            legend_below(axes)
         panels[0].set_ylabel("answers found")
 
     figure(path, len(models), draw)

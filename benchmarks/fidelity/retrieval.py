@@ -238,6 +238,11 @@ def _share(outcome: ex.Outcome, plan: str) -> float:
     return next(cell["attention_share"] for cell in outcome.cells if cell["plan"] == plan)
 
 
+def legend_below(axes: Any, columns: int = 4) -> None:
+    """Names of the curves, outside of the data."""
+    axes.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+
+
 def figure(path: Path, columns: int, draw: Any) -> None:
     from matplotlib.figure import Figure
 
@@ -278,7 +283,7 @@ def plot_accuracy(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], pa
             axes.set(title=f"{experiment.name}: {oryx}", xlabel=f"share of attention tokens (of {length})")
             axes.set_ylim(-0.03, 1.05)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            legend_below(axes)
         panels[0].set_ylabel("answers found")
 
     figure(path, 2, draw)
@@ -302,7 +307,7 @@ def plot_pairs(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path:
         panels[0].set(title=experiment.name, ylabel="answers found", ylim=(-0.03, 1.05))
         panels[0].set_xlabel("needles" if kind == "needle" else "key-value pairs")
         panels[0].grid(alpha=0.3)
-        panels[0].legend(fontsize=6)
+        legend_below(panels[0], 2)
 
     figure(path, 1, draw)
 
@@ -331,7 +336,7 @@ def plot_curves(experiment: ex.Experiment, by: dict[str, list[ex.Outcome]], path
         panels[0].set(title=experiment.name, xlabel="iteration", ylabel="answers found", ylim=(-0.03, 1.05))
         panels[0].grid(alpha=0.3)
         if panels[0].get_legend_handles_labels()[0]:
-            panels[0].legend(fontsize=7)
+            legend_below(panels[0], 2)
 
     figure(path, 1, draw)
 

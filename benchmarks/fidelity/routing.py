@@ -253,7 +253,7 @@ def _csv(results: list[dict[str, Any]]) -> str:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Bits per byte against the share of attention tokens: a panel per model, lines of means over seeds."""
-    from retrieval import figure
+    from retrieval import figure, legend_below
 
     models = list(dict.fromkeys(result["model"] for result in results))
 
@@ -285,7 +285,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             shares = sorted(SHARES)
             axes.set_xticks([0, *shares, 1], ["0", *(f"{share:.0%}" for share in shares), "all"])
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+            legend_below(axes)
         panels[0].set_ylabel("bits per byte")
 
     figure(path, len(models), draw)
