@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from oryx_megatron import compat
+from oryx_megatron.arch import moment_bytes, parameter_counts
 from oryx_megatron.checkpoint import whole
 from oryx_megatron.config.schema import MoEConfig, ParallelConfig, PrecisionConfig, RunConfig
 from oryx_megatron.model.experts import routers
@@ -226,7 +227,9 @@ def test_each_state_of_muon_is_on_one_rank(trained: dict[str, Any]) -> None:
         assert fullest < 1.3 * everything / ranks, name
         if "tensor" not in layout and "pipeline" not in layout:  # vectors have copies, and tied tables
             sums.add(everything)
-    assert len(sums) == 1
+    (everything,) = sums
+    model = _run("muon", {}).model
+    assert everything == pytest.approx(4 * parameter_counts(model).total + moment_bytes(model, "muon"), rel=0.03)
 
 
 def test_a_dropped_step_leaves_no_trace_in_the_biases(trained: dict[str, Any]) -> None:

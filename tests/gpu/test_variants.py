@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn": {"model__rope_scaling": YARN},
     "soft-cap and z-loss": {"model__logit_softcap": 20.0, "train__z_loss": 1e-3},
     "muon": {"optimizer": OptimizerConfig(name="muon", lr=1e-3)},
+    "muon, experts": {"model__moe": EXPERTS, "optimizer": OptimizerConfig(name="muon", lr=1e-3)},
     "documents": {"data__documents": "isolated"},
     "multi-token prediction": {"model__mtp": MTPConfig(layers=2)},
     "FP8 weights": {"precision": PrecisionConfig(fp8="tensorwise", fp8_params=True)},

@@ -292,6 +292,21 @@ def test_muon_with_experts() -> None:
         assert found == pytest.approx(max(dense, table) + max(8 * experts / ranks, first))
 
 
+@pytest.mark.parametrize(
+    ("model", "means", "with_masters"),
+    [("1.4b-gdn", "52%", "68%"), ("tiny-gdn", "69%", "79%"), ("7b-a1b-gdn-moe", "50%", "67%")],
+)
+def test_plan_prints_what_muon_saves(model: str, means: str, with_masters: str) -> None:
+    """Half of AdamW's means but for tables, which are a third of a tiny model; settings that a run takes."""
+    done = _tool(model, "--gpus", "8", "--sequence", "2048", "--batch", "64", "--muon")
+    text = " ".join(done.stdout.split())
+    assert f", {means} of AdamW's " in text
+    assert f", {with_masters} of " in text.split("fp32 masters")[1]
+    assert "optimizer.name=muon" in text
+    refused = _tool(model, "--gpus", "8", "--sequence", "2048", "--batch", "64", "--muon", "--cpu-offload")
+    assert refused.stderr == "error: --muon: not with --cpu-offload; use AdamW\n"
+
+
 def test_gates_of_idle_recurrence_cost_nothing() -> None:
     model = load_model("1.4b-gdn")
     layout = layout_of(model, Work(4096, 8), ParallelConfig(context=2), 1, 8)
