@@ -66,6 +66,8 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     left_out = _left_out(parts)
     if (lost := add_lost([(part.manifest or {}).get("lost") for part in parts])) is not None:
         counts["lost"] = lost
+    if unknown := sum((part.manifest or {}).get("unknown", 0) for part in parts):
+        counts["unknown"] = unknown
     with IndexedWriter(output, _vocabulary(first), overwrite=overwrite, dtype=first.index.dtype) as writer:
         for part in parts:
             _copy(part, writer, 0, part.documents)

@@ -109,6 +109,11 @@ def preprocess(
             "tokenizer %s: %s characters of %s documents got no token and are lost (%s); train one with byte fallback",
             job.tokenizer, f"{lost['characters']:,}", f"{lost['documents']:,}", most,
         )  # fmt: skip
+    if unknown := manifest.get("unknown"):
+        log.warning(
+            "tokenizer %s: %s of %s tokens are the unknown token, which stands for what its vocabulary lacks",
+            job.tokenizer, f"{unknown:,}", f"{manifest['tokens']:,}",
+        )  # fmt: skip
     return manifest
 
 
@@ -364,6 +369,8 @@ def _manifest_fields(
     }
     if tokenizer.leaves_out:
         fields["lost"] = summarize_lost(totals.lost, totals.lost_documents)
+    if totals.unknown:
+        fields["unknown"] = totals.unknown
     if job.shard[1] > 1:
         fields |= {"shard": list(job.shard), "corpus": corpus}
     return fields
@@ -401,6 +408,7 @@ def _add(totals: Piece, part: Piece) -> None:
     totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
     totals.lost = dict(Counter(totals.lost) + Counter(part.lost))
     totals.lost_documents += part.lost_documents
+    totals.unknown += part.unknown
     totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 

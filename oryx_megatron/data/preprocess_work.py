@@ -92,6 +92,8 @@ class Piece:
     """Characters without a token, by how often they were lost."""
     lost_documents: int = 0
     """Documents with such characters."""
+    unknown: int = 0
+    """Tokens that stand for what the vocabulary lacks."""
     bad: dict[str, int] = field(default_factory=dict)
     unread: int = 0
     """Input bytes of files that could not be read to their end."""
@@ -302,6 +304,8 @@ class _Worker:
         len_.write(totals.astype("<i8").tobytes())
         part.documents += len(totals)
         part.tokens += len(tokens)
+        if self.tokenizer.unknown_id is not None:
+            part.unknown += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
         part.text_bytes += sum(len(text.data) for text in batch)
         self.counts[2] += len(tokens)
         return left

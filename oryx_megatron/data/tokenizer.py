@@ -89,6 +89,8 @@ class Tokenizer(ABC):
     """It reads every text as if a space stood before it."""
     leaves_out: bool = False
     """Characters that its vocabulary lacks get no token, and nothing says so."""
+    unknown_id: int | None = None
+    """Id that stands for whatever its vocabulary lacks; None: there is none."""
     splittable: bool = False
     """A text may be cut in `letter space letter` before the space: the parts' tokens are the whole's."""
 
@@ -171,6 +173,7 @@ class SentencePieceTokenizer(Tokenizer):
             wanted = "an end-of-sequence piece" if eod is None else f"the piece {eod!r}"
             raise DataError(f"{folder}: the vocabulary lacks {wanted} to end documents; set `eod` in {MANIFEST}")
         self.dummy_prefix, self.splittable = self._spaces()
+        self.unknown_id = self.processor.unk_id() if self.processor.unk_id() >= 0 else None
 
     def proto(self) -> tuple[Any, Any]:
         """The model as its protocol buffer message, and the module with the schema."""
@@ -241,6 +244,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.before, self.after = self._template(path)
         self.splittable = self.known and _is_splittable(config)
         self.leaves_out = _leaves_out(config, vocabulary)
+        model = config["model"]
+        self.unknown_id = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
 
     def _template(self, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The special tokens the post-processor puts around a text."""

@@ -313,6 +313,9 @@ def test_characters_without_a_token_are_told(tmp_path: Path, kind: str, caplog: 
     most = {"bpe": {"z": 2, "é": 1}, "few bytes": {" ": 2, "z": 2, "é": 1}}.get(kind)
     counted = None if most is None else {"characters": sum(most.values()), "documents": 2, "most": most}
     assert manifest.get("lost") == counted
+    # One for each letter that it lacks, and an end for each document.
+    assert manifest.get("unknown") == (3 if kind == "unknown" else None)
+    assert (f"3 of {manifest['tokens']} tokens are the unknown token" in caplog.text) == (kind == "unknown")
     end = (
         f"{counted['characters']} characters of 2 documents got no token and are lost (" if counted else "got no token"
     )
