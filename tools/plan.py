@@ -131,6 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(
             "precision.fp8: mxfp8 has not been measured; planned with blockwise FP8's times on a Hopper GPU\n"
         )
+    if model.moe is not None:
+        sys.stderr.write(
+            "model.moe: experts are launched, and what the host needs for them is not counted: one H100 was 2.7\n"
+            "times slower with 64 of them (docs/performance.md); measure with benchmarks/layouts.py\n"
+        )
     work = Work(
         a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
     )

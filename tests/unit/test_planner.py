@@ -393,6 +393,12 @@ def test_recipes_without_a_measurement_say_so(field: str, told: str, tmp_path: P
     assert capsys.readouterr().err == told
 
 
+def test_experts_are_planned_without_the_host(capsys: Any) -> None:
+    arguments = ["tiny-gdn-moe", "--gpus", "1", "--sequence", "64", "--batch", "8", "--json"]
+    assert plan_tool.main(arguments) == 0
+    assert capsys.readouterr().err.startswith("model.moe: experts are launched, and what the host needs for them is")
+
+
 def test_the_recipes_table(capsys: pytest.CaptureFixture[str]) -> None:
     """docs/recipes/1.4b.md shows what its command prints; bytes are by hand."""
     page = (ROOT / "docs/recipes/1.4b.md").read_text(encoding="utf-8")
