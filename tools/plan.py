@@ -127,6 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
     how: dict[str, Any] = {"graphs": not a.launched, "fp8": a.fp8 or "none"}
+    work = Work(
+        a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
+    )
+    if a.muon and a.cpu_offload:
+        raise ConfigError("--muon: not with --cpu-offload; use AdamW")
     if a.fp8 == "mxfp8":
         sys.stderr.write(
             "precision.fp8: mxfp8 has not been measured; planned with blockwise FP8's times on a Hopper GPU\n"
@@ -136,11 +141,6 @@ def main(argv: list[str] | None = None) -> int:
             "model.moe: experts are launched, and what the host needs for them is not counted: one H100 was 2.7\n"
             "times slower with 64 of them (docs/performance.md); measure with benchmarks/layouts.py\n"
         )
-    work = Work(
-        a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
-    )
-    if a.muon and a.cpu_offload:
-        raise ConfigError("--muon: not with --cpu-offload; use AdamW")
     found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:
         plain = [_plain(e, work) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
