@@ -25,6 +25,8 @@ from oryx_megatron.cli import Parser, main_guard, text_of
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments
 
+SOME = 2
+"""Kind (`Plan.kinds`) of a token that attends in some layers."""
 FULL = 4.0
 """Nats at which a colour is at its strongest."""
 
@@ -116,14 +118,15 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
     losses = {name: losses_of(model, ids[None], labels[None], of)[0, :-1] for name, of in plans.items()}
     gains = [*(losses["recurrent"] - losses["attention"]).tolist(), None]  # nothing follows the last token
     attends = plans["plan"].anywhere.is_attention().tolist()
+    layers = plans["plan"].kinds() == SOME
     pieces = _pieces(spoken, ids.tolist())
     return {
         "plan": plan,
         "attention_share": plans["plan"].attention_share,
         "loss": {name: float(loss.double().mean()) for name, loss in losses.items()},
         "tokens": [
-            {"id": token, "text": piece, "attends": attend, "gain": gain}
-            for token, piece, attend, gain in zip(ids.tolist(), pieces, attends, gains)
+            {"id": token, "text": piece, "attends": attend, "in_some_layers": some, "gain": gain}
+            for token, piece, attend, some, gain in zip(ids.tolist(), pieces, attends, layers.tolist(), gains)
         ],
     }
 
@@ -145,10 +148,12 @@ def page(found: dict[str, Any], name: str) -> str:
     spans = []
     for token in found["tokens"]:
         gain = token["gain"]
-        shown = html.escape(token["text"]).replace("\n", "↵<br>\n")
+        shown = html.escape(token["text"]).replace("\n", "↵\n")
         what = "the last token" if gain is None else f"gain {gain:+.2f} nats"
         mode = "attention" if token["attends"] else "recurrent"
-        classes = ' class="a"' if token["attends"] else ""
+        mode += " in some layers" if token["in_some_layers"] else ""
+        kind = "s" if token["in_some_layers"] else "a"
+        classes = f' class="{kind}"' if token["attends"] else ""
         spans.append(f'<span{classes} style="background:{_colour(gain)}" title="{mode}, {what}">{shown or "·"}</span>')
     loss = found["loss"]
     return f"""<!DOCTYPE html>
@@ -158,12 +163,13 @@ def page(found: dict[str, Any], name: str) -> str:
 body {{ font: 15px/1.9 ui-monospace, monospace; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
 span {{ border-radius: 3px; white-space: pre-wrap }}
 .a {{ box-shadow: inset 0 0 0 1.5px #1a1a1a }}
+.s {{ outline: 1.5px dashed #1a1a1a; outline-offset: -1.5px }}
 p {{ font-family: system-ui, sans-serif; line-height: 1.5 }}
 </style></head><body>
 <p><b>{html.escape(name)}</b> under <b>{html.escape(found["plan"])}</b>:
 {found["attention_share"]:.1%} of the tokens in attention mode.
 Loss {loss["plan"]:.4f}; all attention {loss["attention"]:.4f}, all recurrent {loss["recurrent"]:.4f}.</p>
-<p><span class="a">&nbsp;framed&nbsp;</span> attends.
+<p><span class="a">&nbsp;framed&nbsp;</span> attends, <span class="s">&nbsp;dashed&nbsp;</span> in some layers.
 <span style="background:{_colour(FULL)}">&nbsp;red&nbsp;</span> attention predicts the next token better,
 <span style="background:{_colour(-FULL)}">&nbsp;blue&nbsp;</span> recurrence does.
 Hold the pointer over a token for its gain.</p>

@@ -14,7 +14,7 @@ from torch import Tensor
 from oryx_megatron import platform
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.plans_oryx import routed_share
-from oryx_megatron.hf.router import load_router, router_of
+from oryx_megatron.hf.router import load_router_of, router_of
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.modes import ModePlan, Plan, plan_for
 
@@ -38,7 +38,7 @@ class Plans:
         path = router_of(checkpoint)
         if not path.is_file():
             raise ConfigError(f"plan {routed[0]}: {path} is missing; train a router: oryx router {path.parent}")
-        router, _ = load_router(path)
+        router, _ = load_router_of(checkpoint)
         return cls(chunk, router.to(platform.device()), tuple(layers))
 
     @classmethod

@@ -81,7 +81,7 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
     from oryx_megatron.checkpoint import find_checkpoint
     from oryx_megatron.data.files import check_output
     from oryx_megatron.eval.generation import load_for_inference
-    from oryx_megatron.hf.router import is_router, router_of, save_router
+    from oryx_megatron.hf.router import facts_of, is_router, router_of, save_router
     from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 
     path = router_of(find_checkpoint(run))
@@ -117,6 +117,7 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
     about = {
         "checkpoint": model.folder.name,
         "iteration": model.manifest.iteration,
+        **facts_of(model.manifest),
         "options": dataclasses.asdict(options),
         "held_out": [dataclasses.asdict(row) for row in rows],
     }

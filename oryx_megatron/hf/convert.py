@@ -36,7 +36,7 @@ from oryx_megatron.hf.folders import MANIFEST, ROUTER, Weights, hf_model_type, h
 from oryx_megatron.hf.llama import open_llama
 from oryx_megatron.hf.portable import portable, train_alike
 from oryx_megatron.hf.router import NAME as ROUTER_FILE
-from oryx_megatron.hf.router import load_router, router_of, save_router
+from oryx_megatron.hf.router import load_router_of, router_of, save_router
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.hf.tables import (
     EXTRA_STATE,
@@ -126,7 +126,7 @@ def export(
         log.warning("no license is set: the model card names none; set `license` in the run config, or use --license")
     model = run.model
     used_tokenizer = _tokenizer_of(run, manifest, tokenizer) if with_tokenizer else None
-    router = _router_of(source, manifest, model)
+    router = _router_of(source, manifest)
     longest = _longest(run)
     config = to_hf_config(
         model,
@@ -244,13 +244,11 @@ def model_files() -> list[Path]:
     return sorted(map(Path, {model, *get_relative_import_files(model)}))
 
 
-def _router_of(source: Path, manifest: Manifest, model: ModelConfig) -> OryxRouter | None:
+def _router_of(source: Path, manifest: Manifest) -> OryxRouter | None:
     """The router that was trained for a run, if one was."""
     if not (path := router_of(source)).is_file():
         return None
-    router, about = load_router(path)
-    if router.shape.vocab_size != model.vocab_size:
-        raise ConversionError(f"{path} is for a vocabulary of {router.shape.vocab_size}, not {model.vocab_size}")
+    router, about = load_router_of(source)
     if about.get("iteration") != manifest.iteration:
         log.warning("%s was trained at step %s, this is step %d", path, about.get("iteration"), manifest.iteration)
     return router

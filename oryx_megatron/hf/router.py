@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from oryx_megatron.checkpoint import Manifest, read_manifest
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import CheckpointError, first_line
 from oryx_megatron.hf.router_oryx import OryxRouter, shape_of
@@ -48,6 +49,33 @@ def load_router(path: Path) -> tuple[OryxRouter, dict[str, Any]]:
             return router.eval(), json.loads(metadata["about"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged router ({first_line(error)}); train it again") from error
+
+
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """What a router's `about` holds of the model that it is for."""
+    model = manifest.run().model
+    known = {name: getattr(model, name) for name in ("mixer", "num_layers", "hidden_size")}
+    return {"model": known, "tokenizer": manifest.tokenizer["fingerprint"]}
+
+
+def load_router_of(checkpoint: Path) -> tuple[OryxRouter, dict[str, Any]]:
+    """The router of a checkpoint, as `load_router`. CheckpointError for that of another model too."""
+    path, manifest = router_of(checkpoint), read_manifest(checkpoint)
+    router, about = load_router(path)
+    facts, model = facts_of(manifest), manifest.run().model
+    apart = [
+        f"{name} {about['model'].get(name)}, not {value}"
+        for name, value in facts["model"].items()
+        if "model" in about and about["model"].get(name) != value
+    ]
+    if about.get("tokenizer", facts["tokenizer"]) != facts["tokenizer"]:
+        apart.append("another tokenizer")
+    if router.shape.vocab_size != model.vocab_size:
+        apart.append(f"vocab_size {router.shape.vocab_size}, not {model.vocab_size}")
+    if apart:
+        again = f"train this one's: oryx router {path.parent} --overwrite"
+        raise CheckpointError(f"{path} is the router of another model ({'; '.join(apart)}); {again}")
+    return router, about
 
 
 def router_of(checkpoint: Path) -> Path:

@@ -16,13 +16,14 @@ import torch
 from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ParallelConfig, RouterConfig
-from oryx_megatron.errors import ConfigError, DataError
+from oryx_megatron.errors import CheckpointError, ConfigError, DataError
 from oryx_megatron.eval import router_training
 from oryx_megatron.eval.routed import Plans
 from oryx_megatron.eval.text import load
 from oryx_megatron.hf.convert import export, import_
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
-from oryx_megatron.hf.router import NAME, load_router
+from oryx_megatron.hf.router import NAME, load_router, save_router
+from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.router import main
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.train.session import fit
@@ -184,6 +185,35 @@ def test_missing_and_foreign_routers_are_named(
     assert "/nowhere does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda about: about | {"model": about["model"] | {"num_layers": 99}}, r"num_layers 99, not \d+"),
+        (lambda about: about | {"tokenizer": "0" * 64}, "another tokenizer"),
+        (None, r"vocab_size 77, not \d+"),
+    ],
+)
+def test_a_router_of_another_model(
+    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path, change: Any, told: str
+) -> None:
+    """Named wherever it would be used; the same without what older ones do not say."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    made, about = load_router(run / NAME)
+    found = sorted((run / "checkpoints").iterdir())[-1]
+    save_router(made, run / NAME, {name: about[name] for name in ("checkpoint", "iteration")})
+    assert Plans.of_checkpoint(found, 8, (SPEC,)).router is not None
+    if change is None:
+        made, change = OryxRouter(dataclasses.replace(made.shape, vocab_size=77)), dict
+    save_router(made, run / NAME, change(about))
+    for use in (lambda: Plans.of_checkpoint(found, 8, (SPEC,)), lambda: export(run, tmp_path / "hf")):
+        with pytest.raises(
+            CheckpointError, match=rf"{run}/{NAME} is the router of another model \({told}\); train this"
+        ):
+            use()
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_table_shows_shares_losses_and_the_gap() -> None:
     rows = [
         router_training.Row("attention", 1.0, 2.0),
@@ -231,6 +261,8 @@ def explained(run: Path, folder: Path) -> list[int]:
     common = [str(run), str(text), "--plan", SPEC, "--output", str(page)]
     codes = [explain_modes.main(common), explain_modes.main(common), explain_modes.main([*common, "--overwrite"])]
     codes.append(explain_modes.main([str(run), str(text), "--plan", "ratio:0.5", "--output", str(fixed)]))
+    layers = ["--plan", "layers:0=attention,rest=recurrent", "--output", str(folder / "layers.html")]
+    codes.append(explain_modes.main([str(run), str(text), *layers]))
     codes.append(explain_modes.main([str(run), str(folder / "none.txt"), "--output", str(folder / "none.html")]))
     return codes
 
@@ -238,7 +270,7 @@ def explained(run: Path, folder: Path) -> list[int]:
 def test_modes_explained(trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     run, _ = trained
     (codes,) = run_distributed(explained, 1, run, tmp_path)
-    assert codes == [0, 2, 0, 0, 2]
+    assert codes == [0, 2, 0, 0, 0, 2]
     found = json.loads((tmp_path / "page.json").read_text())
     text = (tmp_path / "text.txt").read_text()
     assert "".join(token["text"] for token in found["tokens"]).strip() == text.strip()
@@ -252,5 +284,11 @@ def test_modes_explained(trained: tuple[Path, list[dict[str, Any]]], tmp_path: P
     assert "<b>&amp;</b>" not in page  # what the text holds is text, not markup
     assert "http" not in page
     assert "<script" not in page
+    assert not any(token["in_some_layers"] for token in found["tokens"])
+    assert "<br>" not in page  # lines end where the text's do: white-space: pre-wrap
+    layers = json.loads((tmp_path / "layers.json").read_text())
+    assert layers["attention_share"] == pytest.approx(0.25)  # one of four layers
+    assert all(token["attends"] and token["in_some_layers"] for token in layers["tokens"])
+    assert (tmp_path / "layers.html").read_text().count('<span class="s" style') == len(layers["tokens"])
     assert json.loads((tmp_path / "fixed.json").read_text())["attention_share"] == pytest.approx(0.5, abs=0.1)
     assert not (tmp_path / "none.html").exists()
