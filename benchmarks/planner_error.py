@@ -35,7 +35,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = (
     *("h100-graphs.json", "h100-graphs-more.json", "h100-launched.json", "h100x2-layouts.json"),
     *("h200-throughput.json", "h200-throughput-quiet.json", "h200-mamba.json", "h200x2-layouts.json"),
-    *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json"),
+    *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json", "h100-long.json"),
 )
 """What the planner is held to."""
 GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")
