@@ -41,7 +41,7 @@ if __name__ == "__main__":
 from cluster import Profile, Side, load_profile, one_line
 
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import load_run, validate
+from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import read_json, replacing, write_json
 from oryx_megatron.errors import ConfigError, DataError
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     profile = load_profile(a.cluster, nodes=a.nodes, time_limit=a.time_limit)
     run = load_run(a.config, a.overrides)
     if not a.no_train:
-        validate(run, profile.nodes * profile.ranks)
+        with told_with_place(a.config, a.overrides):
+            validate(run, profile.nodes * profile.ranks)
     jobs = make_jobs(
         run,
         profile,

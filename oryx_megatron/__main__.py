@@ -1,5 +1,9 @@
 """oryx COMMAND …: everything that oryx_megatron does. `oryx COMMAND --help` explains each.
 
+    oryx train configs/run/own-text.yaml --dry-run
+    oryx data preprocess --help
+    eval "$(oryx --completion bash)"
+
 The same commands are `python -m oryx_megatron.train` and so on, and in a checkout `python tools/….py`.
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from oryx_megatron import ranks
-from oryx_megatron.config import load_run, validate
+from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.config.schema import RunConfig, WeightsKind
 from oryx_megatron.modes import ModePlan
 
@@ -65,10 +65,15 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
     from oryx_megatron.train.session import fit
 
     if not isinstance(run, RunConfig):
-        run = load_run(run, overrides)
-    elif overrides:
-        raise ConfigError("train: overrides go to load_run, or with the path of a config")
-    stopped = fit(run, validate(run, ranks.world_size()), after=recipe(run))
+        path = run
+        run = load_run(path, overrides)
+        with told_with_place(path, overrides):
+            layout = validate(run, ranks.world_size())
+    else:
+        if overrides:
+            raise ConfigError("train: overrides go to load_run, or with the path of a config")
+        layout = validate(run, ranks.world_size())
+    stopped = fit(run, layout, after=recipe(run))
     last = run.train.iterations if run.train.exit_after is None else min(run.train.exit_after, run.train.iterations)
     return Trained(
         run_folder(run),

@@ -498,10 +498,17 @@ def _memory_lines(model: ModelConfig, sequence: int) -> list[str]:
     return ["decode memory", *(f"  {name:<24}{_bytes(count):>15}  {note}".rstrip() for name, count, note in memory)]
 
 
+EXAMPLES = """Parameters, FLOPs and decode memory of a model by arithmetic alone, and how much of it both modes share.
+
+    oryx arch 1.4b-gdn --sequence 32768
+    oryx arch configs/run/own-text.yaml --json
+"""
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> None:
     """Command line: print the table or JSON of one model."""
-    parser = Parser("oryx_megatron.arch", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.arch", description=EXAMPLES)
     parser.add_argument("model", help="name of a preset in configs/model, or a YAML file of a model or a run")
     parser.add_argument("--sequence", type=int, help="tokens of context (default: the run's, else 2048)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,5 +1,8 @@
 """`oryx doctor`: what this machine has for training, what is wrong with it, and how to fix it.
 
+    oryx doctor
+    oryx doctor --json
+
 Exit code 0 when a run can start here, 1 when something is wrong. A missing optional package is not wrong: the line says
 what it provides.
 """

@@ -1,4 +1,10 @@
-"""`oryx monitor RUN [RUN …]`: follow runs in the terminal, from their files alone; with --web in a browser."""
+"""`oryx monitor RUN [RUN …]`: follow runs in the terminal, from their files alone; with --web in a browser.
+
+    oryx monitor runs/mine
+    oryx monitor runs/a runs/b --web
+
+Loss and speed are means over the latest 50 steps.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +17,11 @@ from typing import Any, TextIO
 
 from oryx_megatron import storage
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.display import shown
+from oryx_megatron.display import number_of, shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
 from oryx_megatron.train import web
-from oryx_megatron.train.history import duration, named_steps, short
+from oryx_megatron.train.history import count_starts, duration, named_steps, short
 from oryx_megatron.train.watching import ENDED, FILES, Followed, fact_text, left_text
 
 WIDTH = 80
@@ -98,6 +104,9 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
             if run.state(now) in ENDED and (final := run.final()) is not None:
                 over = f"final training loss {final[0]:.4f} {named_steps(*final[1:])}"
             lines.append(f"{short(run.tokens)} tokens{skipped}; {over}"[:WIDTH])
+        counts = {"resume": (starts := count_starts(run.events))[0], "restart": starts[1]}
+        if any(counts.values()):
+            lines.append(", ".join(number_of(count, name) for name, count in counts.items()))
         for (dataset, plan), line in run.evaluations.items():
             name = shown(f"{dataset}, {plan}")
             lines.append(f"  {name}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])

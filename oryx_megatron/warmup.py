@@ -1,5 +1,7 @@
 """`oryx warmup RUN.yaml [key=value …]`: compile a run's kernels into a cache that all nodes share.
 
+    oryx warmup configs/run/pretrain-1.4b-gdn.yaml kernels.cache_dir=/shared/kernels
+
 Needs one GPU of the kind that the run will use, and no other rank: it builds one layer of one tensor-parallel rank's
 share. Set kernels.cache_dir to a folder on a file system that every node sees.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from oryx_megatron import platform
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import load_run, validate
+from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
     run = load_run(arguments.config, arguments.overrides)
-    validate(run, run.parallel.tensor * run.parallel.pipeline * run.parallel.context)
+    with told_with_place(arguments.config, arguments.overrides):
+        validate(run, run.parallel.tensor * run.parallel.pipeline * run.parallel.context)
     if not platform.has_gpu():
         raise ConfigError("warmup compiles kernels for the GPU it runs on, and there is none here")
     platform.use_kernel_cache(run.kernels.cache_dir)

@@ -32,12 +32,12 @@ FULL = 4.0
 
 
 def _parser() -> argparse.ArgumentParser:
-    from oryx_megatron.hf.plans_oryx import FORMS
+    from oryx_megatron.config.plans import HELP
 
-    parser = Parser(description=__doc__, epilog=f"A plan is one of {FORMS}.")
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("text", type=Path, metavar="TEXT", help="UTF-8 file")
-    parser.add_argument("--plan", default="router:0.1", help="mode plan (default: %(default)s)")
+    parser.add_argument("--plan", default="router:0.1", help=f"{HELP} (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="PAGE.html", help="page to write")
     parser.add_argument("--tokens", type=int, default=4096, help="most tokens to read (default: %(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     defaults = Cluster(1)
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="preset, model YAML, or run YAML (RUN.yaml)")
-    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="of the cluster")
     parser.add_argument("--sequence", type=int, help="tokens per sample (default: the run's)")
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="N",
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
     parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the layouts as JSON")
     a = parser.parse_args(argv)
     expand_arguments(a, "--picture")
     for name in (

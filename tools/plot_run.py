@@ -40,6 +40,8 @@ from oryx_megatron.train.records import is_amount
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 GREY = "#8a8a8a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#8c510a")  # Okabe and Ito
+MODE_COLOURS = {"recurrent": 0, "attention": 1}
+"""Their places in COLOURS: attention is orange wherever modes have colours."""
 LINES = ("-", "--", ":", "-.")
 LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert", "dropped_share": "share dropped"}
 ROUTERS = {
@@ -51,6 +53,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Two curves of one panel differ in colour, or in line and marker: 4 and 7 give 28 pairs for each colour."""
 SMOOTH = 50
 """The smoothed curve averages over a fiftieth of the run."""
+SHORT = 5
+"""Steps on each side that it averages over at least, where the run has enough: a fiftieth of few is noise."""
 MODES = ("attention", "recurrent", "mixed")
 PANELS = ("plans", "modes", "share", "experts", "heads")
 """Training loss and plans; training loss by mode; loss against attention share; load of experts and what their routers
@@ -105,14 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         "--names", nargs="+", metavar="NAME", help="of the runs, in their order (default: the folders')"
     )
     parser.add_argument(
-        "--smooth", type=int, metavar="N", help="steps that the training curves average over; 1: none (default: a 50th)"
+        "--smooth",
+        type=int,
+        metavar="N",
+        help="steps that the training curves average over; 1: none (default: a 50th, at least 11)",
     )
     parser.add_argument(
         "--panels",
         nargs="+",
         choices=PANELS,
         default=list(PANELS),
-        help="what to draw (default: all that the runs have)",
+        metavar="PANEL",
+        help=f"what to draw: {', '.join(PANELS)} (default: all that the runs have)",
     )
     parser.add_argument("--beside", action="store_true", help="a panel for each run, not one over the other")
     arguments = parser.parse_args(argv)
@@ -242,7 +250,7 @@ def draw(
     Args:
         runs: What `read_curves` gave.
         x: Name of the horizontal axis.
-        smooth: Steps to average over; None: a fiftieth of each run.
+        smooth: Steps to average over; None: a fiftieth of each run, 11 at least where it is long enough.
         beside: See above.
         wanted: Kinds of panels, of PANELS.
 
@@ -330,10 +338,16 @@ def _smoothed(ax: Any, points: list[tuple[float, float]], smooth: int | None, **
     return ax.plot(*zip(*smoothed(points, smooth)), linewidth=1.6, **style)[0]
 
 
+def _of_plans(plans: Sequence[str]) -> dict[str, int]:
+    """Number of each plan's look; the two modes have theirs, as on the monitor's page and in `generate`."""
+    others = [plan for plan in plans if plan not in MODE_COLOURS]
+    return MODE_COLOURS | {plan: len(MODE_COLOURS) + i for i, plan in enumerate(others)}
+
+
 def _plans(ax: Any, *, run: Curves, name: str, plans: list[str], smooth: int | None) -> list[tuple[Any, str]]:
     legend = [(_smoothed(ax, run.steps, smooth, color=GREY), "training, drawn plans")]
     for plan, points in run.evaluations.get(name, {}).items():
-        j = plans.index(plan)  # a plan looks the same in all panels
+        j = _of_plans(plans)[plan]  # a plan looks the same in all panels
         style = _style(j) | {"marker": MARKERS[j % len(MARKERS)]}
         legend.append((ax.plot(*zip(*points), **style)[0], f"{name}, {plan}"))
     return legend
@@ -343,7 +357,8 @@ def _modes(ax: Any, *, run: Curves, smooth: int | None) -> list[tuple[Any, str]]
     curves = [(mode, run.by_mode[mode]) for mode in MODES if mode in run.by_mode]
     return [
         (_smoothed(ax, points, smooth, color=COLOURS[j], linestyle=LINES[j]), f"microbatches {mode}")
-        for j, (mode, points) in enumerate(curves)
+        for mode, points in curves
+        for j in [MODE_COLOURS.get(mode, len(MODE_COLOURS))]
     ]
 
 
@@ -477,12 +492,14 @@ def draw_shares(runs: list[Curves]) -> Any:
 
 
 def smoothed(points: list[tuple[float, float]], steps: int | None = None) -> list[tuple[float, float]]:
-    """Mean of each point and those around it, `steps` in all (default: a fiftieth of the run), fewer at the ends.
+    """Mean of each point and those around it, `steps` in all, fewer at the ends.
+
+    By default a fiftieth of the run, at least 11 of a run of 80 or more, an eighth of a shorter one.
 
     The first mean is the first point, where losses fall steeply. The last ones lose only the steps that are not there,
     so that a curve does not end in the noise of one step.
     """
-    half = len(points) // (2 * SMOOTH) if steps is None else steps // 2
+    half = max(len(points) // (2 * SMOOTH), min(len(points) // 16, SHORT)) if steps is None else steps // 2
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)

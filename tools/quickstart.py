@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """The whole way on one machine without a GPU: corpus → tokens → train → evaluate → resume → text → picture.
 
+    python tools/quickstart.py
+    python tools/quickstart.py train.iterations=20 --stop 10 --copy-steps 20
+
 Run by `make quickstart`. Every step is a command you can run yourself; each is printed before it runs. On source code a
 model this small learns equally well in both modes; a second, smaller one learns to copy, where attention pays.
 """

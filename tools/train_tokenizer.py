@@ -186,7 +186,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=whole, default=10, metavar="N", help="measure on every N-th; 0: on none")
     parser.add_argument("--adopt", metavar="FOLDER", help="write manifest.json for the tokenizer files of a folder")
     parser.add_argument(
-        "--file", choices=list(MODEL_FILES.values()), help="with --adopt: the one to take where a folder holds several"
+        "--file",
+        choices=list(MODEL_FILES.values()),
+        metavar="NAME",
+        help=f"with --adopt: the one to take where a folder holds several of {', '.join(MODEL_FILES.values())}",
     )
     parser.add_argument("--eod", metavar="PIECE", help="with --adopt: the piece that ends documents")
     return parser.parse_args(argv)

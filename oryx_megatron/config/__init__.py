@@ -13,6 +13,7 @@ from oryx_megatron.config.loading import (
     to_dict,
     to_yaml,
 )
+from oryx_megatron.config.places import told_with_place
 from oryx_megatron.config.schema import ModelConfig, ModesConfig, RunConfig
 from oryx_megatron.config.validate import Layout, check_model, validate
 
@@ -30,5 +31,6 @@ __all__ = [
     "preset_names",
     "to_dict",
     "to_yaml",
+    "told_with_place",
     "validate",
 ]

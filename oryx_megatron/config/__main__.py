@@ -1,7 +1,9 @@
 """Print the reference of all fields of a run, which is docs/configuration.md; or a config that ships with the package.
 
-oryx config > fields.md
-oryx config configs/run/pretrain-1.4b-gdn.yaml > mine.yaml
+    oryx config > fields.md
+    oryx config configs/run/pretrain-1.4b-gdn.yaml > mine.yaml
+
+A config that is not in the working folder is taken from the package by every command.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from oryx_megatron import resources
+from oryx_megatron.config.places import told_with_place
 from oryx_megatron.config.plans import read_plan
 from oryx_megatron.config.schema import REMOVED, RENAMED, BlendEntry, InitFromConfig, ModelConfig, RunConfig
 from oryx_megatron.config.types import NAME, PATH, URL
@@ -314,7 +315,10 @@ def load_model(name_or_path: str) -> ModelConfig:
     ConfigError when there is none or a field is wrong; fields are checked one by one and against each other.
     """
     model = from_dict(ModelConfig, _model_data(name_or_path, name_or_path, Path.cwd()), source=name_or_path)
-    check_model(model)
+    try:
+        check_model(model)
+    except ConfigError as error:
+        raise ConfigError(f"{name_or_path}: {error}") from None
     return model
 
 
@@ -380,7 +384,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _override(data, override)
     if "model" in data:
         data["model"] = _model_data(data["model"], source, path.parent)
-    return _with_plans(expand_paths(from_dict(RunConfig, data, source=source), source), source)
+    with told_with_place(path):  # an override was told by itself
+        return _with_plans(expand_paths(from_dict(RunConfig, data, source=source), source), source)
 
 
 def _with_plans(run: RunConfig, source: str) -> RunConfig:

@@ -62,6 +62,11 @@ _Loader.add_implicit_resolver(
 )
 
 
+def compose_yaml(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text that `parse_yaml` took, with their lines."""
+    return yaml.compose(text, _Loader)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """YAML text as plain data; ConfigError with `source`, line and column when it is not YAML."""
     try:

@@ -104,12 +104,12 @@ def may_skip(bad: Bad, inputs: Sequence[str]) -> bool:
     return bad.reason == "not UTF-8" and STDLIB in inputs and bad.place.startswith(sysconfig.get_path("stdlib"))
 
 
-def check_share(bad: Mapping[str, int], documents: int, unread: int, size: int, allowed: float) -> None:
+def check_share(bad: Mapping[str, int], documents: int, unread: int, size: int, allowed: float, hint: str) -> None:
     """Raise DataError when more than the share `allowed` of the documents is bad, or of `size` input bytes unread.
 
-    Arguments: `bad` counts by reason, `documents` are those that are good.
+    Arguments: `bad` counts by reason, `documents` are those that are good, `hint` says where they are named.
     """
-    advice = "nothing was written. Raise --max-bad and run again to resume"
+    advice = f"nothing was written. {hint}"
     if unread > allowed * size:
         raise DataError(
             f"files with {unread / size:.2%} of the input cannot be read to their end, more than "

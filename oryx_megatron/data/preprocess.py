@@ -336,11 +336,11 @@ def _run(
             log.write(part_file(folder, number, "bad").read_bytes())
             _add(totals, part)
             merged += 1
-            _check_share(job, totals, progress.total)
+            _check_share(job, totals, progress.total, folder)
             tell()
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
-        _check_share(job, totals, progress.total, final=True)
+        _check_share(job, totals, progress.total, folder, final=True)
         save()
         writer.check_tokens()
         _write_skipped(prefix, folder, left_out, logged=log.tell() > 0)
@@ -412,12 +412,13 @@ def _add(totals: Piece, part: Piece) -> None:
     totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 
-def _check_share(job: Job, totals: Piece, input_bytes: int, *, final: bool = False) -> None:
+def _check_share(job: Job, totals: Piece, input_bytes: int, folder: Path, *, final: bool = False) -> None:
     if job.on_error == "stop":
         return
     seen = totals.documents + sum(number for reason, number in totals.bad.items() if reason != "empty")
+    hint = f"{folder}/skipped.jsonl lists them. Raise --max-bad and run again to resume"
     counts = totals.bad if final or seen >= 100_000 else {}
-    check_share(counts, totals.documents, totals.unread, input_bytes, job.max_bad)
+    check_share(counts, totals.documents, totals.unread, input_bytes, job.max_bad, hint)
 
 
 def _log(folder: Path, size: int) -> Any:

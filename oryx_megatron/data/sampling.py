@@ -23,6 +23,9 @@ from oryx_megatron.data.corpus import (
 )
 from oryx_megatron.errors import DataError
 
+NAMED = 3
+"""Bad documents that an error names."""
+
 
 @dataclass
 class TrainingText:
@@ -89,7 +92,9 @@ class TrainingText:
             dropped += reading.dropped
         if self.on_error == "skip":
             counts = Counter(item.reason for item in bad)
-            check_share(counts, documents, unread, self.size, self.max_bad)
+            first = [describe(item) for item in bad if item.reason != "empty"][:NAMED]
+            hint = f"Fix them or raise --max-bad. The first: {'; '.join(first)}"
+            check_share(counts, documents, unread, self.size, self.max_bad, hint)
         if not held_out:
             self.bad, self.dropped, self.documents, self.bytes = bad, dropped, documents, taken
 

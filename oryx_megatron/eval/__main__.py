@@ -27,13 +27,19 @@ from oryx_megatron.storage import named
 if TYPE_CHECKING:
     from oryx_megatron.eval.routed import Plans
 
+TASKS = ["mqar", "needle", "phonebook"]
 PLANS = ["attention", "recurrent", "ratio:0.1", "ratio:0.25", "ratio:0.5"]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("oryx_megatron.eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    perplexity = commands.add_parser("perplexity", help="loss, perplexity and bits per byte per plan")
+    perplexity = commands.add_parser(
+        "perplexity",
+        help="loss, perplexity and bits per byte per plan",
+        description="Loss, perplexity and bits per byte per plan.\n\n"
+        "    oryx eval perplexity runs/mine --plans attention recurrent ratio:0.1",
+    )
     perplexity.add_argument("model", help="run folder or checkpoint")
     perplexity.add_argument(
         "--data", help="prefix of an indexed dataset, read whole (default: the run's validation part)"
@@ -44,11 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the run's)")
     for size in ("tensor", "pipeline", "context"):
         perplexity.add_argument(f"--{size}", type=int, default=1, help=f"{size}-parallel size (default: 1)")
-    retrieval = commands.add_parser("retrieval", help="share of answers found, over tasks × lengths × plans")
+    retrieval = commands.add_parser(
+        "retrieval",
+        help="share of answers found, over tasks × lengths × plans",
+        description="Share of answers found, over tasks × lengths × plans.\n\n"
+        "    oryx eval retrieval runs/mine --tasks mqar --lengths 512 --plans attention ratio:0.1",
+    )
     retrieval.add_argument("model", help="run folder, checkpoint or Hugging Face folder")
-    retrieval.add_argument("--tasks", nargs="+", default=["mqar", "needle", "phonebook"], help="(default: all three)")
-    retrieval.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="tokens (default: %(default)s)")
-    retrieval.add_argument("--plans", nargs="+", default=PLANS, help=f"{PLAN} (default: %(default)s)")
+    retrieval.add_argument("--tasks", nargs="+", default=TASKS, help=f"(default: {' '.join(TASKS)})")
+    retrieval.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="tokens (default: 256 1024)")
+    retrieval.add_argument("--plans", nargs="+", default=PLANS, help=f"{PLAN} (default: {' '.join(PLANS)})")
     retrieval.add_argument("--examples", type=int, default=64, help="texts per task and length (default: 64)")
     retrieval.add_argument("--batch-size", type=int, default=16, help="texts per pass (default: 16)")
     retrieval.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")

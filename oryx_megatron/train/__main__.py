@@ -1,7 +1,14 @@
 """`torchrun … -m oryx_megatron.train RUN.yaml [key=value …]`: pretrain, or resume where the run folder left off.
 
-Exit codes: 0 done, 2 an error of the user's, errors.REQUEUE_EXIT_CODE (75) stopped from outside with everything saved;
-under torchrun see train/signals.py.
+    oryx train configs/run/own-text.yaml --dry-run
+    oryx train configs/run/own-text.yaml train.iterations=600 "evaluation.plans=[attention, ratio:0.1]"
+    torchrun --nproc-per-node 2 -m oryx_megatron.train RUN.yaml parallel.tensor=2
+
+The same command resumes. Ctrl-C saves and ends, a second one ends at once. `oryx config` prints all
+fields.
+
+Exit codes: 0 done, 2 an error of the user's, 75 stopped from outside with everything saved; torchrun itself ends with 0
+or 1.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import warnings
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import load_run, validate
+from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
@@ -24,7 +31,7 @@ from oryx_megatron.train.signals import StopRequest, exit_code
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, validate and train; see --help."""
-    parser = Parser("oryx_megatron.train", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.train", description=__doc__)
     parser.add_argument("config", help="run config (YAML)")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="fields to change, e.g. parallel.tensor=2"
@@ -42,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{option.replace('_', '-')} needs --dry-run")
     world_size = arguments.world_size if arguments.world_size is not None else ranks.world_size()
     run = load_run(arguments.config, arguments.overrides)
-    layout = validate(run, world_size)
+    with told_with_place(arguments.config, arguments.overrides):
+        layout = validate(run, world_size)
     if arguments.dry_run:
         sys.stdout.write(
-            f"{arguments.config} is valid for {number_of(layout.world_size, 'rank')}: {layout}, "
-            f"{number_of(layout.microbatches, 'microbatch')} per step\n"
+            f"{arguments.config} is valid for {number_of(layout.world_size, 'rank')}:\n"
+            f"  {layout}, {number_of(layout.microbatches, 'microbatch')} per step\n"
         )
         if run.train.batch_schedule:
             count = SampleCount.of(run.train)

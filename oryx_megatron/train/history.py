@@ -78,6 +78,13 @@ def parse_event(text: bytes) -> dict[str, Any] | None:
     return parse_record(text, {"event": is_text, "time": is_amount, "iteration": is_whole}, {"seconds": is_amount})
 
 
+def count_starts(events: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How often a run went on after a stop (resumes), and how often after its processes died (restarts)."""
+    before = [last["event"] for last, event in itertools.pairwise(events) if event["event"] == "start"]
+    restarts = before.count("lost")
+    return len(before) - restarts, restarts
+
+
 def final_loss(steps: Sequence[dict[str, Any]], interval: int) -> tuple[float, int, int] | None:
     """Mean training loss of the steps behind the last line on the terminal, and the first and last of them.
 
@@ -131,7 +138,7 @@ def summarize(folder: Path, *, peak_flops: float | None = None, interval: int = 
         "evaluation": spent("evaluation"),
     }
     running = max(running, sum(split.values()))
-    starts = [before["event"] for before, event in itertools.pairwise(events) if event["event"] == "start"]
+    resumes, restarts = count_starts(events)
     final = final_loss(steps, interval)
     return {
         "iterations": steps[-1]["iteration"] if steps else 0,
@@ -142,8 +149,8 @@ def summarize(folder: Path, *, peak_flops: float | None = None, interval: int = 
         "mfu": total("model_flops") / stepping / peak_flops if stepping and peak_flops else None,
         "seconds": {"running": running, **split, "other": running - sum(split.values())},
         "goodput": useful / running if running else None,
-        "resumes": sum(before != "lost" for before in starts),
-        "restarts": sum(before == "lost" for before in starts),
+        "resumes": resumes,
+        "restarts": restarts,
         "skipped_steps": sum(event["event"] == "skip" for event in events),
         "rollbacks": sum(event["event"] in ("rollback", "return") for event in events),
     }

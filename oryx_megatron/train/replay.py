@@ -1,5 +1,7 @@
 """`torchrun … -m oryx_megatron.train.replay RUN/faults/batch-0000123.json [key=value …]`: do a bad step again.
 
+    oryx replay runs/mine/faults/batch-0000123.json
+
 Resumes from the newest checkpoint before the step, does the steps in between as training did, then the recorded batch
 under its recorded plans, and says what came of it. Writes nothing. With the layout of the run and no overrides it is
 the same computation bit for bit: numbers that come out finite now point at the device and not at the data.
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import Parser, main_guard
-from oryx_megatron.config import load_run, validate
+from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.display import shown
 from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.paths import expand_arguments
@@ -27,14 +29,16 @@ if TYPE_CHECKING:
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Replay; see --help."""
-    parser = Parser("oryx_megatron.train.replay", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("oryx_megatron.train.replay", description=__doc__)
     parser.add_argument("record", help="RUN/faults/batch-….json")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="fields to change")
     arguments = parser.parse_intermixed_args(argv)
     expand_arguments(arguments, "record")
     record = read_record(Path(arguments.record))
-    run = load_run(Path(arguments.record).parent.parent / "config.yaml", arguments.overrides)
-    layout = validate(run, ranks.world_size())
+    config = Path(arguments.record).parent.parent / "config.yaml"
+    run = load_run(config, arguments.overrides)
+    with told_with_place(config, arguments.overrides):
+        layout = validate(run, ranks.world_size())
     from oryx_megatron import parallel, platform
     from oryx_megatron.train.trainer import Trainer
 

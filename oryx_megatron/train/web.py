@@ -25,7 +25,7 @@ from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError, OryxError
-from oryx_megatron.train.history import short
+from oryx_megatron.train.history import count_starts, short
 from oryx_megatron.train.watching import Followed, fact_text, left_text
 
 HOST = "127.0.0.1"
@@ -90,6 +90,7 @@ class Recorded(Followed):
                 "tokens": short(self.tokens),
                 "speed": short(sum(step["tokens"] for step in self.steps) / seconds) if seconds else "",
                 "left": left_text(self, now),
+                "starts": count_starts(self.events),
                 "steps": {name: thinned(column) for name, column in self.columns.items()},
                 "modes": {
                     mode: thinned_points(self.modes.get(mode, [])) for mode in ("attention", "recurrent", "mixed")

@@ -122,7 +122,7 @@ def test_dry_run(project: Path, tmp_path: Path) -> None:
     done = process(*command, "parallel.tensor=2", "parallel.pipeline=2", f"output_dir={tmp_path}/out")
     assert done.returncode == 0
     assert done.stdout == (
-        f"{project} is valid for 8 ranks: tensor 2 × pipeline 2 × context 1 × data 2, 1 microbatch per step\n"
+        f"{project} is valid for 8 ranks:\n  tensor 2 × pipeline 2 × context 1 × data 2, 1 microbatch per step\n"
         "checked: the config alone (--config-only)\n"
     )
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines()}

@@ -142,7 +142,7 @@ def test_the_same_on_8_gpus(walked: tuple[Path, str]) -> None:
     (script,) = blocks("The same on 8 GPUs")
     assert script.count("\noryx launch ") == 1
     output = bash(script.replace("\noryx launch ", "\noryx train --dry-run --config-only --world-size 8 "), folder)
-    assert output.count("is valid for 8 ranks: tensor 1 × pipeline 1 × context 1 × data 8") == 2
+    assert output.count("is valid for 8 ranks:\n  tensor 1 × pipeline 1 × context 1 × data 8") == 2
     assert "4,096 tokens for 4,096 rows" in output
 
 

@@ -20,6 +20,7 @@ from oryx_megatron.config import (
     preset_names,
     to_dict,
     to_yaml,
+    told_with_place,
     validate,
 )
 from oryx_megatron.config.__main__ import main as config_main
@@ -806,3 +807,77 @@ def test_configs_that_ship_are_printed(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert err.startswith(f"error: {name} is none of the configs that ship with the package; configs/")
+
+
+PLACED = """model: tiny-gdn
+output_dir: runs/x
+data: {sequence_length: 64, tokenizer: t, blend: [d]}
+train: {iterations: 9, global_batch_size: 4, micro_batch_size: 2}
+optimizer:
+  lr: 1e-3
+modes:
+  chunk: 32
+evaluation:
+  plans:
+    - attention
+    - recurrent
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "overrides", "start", "end"),
+    [
+        ("lr: 1e-3", "lr: -1", [], "{file}: optimizer.lr: -1.0 should be above 0", "(line 6)"),
+        ("lr: 1e-3", "lr: [1]", [], "{file}: optimizer.lr: expected number, got [1] (list)", "(line 6)"),
+        ("lr: 1e-3", "lrr: 1", [], "{file}: unknown key `optimizer.lrr`; did you mean `optimizer.lr`?", "(line 6)"),
+        ("- recurrent", "- ratio:7", [], "{file}: evaluation.plans[1]: mode plan `ratio:7`: `7` is not", "(line 12)"),
+        (
+            "chunk: 32",
+            "chunk: 33",
+            [],
+            "{file}: data.sequence_length 64 is not divisible by modes.chunk 33",
+            "(line 3)",
+        ),
+        (
+            "",
+            "",
+            ["modes.chunk=33"],
+            "override `modes.chunk=33`: data.sequence_length 64 is not divisible by",
+            "use 33 or 66",
+        ),
+        (
+            "",
+            "",
+            ["train={iterations: -1, global_batch_size: 4}"],
+            "override `train={{iterations: -1, global_batch",
+            "train.iterations: -1 should be above 0",
+        ),
+        (
+            "tiny-gdn",
+            "{preset: tiny-gdn, num_layers: 0}",
+            [],
+            "{file}: model.num_layers: 0 should be above 0",
+            "(line 1)",
+        ),
+        ("micro_batch_size: 2", "micro_batch_size: 3", [], "{file}: train.global_batch_size 4 is not", "(line 4)"),
+    ],
+)
+def test_faults_name_file_and_line(
+    tmp_path: Path, old: str, new: str, overrides: list[str], start: str, end: str
+) -> None:
+    """Of values that are wrong alone, and of those that contradict each other; or the override that gives them."""
+    path = tmp_path / "placed.yaml"
+    path.write_text(PLACED.replace(old, new, 1) if old else PLACED, encoding="utf-8")
+    with pytest.raises(ConfigError) as raised, told_with_place(path, overrides):
+        validate(load_run(path, overrides), 1)
+    assert str(raised.value).startswith(start.format(file=path))
+    assert end in str(raised.value)
+    assert str(raised.value).count(str(path)) <= 1
+    assert str(raised.value).count("(line ") <= 1
+
+
+def test_what_is_no_fields_fault_names_no_place(tmp_path: Path) -> None:
+    path = tmp_path / "placed.yaml"
+    path.write_text(PLACED, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^world size 3 ≠ "), told_with_place(path, ["parallel.tensor=2"]):
+        validate(load_run(path, ["parallel.tensor=2"]), 3)

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -258,9 +259,14 @@ def test_bad_input_stops_or_is_counted(tmp_path: Path) -> None:
         preprocess(job(source), tmp_path / "out")
     with pytest.raises(
         DataError, match=r"2 of 63 documents are bad \(3\.17%, mostly: .*\), more than --max-bad 1\.00%"
-    ):
+    ) as raised:
         preprocess(job(source, on_error="skip"), tmp_path / "out")
     assert not (tmp_path / "out.bin").exists()
+    listed = Path(re.search(r"written\. (\S+) lists them", str(raised.value))[1])
+    assert [json.loads(line)["reason"] for line in listed.read_text().splitlines()][-2:] == [
+        "invalid JSON",
+        "missing key",
+    ]
     manifest = preprocess(job(source, on_error="skip", max_bad=0.1), tmp_path / "out")
     assert manifest["skipped"] == {"empty": 1, "invalid JSON": 1, "missing key": 1}
     assert manifest["documents"] == 61

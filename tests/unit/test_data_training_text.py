@@ -110,7 +110,10 @@ def test_bad_input_is_named_or_left_out(flawed: Path, kind: str, capsys: pytest.
     )
     assert not (flawed / "t").exists()
     assert main([*command, "--on-error", "skip", "--max-bad", "0.001"]) == 2
-    assert "documents are bad" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "documents are bad" in told
+    assert f"The first: {flawed}/a.jsonl:71: NUL character (byte 6); {flawed}/" in told
+    assert told.count("\n") == 1
     assert not (flawed / "t").exists()
     assert main([*command, "--on-error", "skip", "--max-bad", "0.1"]) == 0
     printed = capsys.readouterr().out

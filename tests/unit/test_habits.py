@@ -224,7 +224,8 @@ def test_a_run_has_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     path.write_text(QUICKSTART, encoding="utf-8")
     assert arch.main([str(path)]) == 0
     of_run = capsys.readouterr().out
-    assert arch.main([load_run(path).model.name]) == 0
+    run = load_run(path)
+    assert arch.main([run.model.name, "--sequence", str(run.data.sequence_length)]) == 0
     assert capsys.readouterr().out == of_run
 
 
@@ -240,8 +241,9 @@ def test_groups_of_commands(failing: Failing, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("oryx_megatron.config.__main__").main(["--help"])
     assert ended.value.code == 0
-    assert len(capsys.readouterr().out.splitlines()) < 12
-    assert failing("config.__main__", "nonsense").startswith("unrecognized arguments: nonsense; see ")
+    assert len(capsys.readouterr().out.splitlines()) < 16
+    assert failing("config.__main__", "nonsense").startswith("nonsense is none of the configs that ship")
+    assert failing("config.__main__", "a", "nonsense").startswith("unrecognized arguments: nonsense; see ")
 
 
 def test_messages_name_commands_that_a_wheel_has() -> None:

@@ -292,6 +292,13 @@ def test_resumes_and_restarts(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = summarize(tmp_path)
     assert (summary["resumes"], summary["restarts"]) == (2, 1)
+    write(tmp_path, step(1))
+    run = web.Recorded(tmp_path, "run")
+    run.look()
+    assert "2 resumes, 1 restart" in table([run], 2000.0)
+    assert run.facts(2000.0)["starts"] == [2, 1]
+    run.events = run.events[:1]
+    assert not any("resume" in line for line in table([run], 2000.0))
 
 
 def test_time_left_counts_evaluations_and_saves() -> None:

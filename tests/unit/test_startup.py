@@ -50,12 +50,17 @@ def test_commands_are_found() -> None:
 def test_help_loads_nothing_heavy(command: str) -> None:
     start = "run_path" if command.endswith(".py") else "run_module"
     code = f"""
-import contextlib, io, runpy, sys
+import contextlib, io, os, runpy, sys
+os.environ["COLUMNS"] = "80"
 sys.argv = [{command!r}, "--help"]
 sys.path[0] = {str((ROOT / command).parent)!r}
 with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
     runpy.{start}({str(ROOT / command) if start == "run_path" else command!r}, run_name="__main__")
-assert len(shown.getvalue().splitlines()) > 3, shown.getvalue()
+lines = shown.getvalue().splitlines()
+assert len(lines) > 3, lines
+assert not [line for line in lines if len(line) > 80], "too wide"
+internal = {command.endswith("agent")}
+assert internal or any(line.startswith("    ") and line[4] != " " for line in lines), "no example"
 """
     assert loaded(code, HEAVY) == []
 
