@@ -160,7 +160,7 @@ def after_training(run: RunConfig, layout: Layout) -> None:
     if run.router is None or (iteration := read_manifest(folder).iteration) < run.train.iterations:
         return
     path = router_of(folder)
-    if _told_by_main(_serves(path, folder, run.router)):
+    if there := _told_by_main(_serves(path, folder, run.router)):
         log.info("router: %s is of this checkpoint already", shown(path))
     else:
         gc.collect()  # what the trained model held
@@ -173,7 +173,7 @@ def after_training(run: RunConfig, layout: Layout) -> None:
     known = [
         line["plan"] for line in read_lines(metrics) if line["kind"] == "evaluation" and line["iteration"] == iteration
     ]
-    if not plans or _told_by_main(set(plans) <= set(known)):
+    if not plans or (there and _told_by_main(set(plans) <= set(known))):
         return
     parallel.release()
     train, stages = run.train, run.parallel.pipeline
