@@ -176,13 +176,15 @@ def left_text(run: Followed, now: float) -> str:
 
 def fact_text(event: dict[str, Any]) -> str:
     """An event's own fields, in a line."""
+    if event["event"] == "change" and event.keys() >= {"field", "before", "after"}:
+        return f"{event['field']} {_fact(event['before'])} → {_fact(event['after'])}"
     facts = {key: value for key, value in event.items() if key not in ("event", "time", "iteration", "commit")}
     return ", ".join(f"{key} {_fact(value)}" for key, value in facts.items())
 
 
 def _fact(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}"
+        return f"{value:.1f}" if abs(value) >= 1 or not value else f"{value:.4g}"
     return "…" if isinstance(value, (list, dict)) else str(value)
 
 

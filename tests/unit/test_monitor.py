@@ -28,6 +28,7 @@ from oryx_megatron.train.history import Events, read_events, summarize, summary_
 from oryx_megatron.train.intervals import Intervals, seconds_left
 from oryx_megatron.train.signals import Stop, write_marker
 from oryx_megatron.train.stragglers import slowest
+from oryx_megatron.train.watching import fact_text
 
 
 def step(iteration: int, **fields: Any) -> dict[str, Any]:
@@ -284,6 +285,13 @@ def test_final_loss_is_one_number(tmp_path: Path) -> None:
     assert row.split()[2] == "2.5000"
     assert row.split()[-1] == "stopped"
     assert told.endswith("final training loss 2.5000 (mean of steps 21–23)")
+
+
+def test_a_changed_field_is_shown_old_to_new() -> None:
+    event = {"event": "change", "time": 1.0, "iteration": 80, "field": "optimizer.lr", "before": 0.002, "after": 0.001}
+    assert fact_text(event) == "optimizer.lr 0.002 → 0.001"
+    assert fact_text({"event": "evaluation", "time": 1.0, "iteration": 8, "seconds": 61.04}) == "seconds 61.0"
+    assert fact_text({"event": "skip", "time": 1.0, "iteration": 8, "loss": 0.00125}) == "loss 0.00125"
 
 
 def test_resumes_and_restarts(tmp_path: Path) -> None:
