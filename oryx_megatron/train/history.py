@@ -79,7 +79,7 @@ def parse_event(text: bytes) -> dict[str, Any] | None:
 
 
 def count_starts(events: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """How often a run went on after a stop (resumes), and how often after its processes died (restarts)."""
+    """How often a run was started again after a stop (resumes), and how often after its processes died (restarts)."""
     before = [last["event"] for last, event in itertools.pairwise(events) if event["event"] == "start"]
     restarts = before.count("lost")
     return len(before) - restarts, restarts
