@@ -107,7 +107,7 @@ def read_metadata(folder: str | os.PathLike[str], sizes: Mapping[str, int] | Non
     Raises:
         CheckpointError: missing, damaged, or holding anything but the description of tensors.
     """
-    path = Path(folder) / ".metadata"
+    path = Path(folder) / METADATA
     try:
         with path.open("rb") as file:
             metadata = _Restricted(file, METADATA_CLASSES).load()
@@ -154,6 +154,7 @@ class SafeReader(FileSystemReader):
         return self._metadata
 
 
+METADATA = ".metadata"
 COMMON = "common.pt"
 """Since megatron-core 0.19 the common state is an object in *.distcp instead."""
 COMMON_OBJECT = "common_state/shard_0_1"

@@ -128,17 +128,19 @@ def find_checkpoint(path: str | Path, *, only: Collection[str] | None = None) ->
             return found[-1]
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint or a run folder")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the folder of a checkpoint or a run")
     raise CheckpointError(f"{path} holds no complete checkpoint (no {PREFIX}*/{NAME})")
 
 
-def by_another_engine(folder: Path) -> bool:
-    """Whether a checkpoint holds DeepSpeed's files, which nothing but DeepSpeed reads."""
-    return any(folder.glob("*_model_states.pt"))
+def by_another_engine(folder: Path, names: Collection[str] = ()) -> bool:
+    """Whether a checkpoint holds DeepSpeed's files, which nothing but DeepSpeed reads; `names`: of files elsewhere."""
+    return any(folder.glob("*_model_states.pt")) or any(name.endswith("_model_states.pt") for name in names)
 
 
-def check_format(folder: Path) -> None:
+def check_format(folder: Path, names: Collection[str] = ()) -> None:
     """Raise CheckpointError for a checkpoint in DeepSpeed's format."""
-    if by_another_engine(folder):
+    if by_another_engine(folder, names):
         raise CheckpointError(f"{folder} was written by DeepSpeed; convert it (oryx convert from-deepspeed)")
 
 

@@ -14,6 +14,11 @@ DEPTH = 100
 VALUES = 100_000
 """Values that a text may stand for, each alias counted as what it repeats."""
 
+UNQUOTED = re.compile(r"(?:^|[\[{,:-])\s*[*!]")
+"""A pattern where YAML reads an alias (`*`) or a tag (`!`)."""
+MARKS = ("alphabetic or numeric character", "expected ',' or ']'", "for the tag", "undefined alias")
+"""In errors that such a pattern gives."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: `3e-4` and `-.5` are numbers (YAML 1.1 reads text), and a key given twice is an error."""
@@ -82,6 +87,9 @@ def parse_yaml(text: str, source: str) -> Any:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         why = getattr(error, "problem", None) or " ".join(str(error).split())
         hint = "; indent with spaces, not tabs" if r"'\t'" in why else ""
+        within = next(iter(text.split("\n")[mark.line : mark.line + 1]), "") if mark else ""
+        if UNQUOTED.search(within) and any(part in why for part in MARKS):
+            hint = """; text that begins with * or ! needs quotes of its own, in a shell '["*", "!*b"]'"""
         raise ConfigError(f"{source}{place}: not valid YAML: {why}{hint}") from None
     except RecursionError:  # in the parser, before a node is composed
         raise ConfigError(f"{source}: not valid YAML: nested too deep") from None

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,6 +33,8 @@ from oryx_megatron.model.mtp import blocks
 log = logging.getLogger(__name__)
 
 ALL = slice(None)
+NEAR = 0.6
+"""Similarity from which a name is near to a mistyped pattern; 1 is equal."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     """Freeze parameters of model chunks, before they are wrapped; collective. Logs how many.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
+        ConfigError: a pattern matches nothing, nothing is left to train, or nothing is frozen.
     """
     patterns = run.train.freeze
     if not patterns:
@@ -149,13 +152,41 @@ def _grouped(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 
 def check(patterns: tuple[str, ...], names: Collection[str]) -> None:
-    """Raise ConfigError for a pattern that matches none of a model's names, or when nothing is left to train."""
+    """Raise ConfigError for a pattern that matches no name, or when nothing is left to train or is frozen."""
     for i, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
-            examples = ", ".join(sorted({_general(name) for name in names})[:4])
-            raise ConfigError(f"train.freeze[{i}]: {pattern!r} matches no parameter; names are like {examples}, …")
-    if all(is_frozen(name, patterns) for name in names):
+            raise ConfigError(f"train.freeze[{i}]: {pattern!r} matches no parameter; {_advice(pattern, names)}")
+    frozen = [is_frozen(name, patterns) for name in names]
+    if patterns and not any(frozen):
+        raise ConfigError("train.freeze: freezes no parameter; `!PATTERN` trains what a pattern before it freezes")
+    if all(frozen):
         raise ConfigError("train.freeze: freezes every parameter; leave some out, e.g. by a last pattern `!*a_log`")
+
+
+def same(model: ModelConfig, one: tuple[str, ...], two: tuple[str, ...]) -> bool:
+    """Whether two lists of patterns freeze the same of a model, however they are written."""
+    return one == two or all(is_frozen(name, one) == is_frozen(name, two) for name in names(model))
+
+
+def _advice(pattern: str, names: Collection[str]) -> str:
+    """What to write in place of a pattern that matches nothing."""
+    sign, text = ("!", pattern[1:]) if pattern.startswith("!") else ("", pattern)
+    inner = re.sub(r"^\^|\$$", "", text).replace(r"\.", ".").replace(".*", "*")  # a regular expression's
+    for part in (text, inner):
+        whole = re.sub(r"\*+", "*", f"*{part}*")
+        if part.strip("*") and any(fnmatchcase(name, whole) for name in names):
+            return f"a pattern covers whole names, with * and ? alone: {sign + whole!r}"
+    general = sorted({_general(name) for name in names})
+    core = text.replace("*", "").strip(".^$")
+    scores = {name: max(SequenceMatcher(None, core, part).ratio() for part in _parts(name)) for name in general}
+    near = [name for name in sorted(general, key=lambda name: -scores[name]) if scores[name] >= NEAR]
+    return f"names are like {', '.join((near or general)[:4])}, …"
+
+
+def _parts(name: str) -> list[str]:
+    """A name, and whatever neighbouring words of it make."""
+    words = [word for word in name.split(".") if word != "*"]
+    return [".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
 
 
 def names(model: ModelConfig) -> list[str]:

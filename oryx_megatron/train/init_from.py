@@ -48,8 +48,8 @@ from oryx_megatron.errors import (
 )
 from oryx_megatron.parallel.wait import first_rank_alone, on_all_ranks
 from oryx_megatron.paths import is_url
-from oryx_megatron.storage import named
-from oryx_megatron.train import resume
+from oryx_megatron.storage import StorageError, named
+from oryx_megatron.train import freeze, resume
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.remote import run_folder
 from oryx_megatron.train.resume import as_override, to_text
@@ -74,6 +74,7 @@ DATA_PATHS = tuple(f"data.{name}" for name in ("tokenizer", "blend", "stages", "
 """Of which an export keeps the last part alone; its tokenizer is compared by content."""
 NESTED = (MoEConfig, MTPConfig)
 """Parts of a model that are compared field by field."""
+TRYING_BEFORE = "%s; trying the checkpoint before it"
 NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
@@ -187,7 +188,7 @@ def expected_count(run: RunConfig, root: Path) -> SampleCount:
         return SampleCount.read(*own["count"])
     if run.init_from is None or _hugging_face(run.init_from.path) is not None:
         return SampleCount.of(run.train)
-    return _count(run, run.init_from, read_manifest(_newest(run.init_from.path)))
+    return _count(run, run.init_from, _newest(run.init_from.path, logging.DEBUG)[1])  # `preview` tells
 
 
 def preview(run: RunConfig, tokenizer: Tokenizer, blend: BlendPreview) -> list[str]:
@@ -202,8 +203,7 @@ def preview(run: RunConfig, tokenizer: Tokenizer, blend: BlendPreview) -> list[s
         lines = _headline(run, run.init_from.path, None) + _heads(opened.model, run.model)
         lines += _of_folder(opened.model, opened.kept, run)
         return lines if opened.kept is None else lines + warnings(run, opened.kept, tokenizer)
-    folder = _newest(run.init_from.path)
-    manifest = read_manifest(folder)
+    folder, manifest = _newest(run.init_from.path)
     check(run, folder, manifest)
     check_data(run.init_from, manifest, blend)
     return describe(run, folder, manifest) + warnings(run, manifest, tokenizer)
@@ -242,13 +242,15 @@ def check(run: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Raise ConfigError when a run cannot start from a checkpoint in the way it asks for."""
     settings = run.init_from
     assert settings is not None
-    store.check_format(folder)
+    with _field_named():
+        store.check_format(folder, manifest.files)
+    sizes = {name: facts["bytes"] for name, facts in manifest.files.items()}
     written = manifest.run()
     check_shapes(written.model, run.model, settings.path)
-    if settings.weights == "ema" and not has_average(safe.read_metadata(folder).state_dict_metadata):
+    if settings.weights == "ema" and not has_average(safe.read_metadata(folder, sizes).state_dict_metadata):
         raise ConfigError(f"init_from.weights: {folder} {NO_AVERAGE}; set it to trained")
     if settings.optimizer:
-        if not has_optimizer(safe.read_metadata(folder).state_dict_metadata):
+        if not has_optimizer(safe.read_metadata(folder, sizes).state_dict_metadata):
             raise ConfigError(f"init_from.optimizer: {folder} holds weights alone; set it to false")
         if (why := foreign_optimizer(written, run)) is not None:
             raise ConfigError(f"init_from.optimizer: {folder} was {why}; set it back, or init_from.optimizer to false")
@@ -330,8 +332,12 @@ def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
             f"written with parallel.distributed_optimizer {to_text(sharded)}, whose state the other optimizer cannot "
             "read"
         )
-    if then.train.freeze != now.train.freeze:
-        return f"written with train.freeze {list(then.train.freeze)}, which decides what has optimizer state"
+    before, after = then.train.freeze, now.train.freeze
+    if not freeze.same(now.model, before, after):
+        return (
+            f"written with train.freeze {list(before)}, which decides what has optimizer state, and now it is "
+            f"{list(after)}"
+        )
     return None
 
 
@@ -401,42 +407,70 @@ def _look(run: RunConfig, root: Path, before: int | None, opened: list[Weights])
     if (path := _hugging_face(settings.path)) is not None:
         opened.append(weights := _open(run, path))
         return {"record": _record(path, weights)}
-    if is_url(settings.path):
-        return {"folders": list_remote(settings.path)}
-    path = Path(settings.path)
-    newest = _newest(settings.path)
-    folders = [newest] if newest == path else store.list_checkpoints(newest.parent)[::-1]
-    return {"folders": [str(folder.resolve()) for folder in folders]}
+    return {"folders": _folders(settings.path)}
+
+
+@contextlib.contextmanager
+def _field_named() -> Iterator[None]:
+    """Errors of a source begin with the field that names it."""
+    try:
+        yield
+    except (CheckpointError, ConversionError, StorageError) as error:
+        if str(error).startswith("init_from"):
+            raise
+        told = type(error)(f"init_from: {error}")
+        told.rank_local = error.rank_local
+        raise told from error
 
 
 def _hugging_face(path: str) -> Path | None:
     """The folder at a path or URL, on this machine, if it is of Hugging Face's form."""
-    folder = fetch_model(path) if is_url(path) else Path(path)
+    with _field_named():
+        folder = fetch_model(path) if is_url(path) else Path(path)
     return folder if folder is not None and is_hugging_face(folder) else None
+
+
+def _folders(path: str) -> list[str]:
+    """The checkpoint at a path or URL, or those of a run, newest first."""
+    with _field_named():
+        if is_url(path):
+            return list_remote(path)
+        newest = store.find_checkpoint(path)
+    folders = [newest] if newest == Path(path) else store.list_checkpoints(newest.parent)[::-1]
+    return [str(folder.resolve()) for folder in folders]
 
 
 def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
     """The first of some checkpoints that is whole; collective, each rank reads a share of the files."""
     for number, name in enumerate(folders):
         try:
-            folder = _on_this_machine(name)
-            return folder, _read_whole(folder)
+            with _field_named():
+                folder = _on_this_machine(name)
+                return folder, _read_whole(folder)
         except ClosedCheckpointError:
             raise
         except CheckpointError as error:
             if number + 1 == len(folders):
                 raise
-            why = str(error).removesuffix("; use another checkpoint")
-            log.warning("init_from: %s; trying the checkpoint before it", why)
+            log.warning(TRYING_BEFORE, str(error).removesuffix("; use another checkpoint"))
     raise AssertionError("no folder")
 
 
-def _newest(path: str) -> Path:
-    """The checkpoint at a path, or the newest of a run; CheckpointError that names the field."""
-    try:
-        return store.find_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"init_from: {error}") from None
+def _newest(path: str, level: int = logging.WARNING) -> tuple[Path, Manifest]:
+    """For --dry-run: the checkpoint at a path, or a run's newest whose manifest can be read; without its tensors."""
+    folders = _folders(path)
+    for number, name in enumerate(folders):
+        try:
+            with _field_named():
+                folder = store.find_checkpoint(name, only=(safe.METADATA,))
+                return folder, read_manifest(folder)
+        except ClosedCheckpointError:
+            raise
+        except CheckpointError as error:
+            if number + 1 == len(folders):
+                raise
+            log.log(level, TRYING_BEFORE, str(error).removesuffix("; use another checkpoint"))
+    raise AssertionError("no folder")
 
 
 def _on_this_machine(name: str) -> Path:
@@ -460,7 +494,8 @@ def _open(run: RunConfig, path: Path) -> Weights:
             raise ConfigError(f"init_from.{name}: {path} is a Hugging Face folder, of weights alone; set it to false")
     if run.init_from.weights == "ema":
         raise ConfigError(f"init_from.weights: {path} is a Hugging Face folder, of one kind of weights; remove it")
-    weights = open_folder(path, mixer=run.model.mixer, seed=run.seed)
+    with _field_named():
+        weights = open_folder(path, mixer=run.model.mixer, seed=run.seed)
     check_shapes(weights.model, run.model, str(path))
     return weights
 

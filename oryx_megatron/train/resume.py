@@ -44,6 +44,9 @@ def lines(manifest: Manifest, run: RunConfig) -> list[tuple[int, str]]:
     if (before := then.batch_at(done)) != (after := now.batch_at(done)) and done < train.iterations:
         text = f"samples continue at {now.samples_at(done)}; learning rate and schedules stay per step"
         found.append((logging.INFO, f"train.global_batch_size {before} → {after} from step {done + 1} on: {text}"))
+    if now.sizes != planned(train) and done < train.iterations:
+        samples = now.samples_at(train.iterations)
+        found.append((logging.INFO, f"batch sizes with those of the steps before: {now}; {samples:,} samples in all"))
     if done >= train.iterations:
         found.append((logging.INFO, f"already at train.iterations={train.iterations}; increase it to continue"))
     elif train.exit_after is not None and done >= train.exit_after:

@@ -65,6 +65,7 @@ def test_as_if_planned(
     trainer("train.exit_after=2").fit()
     trainer("train.global_batch_size=4", "train.exit_after=3").fit()
     assert "train.global_batch_size 2 → 4 from step 3 on: samples continue at 4;" in caplog.text
+    assert "batch sizes with those of the steps before: 2, 4 from step 3 on; 16 samples in all" in caplog.text
     caplog.clear()
     trainer("train.global_batch_size=4").fit()
     assert "samples continue at" not in caplog.text

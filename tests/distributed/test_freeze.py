@@ -20,7 +20,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, tiny_run, train_and_resume
 from oryx_megatron.train import optimizer
-from oryx_megatron.train.freeze import is_frozen, names
+from oryx_megatron.train.freeze import check, is_frozen, names, same
 
 RECURRENT = ("*", "!*query_recurrent", "!*decay_proj.weight", "!*a_log", "!*dt_bias", "!*self_attention.d")
 """The recurrent path alone, as of an imported Transformer: part of in_proj trains, the rest of it does not."""
@@ -178,6 +178,37 @@ def test_state_of_the_recurrent_path_alone(found: dict[str, list[list[Any]]]) ->
     assert states == 2 * model.num_layers * (in_proj + small)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "advice"),
+    [
+        ("embeding*", "names are like embedding.word_embeddings.weight, …"),
+        ("decoder.layers.0.mlp.linear_fc3.weight", "names are like decoder.layers.*.mlp.linear_fc1.weight, decoder"),
+        ("model.layers.*.mlp*", "names are like decoder.layers.*.mlp.linear_fc1.weight, "),
+        ("mlp", "a pattern covers whole names, with * and ? alone: '*mlp*'"),
+        ("!mlp", "a pattern covers whole names, with * and ? alone: '!*mlp*'"),
+        (r"^embedding\..*$", "a pattern covers whole names, with * and ? alone: '*embedding.*'"),
+        ("", "names are like decoder.final_layernorm.weight, "),
+        ("!", "names are like decoder.final_layernorm.weight, "),
+    ],
+)
+def test_a_typo_gets_the_nearest_names(pattern: str, advice: str) -> None:
+    """What the line advises freezes something."""
+    known = names(run_of((), ParallelConfig()).model)
+    with pytest.raises(ConfigError) as raised:
+        check(("*norm*", pattern), known)
+    message = str(raised.value)
+    assert message.startswith(f"train.freeze[1]: {pattern!r} matches no parameter; {advice}")
+    assert "\n" not in message
+    if "whole names" in advice:
+        check(("*norm*", advice.rpartition("'")[0].rpartition("'")[2]), known)
+
+
+def test_patterns_that_freeze_the_same() -> None:
+    model = run_of((), ParallelConfig()).model
+    assert same(model, ("embedding*", "*.mlp.*"), ("*.mlp.*", "embedding.word_embeddings.weight"))
+    assert not same(model, ("*.mlp.*",), ("*mlp*",))  # the norm before it
+
+
 def test_messages(caplog: pytest.LogCaptureFixture) -> None:
     platform.install()
     whole = parameter_counts(run_of((), ParallelConfig()).model).total
@@ -190,6 +221,7 @@ def test_messages(caplog: pytest.LogCaptureFixture) -> None:
     for patterns, message in (
         (("*", "!*nothing*"), r"train.freeze\[1\]: '!\*nothing\*' matches no parameter; names are like decoder"),
         (("*",), "train.freeze: freezes every parameter"),
+        (("!*mlp*",), "train.freeze: freezes no parameter; `!PATTERN` trains what a pattern before it freezes"),
     ):
         run = run_of(patterns, ParallelConfig())
         with pytest.raises(ConfigError, match=message), session(run):

@@ -219,6 +219,32 @@ def test_a_damaged_checkpoint_of_the_source(
         trainer(f"init_from={newest}")
     with pytest.raises(CheckpointError, match="nowhere does not exist; give a checkpoint or a run folder"):
         trainer(f"init_from={tmp_path / 'nowhere'}")
+    (newest.parent / HALF / "common.pt").write_bytes(b"")
+    for source in (tmp_path / "source", "memory://nowhere/run", newest / "manifest.json"):
+        with pytest.raises(CheckpointError, match=r"^init_from: (?!.*init_from)"):
+            trainer(f"init_from={source}")
+
+
+def test_dry_run_of_a_source(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A manifest that cannot be read gives the checkpoint before it; of a URL no tensor is fetched."""
+    small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", f"output_dir={tmp_path / 'n'}")
+    shutil.copytree(project.parent / "source", tmp_path / "source")
+    newest = find_checkpoint(tmp_path / "source")
+    for tensors in newest.glob("*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[::-1])
+    url = f"init_from=file://{tmp_path / 'source'}"
+    assert main([str(project), "--dry-run", *small, url, "init_from.optimizer=true"]) == 0
+    assert f"init_from: weights, optimizer of file://{newest}\n" in capsys.readouterr().out
+    (newest / "manifest.json").write_text("{")
+    assert main([str(project), "--dry-run", *small, f"init_from={tmp_path / 'source'}"]) == 0
+    assert f"init_from: weights alone of {newest.parent / HALF}\n" in capsys.readouterr().out
+    assert caplog.text.count("trying the checkpoint before it") == 1
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    assert main([str(project), "--dry-run", *small, f"init_from={tmp_path / 'hf'}"]) == 2
+    assert f"error: init_from: {tmp_path / 'hf'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,10 @@ def test_faults_in_files(run_file, old, new, message):
         ("train=3", "train: expected a mapping of TrainConfig fields, got 3 (int)"),
         ("evaluation.plans=attention", "evaluation.plans: expected list of text, got 'attention' (str)"),
         ("evaluation.plans=[", "not valid YAML"),
+        ("train.freeze=[*mlp*]", """begins with * or ! needs quotes of its own, in a shell '["*", "!*b"]'"""),
+        ("train.freeze=!*mlp*", "begins with * or ! needs quotes of its own"),
+        ("init_from=", "override `init_from=`: has no value; write init_from=null for none"),
+        ("data.cache_dir= ", "has no value; write data.cache_dir=null for none"),
     ],
 )
 def test_faults_in_overrides(run_file, override, message):
