@@ -202,7 +202,7 @@ def preview(run: RunConfig, tokenizer: Tokenizer, blend: BlendPreview) -> list[s
         opened = _open(run, path)
         lines = _headline(run, run.init_from.path, None) + _heads(opened.model, run.model)
         lines += _of_folder(opened.model, opened.kept, run)
-        return lines if opened.kept is None else lines + warnings(run, opened.kept, tokenizer)
+        return lines + (_reach(run) if opened.kept is None else warnings(run, opened.kept, tokenizer))
     folder, manifest = _newest(run.init_from.path)
     check(run, folder, manifest)
     check_data(run.init_from, manifest, blend)
@@ -230,7 +230,23 @@ def warnings(run: RunConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[s
     assert run.init_from is not None
     if run.init_from.schedule and (text := resume.jump(manifest.run(), run, manifest.iteration)):
         found.append(text)
-    return found
+    return found + _reach(run)
+
+
+def _reach(run: RunConfig) -> list[str]:
+    """Whether sequences are longer than YaRN extends to, as when its factor counts from the run before."""
+    scaling, length = run.model.rope_scaling, run.data.sequence_length
+    if scaling is None or scaling.rope_type != "yarn":
+        return []
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+    if length <= scaling.factor * original:
+        return []
+    return [
+        f"model.rope_scaling: factor {scaling.factor:g} × original_max_position_embeddings {original} = "
+        f"{scaling.factor * original:.0f} tokens, and data.sequence_length is {length}; a factor of "
+        f"{length / original:g} reaches it"
+    ]
 
 
 def is_hugging_face(path: Path) -> bool:

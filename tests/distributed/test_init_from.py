@@ -225,6 +225,21 @@ def test_a_damaged_checkpoint_of_the_source(
             trainer(f"init_from={source}")
 
 
+@pytest.mark.parametrize(("factor", "told"), [(2, True), (4, False)])
+def test_a_scaling_that_ends_before_the_sequence(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: int, told: bool
+) -> None:
+    """YaRN's factor counts from the length of pretraining, which a chain of runs makes easy to miss."""
+    scaling = f"model.rope_scaling={{rope_type: yarn, factor: {factor}, original_max_position_embeddings: 12}}"
+    small = ("model.num_layers=1", "train.global_batch_size=2", "data.split=[9, 0, 1]", f"output_dir={tmp_path / 'n'}")
+    assert main([str(project), "--dry-run", *small, f"init_from={project.parent / 'source'}", scaling]) == 0
+    line = (
+        "model.rope_scaling: factor 2 × original_max_position_embeddings 12 = 24 tokens, and data.sequence_length is "
+        "48; a factor of 4 reaches it\n"
+    )
+    assert (line in capsys.readouterr().out) is told
+
+
 def test_dry_run_of_a_source(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

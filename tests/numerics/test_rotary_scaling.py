@@ -10,6 +10,7 @@ from hf_reference import tiny_model
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from oryx_megatron.config.schema import ModelConfig, RopeScalingConfig
 from oryx_megatron.hf.rotary_oryx import Rope
@@ -111,3 +112,16 @@ def test_an_export_decodes_as_it_reads(name: str) -> None:
 def whole_plan(t: int) -> str:
     """Mode of token t under `every:2` with chunks of 4."""
     return "attention" if (t // 4) % 2 else "recurrent"
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tables_are_those_of_a_llama(name: str) -> None:
+    """Cosines and sines of transformers' own module, far beyond the original length; angles are rounded in fp32."""
+    parameters = SCALINGS[name] | {"rope_theta": 5e5}
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=128, num_attention_heads=2, head_dim=64, rope_parameters=dict(parameters))
+    )
+    for positions, atol in ((torch.arange(48), 2e-5), (torch.arange(0, 32768, 37), 1e-2)):
+        ours = Rope.of(parameters).tables(positions, 64, torch.float32)
+        for got, want in zip(ours, theirs(torch.zeros(1), positions[None]), strict=True):
+            torch.testing.assert_close(got, want[0, :, :32], rtol=0, atol=atol)
