@@ -230,7 +230,18 @@ def warnings(run: RunConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[s
     assert run.init_from is not None
     if run.init_from.schedule and (text := resume.jump(manifest.run(), run, manifest.iteration)):
         found.append(text)
-    return found + _reach(run)
+    return found + _pretraining(manifest.run().model.rope_scaling, run.model.rope_scaling) + _reach(run)
+
+
+def _pretraining(then: RopeScalingConfig | None, now: RopeScalingConfig | None) -> list[str]:
+    """Whether a scaling of a scaled model counts from another length: frequencies would be divided twice, or less."""
+    lengths = [scaling and scaling.original_max_position_embeddings for scaling in (then, now)]
+    if None in lengths or lengths[0] == lengths[1]:
+        return []
+    return [
+        f"model.rope_scaling: original_max_position_embeddings {lengths[0]} → {lengths[1]}: it is the length of "
+        f"pretraining, which stays over a chain of runs; set it to {lengths[0]}, and factor to the whole extension"
+    ]
 
 
 def _reach(run: RunConfig) -> list[str]:

@@ -240,6 +240,20 @@ def test_a_scaling_that_ends_before_the_sequence(
     assert (line in capsys.readouterr().out) is told
 
 
+def test_a_scaling_that_counts_from_the_run_before(
+    trainer: Callable[..., Trainer], project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scaled(factor: int, original: int) -> str:
+        return f"model.rope_scaling={{rope_type: yarn, factor: {factor}, original_max_position_embeddings: {original}}}"
+
+    make(project, tmp_path / "first", scaled(4, 12), "train.iterations=1").fit()
+    for settings, told in ((scaled(16, 12), False), (scaled(4, 48), True)):
+        caplog.clear()
+        trainer(f"init_from={tmp_path / 'first'}", settings, "data.sequence_length=96").stream.close()
+        line = "original_max_position_embeddings 12 → 48: it is the length of pretraining, which stays"
+        assert (line in caplog.text) is told
+
+
 def test_dry_run_of_a_source(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
