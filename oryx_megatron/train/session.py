@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.config.schema import RunConfig
@@ -42,7 +44,11 @@ def fit(
         if stopped is None and after is not None:
             if stop is not None:
                 stop.restore()
-            after(run, layout)
+            with contextlib.ExitStack() as left:
+                if parallel.is_main_rank():
+                    ended = signals.Stop("router not trained yet", run.train.iterations)
+                    left.enter_context(signals.resumable(Path(run.output_dir), ended))
+                after(run, layout)
         return stopped
     finally:
         parallel.destroy()

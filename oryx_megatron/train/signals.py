@@ -7,7 +7,8 @@ both deliver the first. Where SIGHUP was ignored from the start, as under nohup,
 
 How the outside learns that the run wants to resume:
 - rank 0 writes RUN/requeue (JSON: code, reason, iteration, time) when the checkpoint is complete, and removes it when a
-  run starts. It is there if, and only if, the run stopped with everything saved and has steps left.
+  run starts. It is there if, and only if, the run stopped with everything saved and has steps left. While a router is
+  trained at the end of a run (the config's `router`), it is there too: the next start does that.
 - without torchrun the process exits with errors.REQUEUE_EXIT_CODE.
 - under torchrun ranks exit with 0. torchrun takes every other code for a failure, would start the ranks again while
   restarts are left, and itself only ever exits with 0 or 1. So a launch script looks for the marker:
@@ -27,7 +28,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -140,6 +141,16 @@ def write_marker(folder: Path, stop: Stop) -> None:
     content = {"code": REQUEUE_EXIT_CODE, "reason": stop.reason, "iteration": stop.iteration, "time": time.time()}
     for path in _markers(folder):
         write_json(path, content)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path, stop: Stop) -> Iterator[None]:
+    """Leave RUN/requeue meanwhile: if killed inside, the run asks a launch script to be started again."""
+    write_marker(folder, stop)
+    try:
+        yield
+    finally:
+        remove_marker(folder)
 
 
 def remove_marker(folder: Path) -> None:

@@ -27,6 +27,7 @@ from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.router import main
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.train.session import fit
+from oryx_megatron.train.signals import MARKER
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 SPEC = "router:0.3"
@@ -61,7 +62,14 @@ def train_again(run: Path) -> list[str]:
     config = read_manifest(find_checkpoint(run)).run()
     evaluation = dataclasses.replace(config.evaluation, plans=("recurrent", SPEC), batches=2)
     config = dataclasses.replace(config, output_dir=str(run), router=OPTIONS, evaluation=evaluation)
-    assert fit(config, validate(config, 2), after=router_training.recipe(config)) is None
+    recipe = router_training.recipe(config)
+    assert recipe is not None
+
+    def after(*about: Any) -> None:
+        kept.lines.append(f"marker: {(run / MARKER).is_file()}")
+        recipe(*about)
+
+    assert fit(config, validate(config, 2), after=after) is None
     return kept.lines
 
 
@@ -133,6 +141,8 @@ def test_a_run_that_asks_for_a_router(
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), by_hand.state_dict().values()))
     assert about == of_hand
     assert sum("router: epoch 2 of 2" in line for line in lines) == 1
+    assert "marker: True" in lines  # killed then, a launch script starts it again
+    assert not (run / MARKER).exists()
     assert sum(line.startswith("router: router:0.1 ") for line in lines) == 1
     assert f"router: {run}/{NAME} is of this checkpoint already" in again
     assert not any("router: epoch" in line or SPEC in line for line in again)
