@@ -130,7 +130,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
         == 0
     )
     samples = 10 * 8 + 10 * 16 + 30 * 32
-    assert capsys.readouterr().out.splitlines()[1] == (
+    assert capsys.readouterr().out.splitlines()[2] == (
         f"batch sizes: 8, 16 from step 11 on, 32 from step 21 on; {samples} samples, {samples * 256:,} tokens in all"
     )
 
