@@ -26,7 +26,7 @@ PROGRAMS = (
     "export|curl|wget|hf|huggingface-cli|tensorboard|accelerate|deepspeed|apptainer|conda|uv|wandb|nvidia-smi|for|ssh|"
     "pytest|ruff|mypy|pre-commit|shellcheck|jupyter|mkdocs|squeue|sinfo|scontrol|sacct|salloc|kubectl|ray|nvcc|nsys|ncu|"
     "aws|gcloud|gsutil|s5cmd|rclone|rsync|scp|tar|gzip|gunzip|zstd|unzip|cd|ls|cat|head|tail|less|grep|sed|awk|find|jq|"
-    "echo|printf|touch|rm|ln|chmod|sudo|apt|apt-get|module|env|time|tmux|nohup|ipython|pipx|virtualenv|kill|df|du"
+    "echo|printf|touch|rm|ln|chmod|sudo|apt|apt-get|module|env|tmux|nohup|ipython|pipx|virtualenv|kill|df|du"
 )
 COMMAND = re.compile(rf"(?:\$ |[A-Z_]+=\S+ |sudo )*(?:(?:{PROGRAMS})(?= |$)|(?:\./|launch/|\.ci/)\S)|[a-z_]+=[\"(]")
 LANGUAGES = dict.fromkeys(("bash", "sh", "zsh", "shell", "console", "terminal"), "bash") | dict.fromkeys(

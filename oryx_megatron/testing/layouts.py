@@ -225,6 +225,10 @@ def session(
     run: RunConfig, *, iteration: int = 0, build: Callable[[RunConfig], Any] | None = None
 ) -> Iterator[Session]:
     """A `Session`, closed at the end; `build`: another engine than the one of a run."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # Kept for the process in the shape that came first, which after the backward pass of a lone layer is another.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     opened = Session(run, iteration=iteration, build=build)
     try:
         yield opened

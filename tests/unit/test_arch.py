@@ -322,6 +322,6 @@ def test_models_that_cannot_be_read_are_named(tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
     bad.write_text("preset: tiny-gdn\nnum_kv_heads: 3\n")
     assert arch.main([str(bad)]) == 2
-    assert capsys.readouterr().err == "error: model.num_kv_heads 3 does not divide model.num_heads 4\n"
+    assert capsys.readouterr().err == f"error: {bad}: model.num_kv_heads 3 does not divide model.num_heads 4\n"
     assert arch.main(["tiny-gdn", "--sequence", "0"]) == 2
     assert "--sequence: 0 should be above 0" in capsys.readouterr().err
