@@ -3,7 +3,7 @@
 
     oryx convert from-hf EXPORT RUN --verify
     oryx convert from-hf EXPORT RUN --run configs/run/quickstart.yaml train.iterations=500
-    oryx convert from-hf LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml --mixer mamba2
+    oryx convert from-hf LLAMA RUN --run configs/run/pretrain-1.4b-gdn.yaml
 
 The checkpoint lies in RUN/checkpoints and loads under any layout; RUN/config.yaml is the run that resumes from it. An
 export made by convert_to_hf.py knows its run; for others, and for another run, --run (with key=value overrides) gives
@@ -41,8 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mixer",
         choices=("gdn", "mamba2"),
-        default="mamba2",
-        help="recurrence of a Llama start (default: %(default)s)",
+        help="recurrence of a Llama start (default: that of --run)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the new gates of a Llama start (default: %(default)s)")
     parser.add_argument(
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             folder,
             arguments.output,
             run,
-            mixer=arguments.mixer,
+            mixer=arguments.mixer or run.model.mixer,
             seed=arguments.seed,
             own=own,
             overwrite=arguments.overwrite,

@@ -532,6 +532,7 @@ def test_a_llama(
     assert convert_from_hf.main([*convert, "train.iterations=1", *scaled]) == 0
     assert f"train it: python -m oryx_megatron.train {tmp_path / 'start'}/config.yaml" in capsys.readouterr().out
     run = load_run(tmp_path / "start" / "config.yaml")
+    assert run.model.mixer == load_run(str(project)).model.mixer == "gdn"
     assert run.model.rope_theta == 5e4
     assert run.model.rope_scaling == RopeScalingConfig(rope_type="linear", factor=2.0)
     with pytest.raises(CheckpointError, match=r"num_kv_heads \(there 4, here 2\).*; train .*start/config.yaml, or"):
