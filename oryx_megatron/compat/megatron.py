@@ -24,6 +24,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `quiet` | it warns of an MLP of another class than its own for every layer, and (0.19) of every model that is no HybridModel |
 | `identify_groups` | 0.19 finds the optimizer's groups in a checkpoint by their learning rates, too: a run that resumes with another raises KeyError |
 | `InOrder` | gradient buckets are reduced as they are complete, in an order that depends on the mode plan |
+| `forget_models` | a second model in a process adds its losses to those of the first, by layer: IndexError where it has more |
 | `destroy_groups` | process groups are only forgotten; each gloo group would keep its threads |
 | `read_checkpoints_by` | three places of a checkpoint are unpickled without weights_only |
 | `keep_common_failures`, `common_failure` | 0.16 raises on rank 0 alone, between two collectives, and leaves the others waiting in the second |
@@ -41,6 +42,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -392,12 +394,27 @@ class InOrder:
             self._turn = (self._turn + 1) % len(self._starts)
 
 
+def forget_models() -> None:
+    """Let go of what is kept for the process of a model's experts and heads: losses by layer, their groups, a scale."""
+    moe = sys.modules.get("megatron.core.transformer.moe.moe_utils")
+    heads = sys.modules.get("megatron.core.transformer.multi_token_prediction")
+    if moe is not None:
+        moe.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        if since(0, 19):
+            importlib.import_module("megatron.core.transformer.moe.moe_logging").destroy_moe_metrics_tracker()
+        else:
+            moe.get_moe_layer_wise_logging_tracker().clear()
+    if heads is not None:
+        heads.MTPLossLoggingHelper.tracker = {}
+
+
 def destroy_groups() -> None:
     """Give up all process groups but the default one, with their threads."""
     import torch
     from megatron.core import parallel_state
     from torch.distributed import distributed_c10d
 
+    forget_models()
     parallel_state.destroy_model_parallel()
     default = distributed_c10d._get_default_group()
     for group in [group for group in distributed_c10d._world.pg_map if group is not default]:

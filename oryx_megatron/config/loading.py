@@ -329,7 +329,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     source = f"override `{override}`"
     if not equals or not all(keys):
         raise ConfigError(f"{source}: expected key=value, e.g. train.iterations=100")
-    if not text.strip():  # of a shell variable that is not set: not the null that YAML makes of it
+    if not text.strip() and path.strip() == "init_from":  # a shell's variable that is not set: new weights, silently
         raise ConfigError(f"{source}: has no value; write {path}=null for none")
     # Walk the schema first, so that a typo is told with the override's text and not the file's name.
     kind: Any = RunConfig

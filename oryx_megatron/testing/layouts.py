@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from oryx_megatron import parallel
+from oryx_megatron import compat, parallel
 from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import (
@@ -225,10 +225,7 @@ def session(
     run: RunConfig, *, iteration: int = 0, build: Callable[[RunConfig], Any] | None = None
 ) -> Iterator[Session]:
     """A `Session`, closed at the end; `build`: another engine than the one of a run."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    # Kept for the process in the shape that came first, which after the backward pass of a lone layer is another.
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    compat.megatron.forget_models()  # of a lone layer before, which no groups were destroyed after
     opened = Session(run, iteration=iteration, build=build)
     try:
         yield opened

@@ -138,6 +138,29 @@ def raised(action: Callable[[], Any]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def two_models(forget: bool) -> str | None:
+    """Trains one of a layer with experts, then one of two, as a notebook does; what stopped it."""
+    from oryx_megatron.config.schema import MoEConfig
+    from oryx_megatron.testing.layouts import session, tiny_run
+
+    warnings.simplefilter("ignore")
+    if not forget:
+        compat.megatron.forget_models = lambda: None
+    for layers in (1, 2):
+        run = tiny_run(model__num_layers=layers, model__moe=MoEConfig(experts=4, ffn_hidden_size=20))
+        try:
+            with session(run) as opened:
+                opened.steps(1)
+        except IndexError as error:
+            return str(error)
+    return None
+
+
+def test_a_second_model_with_more_experts() -> None:
+    assert run_distributed(two_models, 1, True) == [None]
+    assert run_distributed(two_models, 1, False) == ["index 1 is out of bounds for dimension 0 with size 1"]
+
+
 def facts_of_optimizers() -> dict[str, Any]:
     """What megatron-core's optimizers do without each patch; of one rank."""
     warnings.simplefilter("ignore")

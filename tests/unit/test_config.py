@@ -290,7 +290,6 @@ def test_faults_in_files(run_file, old, new, message):
         ("train.freeze=[*mlp*]", """begins with * or ! needs quotes of its own, in a shell '["*", "!*b"]'"""),
         ("train.freeze=!*mlp*", "begins with * or ! needs quotes of its own"),
         ("init_from=", "override `init_from=`: has no value; write init_from=null for none"),
-        ("data.cache_dir= ", "has no value; write data.cache_dir=null for none"),
     ],
 )
 def test_faults_in_overrides(run_file, override, message):
