@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,6 @@ DATA_PATHS = tuple(f"data.{name}" for name in ("tokenizer", "blend", "stages", "
 """Of which an export keeps the last part alone; its tokenizer is compared by content."""
 NESTED = (MoEConfig, MTPConfig)
 """Parts of a model that are compared field by field."""
-TRYING_BEFORE = "%s; trying the checkpoint before it"
 NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
@@ -469,34 +468,39 @@ def _folders(path: str) -> list[str]:
 
 def _newest_whole(folders: list[str]) -> tuple[Path, Manifest]:
     """The first of some checkpoints that is whole; collective, each rank reads a share of the files."""
-    for number, name in enumerate(folders):
-        try:
-            with _field_named():
-                folder = _on_this_machine(name)
-                return folder, _read_whole(folder)
-        except ClosedCheckpointError:
-            raise
-        except CheckpointError as error:
-            if number + 1 == len(folders):
-                raise
-            log.warning(TRYING_BEFORE, str(error).removesuffix("; use another checkpoint"))
-    raise AssertionError("no folder")
+
+    def read(name: str) -> tuple[Path, Manifest]:
+        folder = _on_this_machine(name)
+        return folder, _read_whole(folder)
+
+    return _first(folders, read)
 
 
 def _newest(path: str, level: int = logging.WARNING) -> tuple[Path, Manifest]:
     """For --dry-run: the checkpoint at a path, or a run's newest whose manifest can be read; without its tensors."""
-    folders = _folders(path)
+
+    def read(name: str) -> tuple[Path, Manifest]:
+        folder = store.find_checkpoint(name, only=(safe.METADATA,))
+        return folder, read_manifest(folder)
+
+    return _first(_folders(path), read, level)
+
+
+def _first(
+    folders: list[str], read: Callable[[str], tuple[Path, Manifest]], level: int = logging.WARNING
+) -> tuple[Path, Manifest]:
+    """The first of some checkpoints that `read` takes; says of the others why it did not."""
     for number, name in enumerate(folders):
         try:
             with _field_named():
-                folder = store.find_checkpoint(name, only=(safe.METADATA,))
-                return folder, read_manifest(folder)
+                return read(name)
         except ClosedCheckpointError:
             raise
         except CheckpointError as error:
             if number + 1 == len(folders):
                 raise
-            log.log(level, TRYING_BEFORE, str(error).removesuffix("; use another checkpoint"))
+            why = str(error).removesuffix("; use another checkpoint")
+            log.log(level, "%s; trying the checkpoint before it", why)
     raise AssertionError("no folder")
 
 
