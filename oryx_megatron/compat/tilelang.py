@@ -104,5 +104,8 @@ def _settle(kernel: Any) -> None:
             _, status = os.waitpid(pending.process, 0)
             if status:
                 log.debug("a kernel did not compile beside others")
-            else:
+                continue
+            try:
                 kernel._kernel_cache[key] = pending.compile()
+            except Exception:
+                log.debug("a kernel that was compiled does not load", exc_info=True)

@@ -127,6 +127,30 @@ def test_a_process_that_dies_leaves_its_kernel_to_this_one(
     assert compiled == [64]
 
 
+def test_a_kernel_that_does_not_load_fails_where_it_is_called_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves the next one inside."""
+    here, original = os.getpid(), tilelang.compile
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() == here:
+            raise OSError("the cache is gone")
+        return original(*args, **kwargs)
+
+    add = adder()
+    with monkeypatch.context() as gone:
+        gone.setattr(tilelang, "compile", compile)
+        with compat.tilelang.side_by_side():
+            for size in SIZES:
+                add(size)(torch.zeros(size), torch.zeros(size))
+    assert add._kernel_cache == {}
+    with compat.tilelang.side_by_side():
+        b = torch.zeros(64)
+        add(64)(torch.zeros(64), b)
+        assert not b.any()
+    add(64)(torch.zeros(64), b)
+    assert torch.equal(b, torch.ones(64))
+
+
 def test_an_error_inside_is_the_callers() -> None:
     add = adder()
 
