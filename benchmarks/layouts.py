@@ -289,8 +289,9 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 found = measure(case, arguments.profile)
             except Exception as error:
-                # Memory runs out alike on all ranks, which hold the same; whatever else, a single rank waits for none.
-                if world > 1 and not isinstance(error, torch.OutOfMemoryError):
+                # Memory runs out alike on all ranks, which hold the same. Of megatron-core's own models whatever else
+                # is a line too, where no other rank waits; of ours it ends the run.
+                if not isinstance(error, torch.OutOfMemoryError) and (world > 1 or case.model not in PEERS):
                     raise
                 if main_rank:
                     print(f"{case.name()}: {first_line(error)}", flush=True)

@@ -234,6 +234,8 @@ def measure(case: str, runner: Runner, precision: str, graphs: bool, steps: int,
     runner.time(plans, len(plans) + 1)  # compiles, captures every shape, and warms up
     print(f"{case}{', graphs' if graphs else ''}: warm after {time.perf_counter() - begun:.0f} s", flush=True)
     if graphs and runner.graphs is not None and runner.graphs.failed:
+        if case != "mcore-gdn":
+            raise RuntimeError(runner.graphs.failed)
         print(f"{case} {sequence}x{batch}: not captured ({runner.graphs.failed}), launched instead", flush=True)
         graphs = False
     milliseconds, loss = runner.time(plans, steps)
