@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if model.moe is not None:
         sys.stderr.write(
-            "model.moe: experts are launched, and what the host needs for them is not counted: one H100 was 2.7\n"
-            "times slower with 64 of them (docs/performance.md); measure with benchmarks/layouts.py\n"
+            "model.moe: experts are launched, and what the host needs for them is not counted: speeds are too high;\n"
+            "measure with benchmarks/layouts.py (docs/performance.md)\n"
         )
     found = plan(model, cluster, work, a.cpu_offload, **how)
     if a.json:

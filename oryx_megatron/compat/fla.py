@@ -1,4 +1,4 @@
-"""fla (0.6): what its import loads that no run uses, 15 s of a start beside a GPU.
+"""fla (0.6): what its import loads that no run uses, most of its time.
 
 | patch | why |
 |---|---|
