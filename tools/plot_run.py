@@ -42,6 +42,8 @@ GREY = "#8a8a8a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#8c510a")  # Okabe and Ito
 MODE_COLOURS = {"recurrent": 0, "attention": 1}
 """Their places in COLOURS: attention is orange wherever modes have colours."""
+BESIDE_PLANS = 6
+"""Place of the first run's colour in a panel beside others whose colours are plans."""
 LINES = ("-", "--", ":", "-.")
 LOADS = {"expert_load_max": "busiest expert", "expert_load_min": "idlest expert", "dropped_share": "share dropped"}
 ROUTERS = {
@@ -306,7 +308,8 @@ def _panels(
         panels.append(("training", functools.partial(_training, runs=runs, smooth=smooth)))
         panels += [(name, functools.partial(_set, runs=runs, name=name)) for name in sets]
     if any(len(run.plan_shares) > 1 for run in runs) and "share" in wanted:
-        panels.append(("loss against attention share", functools.partial(_against_share, runs=runs)))
+        first = BESIDE_PLANS if len(runs) == 1 or beside else 0  # else a run has its colour of the other panels
+        panels.append(("loss against attention share", functools.partial(_against_share, runs=runs, first=first)))
     if (routed := [run for run in runs if run.load]) and "experts" in wanted:
         panels.append(("load of experts", functools.partial(_load, runs=routed, alone=len(runs) == 1)))
         panels.append(("routers", functools.partial(_routers, runs=routed, alone=len(runs) == 1)))
@@ -380,8 +383,11 @@ def _set(ax: Any, *, runs: list[Curves], name: str) -> list[tuple[Any, str]]:
     return legend
 
 
-def _against_share(ax: Any, *, runs: list[Curves]) -> list[tuple[Any, str]]:
-    """The last evaluation of each plan; for a single run also its last steps, whose plans were drawn."""
+def _against_share(ax: Any, *, runs: list[Curves], first: int) -> list[tuple[Any, str]]:
+    """The last evaluation of each plan; for a single run also its last steps, whose plans were drawn.
+
+    `first`: place in COLOURS of the first run's.
+    """
     ax.set(xlabel="tokens read by attention", xlim=(-0.03, 1.03))
     ax.xaxis.set_major_formatter("{x:.0%}")
     legend = []
@@ -394,7 +400,7 @@ def _against_share(ax: Any, *, runs: list[Curves]) -> list[tuple[Any, str]]:
             )
             if points:
                 label = name if len(runs) == 1 else f"{run.name}, {name}"
-                legend.append((ax.plot(*zip(*points), **_style(i, j, len(run.evaluations)))[0], label))
+                legend.append((ax.plot(*zip(*points), **_style(first + i, j, len(run.evaluations)))[0], label))
     return legend
 
 
