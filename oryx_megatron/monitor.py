@@ -104,9 +104,9 @@ def table(runs: Sequence[Followed], now: float) -> list[str]:
             if run.state(now) in ENDED and (final := run.final()) is not None:
                 over = f"final training loss {final[0]:.4f} {named_steps(*final[1:])}"
             lines.append(f"{short(run.tokens)} tokens{skipped}; {over}"[:WIDTH])
-        counts = {"resume": (starts := count_starts(run.events))[0], "restart": starts[1]}
-        if any(counts.values()):
-            lines.append(", ".join(number_of(count, name) for name, count in counts.items()))
+        resumes, restarts = count_starts(run.events)
+        if resumes or restarts:
+            lines.append(f"{number_of(resumes, 'resume')}, {number_of(restarts, 'restart')}")
         for (dataset, plan), line in run.evaluations.items():
             name = shown(f"{dataset}, {plan}")
             lines.append(f"  {name}: loss {line['loss']:.4f} at step {line['iteration']}"[:WIDTH])

@@ -35,7 +35,7 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
     if platform.has_gpu() and run.model.mixer == "gdn":
         with compat.tilelang.side_by_side():
             for mixer in _kinds(chunks):
-                if mixer.model.modes != "attention":
+                if mixer.model.has_recurrence:
                     _scan(mixer, run.data.sequence_length, run.train.micro_batch_size)
             _call_each(run, chunks)
     _call_each(run, chunks)
