@@ -31,16 +31,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
 
     q [b, n, H, N] in rows; k [b, s, G, N], v [b, s, G, P] by token → o [b, n, H, P] in rows.
     """
-    return _in_rows(q, k, v, layout, mode_attention.__wrapped__)  # type: ignore[attr-defined]
-
-
-def _in_rows(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, attention: Any) -> Tensor:
-    """`attend` by a function with the signature of `mode_attention`."""
     tokens = layout.tokens[: layout.attention].long()
     whole = q
     if layout.attention < layout.length:
         whole = q.new_zeros(q.shape[0], layout.length, *q.shape[2:]).index_copy(1, tokens, q)
-    o = attention(whole, k, v, layout.plan, documents=_documents(layout))
+    o = backends.reference_of(mode_attention)(whole, k, v, layout.plan, documents=_documents(layout))
     return o if layout.attention == layout.length else o.index_select(1, tokens)
 
 
@@ -138,12 +133,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     tokens = layout.tokens[: layout.attention].long()
     whole = q.new_zeros(q.shape[0], layout.length, *q.shape[2:]).index_copy(1, tokens, q)
     starts = layout.starts
-    ordered = layout.by_token
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= starts[query])
 
-    mask_count, mask_index, full_count, full_index = (x[None, None] for x in ordered)
+    mask_count, mask_index, full_count, full_index = (x[None, None] for x in layout.by_token)
     block_mask = BlockMask.from_kv_blocks(
         mask_count,
         mask_index,
@@ -163,8 +157,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     return o.transpose(1, 2).index_select(1, tokens)
 
 
-def _flex_missing() -> str | None:
-    return platform.missing_package("triton", gpu=True)
+_flex_missing = backends.package_on_gpu("triton")
 
 
 # ------------------------------------------------------------------------------------------------------------- SDPA
@@ -187,7 +180,7 @@ def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     if layout.recurrent == 0 and not layout.isolated:
         return _causal_sdpa(q, k, v)
-    return _in_rows(q, k, v, layout, mode_attention.__wrapped__)  # type: ignore[attr-defined]
+    return backends.reference_of(attend)(q, k, v, layout)
 
 
 def _no_gpu() -> str | None:
@@ -231,9 +224,8 @@ def _by_token(rows: Any) -> Any:
     def mode_attention_by_rows(
         q: Tensor, k: Tensor, v: Tensor, plan: ModePlan, *, documents: Tensor | None = None
     ) -> Tensor:
-        reference = mode_attention.__wrapped__  # type: ignore[attr-defined]
         if q.shape[1] != k.shape[1] or plan.attention_tokens == 0:  # decoding, or nothing to do
-            return reference(q, k, v, plan, documents=documents)
+            return backends.reference_of(mode_attention)(q, k, v, plan, documents=documents)
         layout = _layout(plan, q.device, documents)
         if layout.recurrent == 0:
             return rows(q, k, v, layout)

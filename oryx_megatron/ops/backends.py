@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import ParamSpec, TypeVar
 
+from oryx_megatron import platform
 from oryx_megatron.config.schema import KernelsConfig, ModelConfig
 from oryx_megatron.errors import ConfigError
 
@@ -82,13 +83,23 @@ def dispatched(part: str) -> Callable[[Callable[A, R]], Callable[A, R]]:
         name = reference.__name__
         register(part, name, "reference", reference, missing=lambda: None, rank=0)
 
-        @functools.wraps(reference)  # also gives `__wrapped__`, the reference itself
+        @functools.wraps(reference)
         def call(*args: A.args, **kwargs: A.kwargs) -> R:
             return _selected[name].call(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def reference_of(function: Callable[A, R]) -> Callable[A, R]:
+    """The reference backend of a `dispatched` function, whatever is selected."""
+    return function.__wrapped__  # type: ignore[attr-defined]  # functools.wraps keeps it
+
+
+def package_on_gpu(package: str) -> Missing:
+    """`missing` of a backend that needs this package and a GPU."""
+    return lambda: platform.missing_package(package, gpu=True)
 
 
 def register(

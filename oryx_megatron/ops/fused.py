@@ -29,6 +29,9 @@ TAPS = 4
 RESET = 80.0
 """Taken off the log decay where a document opens: e⁻⁸⁰ of the old state is none in fp32."""
 _TILE = {"BLOCK": 16, "num_warps": 4}
+_WALK = {"BLOCK": 64, "num_warps": 1}
+_GATES = {"BLOCK": 32, "num_warps": 4}
+_SWIGLU = {"BLOCK": 1024, "num_warps": 4}
 
 
 def missing() -> str | None:
@@ -79,6 +82,11 @@ class HeadSteps:
     l2: bool
     """L2 norm of what the recurrence reads."""
     epsilon: float
+
+    @property
+    def of_values(self) -> HeadSteps:
+        """What happens to values: of all this the activation alone."""
+        return HeadSteps(self.silu, norm=False, rope=None, l2=False, epsilon=self.epsilon)
 
 
 class KeysValues(NamedTuple):
@@ -136,9 +144,8 @@ class _KeysValues(torch.autograd.Function):
         split = groups * widths[0]
         taps = (None, None) if conv is None else (conv[:split], conv[split:])
         _heads_forward(projected, layout.rows, 0, taps[0], key_norm, layout, layout.identity, steps, key_a, key_r, 1.0)
-        plain = HeadSteps(steps.silu, norm=False, rope=None, l2=False, epsilon=steps.epsilon)
-        values = projected[..., split:]
-        _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, plain, None, value, 1.0)
+        values, own = projected[..., split:], steps.of_values
+        _heads_forward(values, layout.rows, 0, taps[1], None, layout, layout.identity, own, None, value, 1.0)
         gate = projected[..., split + groups * widths[1] :] if gated else None
         return key_a, key_r, value if attends else None, value.view_as(value) if recurs else None, gate
 
@@ -153,16 +160,15 @@ class _KeysValues(torch.autograd.Function):
         if gate is None:
             dx[..., end:] = 0
         shares = []
-        plain = HeadSteps(steps.silu, norm=False, rope=None, l2=False, epsilon=steps.epsilon)
-        for columns, taps, norm, grad_a, grad_r, how in (
-            (slice(0, split), slice(0, split), key_norm, key_a, key_r, steps),
-            (slice(split, end), slice(split, end), None, value_a, value_r, plain),
+        for channels, norm, grad_a, grad_r, own in (
+            (slice(0, split), key_norm, key_a, key_r, steps),
+            (slice(split, end), None, value_a, value_r, steps.of_values),
         ):
-            weight = None if conv is None else conv[taps]
+            taps = None if conv is None else conv[channels]
             shares.append(
                 _heads_backward(
-                    projected[..., columns], layout.rows, 0, weight, norm, layout, layout.identity, how,
-                    grad_a, grad_r, dx[..., columns], 1.0,
+                    projected[..., channels], layout.rows, 0, taps, norm, layout, layout.identity, own,
+                    grad_a, grad_r, dx[..., channels], 1.0,
                 )
             )  # fmt: skip
         dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)  # type: ignore[misc]
@@ -333,9 +339,6 @@ def _heads_backward(
     return dtaps, None if dnorm is None else dnorm.sum(0)
 
 
-_WALK = {"BLOCK": 64, "num_warps": 1}
-
-
 def _zero_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
 
@@ -484,9 +487,6 @@ class _Gates(torch.autograd.Function):
         return d_logits, d_a, d_b, None, None
 
 
-_GATES = {"BLOCK": 32, "num_warps": 4}
-
-
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -554,6 +554,3 @@ class _SwiGLU(torch.autograd.Function):
         grid = (dy.numel() // width, -(-width // _SWIGLU["BLOCK"]))
         kernels.swiglu_backward[grid](x, dy, dx, WIDTH=width, **_SWIGLU)
         return (dx,)
-
-
-_SWIGLU = {"BLOCK": 1024, "num_warps": 4}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ from oryx_megatron.modes import Mode, ModePlan
 
 BLOCK = 128
 """Queries and keys per block of the block-sparse attention kernels."""
+
+
+def isolates(documents: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether cumulative starts [0, …, s] are of more than one document."""
+    return documents is not None and len(documents) > 2
 
 
 class BlockTable(NamedTuple):
@@ -63,10 +68,9 @@ class TokenLayout:
         Attention blocks lie from the last to the first one: a late block sees more keys, and the longest work should
         start first. Built on the host from the plan's runs and sent in one copy.
         """
-        isolated = documents is not None and len(documents) > 2
         tables = platform.to_device(cls.tables_of(plan, documents), device)
         ordered = plan.attention_tokens in (0, plan.length)
-        return cls(plan, *tables.unbind(0), isolated=isolated, ordered=ordered)  # type: ignore[misc, arg-type]
+        return cls(plan, *tables.unbind(0), isolated=isolates(documents), ordered=ordered)  # type: ignore[misc, arg-type]
 
     @staticmethod
     def tables_of(plan: ModePlan, documents: Tensor | None = None) -> Tensor:
@@ -79,7 +83,7 @@ class TokenLayout:
         rows = np.empty_like(tokens)
         rows[tokens] = np.arange(len(tokens))
         starts = np.zeros_like(tokens)
-        if documents is not None and len(documents) > 2:
+        if isolates(documents):
             bounds = documents.cpu().numpy()
             starts = np.repeat(bounds[:-1], np.diff(bounds))
         return torch.from_numpy(np.stack((tokens, rows, starts)).astype(np.int32))
@@ -90,7 +94,7 @@ class TokenLayout:
 
         Layouts of one shape launch the same kernels on other tables.
         """
-        isolated = documents is not None and len(documents) > 2
+        isolated = isolates(documents)
         return plan.attention_tokens, isolated, not isolated and _in_blocks(plan)
 
     def in_mode(self, mode: Mode) -> TokenLayout:

@@ -1,6 +1,6 @@
 """Backends of the separate steps: causal-conv1d's convolution, flash-linear-attention's gated norm.
 
-They serve where the mixer is not fused: under context parallelism, in evaluation with states, for unusual models.
+They serve where the mixer is not fused: when decoding, and for models that the fused kernels decline.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from oryx_megatron import platform
 from oryx_megatron.hf.recurrences_oryx import segments
 from oryx_megatron.ops import backends
+from oryx_megatron.ops.layout import isolates
 from oryx_megatron.ops.reference import causal_conv, gated_rms_norm
 
 
@@ -25,15 +25,14 @@ def _causal_conv1d(
     final: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_conv` by causal-conv1d, in channels-last layout; what it does not know goes to the reference."""
-    isolated = documents is not None and len(documents) > 2
     strided = x.stride(-1) != 1 or any(stride % 8 for stride in x.stride()[:2])
-    if (isolated and (final or initial is not None)) or x.shape[1] < weight.shape[1] or x.shape[2] % 8:
-        reference = causal_conv.__wrapped__  # type: ignore[attr-defined]
+    if (isolates(documents) and (final or initial is not None)) or x.shape[1] < weight.shape[1] or x.shape[2] % 8:
+        reference = backends.reference_of(causal_conv)
         return reference(x, weight, activation=activation, initial=initial, documents=documents, final=final)
     from causal_conv1d import causal_conv1d_fn
 
     number = None
-    if isolated and documents is not None:
+    if isolates(documents):
         number = segments(documents, x.shape[1], x.device).int().expand(x.shape[0], -1).contiguous()
     if initial is not None:  # the kernel wants channels last here too
         initial = initial.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
@@ -52,25 +51,14 @@ def _causal_conv1d(
 def _gated_norm(o: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """`gated_rms_norm` by flash-linear-attention."""
     if gate is None:
-        return gated_rms_norm.__wrapped__(o, gate, weight, eps)  # type: ignore[attr-defined]
+        return backends.reference_of(gated_rms_norm)(o, gate, weight, eps)
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
     return rms_norm_gated(o.contiguous(), gate.contiguous(), weight, None, eps=eps)
 
 
-backends.register(
-    "convolution",
-    "causal_conv",
-    "causal_conv1d",
-    _causal_conv1d,
-    missing=lambda: platform.missing_package("causal_conv1d", gpu=True),
-    rank=10,
-)
-backends.register(
-    "norm",
-    "gated_rms_norm",
-    "fla",
-    _gated_norm,
-    missing=lambda: platform.missing_package("fla", gpu=True),
-    rank=10,
-)
+for _part, _function, _package, _call in (
+    ("convolution", "causal_conv", "causal_conv1d", _causal_conv1d),
+    ("norm", "gated_rms_norm", "fla", _gated_norm),
+):
+    backends.register(_part, _function, _package, _call, missing=backends.package_on_gpu(_package), rank=10)

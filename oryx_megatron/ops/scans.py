@@ -9,8 +9,9 @@ Shapes: b batch, s tokens, H heads, G key/value heads (H % G == 0), N key width,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,10 @@ from oryx_megatron import platform
 from oryx_megatron.hf.recurrences_oryx import STEPWISE, delta_gates, segments, ssd_gates, unit
 from oryx_megatron.ops import backends
 from oryx_megatron.ops.fused import RESET
+from oryx_megatron.ops.layout import isolates
 from oryx_megatron.ops.reference import gated_delta_rule, ssd
 
+R = TypeVar("R")
 CHUNK = 64
 
 
@@ -196,17 +199,12 @@ def _states(
 # ------------------------------------------------------------------------- backends of the functions that take logits
 
 
-def _opens(documents: Tensor | None, length: int, device: torch.device) -> Tensor | None:
-    """fp32 [s, 1]: RESET where a document after the first opens."""
-    if documents is None or len(documents) <= 2:
-        return None
-    number = segments(documents, length, device)
-    return F.pad(number.diff(), (1, 0)).clamp(max=1).float().unsqueeze(-1) * RESET
-
-
 def _isolated(log_decay: Tensor, documents: Tensor | None) -> Tensor:
-    opens = _opens(documents, log_decay.shape[1], log_decay.device)
-    return log_decay if opens is None else log_decay - opens
+    """Log decays [b, s, H], less RESET where a document after the first opens."""
+    if not isolates(documents):
+        return log_decay
+    number = segments(documents, log_decay.shape[1], log_decay.device)
+    return log_decay - F.pad(number.diff(), (1, 0)).clamp(max=1).float().unsqueeze(-1) * RESET
 
 
 def _delta_by_fla(
@@ -223,10 +221,7 @@ def _delta_by_fla(
     final: bool = False,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """`gated_delta_rule` by flash-linear-attention; a few tokens, as in decoding, by the step-by-step form."""
-    if q.shape[1] <= STEPWISE:
-        given = {"dt_bias": dt_bias, "a_log": a_log, "initial": initial, "documents": documents, "final": final}
-        return gated_delta_rule.__wrapped__(q, k, v, a, b, **given)  # type: ignore[attr-defined]
+    """`gated_delta_rule` by flash-linear-attention."""
     log_decay, beta = delta_gates(a, b, dt_bias, a_log)
     return delta_scan(
         unit(q, q.shape[-1] ** -0.5).to(q.dtype),
@@ -253,10 +248,7 @@ def _ssd_by_triton(
     final: bool = False,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """`ssd` by the Triton kernels; a few tokens, as in decoding, by the step-by-step form."""
-    if q.shape[1] <= STEPWISE:
-        given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": final}
-        return ssd.__wrapped__(q, k, v, dt, **given)  # type: ignore[attr-defined]
+    """`ssd` by the Triton kernels."""
     step, log_decay = ssd_gates(dt, dt_bias, a_log)
     return ssd_scan(q, k, v, _isolated(log_decay, documents), step, d, initial=initial, final=final)
 
@@ -275,14 +267,11 @@ def _ssd_by_mamba(
     final: bool = False,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """`ssd` by mamba_ssm's kernels; a few tokens, as in decoding, by the step-by-step form."""
-    if q.shape[1] <= STEPWISE:
-        given = {"dt_bias": dt_bias, "a_log": a_log, "d": d, "initial": initial, "documents": documents, "final": final}
-        return ssd.__wrapped__(q, k, v, dt, **given)  # type: ignore[attr-defined]
+    """`ssd` by mamba_ssm's kernels."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     number = None
-    if documents is not None and len(documents) > 2:
+    if isolates(documents):
         number = segments(documents, q.shape[1], q.device).int().expand(q.shape[0], -1).contiguous()
     out = mamba_chunk_scan_combined(
         _per_head(v, q.shape[2]),
@@ -301,18 +290,20 @@ def _ssd_by_mamba(
     return (out[0], out[1].transpose(-1, -2).float()) if final else (out, None)
 
 
-def _fla_missing() -> str | None:
-    return platform.missing_package("fla", gpu=True)
+def _unless_few(function: Callable[..., R], fast: Callable[..., R]) -> Callable[..., R]:
+    """`fast`, but for a few tokens, as in decoding, the reference of `function`: its step-by-step form."""
+
+    def call(q: Tensor, *args: Any, **kwargs: Any) -> R:
+        serves = backends.reference_of(function) if q.shape[1] <= STEPWISE else fast
+        return serves(q, *args, **kwargs)
+
+    return call
 
 
 def _fla_declines(work: backends.Workload | None) -> str | None:
     if work is not None and work.dtype == "fp32":
         return "it computes in bf16; set precision.dtype: bf16 or kernels.recurrence: reference"
     return platform.wrong_triton_for_fla(work is not None and work.model.qk_head_dim == work.model.v_head_dim == 128)
-
-
-def _triton_missing() -> str | None:
-    return platform.missing_package("triton", gpu=True)
 
 
 def _triton_declines(work: backends.Workload | None) -> str | None:
@@ -339,14 +330,17 @@ def _most_shared_memory(work: backends.Workload) -> int:
     return 2 * (2 * states + 2 * keys + values)
 
 
-def _mamba_missing() -> str | None:
-    return platform.missing_package("mamba_ssm", gpu=True)
-
-
-backends.register(
-    "recurrence", "gated_delta_rule", "fla", _delta_by_fla, missing=_fla_missing, declines=_fla_declines, rank=20
-)
-backends.register(
-    "recurrence", "ssd", "triton", _ssd_by_triton, missing=_triton_missing, declines=_triton_declines, rank=20
-)
-backends.register("recurrence", "ssd", "mamba_ssm", _ssd_by_mamba, missing=_mamba_missing, rank=10)
+for _function, _package, _fast, _declines, _rank in (
+    (gated_delta_rule, "fla", _delta_by_fla, _fla_declines, 20),
+    (ssd, "triton", _ssd_by_triton, _triton_declines, 20),
+    (ssd, "mamba_ssm", _ssd_by_mamba, backends.serves_all, 10),
+):
+    backends.register(
+        "recurrence",
+        _function.__name__,
+        _package,
+        _unless_few(_function, _fast),
+        missing=backends.package_on_gpu(_package),
+        declines=_declines,
+        rank=_rank,
+    )
