@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from oryx_megatron.hf.fields import rope_fields, to_hf_config
 from oryx_megatron.hf.folders import Weights, checked_model, hf_shapes, is_tied, named, read_json
 from oryx_megatron.hf.tables import FP32, check_names
 from oryx_megatron.hf.tensors import SafetensorsReader, Shape
+from oryx_megatron.model.initialize import bias_draw, decay_draw, generator_of, normal_draw
 
 LLAMA = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
@@ -114,8 +113,7 @@ def _rope_parameters(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _new_tensor(name: str, shape: Shape, model: ModelConfig, seed: int) -> Tensor:
     """First value of a tensor that Llama lacks."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    draws = {"a_log": decay_draw(model), "dt_bias": bias_draw(model), "decay_proj": normal_draw(model.init_std)}
     kind = name.removesuffix(".weight").split(".")[-1]
     if kind in ("out_norm", "d_skip"):
         return torch.ones(shape)
@@ -123,12 +121,6 @@ def _new_tensor(name: str, shape: Shape, model: ModelConfig, seed: int) -> Tenso
         taps = torch.zeros(shape)
         taps[:, -1] = 1.0
         return taps
-    if kind == "a_log":
-        return torch.empty(shape).uniform_(*model.decay_init, generator=generator).log()
-    if kind == "dt_bias":
-        low, high = (math.log(bound) for bound in model.dt_init)
-        dt = torch.empty(shape).uniform_(low, high, generator=generator).exp()
-        return dt + torch.log(-torch.expm1(-dt))
-    if kind == "decay_proj":
-        return torch.empty(shape).normal_(0, model.init_std, generator=generator)
+    if kind in draws:
+        return draws[kind](shape, generator_of(f"{seed}:{name}"))
     raise ConversionError(f"no first value is known for {name}")

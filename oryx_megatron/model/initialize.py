@@ -78,8 +78,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
             fill(prefix + "conv", mixer.conv.weight, _uniform(-bound, bound), parts=mixer.conv_parts)
         if own.has_recurrence:
             fill(prefix + "decay_proj", mixer.decay_proj.weight, normal, parts=mixer.decay_parts)
-            fill(prefix + "a_log", mixer.a_log, lambda *a: _uniform(*model.decay_init)(*a).log())
-            fill(prefix + "dt_bias", mixer.dt_bias, _inverse_softplus_log_uniform(*model.dt_init))
+            fill(prefix + "a_log", mixer.a_log, decay_draw(model))
+            fill(prefix + "dt_bias", mixer.dt_bias, bias_draw(model))
             if model.mixer == "mamba2":
                 fill(prefix + "d", mixer.d, _ones)
         if not isinstance(layer.mlp, MoELayer):
@@ -122,8 +122,8 @@ class Slicer:
     def fill(self, name: str, parameter: Tensor, draw: Draw, axis: int | None, parts: dict[str, int] | None) -> None:
         """Draw the whole tensor `name`, or each of its parts along axis 0, and copy this rank's share."""
         if axis is not None:
-            # megatron-core's linears get these marks from its own initialisation, which is off; without them the
-            # gradient norm would count the shards of one tensor-parallel rank only.
+            # As megatron-core's own initialisation would, which is off: without these marks the gradient norm would
+            # count the shards of one tensor-parallel rank only.
             marks = {"tensor_model_parallel": True, "partition_dim": axis, "partition_stride": 1}
             for mark, value in marks.items():
                 setattr(parameter, mark, value)
@@ -134,10 +134,7 @@ class Slicer:
             shape = [rows, *parameter.shape[1:]]
             if axis is not None:
                 shape[axis] *= self.size
-            generator = torch.Generator(parameter.device)
-            digest = hashlib.sha256(f"{self.seed}:{name}:{part}".encode()).digest()
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = draw(tuple(shape), generator)
+            whole = draw(tuple(shape), generator_of(f"{self.seed}:{name}:{part}", parameter.device))
             shares.append(whole if axis is None else whole.chunk(self.size, dim=axis)[self.rank])
         values = torch.cat(shares)
         parameter.copy_(values)  # in one piece, as weights kept in FP8 need it
@@ -145,9 +142,30 @@ class Slicer:
             compat.transformer_engine.begin_at(parameter, values)
 
 
+def generator_of(text: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by a text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def normal_draw(std: float) -> Draw:
     """Draw from a normal distribution of mean 0 and this standard deviation."""
     return lambda shape, generator: torch.empty(shape, device=generator.device).normal_(0, std, generator=generator)
+
+
+def decay_draw(model: ModelConfig) -> Draw:
+    """Draw a_log: A = exp(a_log) is uniform in `decay_init`."""
+    return lambda *a: _uniform(*model.decay_init)(*a).log()
+
+
+def bias_draw(model: ModelConfig) -> Draw:
+    """Draw dt_bias: softplus(dt_bias) is log-uniform in `dt_init`."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        dt = _uniform(*map(math.log, model.dt_init))(shape, generator).exp()
+        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+    return draw
 
 
 def _uniform(low: float, high: float) -> Draw:
@@ -156,11 +174,3 @@ def _uniform(low: float, high: float) -> Draw:
 
 def _ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.ones(shape, device=generator.device)
-
-
-def _inverse_softplus_log_uniform(low: float, high: float) -> Draw:
-    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        dt = _uniform(math.log(low), math.log(high))(shape, generator).exp()
-        return dt + torch.log(-torch.expm1(-dt))
-
-    return draw

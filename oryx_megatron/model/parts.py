@@ -196,9 +196,3 @@ class Rows(torch.autograd.Function):
             for start, stop, grad in given:
                 torch.add(whole[start:stop], grad, out=total[start:stop])
         return total, None, None
-
-
-def mark_tensor_parallel(parameter: torch.nn.Parameter) -> None:
-    """Mark a parameter as megatron-core does the shards of a tensor that is cut along its first axis."""
-    for name, value in (("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1)):
-        setattr(parameter, name, value)

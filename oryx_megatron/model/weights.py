@@ -29,7 +29,6 @@ from oryx_megatron.model.parts import (
     conv_parts,
     decay_proj_parts,
     in_proj_parts,
-    mark_tensor_parallel,
 )
 from oryx_megatron.modes import Mode
 from oryx_megatron.ops import fused, rope_of
@@ -107,7 +106,6 @@ class MixerWeights(MegatronModule):
         device = None if config.use_cpu_initialization else platform.device()
         if model.conv_width:
             self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width, device)
-            mark_tensor_parallel(self.conv.weight)
         self.out_norm = HeadNorm(config, model.v_head_dim)
         if model.has_attention and model.qk_norm:
             self.query_norm = HeadNorm(config, model.qk_head_dim)
@@ -125,7 +123,6 @@ class MixerWeights(MegatronModule):
             for name in names:
                 value = torch.empty(model.num_heads // tp, dtype=torch.float32, device=device)
                 setattr(self, name, torch.nn.Parameter(value))
-                mark_tensor_parallel(getattr(self, name))
         if self.separate_queries:
             self._add_query_projections(submodules)
         self.head_steps = fused.HeadSteps(
