@@ -27,7 +27,6 @@ from oryx_megatron.config.moe import (
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
-    DeepSpeedConfig,
     FaultsConfig,
     ModelConfig,
     OptimizerConfig,
@@ -37,6 +36,7 @@ from oryx_megatron.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from oryx_megatron.config.validate_effects import check_effects
 from oryx_megatron.config.validate_model import check_model, divisible
 from oryx_megatron.config.validate_modes import check_modes, check_router, check_stages
 from oryx_megatron.errors import ConfigError
@@ -437,9 +437,6 @@ def _check_engine(run: RunConfig) -> None:
             "output_dir"
         )
     if run.engine != "deepspeed":
-        for name in ("zero_stage", "offload"):
-            if getattr(settings, name) != getattr(DeepSpeedConfig(), name):
-                raise ConfigError(f"deepspeed.{name}: has no effect with engine megatron; set engine: deepspeed")
         return
     if settings.offload == "parameters" and settings.zero_stage != 3:
         raise ConfigError("deepspeed.offload: parameters need deepspeed.zero_stage 3; use optimizer")
@@ -529,6 +526,7 @@ def validate(run: RunConfig, world_size: int) -> Layout:
     check_ema(run)
     check_router(run)
     check_license(run.license)
+    check_effects(run)
     try:
         layout = layout_for(run, world_size)
     except ConfigError as error:

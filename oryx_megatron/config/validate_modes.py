@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from oryx_megatron.config.bounds import check_ranges
 from oryx_megatron.config.plans import layer_plans, parse_runs
 from oryx_megatron.config.schema import MixStage, ModelConfig, ModesConfig, RouterConfig, RunConfig
@@ -9,6 +12,9 @@ from oryx_megatron.config.validate_model import divisible
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.plans_oryx import routed_share
 from oryx_megatron.paths import is_url
+
+DIVIDED = re.compile(r"runs:.*,\s*[ar]\d+.?-|prompt:.*,\s*new:|layers:.*,\s*[\w-]+=")
+"""Two entries of a list that are one plan."""
 
 
 def _check_plan(name: str, spec: str, model: ModelConfig, modes: ModesConfig, length: int) -> None:
@@ -80,7 +86,10 @@ def check_modes(run: RunConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
         if not routed:
-            _check_plan(name, spec, model, modes, length)
+            try:
+                _check_plan(name, spec, model, modes, length)
+            except ConfigError as error:
+                raise ConfigError(f"{error}{_divided(run.evaluation.plans[i:])}") from None
         elif run.router is None:
             raise ConfigError(
                 f"{name}: `{spec}` needs a router: set `router: {{}}`, which trains one when the run has ended; where "
@@ -88,6 +97,13 @@ def check_modes(run: RunConfig) -> None:
             )
     if len(set(run.evaluation.plans)) != len(run.evaluation.plans):
         raise ConfigError(f"evaluation.plans: a plan is given twice in {', '.join(run.evaluation.plans)}")
+
+
+def _divided(specs: Sequence[str]) -> str:
+    """What to do where a list without quotes divided a plan at its commas."""
+    if not DIVIDED.match(",".join(specs[:2])):
+        return ""
+    return """; a plan with commas needs quotes of its own, in a shell '["runs:a0-32,r32-end"]'"""
 
 
 def check_router_sizes(router: RouterConfig) -> None:

@@ -16,6 +16,8 @@ VALUES = 100_000
 
 UNQUOTED = re.compile(r"(?:^|[\[{,:-])\s*[*!]")
 """A pattern where YAML reads an alias (`*`) or a tag (`!`)."""
+OCTAL = re.compile(r"[-+]?0[0-9_]*[1-9][0-9_]*")
+"""What YAML 1.1 reads in base 8."""
 MARKS = ("alphabetic or numeric character", "expected ',' or ']'", "for the tag", "undefined alias")
 """In errors that such a pattern gives."""
 
@@ -35,9 +37,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """What is no value of its type (a number of 5,000 digits, the 99th of May) is told with its place."""
+        """What is no value of its type (a number of 5,000 digits, the 99th of May) is told with its place.
+
+        So are numbers that YAML 1.1 reads as nobody means them: 0100 in base 8, and 1:30 in base 60.
+        """
         try:
-            return super().construct_object(node, deep=deep)
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, (int, float)) and (":" in node.value or OCTAL.fullmatch(node.value)):
+                base = 60 if ":" in node.value else 8
+                why = f"{_short(node.value)!r} is {_short(value)} in YAML, to base {base}"
+                why += "; write the number meant, or text in quotes"
+                raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+            return value
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
             why = f"{_short(node.value)!r} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, why, node.start_mark) from None

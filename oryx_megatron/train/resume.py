@@ -89,16 +89,22 @@ def differences(then: Any, now: Any, hidden: Collection[str]) -> list[tuple[str,
 
 
 def to_text(value: Any) -> str:
-    """A value as a config file has it, in short."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = f"{value:g}" if isinstance(value, float) else _in_yaml(value)
+    """A value as a config file has it, in short: long lists are cut, numbers never."""
+    text = _whole(value)
     return text if len(text) <= LISTED else text[: LISTED - 1] + "…"
 
 
 def as_override(name: str, value: Any) -> str:
     """`name=value` as a command line takes it."""
-    return f"{name}={shlex.quote(_in_yaml(value)) if _is_nested(value) else to_text(value)}"
+    return f"{name}={shlex.quote(_whole(value))}"
+
+
+def _whole(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value == float(short := f"{value:g}"):
+        return short  # 1e-05 and 0.002, but 0.99999999 is not 1
+    return _in_yaml(value)
 
 
 def _is_nested(value: Any) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 
 import pytest
 
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import RunConfig, ScheduleConfig, TrainConfig
+from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train import resume
@@ -102,3 +104,15 @@ def test_an_extended_run_is_told_how_to_warm_up_again() -> None:
     # Both halfway down: another rate than the old schedule's, but none that jumps.
     assert learning_rate(run_of(2), 1) == learning_rate(run_of(4), 2)
     assert resume.jump(run_of(2), run_of(4), 2) == ""
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 0.9999999, 1e-05, 0.002, 1234567.0, 1e22, -0.5, 1e-300])
+def test_numbers_are_told_as_they_are(value: float) -> None:
+    """Pasted behind a command, they give the same number; two that differ are never told as one."""
+    assert parse_yaml(resume.to_text(value), "told") == value
+    assert resume.to_text(value) != resume.to_text(value * (1 + 2**-50))
+
+
+def test_settings_are_told_whole() -> None:
+    name = "a model's name with spaces, and more than the sixty characters that a list of differences has"
+    assert shlex.split(resume.as_override("model.name", name)) == [f"model.name={name}"]
