@@ -27,6 +27,7 @@ from oryx_megatron.config.moe import (
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
+    DeepSpeedConfig,
     FaultsConfig,
     ModelConfig,
     OptimizerConfig,
@@ -437,6 +438,9 @@ def _check_engine(run: RunConfig) -> None:
             "output_dir"
         )
     if run.engine != "deepspeed":
+        for name in ("zero_stage", "offload"):
+            if getattr(settings, name) != getattr(DeepSpeedConfig(), name):
+                raise ConfigError(f"deepspeed.{name}: has no effect with engine megatron; set engine: deepspeed")
         return
     if settings.offload == "parameters" and settings.zero_stage != 3:
         raise ConfigError("deepspeed.offload: parameters need deepspeed.zero_stage 3; use optimizer")

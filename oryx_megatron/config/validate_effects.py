@@ -49,10 +49,6 @@ EFFECTS = (
         lambda run: run.model.moe is not None and run.model.moe.aux_loss,
         "with model.moe.aux_loss 0; raise that",
     ),
-    _Effect(
-        "deepspeed.zero_stage", lambda run: run.engine == "deepspeed", "with engine megatron; set engine: deepspeed"
-    ),
-    _Effect("deepspeed.offload", lambda run: run.engine == "deepspeed", "with engine megatron; set engine: deepspeed"),
 )
 """Fields whose default says nothing. What a run may as well leave at zero or null is checked beside its own rules."""
 
