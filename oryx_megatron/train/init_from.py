@@ -25,16 +25,7 @@ from oryx_megatron.checkpoint.manifest import NAME, file_digest
 from oryx_megatron.checkpoint.remote import fetch_model, list_remote, mirror
 from oryx_megatron.checkpoint.state import has_optimizer
 from oryx_megatron.config.batch_sizes import SampleCount, planned
-from oryx_megatron.config.pattern import layer_modes, pattern_of
-from oryx_megatron.config.schema import (
-    ENGINES,
-    InitFromConfig,
-    ModelConfig,
-    MoEConfig,
-    MTPConfig,
-    RopeScalingConfig,
-    RunConfig,
-)
+from oryx_megatron.config.schema import ENGINES, InitFromConfig, ModelConfig, RopeScalingConfig, RunConfig
 from oryx_megatron.data.files import temporary_name
 from oryx_megatron.data.loader import Blend, BlendPreview, check_resume
 from oryx_megatron.data.tokenizer import Tokenizer, difference
@@ -49,22 +40,16 @@ from oryx_megatron.errors import (
 from oryx_megatron.parallel.wait import first_rank_alone, on_all_ranks
 from oryx_megatron.paths import is_url
 from oryx_megatron.storage import StorageError, named
-from oryx_megatron.train import freeze, resume
+from oryx_megatron.train import resume
+from oryx_megatron.train.differences import SHAPES, as_override, differences, foreign_optimizer, to_text, told, unlike
 from oryx_megatron.train.guard import Guard
 from oryx_megatron.train.remote import run_folder
-from oryx_megatron.train.resume import as_override, to_text
 
 if TYPE_CHECKING:
     from oryx_megatron.hf.folders import Weights
 
 log = logging.getLogger(__name__)
 
-SHAPES = (
-    *("mixer", "modes", "num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "qk_head_dim"),
-    *("v_head_dim", "vocab_size", "conv_width", "output_gate", "qk_norm", "shared_query", "tie_embeddings"),
-    *("pattern", "moe"),
-)
-"""Fields of a model that decide which parameters it has, and their shapes."""
 NOT_LISTED = (
     *("output_dir", "init_from", "license", "parallel", "checkpoint", "evaluation", "faults", "logging", "kernels"),
     *("engine", *(name for name in ENGINES if name != "megatron"), "train.exit_after"),
@@ -72,8 +57,6 @@ NOT_LISTED = (
 """Parts of a run that change nothing of what it learns."""
 DATA_PATHS = tuple(f"data.{name}" for name in ("tokenizer", "blend", "stages", "validation", "cache_dir"))
 """Of which an export keeps the last part alone; its tokenizer is compared by content."""
-NESTED = (MoEConfig, MTPConfig)
-"""Parts of a model that are compared field by field."""
 NO_EFFECT = "init_from: has no effect: this run has checkpoints of its own"
 
 
@@ -304,69 +287,6 @@ def check_shapes(then: ModelConfig, now: ModelConfig, path: str) -> None:
         )
 
 
-def told(changed: list[tuple[str, Any, Any]]) -> str:
-    """Fields of two models that differ, in words."""
-    values = [
-        (
-            name,
-            *(to_text(value) if isinstance(value, (tuple, RopeScalingConfig, *NESTED)) else value for value in both),
-        )
-        for name, *both in changed
-    ]
-    return ", ".join(f"{name} (there {before}, here {after})" for name, before, after in values)
-
-
-def unlike(then: ModelConfig, now: ModelConfig, names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
-    """Fields of two models that differ, with both values; `num_kv_heads: null` is as many as heads.
-
-    Of experts, those that decide parameters and what they compute: losses, a bias's speed and capacity may change. So
-    may the weight of what heads of multi-token prediction lose.
-    """
-    then, now = (
-        dataclasses.replace(model, num_kv_heads=model.kv_heads, pattern=_shortest(model)) for model in (then, now)
-    )
-    found: list[tuple[str, Any, Any]] = []
-    for name in names:
-        before, after = getattr(then, name), getattr(now, name)
-        if isinstance(before, NESTED) and isinstance(after, NESTED):
-            one, two = _architecture(before), _architecture(after)
-            changed = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(two, f.name)]
-            found += [(f"{name}.{field}", getattr(before, field), getattr(after, field)) for field in changed]
-        elif before != after:
-            found.append((name, before, after))
-    return found
-
-
-def _shortest(model: ModelConfig) -> tuple[str, ...]:
-    """A pattern in one of its several spellings."""
-    return pattern_of(layer_modes(model.pattern, model.num_layers)) if model.pattern else ()
-
-
-def _architecture(part: MoEConfig | MTPConfig) -> MoEConfig | MTPConfig:
-    if isinstance(part, MTPConfig):
-        return dataclasses.replace(part, loss_weight=1.0)
-    same = {"aux_loss": 0.0, "aux_loss_over": "microbatch", "z_loss": 0.0, "capacity_factor": None}
-    return dataclasses.replace(part, **same, bias_update_rate=float(part.bias_update_rate > 0))  # type: ignore[arg-type]
-
-
-def foreign_optimizer(then: RunConfig, now: RunConfig) -> str | None:
-    """Why the optimizer of one run cannot read the other's state; None when it can."""
-    if then.optimizer.name != now.optimizer.name:
-        return f"written with optimizer.name {then.optimizer.name}, whose state {now.optimizer.name} cannot read"
-    if (sharded := then.parallel.distributed_optimizer) != now.parallel.distributed_optimizer:
-        return (
-            f"written with parallel.distributed_optimizer {to_text(sharded)}, whose state the other optimizer cannot "
-            "read"
-        )
-    before, after = then.train.freeze, now.train.freeze
-    if not freeze.same(now.model, before, after):
-        return (
-            f"written with train.freeze {list(before)}, which decides what has optimizer state, and now it is "
-            f"{list(after)}"
-        )
-    return None
-
-
 def describe(run: RunConfig, folder: Path, manifest: Manifest, kept: Manifest | None = None) -> list[str]:
     """What a run takes from a checkpoint, and in what it differs from that one's run: lines for a terminal.
 
@@ -593,5 +513,5 @@ def _differences(then: Any, now: Any, hidden: tuple[str, ...] = ()) -> list[str]
     prefix = "model." if isinstance(now, ModelConfig) else ""
     return [
         f"init_from: {prefix}{name} {to_text(before)} → {to_text(after)}"
-        for name, before, after in resume.differences(then, now, (*NOT_LISTED, *hidden))
+        for name, before, after in differences(then, now, (*NOT_LISTED, *hidden))
     ]

@@ -15,7 +15,8 @@ from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.data.loader import Blend, BlendPreview, check_resume
 from oryx_megatron.errors import WEIGHTS_ALONE, CheckpointError
-from oryx_megatron.train import init_from
+from oryx_megatron.train.differences import SHAPES, foreign_optimizer, told, unlike
+from oryx_megatron.train.init_from import Start
 
 OF_NO_MATTER = ("name", "recurrence_chunk", "init_std", "decay_init", "dt_init")
 """Fields of a model that may change on the way: they alter neither its parameters nor what it computes."""
@@ -25,7 +26,7 @@ def make(
     files: Digests,
     run: RunConfig,
     layout: Layout,
-    start: init_from.Start,
+    start: Start,
     *,
     iteration: int,
     samples: int,
@@ -87,10 +88,10 @@ def check(
     written = manifest.run()
     then, now = written.model, run.model
     fields = tuple(field.name for field in dataclasses.fields(now) if field.name not in OF_NO_MATTER)
-    if changed := init_from.unlike(then, now, fields):
-        fits = not init_from.unlike(then, now, init_from.SHAPES)
+    if changed := unlike(then, now, fields):
+        fits = not unlike(then, now, SHAPES)
         raise CheckpointError(
-            f"{name}: belongs to model {then.name}, which differs in {init_from.told(changed)}; "
+            f"{name}: belongs to model {then.name}, which differs in {told(changed)}; "
             f"{_own_config(manifest, root)}{WEIGHTS_ALONE if fits else 'choose another output_dir'}"
         )
     skipped = int(manifest.guard.get("skipped_samples", 0))
@@ -101,7 +102,7 @@ def check(
         )
     if (trained_on := manifest.trained_on) is None:  # a conversion: of weights alone, read from no data
         return
-    if (why := init_from.foreign_optimizer(written, run)) is not None:
+    if (why := foreign_optimizer(written, run)) is not None:
         raise CheckpointError(f"{name}: {why}; set it back, or {WEIGHTS_ALONE}")
     check_resume(trained_on, blend)
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import shlex
-from collections.abc import Collection, Iterator
 from typing import Any
 
-import yaml
-
 from oryx_megatron.checkpoint import Manifest
-from oryx_megatron.config import to_dict
 from oryx_megatron.config.batch_sizes import SampleCount, planned
 from oryx_megatron.config.schema import RunConfig
+from oryx_megatron.train.differences import differences, to_text
 from oryx_megatron.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
-LISTED = 60
-"""Characters of a value in a list of differences."""
 NOT_TOLD = (
     *("output_dir", "init_from", "license", "checkpoint", "evaluation", "logging", "kernels.cache_dir"),
     "train.exit_after",
@@ -76,64 +69,6 @@ def sample_count(manifest: Manifest, run: RunConfig) -> SampleCount:
 def changes(then: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
     """Fields of what a run computes that differ from those of its checkpoint: name, value there, value here."""
     return differences(then, now, NOT_TOLD)
-
-
-def differences(then: Any, now: Any, hidden: Collection[str]) -> list[tuple[str, Any, Any]]:
-    """Fields in which two runs, or two models, differ, with both values; without those, or sections, in `hidden`."""
-    before, after = (dict(_leaves(to_dict(_with_kv_heads(config)))) for config in (then, now))
-    return [
-        (name, before.get(name), after.get(name))
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not {name, name.split(".")[0]} & set(hidden)
-    ]
-
-
-def to_text(value: Any) -> str:
-    """A value as a config file has it, in short: long lists are cut, numbers never."""
-    text = _whole(value)
-    return text if len(text) <= LISTED else text[: LISTED - 1] + "…"
-
-
-def as_override(name: str, value: Any) -> str:
-    """`name=value` as a command line takes it."""
-    return f"{name}={shlex.quote(_whole(value))}"
-
-
-def _whole(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) and value == float(short := f"{value:g}"):
-        return short  # 1e-05 and 0.002, but 0.99999999 is not 1
-    return _in_yaml(value)
-
-
-def _is_nested(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) or isinstance(value, (dict, list, tuple))
-
-
-def _in_yaml(value: Any) -> str:
-    """On one line; of a config class, what differs from its defaults."""
-    if not _is_nested(value):
-        return str(value)
-    plain = to_dict(value)
-    if dataclasses.is_dataclass(value):
-        plain = {f.name: plain[f.name] for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
-    return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 20).strip()
-
-
-def _with_kv_heads(config: Any) -> Any:
-    """`num_kv_heads: null` is as many as heads."""
-    if isinstance(config, RunConfig):
-        return dataclasses.replace(config, model=_with_kv_heads(config.model))
-    return dataclasses.replace(config, num_kv_heads=config.kv_heads)
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def jump(then: RunConfig, now: RunConfig, done: int) -> str:

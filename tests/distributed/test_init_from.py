@@ -30,7 +30,8 @@ from oryx_megatron.testing import run_distributed
 from oryx_megatron.testing.project import VOCABULARY, synthetic_texts, tiny_project
 from oryx_megatron.tools import convert_from_hf
 from oryx_megatron.train.__main__ import main
-from oryx_megatron.train.init_from import SHAPES, check_shapes
+from oryx_megatron.train.differences import SHAPES
+from oryx_megatron.train.init_from import check_shapes
 from oryx_megatron.train.trainer import Trainer
 
 HALF = "iteration_0000003"
