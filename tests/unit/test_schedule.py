@@ -14,7 +14,7 @@ from oryx_megatron.config.schema import RunConfig, ScheduleConfig, TrainConfig
 from oryx_megatron.config.yaml_text import parse_yaml
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.testing.layouts import tiny_run
-from oryx_megatron.train import resume
+from oryx_megatron.train import differences, resume
 from oryx_megatron.train.schedule import learning_rate
 
 PEAK, LOW = 1e-2, 1e-3
@@ -109,10 +109,10 @@ def test_an_extended_run_is_told_how_to_warm_up_again() -> None:
 @pytest.mark.parametrize("value", [0.1 + 0.2, 0.9999999, 1e-05, 0.002, 1234567.0, 1e22, -0.5, 1e-300])
 def test_numbers_are_told_as_they_are(value: float) -> None:
     """Pasted behind a command, they give the same number; two that differ are never told as one."""
-    assert parse_yaml(resume.to_text(value), "told") == value
-    assert resume.to_text(value) != resume.to_text(value * (1 + 2**-50))
+    assert parse_yaml(differences.to_text(value), "told") == value
+    assert differences.to_text(value) != differences.to_text(value * (1 + 2**-50))
 
 
 def test_settings_are_told_whole() -> None:
     name = "a model's name with spaces, and more than the sixty characters that a list of differences has"
-    assert shlex.split(resume.as_override("model.name", name)) == [f"model.name={name}"]
+    assert shlex.split(differences.as_override("model.name", name)) == [f"model.name={name}"]
