@@ -7,13 +7,7 @@ from typing import Annotated, Literal
 
 from oryx_megatron.config.bounds import Range
 from oryx_megatron.config.pattern import Modes, layer_modes, period
-from oryx_megatron.config.types import (
-    Count,
-    Index,
-    NotNegative,
-    Positive,
-    Size,
-)
+from oryx_megatron.config.types import Count, Index, NotNegative, Positive, Size
 
 
 @dataclass(frozen=True, kw_only=True)

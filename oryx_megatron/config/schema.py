@@ -117,7 +117,7 @@ class ModesConfig:
     align: Literal["sequence", "documents"] = "sequence"
     """What counts as a text: a whole sequence, or each document in it (with data.documents: isolated)."""
     schedule: tuple[MixStage, ...] = ()
-    """Probabilities that replace the three above from given iterations on."""
+    """Probabilities that replace those above from given iterations on."""
     fixed: str | None = None
     """A plan for every text instead of drawing, e.g. `ratio:0.5`; `file:PATH` reads it, here and in all plans."""
 
@@ -327,7 +327,7 @@ class FaultsConfig:
     time_margin: NotNegative = 300.0
     """Seconds before the time limit at which the run stops: at least what a step, an evaluation and a save take."""
     bad_steps: Index = 8
-    """Skipped steps in a row after which the run goes back to the last good checkpoint and skips its data; 0: never."""
+    """Bad steps in a row after which the run rolls back to the last good checkpoint, skipping their data; 0: never."""
     max_rollbacks: Index = 3
     """Rollbacks without one good step in between before the run gives up."""
     spike: Positive | None = None

@@ -17,13 +17,6 @@ from pathlib import Path
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
-from oryx_megatron.config.ema import check_ema
-from oryx_megatron.config.moe import (
-    check_expert_layout,
-    check_expert_run,
-    check_expert_stages,
-    expert_widths,
-)
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
@@ -38,6 +31,13 @@ from oryx_megatron.config.schema import (
     TrainConfig,
 )
 from oryx_megatron.config.validate_effects import check_effects
+from oryx_megatron.config.validate_ema import check_ema
+from oryx_megatron.config.validate_experts import (
+    check_expert_layout,
+    check_expert_run,
+    check_expert_stages,
+    expert_widths,
+)
 from oryx_megatron.config.validate_model import check_model, divisible
 from oryx_megatron.config.validate_modes import check_modes, check_router, check_stages
 from oryx_megatron.errors import ConfigError

@@ -6,19 +6,13 @@ import dataclasses
 import math
 
 from oryx_megatron.config.bounds import check_ranges
-from oryx_megatron.config.moe import (
-    check_experts,
-)
-from oryx_megatron.config.schema import (
-    ModelConfig,
-)
+from oryx_megatron.config.schema import ModelConfig
+from oryx_megatron.config.validate_experts import check_experts
 from oryx_megatron.errors import ConfigError
-
-FP8_MULTIPLE = 16
-"""TransformerEngine's FP8 products need every matrix dimension to be a multiple of this."""
 
 
 def divisible(name: str, value: int, by: str, divisor: int) -> None:
+    """Raise ConfigError unless `value` is a multiple of `divisor`, which is the product `by`, e.g. `tensor 2`."""
     if value % divisor:
         near = " or ".join(str(v) for v in (value // divisor * divisor, -(-value // divisor) * divisor) if v)
         raise ConfigError(f"{name} {value} is not divisible by {by}{f' = {divisor}' if '×' in by else ''}; use {near}")

@@ -80,7 +80,6 @@ def test_one_callback_a_file() -> None:
 MAY_NAME_DEEPSPEED = {
     "train/deepspeed.py": "the engine",
     "config/schema.py": "its fields",
-    "config/moe.py": "rules of experts under it",
     "config/validate.py": "their rules",
     "checkpoint/store.py": "tells its checkpoints from ours",
     "checkpoint/manifest.py": "the packages whose versions are recorded",
