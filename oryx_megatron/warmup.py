@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from oryx_megatron import platform
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, told_with_place, validate
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from oryx_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfig, RunConfig
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 
@@ -52,6 +53,15 @@ def share_of(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, model=share, parallel=ParallelConfig())
 
 
+def check(run: RunConfig) -> None:
+    """Raise ConfigError where a run is wrong on any number of ranks, whatever this machine has."""
+    layout = run.parallel
+    ranks = layout.tensor * layout.context
+    data = layout.expert // math.gcd(layout.expert, ranks)  # the fewest that its experts divide
+    unprofiled = dataclasses.replace(run.logging, profile=None, profile_ranks=LoggingConfig().profile_ranks)
+    validate(dataclasses.replace(run, logging=unprofiled), ranks * layout.pipeline * data)
+
+
 def compile_share(share: RunConfig) -> None:
     """Compile the kernels of a run of one rank on this GPU, and say which they are and how long it took."""
     from oryx_megatron import parallel
@@ -79,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     run = load_run(arguments.config, arguments.overrides)
     with told_with_place(arguments.config, arguments.overrides):
-        validate(run, run.parallel.tensor * run.parallel.pipeline * run.parallel.context)
+        check(run)
     if not platform.has_gpu():
         raise ConfigError("warmup compiles kernels for the GPU it runs on, and there is none here")
     platform.use_kernel_cache(run.kernels.cache_dir)

@@ -46,6 +46,8 @@ from oryx_megatron.paths import is_url
 
 FP8_MULTIPLE = 16
 """TransformerEngine's FP8 products need every matrix dimension to be a multiple of this."""
+RUN_SETS = ("train", "valid")
+"""Names of the parts of a run's own data."""
 BLOCK_MULTIPLE = 32
 """Those of mxfp8, whose blocks share a scale, and of nvfp4, whose operands are aligned to 16 bytes."""
 
@@ -153,7 +155,7 @@ def _check_data(data: DataConfig, iterations: int) -> None:
             f"data.split: {list(data.split)} should be sizes ≥ 0 of train, validation, test; train above 0"
         )
     for name, blend in data.validation.items():
-        if name in ("train", "valid"):
+        if name in RUN_SETS:
             raise ConfigError(f"data.validation.{name}: `{name}` is the split's own part; choose another name")
         _check_blend(f"data.validation.{name}", blend)
 

@@ -276,7 +276,7 @@ def _sources(
         if name == "train":
             stages = _stages(run, size, count)
         else:
-            entries = run.data.validation.get(name) or _first_blend(run)
+            entries = run.data.validation.get(name) or first_blend(run)
             stages = (_Stage(0, size, entries),)
         share = (0.0, 1.0, 0.0) if name in run.data.validation else run.data.split
         split = Split.valid if name in run.data.validation else Split[name]
@@ -305,7 +305,12 @@ def _sources(
         yield source
 
 
-def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
+def first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
+    """What a run trains on from its first step; `data.split`'s second part of it is the validation set.
+
+    Raises:
+        DataError: there is none.
+    """
     blend = run.data.blend or next((stage.blend for stage in run.data.stages if stage.start == 0), ())
     if not blend:
         raise DataError("data.blend is empty: name at least one dataset")
@@ -314,7 +319,7 @@ def _first_blend(run: RunConfig) -> tuple[BlendEntry, ...]:
 
 def _stages(run: RunConfig, size: int, count: SampleCount) -> tuple[_Stage, ...]:
     """The training blend over samples. A stage's `start` is an iteration."""
-    starts = {0: _first_blend(run)} | {stage.start: stage.blend for stage in run.data.stages}
+    starts = {0: first_blend(run)} | {stage.start: stage.blend for stage in run.data.stages}
     blends: dict[int, tuple[BlendEntry, ...]] = {}
     for start in sorted(starts):  # of stages that began before the first sample, the last one counts
         begin = max(count.samples_at(start), 0) if start else 0

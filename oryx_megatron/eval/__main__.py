@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, evaluate, print, write."""
     arguments = _parser().parse_args(argv)
+    _check_sizes(arguments)
     expand_arguments(arguments, "model", urls=True)
     expand_arguments(arguments, "--tokenizer", "--output")
     if arguments.command == "perplexity":
@@ -91,6 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         return _perplexity(arguments) if arguments.command == "perplexity" else _retrieval(arguments)
     finally:
         parallel.destroy()
+
+
+def _check_sizes(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError, with the option's name, for a number below 1."""
+    for name, value in vars(arguments).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < 1 and name != "seed":
+                raise ConfigError(f"--{name.replace('_', '-')}: {number} should be above 0")
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

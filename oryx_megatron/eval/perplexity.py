@@ -5,16 +5,28 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
-from oryx_megatron.config.schema import BlendEntry, ParallelConfig, RunConfig, WeightsKind
-from oryx_megatron.config.validate import Layout, validate
+from oryx_megatron.config.schema import (
+    BlendEntry,
+    CheckpointConfig,
+    EvaluationConfig,
+    FaultsConfig,
+    LoggingConfig,
+    ModesConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WeightsKind,
+)
+from oryx_megatron.config.validate import RUN_SETS, Layout, validate
 from oryx_megatron.data.indexed import open_dataset
-from oryx_megatron.data.loader import build_datasets, evaluation_samples
+from oryx_megatron.data.loader import build_datasets, evaluation_samples, first_blend
 from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.routed import Plans, routes
@@ -79,7 +91,7 @@ def evaluate_checkpoint(
     )
     used_tokenizer = load_tokenizer(run.data.tokenizer)
     check_tokenizer(used_tokenizer, manifest.tokenizer, str(folder))
-    name = "valid" if data is None else Path(data).name
+    name = "valid" if data is None else _set_name(data)
     if data is not None and batches is None:
         held = open_dataset(data, vocab_size=used_tokenizer.vocab_size, tokenizer=used_tokenizer.describe())
         if held.tokens <= run.data.sequence_length:
@@ -123,27 +135,48 @@ def _evaluation_run(
     tokenizer: str | None,
     world_size: int,
 ) -> tuple[RunConfig, Layout]:
-    """The run's config with the data, sizes and layout of this evaluation, validated."""
+    """The run's config with the data, sizes and layout of this evaluation, validated.
+
+    What only training reads is left out, so that its rules (batch sizes to come, the best checkpoint's plan, ranks that
+    are profiled) do not hold here.
+    """
     ranks = layout.tensor * layout.pipeline * layout.context
     dp = max(1, world_size // ranks)
-    changed: dict[str, Any] = {
-        "sequence_length": sequence_length or run.data.sequence_length,
-        "tokenizer": tokenizer or run.data.tokenizer,
-    }
-    if data is not None:
-        changed["validation"] = {Path(data).name: (BlendEntry(path=data),)}
+    validation: dict[str, tuple[BlendEntry, ...]] = {} if data is None else {_set_name(data): (BlendEntry(path=data),)}
     run = dataclasses.replace(
         run,
         parallel=layout,
-        data=dataclasses.replace(run.data, **changed),
-        # One microbatch per rank and pipeline stage keeps every stage busy.
-        train=dataclasses.replace(
-            run.train, micro_batch_size=batch_size, global_batch_size=batch_size * dp * layout.pipeline
+        data=dataclasses.replace(
+            run.data,
+            sequence_length=run.data.sequence_length if sequence_length is None else sequence_length,
+            tokenizer=tokenizer or run.data.tokenizer,
+            blend=first_blend(run),
+            stages=(),
+            validation=validation,
         ),
-        evaluation=dataclasses.replace(
-            run.evaluation,
+        # One microbatch per rank and pipeline stage keeps every stage busy.
+        train=TrainConfig(
+            iterations=run.train.iterations,
+            micro_batch_size=batch_size,
+            global_batch_size=batch_size * dp * layout.pipeline,
+        ),
+        modes=ModesConfig(chunk=run.modes.chunk, fixed=run.model.single_mode),
+        evaluation=EvaluationConfig(
             plans=plans,
             batches=run.evaluation.batches if batches is None and data is None else batches,  # None: all of `data`
         ),
+        init_from=None,
+        router=None,
+        optimizer=OptimizerConfig(),
+        schedule=ScheduleConfig(),
+        checkpoint=CheckpointConfig(),
+        faults=FaultsConfig(),
+        logging=LoggingConfig(),
     )
     return run, validate(run, world_size)
+
+
+def _set_name(data: str) -> str:
+    """What results call a dataset: the name of its files, with their folder's where a run has that name already."""
+    path = Path(data)
+    return path.name if path.name not in RUN_SETS else f"{path.parent}/{path.name}"

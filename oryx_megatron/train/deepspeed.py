@@ -26,9 +26,9 @@ from oryx_megatron.checkpoint.manager import Checkpoints
 from oryx_megatron.checkpoint.manifest import Digests, MakeManifest, file_digest
 from oryx_megatron.checkpoint.state import own_settings
 from oryx_megatron.compat import deepspeed as patch
-from oryx_megatron.config import to_dict, validate
+from oryx_megatron.config import to_dict
 from oryx_megatron.config.schema import CheckpointConfig, DeepSpeedConfig, RunConfig
-from oryx_megatron.config.validate import Layout
+from oryx_megatron.config.validate import Layout, layout_for
 from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.model import OryxMixer, build_model
 from oryx_megatron.train.engine import MegatronEngine, warm
@@ -265,7 +265,7 @@ def convert(folder: Path, output: Path) -> Path:
     if damaged := store.damaged_files(folder, manifest):
         raise CheckpointError(f"{folder} is damaged ({', '.join(damaged[:3])}); use another checkpoint")
     written = manifest.run()
-    layout = validate(written, torch.distributed.get_world_size())
+    layout = layout_for(written, torch.distributed.get_world_size())
     source = DeepSpeedEngine(written, layout)
     restore(source.engine, folder)
     run = dataclasses.replace(

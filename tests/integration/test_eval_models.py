@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oryx_megatron.checkpoint import Manifest
+from oryx_megatron.checkpoint import Manifest, read_manifest
+from oryx_megatron.checkpoint.manifest import write_manifest
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.indexed import open_dataset
 from oryx_megatron.data.tokenizer import load_tokenizer
@@ -112,6 +113,66 @@ def test_perplexity_is_the_same_on_every_layout_and_from_the_export(
         size = loss * tokens / math.log(2) / bits
         assert size == pytest.approx(round(size), abs=1e-6)
         assert tokens * 0.5 < size < tokens * sizes.max()
+
+
+TRAINING_ONLY = {
+    "checkpoint": {"keep_best": "valid/recurrent"},
+    "evaluation": {"plans": ["recurrent"], "steps": [1]},
+    "logging": {"profile": [1, 1], "profile_ranks": [8]},
+    "modes": {"chunk": 8, "fixed": "runs:a0-24,r24-48"},
+    "optimizer": {"muon_momentum": 0.5},
+}
+"""Settings of a run whose rules bind its training alone."""
+
+
+def test_what_only_training_reads_does_not_bind_an_evaluation(hf_project: Path, tmp_path: Path) -> None:
+    """Other plans, batches and lengths than the run has; a dataset named as a part of its own data."""
+    from oryx_megatron import parallel
+    from oryx_megatron.eval.perplexity import evaluate_checkpoint
+
+    plain, run = hf_project.parent / "shared tp2", tmp_path / "run"
+    shutil.copytree(plain, run)
+    (checkpoint,) = run.glob("checkpoints/iteration_*")
+    manifest = read_manifest(checkpoint)
+    train = {"batch_schedule": [{"start": 1, "global_batch_size": 7}], "iterations": 9, "freeze": ["*mlp*"]}
+    changed = TRAINING_ONLY | {"train": train}
+    config = manifest.config | {name: manifest.config[name] | fields for name, fields in changed.items()}
+    stages = [{"start": 0, "blend": config["data"]["blend"]}]
+    config["data"] = config["data"] | {"stages": stages, "blend": []}
+    write_manifest(checkpoint, replace(manifest, config=config), "manifest.json")
+    for ending in ("bin", "idx"):
+        shutil.copy(hf_project.parent / f"data.{ending}", tmp_path / f"valid.{ending}")
+    asked = {"plans": ("attention",), "batches": 2, "batch_size": 3, "sequence_length": 24}
+    found = []
+    parallel.destroy()
+    try:
+        for source in (plain, run):
+            for data in (None, str(tmp_path / "valid")):
+                (result,) = evaluate_checkpoint(source, data=data, **asked).results  # type: ignore[arg-type]
+                found.append((result.dataset, result.loss, result.tokens))
+                parallel.destroy()
+    finally:
+        parallel.destroy()
+    assert found[:2] == found[2:]
+    assert [name for name, *_ in found[:2]] == ["valid", f"{tmp_path}/valid"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["perplexity", "RUN", "--batches", "0"],
+        ["perplexity", "RUN", "--batch-size", "0"],
+        ["perplexity", "RUN", "--sequence-length", "-1"],
+        ["perplexity", "RUN", "--tensor", "0"],
+        ["retrieval", "RUN", "--lengths", "0"],
+        ["retrieval", "RUN", "--examples", "0"],
+    ],
+)
+def test_numbers_are_refused_by_their_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from oryx_megatron.eval.__main__ import main
+
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {words[2]}: {words[3]} should be above 0\n"
 
 
 def test_a_dataset_too_small_for_a_sample_is_an_error(hf_project: Path) -> None:

@@ -20,7 +20,7 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import load_model_weights
 from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
@@ -34,7 +34,7 @@ from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.freeze import _grouped, divide
 from oryx_megatron.train.optimizer import build_optimizer, wrap
 from oryx_megatron.train.step import Microbatch, OryxProgram
-from oryx_megatron.warmup import share_of
+from oryx_megatron.warmup import check, share_of
 
 FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
@@ -154,6 +154,15 @@ def test_one_layer_of_each_kind_is_warmed_up() -> None:
     run = tiny_run(model__pattern=("recurrent*3", "attention"))
     assert share_of(run).model.layer_modes == ("attention", "recurrent")
     assert share_of(tiny_run()).model.layer_modes == ("both",)
+
+
+def test_a_run_of_many_ranks_is_checked_on_one() -> None:
+    """Ranks that hold experts or are profiled need not be there; a layout that no number of ranks fits is told."""
+    moe = MoEConfig(experts=4, ffn_hidden_size=32)
+    run = tiny_run(model__moe=moe, parallel__expert=4, parallel__tensor=2, logging__profile=(1, 2))
+    check(dataclasses.replace(run, logging=dataclasses.replace(run.logging, profile_ranks=(0, 8))))
+    with pytest.raises(ConfigError, match="experts 4 is not divisible by expert 3"):
+        check(dataclasses.replace(run, parallel=ParallelConfig(expert=3)))
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
