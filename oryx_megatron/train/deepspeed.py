@@ -34,7 +34,7 @@ from oryx_megatron.model import OryxMixer, build_model
 from oryx_megatron.train.engine import MegatronEngine, warm
 from oryx_megatron.train.intervals import retention
 from oryx_megatron.train.schedule import Schedule
-from oryx_megatron.train.step import Microbatch, OryxProgram, Totals, _reduce, launch
+from oryx_megatron.train.step import Microbatch, OryxProgram, Totals, launch, reduce_totals
 
 BUCKET = 50_000_000
 """Elements that one collective reduces or gathers."""
@@ -111,7 +111,7 @@ class DeepSpeedEngine:
             total, _, report = loss_of(output)
             reports.append(report["totals"])
             self.engine.backward(total * scale, scale_wrt_gas=False)
-        return _reduce(reports)
+        return reduce_totals(reports)
 
     def gradient_norm(self) -> Tensor:
         """See Engine."""
@@ -144,8 +144,7 @@ class DeepSpeedEngine:
 
     def rewind(self, iteration: int) -> None:
         """See Engine."""
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=iteration)
+        self.schedule.rewind(iteration)
 
     def averaged(self) -> AbstractContextManager[bool]:
         """See Engine; train.ema is refused."""

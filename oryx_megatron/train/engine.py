@@ -182,8 +182,7 @@ class MegatronEngine:
         """See Engine."""
         if self.graphs is not None:
             self.graphs.forget()  # loading may have replaced FP8 state
-        self.schedule.num_steps = 0
-        self.schedule.step(increment=iteration)
+        self.schedule.rewind(iteration)
 
     def averaged(self) -> AbstractContextManager[bool]:
         """See Engine."""
@@ -241,9 +240,9 @@ def run_step(
     reduced = platform.mark()
     norm = engine.gradient_norm()
     found = exchange(totals.bad(norm, limit))
-    local = [] if totals.local is None else [totals.local[:, :2]]
-    bad, *numbers = totals.read(found, norm, *local)  # the one moment at which the host waits for the device
-    exchanged, (grad_norm, *of_batches) = numbers[: found.numel() - 1], numbers[found.numel() - 1 :]
+    own = norm.new_empty(0) if totals.local is None else totals.local[:, :2]
+    # The one moment at which the host waits for the device.
+    (bad, *exchanged), (grad_norm,), of_batches = totals.read(found, norm, own)
     if bad > 0:
         on_bad(totals, grad_norm)
         engine.discard()

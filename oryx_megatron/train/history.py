@@ -180,9 +180,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     ]
     if summary["loss"] is not None:
         lines.insert(1, f"final training loss {summary['loss']:.4f} {named_steps(*summary['loss_steps'])}")
-    for part in ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "other"):
-        name = part.replace("_", "-")
-        lines.append(f"  {name:<18} {duration(seconds[part]):>10} {seconds[part] / running:7.1%}")
+    for part, spent in seconds.items():
+        if part != "running":
+            lines.append(f"  {part.replace('_', '-'):<18} {duration(spent):>10} {spent / running:7.1%}")
     return lines
 
 

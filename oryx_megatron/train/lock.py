@@ -216,6 +216,10 @@ class RunLock:
         """What looks whether another holder beats."""
         return Watch(self.path)
 
+    def text(self) -> str:
+        """What the lock says while this process holds it."""
+        return json.dumps(self.identity) + "\n"
+
     def read(self) -> str:
         """Text of the lock; empty when it is not there."""
         return _read(self.path)
@@ -233,7 +237,7 @@ class RunLock:
     def create(self) -> bool:
         """Make the file unless there is one."""
         try:
-            if _make(self.path, json.dumps(self.identity) + "\n"):
+            if _make(self.path, self.text()):
                 return True
         except OSError as error:
             error.filename = self.name
@@ -247,7 +251,7 @@ class RunLock:
         with self._claimed(text) as mine:
             if mine is None or self.read() != text:
                 return False
-            new = _written(self.path, json.dumps(self.identity) + "\n")
+            new = _written(self.path, self.text())
             new.replace(self.path)
             if mine():
                 return True

@@ -11,7 +11,6 @@ left behind. Storage without such conditions keeps all but starts within the sam
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -87,7 +86,7 @@ class RemoteLock(lock.RunLock):
     def create(self) -> bool:
         """See RunLock."""
         try:
-            self.remote.write(self._text(), new=True)
+            self.remote.write(self.text().encode(), new=True)
         except FileExistsError:
             return False
         return self.is_mine()
@@ -95,7 +94,7 @@ class RemoteLock(lock.RunLock):
     def touch(self) -> None:
         """See RunLock."""
         self.identity["beat"] = self.identity.get("beat", 0) + 1
-        self.remote.write(self._text())
+        self.remote.write(self.text().encode())
 
     def take_over(self, text: str) -> bool:
         """See RunLock: should two do so at once, the one whose object is gone ends at its next beat."""
@@ -110,9 +109,6 @@ class RemoteLock(lock.RunLock):
     def renew(self) -> bool:
         """See RunLock."""
         return self.create()
-
-    def _text(self) -> bytes:
-        return (json.dumps(self.identity) + "\n").encode()
 
 
 class _RemoteWatch(lock.Watch):

@@ -55,6 +55,11 @@ class Schedule(OptimizerParamScheduler):
         self.wsd_decay_steps = self._schedule.decay_in(end)
         return float(super().get_lr(param_group))
 
+    def rewind(self, iteration: int) -> None:
+        """Set the learning rate to where `iteration` steps are done."""
+        self.num_steps = 0
+        self.step(increment=iteration)
+
 
 def learning_rate(run: RunConfig, iteration: int) -> float:
     """Learning rate of the step after `iteration` steps."""

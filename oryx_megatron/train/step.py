@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -240,18 +241,15 @@ class Totals:
     def _numbers(self) -> list[float]:
         return self.sums.tolist()
 
-    def read(self, *others: Tensor) -> list[float]:
-        """Wait once for these sums and for other numbers (of any shape), which are returned."""
-        routing = () if self.routing is None else (self.routing,)
-        parts = [other.double().reshape(-1) for other in (self.sums, *others, *routing)]
-        numbers, own = torch.cat(parts).tolist(), len(self.sums)
-        self.__dict__["_numbers"] = numbers[:own]
-        if self.routing is not None:
-            width = self.routing.shape[1]
-            first = len(numbers) - self.routing.numel()
-            self.__dict__["routed"] = [numbers[i : i + width] for i in range(first, len(numbers), width)]
-            numbers = numbers[:first]
-        return numbers[own:]
+    def read(self, *others: Tensor) -> list[list[float]]:
+        """Wait once for these sums and for other tensors of any shape: the numbers of each of those are returned."""
+        rows = () if self.routing is None else self.routing.unbind()
+        parts = [part.double().reshape(-1) for part in (self.sums, *others, *rows)]
+        numbers = iter(torch.cat(parts).tolist())  # one transfer
+        own, *found = (list(itertools.islice(numbers, len(part))) for part in parts)
+        # Where the properties would keep them: a frozen dataclass allows no assignment.
+        self.__dict__["_numbers"], self.__dict__["routed"] = own, found[len(others) :]
+        return found[: len(others)]
 
     @cached_property
     def routed(self) -> list[list[float]]:
@@ -335,14 +333,13 @@ def forward_backward(
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
         )
-    routing = None if forward_only else _routing(chunks)
+    routing = None if forward_only else _routing(model, chunks)
     groups = batches[0].group_count if forward_only or model is None else model.mtp_layers
-    return _reduce([report["totals"] for report in reports], routing, groups=groups)
+    return reduce_totals([report["totals"] for report in reports], routing, groups=groups)
 
 
-def _routing(chunks: list[Any]) -> Tensor | None:
-    """Sums of the routers of all layers over all ranks."""
-    model = getattr(get_model_config(chunks[0]), "oryx", None)
+def _routing(model: ModelConfig | None, chunks: list[Any]) -> Tensor | None:
+    """Sums of the routers of all layers over all ranks; None without experts."""
     if model is None or model.moe is None:
         return None
     places = {layer + 1: i for i, layer in enumerate(filter(model.moe.in_layer, range(model.num_layers)))}
@@ -355,7 +352,7 @@ def _routing(chunks: list[Any]) -> Tensor | None:
     return table
 
 
-def _reduce(reports: list[Tensor], routing: Tensor | None = None, *, groups: int = 0) -> Totals:
+def reduce_totals(reports: list[Tensor], routing: Tensor | None = None, *, groups: int = 0) -> Totals:
     """Sum over microbatches and data- and context-parallel ranks; the last pipeline stage tells the others."""
     total = torch.zeros(REPORTED + 2 * groups, dtype=torch.float64, device=platform.device())
     local = None

@@ -40,8 +40,6 @@ LOCKED = 1.5
 """Times hang_timeout after which faulthandler ends a process whose threads cannot run."""
 FIRST = 10.0
 """Times hang_timeout that the first step may take: kernels are compiled in it."""
-
-
 MONITOR = "FT_RANK_MONITOR_IPC_SOCKET"
 """Environment variable by which nvidia-resiliency-ext's launcher tells its ranks of their monitor."""
 

@@ -15,6 +15,7 @@ from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import is_url
 from oryx_megatron.storage import Remote
+from oryx_megatron.train import metrics
 from oryx_megatron.train.callbacks.base import Callback, Callbacks
 from oryx_megatron.train.callbacks.display import Display
 from oryx_megatron.train.callbacks.events import History
@@ -55,7 +56,7 @@ def reporters(run: RunConfig, layout: Layout, clock: Clock, folder: Path) -> Cal
     found: list[Callback] = [
         # first: it looks at when the others last wrote, before they do
         History(folder, clock, peak_flops=peak and peak * layout.world_size, facts=facts),
-        MetricsFile(folder / "metrics.jsonl"),
+        MetricsFile(folder / metrics.NAME),
         Display(folder, clock, run.logging.interval, run.train.iterations),
     ]
     if run.logging.tensorboard:

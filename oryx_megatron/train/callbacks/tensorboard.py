@@ -18,16 +18,17 @@ class TensorBoard(Callback):
         self._writer: Any = None
 
     def on_start(self, run: RunConfig, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Steps that an earlier process did behind its last checkpoint are done again.
-        self._writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
+        self._open(iteration)
 
     def on_rollback(self, iteration: int, to: int, skipped: int) -> None:
+        self.on_end()
+        self._open(to)
+
+    def _open(self, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.on_end()
-        self._writer = SummaryWriter(str(self.folder), purge_step=to + 1)
+        # Steps behind the checkpoint are done again.
+        self._writer = SummaryWriter(str(self.folder), purge_step=iteration + 1)
 
     def on_step(self, record: StepRecord) -> None:
         if self._writer is None:
