@@ -170,6 +170,16 @@ class Remote:
 
         self._do("removed", remove)
 
+    def remove_folder(self) -> None:
+        """Remove the folder where it is one of its own and empty, as in `file://`; on S3 and its like there is none."""
+
+        def remove(system: Any, path: str) -> None:
+            with contextlib.suppress(OSError, NotImplementedError):  # an empty folder that stays is no harm
+                if system.isdir(path):
+                    system.rmdir(path)
+
+        self._do("removed", remove)
+
     # ------------------------------------------------------------------------------------------------- internals
 
     def _info(self) -> dict[str, Any] | None:

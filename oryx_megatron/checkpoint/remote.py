@@ -174,7 +174,10 @@ class RemoteCheckpoints:
             if is_own_file(file, listed):
                 (self.remote / name / file).remove()
                 files.pop(file)
-        return f"it holds {min(files)}, which is no part of a checkpoint" if files else ""
+        if files:
+            return f"it holds {min(files)}, which is no part of a checkpoint"
+        (self.remote / name).remove_folder()
+        return ""
 
 
 def foreign(url: str) -> list[str]:

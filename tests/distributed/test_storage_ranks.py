@@ -76,4 +76,7 @@ def test_ranks_apart(tmp_path: Path) -> None:
     assert set(Remote(f"{url}/profile").files()) == {f"rank{rank}-steps4-4.{end}" for rank in (0, 1) for end in ends}
     files = Remote(f"{url}/checkpoints").files()
     assert {name.partition("/")[0] for name in files} == {"iteration_0000006"}
+    assert [path.name for path in (tmp_path / "bucket/run/checkpoints").iterdir()] == [
+        "iteration_0000006"
+    ]  # none empty
     assert {name.partition("/")[2] for name in files} >= {"__0_0.distcp", "__1_0.distcp", "manifest.json", ".metadata"}
