@@ -100,7 +100,7 @@ def statistics(dataset: Dataset, lengths: np.ndarray) -> str:
     import numpy as np
 
     quantiles = np.quantile(lengths, [0.05, 0.5, 0.95])
-    manifest = dataset.manifest or {}
+    manifest = dataset.facts
     made = manifest.get("tokenizer")
     lines = [
         f"{dataset.prefix}",

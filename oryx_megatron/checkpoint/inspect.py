@@ -12,13 +12,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from oryx_megatron.checkpoint.average import PREFIX as AVERAGE
 from oryx_megatron.checkpoint.manifest import NAME, Manifest, read_manifest
-from oryx_megatron.checkpoint.safe import read_metadata
+from oryx_megatron.checkpoint.safe import METADATA, read_metadata
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.errors import CheckpointError
 from oryx_megatron.storage import named
 
 OPTIMIZER = "optimizer"
-METADATA = ".metadata"
 
 
 @dataclass(frozen=True)

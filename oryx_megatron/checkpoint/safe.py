@@ -31,6 +31,13 @@ from torch.distributed.checkpoint.planner import ReadItem
 from oryx_megatron import compat
 from oryx_megatron.errors import CheckpointError, first_line
 
+METADATA = ".metadata"
+COMMON = "common.pt"
+"""Since megatron-core 0.19 the common state is an object in *.distcp instead."""
+COMMON_OBJECT = "common_state/shard_0_1"
+_DAMAGE = (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
+"""What unpickling raises on damaged bytes, besides its own errors."""
+
 _DCP = "torch.distributed.checkpoint"
 METADATA_CLASSES = {
     (f"{_DCP}.metadata", name)
@@ -154,12 +161,6 @@ class SafeReader(FileSystemReader):
         return self._metadata
 
 
-METADATA = ".metadata"
-COMMON = "common.pt"
-"""Since megatron-core 0.19 the common state is an object in *.distcp instead."""
-COMMON_OBJECT = "common_state/shard_0_1"
-
-
 class _ObjectPlanner(DefaultLoadPlanner):
     """torch's planner for objects, each read by `load_object`."""
 
@@ -270,10 +271,6 @@ def _storage(data: bytes) -> Any:
     """In place of torch.storage._load_from_bytes, which would run what the inner pickle asks for."""
     with _only():
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-_DAMAGE = (AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
-"""What unpickling raises on damaged bytes, besides its own errors."""
 
 
 def _line(error: BaseException) -> str:

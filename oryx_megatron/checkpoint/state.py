@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,21 @@ def load_sharded_state(
     state = sharded_state(chunks, kept, loading=True, averages=averages if averaged else None)
     if weights == "ema":
         state |= {_name(i): average.as_average(state[_name(i)]) for i in range(len(chunks))}
-    absent = _take_absent_scales(state, written)
-    heads = _take_absent_heads(state, written) if new_heads else {}
+
+    def absent_scale(name: str, entry: Any) -> bool:
+        # Other linears wrote it: megatron-core's on CPUs, TransformerEngine's and ours on GPUs, or a conversion.
+        return name.endswith(scales.SUFFIX) and isinstance(entry, ShardedObject) and entry.unique_key not in written
+
+    def absent_head(name: str, entry: Any) -> bool:
+        return new_heads and name.startswith("mtp.") and any(part.key not in written for part in shards.built(entry))
+
+    unscaled = _take_out(state, len(chunks), absent_scale)
+    heads = _take_out(state, len(chunks), absent_head)
     loaded = _read(folder, state)
     for i, chunk in enumerate(chunks):
-        own = loaded[_name(i)] | dict.fromkeys(absent.get(_name(i), ()))
+        own = loaded[_name(i)] | dict.fromkeys(unscaled[_name(i)])
         model = unwrap_model(chunk)
-        if new := heads.get(_name(i)):
+        if new := heads[_name(i)]:
             initial = model.state_dict()
             own |= {name: initial[name] for name in new}
         scales.restore(model, own, folder)
@@ -199,36 +207,14 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
     on_all_ranks(lambda: check_files(folder, manifest, share))
 
 
-def _take_absent_scales(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:
-    """Take out of `state` what linear layers keep for FP8 and the checkpoint has not written; their names by chunk.
-
-    Other linears wrote it: megatron-core's on CPUs, TransformerEngine's and this package's on GPUs, or a conversion.
-    """
-    absent = {}
-    for chunk, entries in state.items():
-        if chunk in ("optimizer", EMA):
-            continue
-        absent[chunk] = [
-            name
-            for name, entry in entries.items()
-            if name.endswith("_extra_state") and isinstance(entry, ShardedObject) and entry.unique_key not in written
-        ]
-        for name in absent[chunk]:
-            del entries[name]
-    return absent
-
-
-def _take_absent_heads(state: dict[str, Any], written: set[str]) -> dict[str, list[str]]:
-    """Take out of `state` the heads of multi-token prediction that the checkpoint has not; their names by chunk."""
-    absent = {}
-    for chunk, entries in state.items():
-        if chunk == "optimizer":
-            continue
-        heads = [(name, entry) for name, entry in entries.items() if name.startswith("mtp.")]
-        absent[chunk] = [n for n, entry in heads if any(part.key not in written for part in shards.built(entry))]
-        for name in absent[chunk]:
-            del entries[name]
-    return absent
+def _take_out(state: dict[str, Any], chunks: int, absent: Callable[[str, Any], bool]) -> dict[str, list[str]]:
+    """Take what a checkpoint lacks (`absent`, by name and entry) out of the state of each chunk; the names by chunk."""
+    taken = {}
+    for chunk in map(_name, range(chunks)):
+        taken[chunk] = [name for name, entry in state[chunk].items() if absent(name, entry)]
+        for name in taken[chunk]:
+            del state[chunk][name]
+    return taken
 
 
 @contextlib.contextmanager

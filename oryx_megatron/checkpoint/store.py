@@ -281,7 +281,7 @@ def apply_retention(
     if keep <= 0:
         return []
     told = set() if told is None else told
-    lowest = None if best is None else best_checkpoint(root, best, damaged=damaged)
+    kept_best = None if best is None else best_checkpoint(root, best, damaged=damaged)
     names = []
     for folder in reversed(list_checkpoints(root)):
         if folder.is_symlink():
@@ -293,8 +293,8 @@ def apply_retention(
         return name not in damaged and _complete(root / name)
 
     removed = []
-    kept_best = None if lowest is None else lowest.name
-    for name in to_remove(names, keep, keep_every, steps=steps, best=kept_best, whole=whole):
+    kept_name = None if kept_best is None else kept_best.name
+    for name in to_remove(names, keep, keep_every, steps=steps, best=kept_name, whole=whole):
         try:
             left = _remove(root / name)
         except (CheckpointError, OSError) as error:

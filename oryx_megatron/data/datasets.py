@@ -64,9 +64,9 @@ def merge(prefixes: Sequence[str | Path], output: str | Path, *, overwrite: bool
     size = sum(part.manifest["bytes"] for part in parts) if known else None  # type: ignore[index]
     counts: dict[str, Any] = {field: _sums(parts, field) for field in ("skipped", "dropped", "paths")}
     left_out = _left_out(parts)
-    if (lost := add_lost([(part.manifest or {}).get("lost") for part in parts])) is not None:
+    if (lost := add_lost([part.facts.get("lost") for part in parts])) is not None:
         counts["lost"] = lost
-    if unknown := sum((part.manifest or {}).get("unknown", 0) for part in parts):
+    if unknown := sum(part.facts.get("unknown", 0) for part in parts):
         counts["unknown"] = unknown
     with IndexedWriter(output, _vocabulary(first), overwrite=overwrite, dtype=first.index.dtype) as writer:
         for part in parts:
@@ -115,7 +115,7 @@ def split(
             breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
             for run in np.split(numbers, breaks):
                 _copy(dataset, writer, int(run[0]), int(run[-1]) + 1)
-            size = (dataset.manifest or {}).get("bytes")
+            size = dataset.facts.get("bytes")
             if size is not None:
                 size = round(size * writer.tokens / dataset.tokens)
             more = {"split_from": str(prefix), "seed": seed, "bytes_estimated": True}
@@ -146,12 +146,12 @@ def _sums(parts: Sequence[Dataset], field: str) -> dict[str, int]:
     """What the manifests count under `field`, added up by name."""
     sums: Counter[str] = Counter()
     for part in parts:
-        sums.update((part.manifest or {}).get(field, {}))
+        sums.update(part.facts.get(field, {}))
     return dict(sorted(sums.items()))
 
 
 def _tokenizer(dataset: Dataset) -> dict[str, Any] | None:
-    return (dataset.manifest or {}).get("tokenizer")
+    return dataset.facts.get("tokenizer")
 
 
 def _check_alike(first: Dataset, part: Dataset) -> None:
@@ -176,16 +176,15 @@ def _check_alike(first: Dataset, part: Dataset) -> None:
 
 def _option(dataset: Dataset, name: str) -> object:
     """With what option a dataset was made; UNKNOWN when that is not written down or made no difference."""
-    manifest = dataset.manifest or {}
-    reading = manifest.get("reading", {})
+    reading = dataset.facts.get("reading", {})
     if name == "separator" and "text" not in reading.get("formats", ()):
         return UNKNOWN
-    return manifest.get(name, reading.get(name, UNKNOWN))
+    return dataset.facts.get(name, reading.get(name, UNKNOWN))
 
 
 def _common(parts: Sequence[Dataset]) -> dict[str, Any]:
     """How the files of all parts became documents: what is the same in all, and the formats of any."""
-    readings = [(part.manifest or {}).get("reading", {}) for part in parts]
+    readings = [part.facts.get("reading", {}) for part in parts]
     same = {name: value for name, value in readings[0].items() if all(r.get(name, value) == value for r in readings)}
     formats = sorted({name for reading in readings for name in reading.get("formats", ())})
     return {"reading": same | {"formats": formats}} if formats else {}
@@ -195,17 +194,17 @@ def _left_out(parts: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
     """What `summarize_left_out` gave for each of the datasets, together."""
     total: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for reason, facts in (part.manifest or {}).get("left_out", {}).items():
+        for reason, found in part.facts.get("left_out", {}).items():
             into = total.setdefault(reason, {"files": 0, "bytes": 0, "first": []})
-            into["files"] += facts["files"]
-            into["bytes"] += facts["bytes"]
-            into["first"] = [*into["first"], *facts["first"]][:NAMED]
+            into["files"] += found["files"]
+            into["bytes"] += found["bytes"]
+            into["first"] = [*into["first"], *found["first"]][:NAMED]
     return dict(sorted(total.items()))
 
 
 def _vocabulary(dataset: Dataset) -> int:
     """The vocabulary of a dataset; for one of another tool, the largest its token format allows."""
-    made = (dataset.manifest or {}).get("tokenizer")
+    made = _tokenizer(dataset)
     return made["vocab_size"] if made is not None else int(np.iinfo(dataset.index.dtype).max) + 1
 
 
@@ -218,7 +217,7 @@ def _shares_files(left: Path | Remote, right: Path | Remote) -> bool:
 
 def _is_copy(left: Dataset, right: Dataset) -> bool:
     """Whether two datasets hold the same documents. Shards are told apart by their numbers: any may be alike."""
-    if left.tokens == 0 or any("shard" in (dataset.manifest or {}) for dataset in (left, right)):
+    if left.tokens == 0 or any("shard" in dataset.facts for dataset in (left, right)):
         return False
     if left.manifest is not None and right.manifest is not None:
         return left.identity() == right.identity()
@@ -226,20 +225,20 @@ def _is_copy(left: Dataset, right: Dataset) -> bool:
 
 
 def _finish(writer: IndexedWriter, source: Dataset, size: int | None, **more: Any) -> dict[str, Any]:
-    manifest = source.manifest or {}
+    manifest = source.facts
     kept = {name: manifest[name] for name in ("append_eod", "reading") if name in manifest}
     return writer.finish(manifest.get("tokenizer"), size, **kept | more)
 
 
 def _check_shards(parts: Sequence[Dataset]) -> None:
-    shards = [(part.manifest or {}).get("shard") for part in parts]
+    shards = [part.facts.get("shard") for part in parts]
     if not any(shards):
         return
     wanted = [[number, len(parts)] for number in range(1, len(parts) + 1)]
     if shards != wanted:
         found = ", ".join(f"{shard[0]}/{shard[1]}" if shard else "none" for shard in shards)
         raise DataError(f"the shards are {found}; merging needs each of them once and in order")
-    readings = [(part.manifest or {}).get("reading") for part in parts]
+    readings = [part.facts.get("reading") for part in parts]
     for part, reading in zip(parts, readings, strict=True):
         if reading is None or readings[0] is None:
             continue
@@ -249,7 +248,7 @@ def _check_shards(parts: Sequence[Dataset]) -> None:
                 f"{part.prefix} is no shard of what {parts[0].prefix} is of: it was made with another "
                 f"{', '.join(changed)}; make all shards with one command but for --shard"
             )
-    corpora = [(part.manifest or {}).get("corpus") for part in parts]  # None: of an earlier version
+    corpora = [part.facts.get("corpus") for part in parts]  # None: of an earlier version
     for part, corpus in zip(parts, corpora, strict=True):
         if None not in (corpus, corpora[0]) and corpus != corpora[0]:
             raise DataError(

@@ -253,6 +253,11 @@ class Dataset:
     """`identity` as another process found it, which need not be found again; None: not known."""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """Fields of the manifest; none for datasets of other tools."""
+        return self.manifest or {}
+
+    @property
     def documents(self) -> int:
         return len(self.index.documents) - 1
 

@@ -355,7 +355,7 @@ def _check_ends(name: str, datasets: Sequence[Dataset], tokenizer: Tokenizer) ->
     """Refuse a blend of datasets with and without end-of-document tokens."""
     marked: dict[bool, Dataset] = {}
     for dataset in datasets:
-        known = (dataset.manifest or {}).get("append_eod")
+        known = dataset.facts.get("append_eod")
         marked.setdefault(dataset.ends(tokenizer.eod_id)[0] > 0 if known is None else known, dataset)
     if len(marked) == 2:
         raise DataError(

@@ -299,7 +299,7 @@ def import_(
                 f"{source} has no {MANIFEST} that says how it was trained; give a run config with --run"
             )
         run = kept.run()
-    elif kept is None or not train_alike(run, kept.run()) or _other_tokenizer(run, kept):
+    elif kept is None or not train_alike(run, kept.run()) or difference(kept.tokenizer, _described(run)) is not None:
         kept = None  # another run: it starts from these weights, at its own first step
     else:  # the same: it knows where its folders are
         run = dataclasses.replace(run, license=run.license or kept.run().license)
@@ -425,10 +425,6 @@ def write_weights(weights: Weights, folder: Path, run: RunConfig, kept: Manifest
         )
     write_manifest(folder, manifest)
     return len(wanted), sum(dtypes[name].itemsize * math.prod(shape) for name, shape in wanted.items())
-
-
-def _other_tokenizer(run: RunConfig, kept: Manifest) -> bool:
-    return difference(kept.tokenizer, load_tokenizer(run.data.tokenizer).describe()) is not None
 
 
 def _described(run: RunConfig) -> dict[str, Any]:

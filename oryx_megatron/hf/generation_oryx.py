@@ -43,9 +43,6 @@ class OryxGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
-    # Generation. transformers' generate calls these three on its way; the plan is resolved once, when prompt and
-    # number of new tokens are known, and each step gets the modes of its own tokens.
-
     def _prepare_generated_length(self, generation_config, *args: Any, **kwargs: Any):
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
         generation_config._new_tokens = generation_config.max_length - kwargs["input_ids_length"]

@@ -1,9 +1,8 @@
 """Oryx for Hugging Face transformers 5: a language model that reads each token by attention or by a recurrence.
 
 The `*_oryx.py` files stand alone: an export copies them beside the weights, and nothing but torch and transformers is
-needed to load them (`trust_remote_code=True`). plans, states, recurrences and rotary are torch alone: training uses
-them too. Read in this order: plans, modes (which token attends), states, cache, recurrences, layers, heads, generation,
-speculation, this.
+needed to load them (`trust_remote_code=True`). Read in this order: plans, router, modes (which token attends), states,
+cache, recurrences, norm_conv, rotary, experts, layers, heads, generation, speculation, this.
 
 Model: "Multi-Mixer Models: Flexible Sequence Modeling with Shared Representations", arXiv 2605.28769. Recurrences:
 Mamba-2 (SSD), arXiv 2405.21060, and Gated DeltaNet, arXiv 2412.06464.

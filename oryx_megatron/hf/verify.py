@@ -51,8 +51,8 @@ class Deviation:
 
 def random_plans(model: ModelConfig, length: int, count: int, seed: int) -> list[Plan]:
     """The pure plans and `count` random ones, with changes of mode at any token; the last differs over layers."""
-    plans: list[Plan] = [ModePlan.uniform(mode, length) for mode, present in
-             ((Mode.ATTENTION, model.has_attention), (Mode.RECURRENT, model.has_recurrence)) if present]  # fmt: skip
+    present = {Mode.ATTENTION: model.has_attention, Mode.RECURRENT: model.has_recurrence}
+    plans: list[Plan] = [ModePlan.uniform(mode, length) for mode in present if present[mode]]
     if model.single_mode is not None:
         return plans
     draw = np.random.default_rng(seed)

@@ -68,10 +68,8 @@ def initialize_weights(chunk: GPTModel, model: ModelConfig, seed: int) -> None:
     def fill_layer(prefix: str, layer: Any) -> None:
         mixer: OryxMixer = layer.self_attention
         own = mixer.model  # with the modes of this layer
-        fill(prefix + "in_proj", mixer.in_proj.weight, normal, parts=mixer.in_proj_rows)
-        for part, linear in mixer.query_projections().items():  # the same draw as for rows of in_proj
-            weight: Tensor = linear.weight  # type: ignore[assignment]
-            fill(prefix + "in_proj", weight, normal, parts={part: weight.shape[0]})
+        for weight, parts in mixer.in_proj_weights():  # separate queries are drawn like rows of in_proj
+            fill(prefix + "in_proj", weight, normal, parts=parts)
         fill(prefix + "out_proj", mixer.out_proj.weight, residual, axis=1)
         if model.conv_width:
             bound = 1 / math.sqrt(model.conv_width)

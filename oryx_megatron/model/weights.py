@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -164,6 +165,13 @@ class MixerWeights(MegatronModule):
         """Queries that are no rows of `in_proj`, by the name of their part."""
         names = ("query_attention", "query_recurrent")
         return {name: module for name, module in self.named_children() if name in names}
+
+    def in_proj_weights(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, int]]]:
+        """What checkpoints call in_proj: its weight and those of separate queries, each with the rows of its parts."""
+        yield self.in_proj.weight, self.in_proj_rows
+        for part, linear in self.query_projections().items():
+            weight: Any = linear.weight
+            yield weight, {part: weight.shape[0]}
 
     def input(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """in_proj's parts [s, b, rows], and what the other projections read: with separate queries the normed input of

@@ -213,13 +213,11 @@ def named_parts(model: Any, *, tied: bool) -> list[Named]:
     for _, prefix, layer in blocks(model):
         names |= {id(parameter): prefix + name for name, parameter in layer.named_parameters()}
         mixer: OryxMixer = layer.self_attention
-        parts[id(mixer.in_proj.weight)] = dict(mixer.in_proj_rows)
-        for part, linear in mixer.query_projections().items():  # on a GPU; rows of in_proj elsewhere
-            weight: Any = linear.weight
+        for weight, rows_of in mixer.in_proj_weights():
             names[id(weight)] = f"{prefix}self_attention.in_proj.weight"
-            parts[id(weight)] = {part: weight.shape[0]}
+            parts[id(weight)] = rows_of
         if (convolution := getattr(mixer, "conv", None)) is not None and mixer.conv_parts:
-            parts[id(convolution.weight)] = dict(mixer.conv_parts)
+            parts[id(convolution.weight)] = mixer.conv_parts
     named = []
     for name, parameter in model.named_parameters():
         own = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name

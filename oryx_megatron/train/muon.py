@@ -46,9 +46,8 @@ def matrices(chunk: Any) -> dict[Tensor, Matrix]:
         found[head.eh_proj.weight] = Matrix((head.eh_proj.weight.shape[0],), 0)
     for _, _, layer in blocks(chunk):
         mixer = layer.self_attention
-        found[mixer.in_proj.weight] = Matrix(tuple(mixer.in_proj_rows.values()), 0)
-        for linear in mixer.query_projections().values():  # on a GPU; rows of in_proj elsewhere
-            found[linear.weight] = Matrix((linear.weight.shape[0],), 0)
+        for weight, parts in mixer.in_proj_weights():
+            found[weight] = Matrix(tuple(parts.values()), 0)
         found[mixer.out_proj.weight] = Matrix((mixer.out_proj.weight.shape[0],), 1)
         if isinstance(layer.mlp, MoELayer):
             found |= _of_experts(layer.mlp)

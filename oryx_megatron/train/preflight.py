@@ -127,19 +127,17 @@ def _disk(run: RunConfig, root: Path, there: int) -> str:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     size, held = checkpoint_bytes(run), checkpoints_held(run)
-    where = run.output_dir
-    if is_url(where):  # copies alone take room here: of the newest, and of the one that is being written
-        where, held, there = f"copies in {cache_folder()}", min(held, 2), min(there, 1)
-    text = f"{free / GIB:,.1f} GiB free for {where}; {held} checkpoints of {size / GIB:,.2f} GiB"
+    if is_url(run.output_dir):  # copies alone take room here: of the newest, and of the one that is being written
+        held, there = min(held, 2), min(there, 1)
+        where, place = f"copies in {cache_folder()}", f"storage.cache_dir {cache_folder()}"
+        another, advice = "folder", "make room, or set storage.cache_dir"
+    else:
+        where, place = run.output_dir, f"output_dir {run.output_dir}"
+        another, advice = "disk", "lower checkpoint.keep or make room"
     if free < size:
-        name, change = ("storage.cache_dir", "folder") if is_url(run.output_dir) else ("output_dir", "disk")
         raise ConfigError(
-            f"{name} {cache_folder() if is_url(run.output_dir) else where}: a checkpoint takes {size / GIB:,.2f} GiB, "
-            f"{free / GIB:,.2f} GiB are free; make room or choose another {change}"
+            f"{place}: a checkpoint takes {size / GIB:,.2f} GiB, {free / GIB:,.2f} GiB are free; make room or choose "
+            f"another {another}"
         )
-    if free < size * max(held - there, 1):
-        text += ": too little for all of them; "
-        text += (
-            "make room, or set storage.cache_dir" if is_url(run.output_dir) else "lower checkpoint.keep or make room"
-        )
-    return text
+    text = f"{free / GIB:,.1f} GiB free for {where}; {held} checkpoints of {size / GIB:,.2f} GiB"
+    return text if free >= size * max(held - there, 1) else f"{text}: too little for all of them; {advice}"
