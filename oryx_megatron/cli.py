@@ -33,6 +33,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> int:
+        _open_closed()
         if (told := _told_file()) is not None and told.exists():
             return USER_ERROR
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode ends no command
@@ -68,6 +69,19 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return guarded
+
+
+def _open_closed() -> None:
+    """Give a process that was started with closed streams (`>&-`, some daemons) ones that lead nowhere.
+
+    Python has None in their place, and the next file that is opened would get their number: what a library prints would
+    end in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free is this one, unless a file has it by now.
+            opened = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(opened, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 - for good
 
 
 def text_of(path: Path, source: str) -> str:

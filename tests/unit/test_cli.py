@@ -1,6 +1,10 @@
 """What --help makes of a docstring."""
 
 import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +41,21 @@ def test_a_refused_version_is_one_line(capsys) -> None:
     assert capsys.readouterr().err == "error: not this one\n"
     with pytest.raises(ImportError):
         fails("numpy")()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_commands_work_with_closed_streams(tmp_path: Path, closed: str) -> None:
+    """What is printed goes nowhere, not into a file that got the stream's number."""
+    code = (
+        "import os, sys; from oryx_megatron.cli import main_guard\n"
+        "def main():\n"
+        f"    with open({str(tmp_path / 'file')!r}, 'w') as file:\n"
+        "        sys.stdout.write('said'); sys.stdout.flush(); print('warned', file=sys.stderr, flush=True)\n"
+        "        os.system('echo from a child; echo and its errors >&2'); sys.stdin.read(); file.write('kept')\n"
+        "sys.exit(main_guard(main)())\n"
+    )
+    command = f'exec {shlex.quote(sys.executable)} -c "$0" {closed}'
+    done = subprocess.run(["bash", "-c", command, code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+    assert ("said" in done.stdout, "warned" in done.stderr) == (">&-" not in closed.split(), "2>&-" not in closed)
