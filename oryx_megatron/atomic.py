@@ -32,6 +32,10 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
         if durable:
             sync(path.parent)
+    except OSError as error:  # of a write it has no name, else the hidden one
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from oryx_megatron import monitor
+from oryx_megatron.atomic import replacing
+from oryx_megatron.cli import main_guard
 from oryx_megatron.config import from_dict, load_model, load_run, to_dict, to_yaml, validate
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.errors import ConfigError
@@ -276,3 +280,19 @@ def test_tools_find_what_is_meant(here: Path, capsys: pytest.CaptureFixture) -> 
     assert (here / "home" / "x.png").is_file()
     assert monitor.main(["foo://bucket/run", "--once"]) == 2
     assert "foo://bucket/run/metrics.jsonl: foo:// is no storage that fsspec knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], number: int) -> None:
+    """Not by its hidden name; and nothing is left of it."""
+
+    def write(path: Path, name: object) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(number, os.strerror(number), name and str(temporary))
+
+    for name in (None, "temporary"):
+        assert main_guard(write)(tmp_path / "e" / "perplexity.json", name) == 2
+        told = capfd.readouterr().err
+        assert told == f"error: {tmp_path}/e/perplexity.json: {os.strerror(number)}\n"
+        assert not list((tmp_path / "e").iterdir())
