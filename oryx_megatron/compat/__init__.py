@@ -10,7 +10,9 @@ Importing this package loads none of them; it installs the hook (hook.py) that d
 from oryx_megatron.compat import deepspeed, fla, hook, megatron, tilelang, torch, transformer_engine
 from oryx_megatron.compat.hook import late
 
-hook.install({**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND, **transformer_engine.AROUND, **fla.AROUND})
+hook.install(
+    {**torch.AROUND, **megatron.AROUND, **deepspeed.AROUND, **transformer_engine.AROUND, **fla.AROUND}, fla.WHEN_USED
+)
 megatron.quiet()
 
 __all__ = ["deepspeed", "fla", "late", "megatron", "tilelang", "torch", "transformer_engine"]

@@ -1,9 +1,11 @@
-"""fla (0.6): what its import loads that no run uses, most of its time.
+"""fla (0.6) and flash_qla (0.1): what their import loads that no run uses, most of its time.
 
 | patch | why |
 |---|---|
 | `AROUND`: fla loads its layers and models, and they transformers and mamba_ssm | left out, as where fla-core is installed alone; `import fla.layers` still works |
-| `AROUND`: fla.modules.activations.ops compiles seven functions at import | loads inductor; put off to their first call |
+| `AROUND`: fla.ops loads the kernels of forty recurrences | put off until a name of fla.ops itself is used |
+| `AROUND`: fla.modules.activations.ops compiles seven functions at import, flash_qla two | loads inductor; put off to their first call |
+| `AROUND`: both keep functions from dynamo | loads it; put off until something else does |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from oryx_megatron.compat.hook import Around, instead
-from oryx_megatron.compat.torch import late_compile
+from oryx_megatron.compat.torch import late_compile, late_disable
 
 
 @contextlib.contextmanager
@@ -35,7 +37,16 @@ def _core_stands_alone() -> bool:
     return (int(major), int(minor)) >= (0, 6)
 
 
+@contextlib.contextmanager
+def _late(module: ModuleType) -> Iterator[None]:
+    with late_compile(module), late_disable(module):
+        yield
+
+
 AROUND: dict[str, Around] = {
     "fla": _without_layers,
-    "fla.modules.activations.ops": late_compile,
+    "fla.ops.gated_delta_rule": _late,
+    "fla.modules.activations.ops": _late,
+    "flash_qla": _late,
 }
+WHEN_USED = ("fla.ops",)

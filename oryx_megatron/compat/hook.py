@@ -69,33 +69,55 @@ def made_on_first_use(function: Callable[..., Any], make: Callable[[], Callable[
     return call
 
 
+def _execute_when_used(module: ModuleType, run: Callable[[ModuleType], None]) -> None:
+    """Let `run` execute a package when a name of it is asked for; imports of modules in it do without."""
+
+    def of_package(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        vars(module).pop("__getattr__", None)
+        run(module)
+        return getattr(module, name)
+
+    module.__getattr__ = of_package  # type: ignore[method-assign]
+
+
 class _Finder:
     """Finds the modules of `around` as Python does, and executes them inside of what is said there."""
 
     around: Mapping[str, Around] = {}
+    when_used: Sequence[str] = ()
 
     @classmethod
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        around = cls.around.get(name)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if around else None
-        if around is None or spec is None or spec.loader is None:
+        if name not in cls.around and name not in cls.when_used:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            with around(module):
-                run(module)
+            if name in cls.when_used:
+                _execute_when_used(module, run)
+            else:
+                with cls.around[name](module):
+                    run(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def install(around: Mapping[str, Around]) -> None:
-    """Put the hook in place; harmless when called again. What is loaded already is handled where that still helps."""
+def install(around: Mapping[str, Around], when_used: Sequence[str] = ()) -> None:
+    """Put the hook in place; harmless when called again. What is loaded already is handled where that still helps.
+
+    Packages of `when_used` have an `__init__` that only imports from the modules beside it: it is executed when one of
+    its names is asked for.
+    """
     if _Finder not in sys.meta_path:
-        _Finder.around = around
+        _Finder.around, _Finder.when_used = around, when_used
         sys.meta_path.insert(0, _Finder)
         for name in ("torch.optim", "megatron.core.transformer.moe.moe_utils"):
             if (loaded := sys.modules.get(name)) and name in around:

@@ -8,6 +8,7 @@
 | `AROUND`: torch.optim loads dynamo (and inductor) to say what it must not trace | nothing traces where dynamo is not loaded |
 | `late_builder`: torch's C++ builder loads setuptools | put off to a build |
 | `late_compile`: `@torch.compile` loads dynamo and inductor where it is written | put off to the function's first call |
+| `late_disable`: so does `@torch.compiler.disable` dynamo | nothing traces where dynamo is not loaded |
 | `never_restart` | torchrun's agent restarts ranks whatever they exited with, and reports each of their ends in some 30 lines |
 | `store_of_start` | torchrun's agent keeps one store over all restarts (PyTorch issue 135712) |
 
@@ -23,7 +24,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron.compat.hook import Around, StandIn, instead, made_on_first_use
@@ -247,6 +248,37 @@ def late_compile(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         torch.compile = original
+
+
+@contextlib.contextmanager
+def late_disable(module: ModuleType) -> Iterator[None]:
+    """`@torch.compiler.disable` in the module, and in those that it imports, keeps from dynamo once there is one."""
+    import torch
+
+    original = torch.compiler.disable
+
+    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
+        if function is None:
+            return lambda function: disable(function, *args, **options)
+        if not isinstance(function, FunctionType):
+            return original(function, *args, **options)
+        made: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*given: Any, **named: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return function(*given, **named)
+            if not made:
+                made.append(original(function, *args, **options))
+            return made[0](*given, **named)
+
+        return call
+
+    torch.compiler.disable = disable  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compiler.disable = original
 
 
 @contextlib.contextmanager

@@ -218,3 +218,59 @@ print(fla.layers.__file__)
     assert result.stdout.split() == [str(not left_out), "False", str(tmp_path / "fla/layers/__init__.py")], (
         result.stderr
     )
+
+
+def test_of_fla_what_is_used_is_loaded(tmp_path: Path) -> None:
+    """One recurrence of many, and no compiler of torch's; what it must not trace, it does not once it is there."""
+    files = {
+        "fla/__init__.py": "",
+        "fla/ops/__init__.py": "from .gla import chunk_gla\n__all__ = ['chunk_gla']\n",
+        "fla/ops/gla.py": "def chunk_gla():\n    return 'gla'\n",
+        "fla/ops/gated_delta_rule/__init__.py": "from fla.ops.gated_delta_rule.chunk import chunk\n",
+        "fla/ops/gated_delta_rule/chunk.py": """
+import torch
+@torch.compiler.disable
+def chunk(x):
+    \"\"\"In chunks.\"\"\"
+    return x + 1
+@torch.compiler.disable(recursive=False)
+def other(x):
+    return x + 1
+""",
+        "flash_qla/__init__.py": "from flash_qla.math import twice\n",
+        "flash_qla/math.py": "import torch\n@torch.compile(backend='eager')\ndef twice(x):\n    return 2 * x\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import oryx_megatron.platform
+import torch
+disable = torch.compiler.disable
+from fla.ops.gated_delta_rule import chunk
+from fla.ops.gated_delta_rule.chunk import chunk, other
+import fla.ops, flash_qla
+assert torch.compiler.disable is disable
+assert not hasattr(fla.ops, "__wrapped__")
+for name in ("fla.ops.gla", "torch._dynamo", "torch._inductor"):
+    assert name not in sys.modules, name
+x = torch.zeros(2)
+assert chunk(x).equal(x + 1) and other(x).equal(x + 1) and chunk.__doc__ == "In chunks."
+assert "torch._dynamo" not in sys.modules
+from fla.ops import *
+assert chunk_gla() == fla.ops.chunk_gla() == "gla"
+assert not hasattr(fla.ops, "none_such")
+assert flash_qla.twice(x).equal(2 * x)
+assert "torch._dynamo" in sys.modules
+traced = []
+def count(graph, inputs):
+    traced.append(len([node for node in graph.graph.nodes if node.op == "call_function"]))
+    return graph
+assert torch.compile(lambda y: chunk(y * 3) * 5, backend=count)(x).equal(x * 15 + 5)
+assert torch.compile(lambda y: other(y * 7) + 2, backend=count)(x).equal(x * 7 + 3)
+assert traced == [1, 1, 1, 1], traced  # what stands before and after them
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
