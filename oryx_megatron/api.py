@@ -60,7 +60,8 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
         ConfigError, DataError, CheckpointError, TrainingError: what the run's own command would print.
     """
     from oryx_megatron.errors import ConfigError
-    from oryx_megatron.eval.router_training import recipe
+    from oryx_megatron.eval.router_recipe import recipe
+    from oryx_megatron.train.intervals import last_step
     from oryx_megatron.train.remote import run_folder
     from oryx_megatron.train.session import fit
 
@@ -74,12 +75,9 @@ def train(run: RunConfig | str | Path, *overrides: str) -> Trained:
             raise ConfigError("train: overrides go to load_run, or with the path of a config")
         layout = validate(run, ranks.world_size())
     stopped = fit(run, layout, after=recipe(run))
-    last = run.train.iterations if run.train.exit_after is None else min(run.train.exit_after, run.train.iterations)
-    return Trained(
-        run_folder(run),
-        last if stopped is None else stopped.iteration,
-        None if stopped is None else stopped.reason,
-    )
+    if stopped is None:
+        return Trained(run_folder(run), last_step(run), None)
+    return Trained(run_folder(run), stopped.iteration, stopped.reason)
 
 
 def load_model(path: str | Path, *, tokenizer: str | Path | None = None, weights: WeightsKind = "trained") -> Model:

@@ -20,7 +20,6 @@ from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config.schema import RouterConfig
 from oryx_megatron.config.validate_modes import check_router_sizes
 from oryx_megatron.errors import ConfigError
-from oryx_megatron.eval.router_training import table, train_router
 from oryx_megatron.paths import expand_arguments
 
 
@@ -51,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         check_router_sizes(options)
     except ConfigError as error:
         raise ConfigError(re.sub(r"router\.(\w+)", lambda field: _flag(field[1]), str(error))) from None
+    from oryx_megatron.eval.router_training import table, train_router
+
     rows, path = train_router(arguments.run, options, overwrite=arguments.overwrite)
     if path is not None:
         sys.stdout.write(table(rows))

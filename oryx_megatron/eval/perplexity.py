@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import Manifest, check_whole, find_checkpoint, load_model_weights, read_manifest
@@ -103,8 +104,6 @@ def evaluate_checkpoint(
     parallel.initialize(run.parallel, seed=run.seed)
     check_whole(folder, manifest)
     text_plans = Plans.of_checkpoint(folder, run.modes.chunk, plans).of_texts(plans)
-    from megatron.core import parallel_state
-
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
     asked = {name: evaluation_samples(run)}
     datasets = build_datasets(run, used_tokenizer, asked, once=True)

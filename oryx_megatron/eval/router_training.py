@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oryx_megatron.config.schema import RouterConfig, RunConfig
-from oryx_megatron.config.validate import Layout
-from oryx_megatron.display import shown
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from oryx_megatron import parallel, platform
+from oryx_megatron.checkpoint import find_checkpoint
+from oryx_megatron.config.schema import RouterConfig
+from oryx_megatron.data.files import check_output
+from oryx_megatron.data.loader import build_datasets
+from oryx_megatron.data.stream import SampleStream
+from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from oryx_megatron.eval.generation import LoadedModel
-    from oryx_megatron.hf.router_oryx import OryxRouter
-    from oryx_megatron.modes import ModePlan, Plan
+from oryx_megatron.eval.generation import LoadedModel, load_for_inference
+from oryx_megatron.hf.router import facts_of, is_router, router_of, save_router
+from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
+from oryx_megatron.modes import Mode, ModePlan, Plan, parse_plan
+from oryx_megatron.train.step import Microbatch, OryxProgram
 
 log = logging.getLogger(__name__)
 CLIP = 8.0
@@ -77,21 +84,12 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
         ConfigError: a model with one mode only.
         DataError, CheckpointError: what cannot be read; a file in the way that is not a router.
     """
-    from oryx_megatron import parallel
-    from oryx_megatron.checkpoint import find_checkpoint
-    from oryx_megatron.data.files import check_output
-    from oryx_megatron.eval.generation import load_for_inference
-    from oryx_megatron.hf.router import facts_of, is_router, router_of, save_router
-    from oryx_megatron.hf.router_oryx import OryxRouter, RouterShape
 
     path = router_of(find_checkpoint(run))
     check_output(path, ours=is_router, overwrite=overwrite)
     model = load_for_inference(run)
     if not model.run.model.takes_plans:
         raise ConfigError(f"{run}: no layer of the model reads a mode plan: there is nothing to route")
-    import torch
-
-    from oryx_megatron import platform
 
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
@@ -125,104 +123,8 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
     return rows, path
 
 
-def recipe(run: RunConfig) -> Callable[[RunConfig, Layout], None] | None:
-    """What a run's `router` asks for when the run has ended; None for a run without.
-
-    Raises:
-        DataError: a file in the way that is not a router.
-    """
-    if run.router is None:
-        return None
-    from oryx_megatron.data.files import check_output
-    from oryx_megatron.hf.router import NAME, is_router
-
-    check_output(Path(run.output_dir) / NAME, ours=is_router, overwrite=True)
-    return after_training
-
-
-def after_training(run: RunConfig, layout: Layout) -> None:
-    """Train the router that a run's config asks for, once the run has ended, and evaluate its plans. Collective.
-
-    What is there of both is not done again. The run's process groups are given up.
-
-    Raises:
-        DataError, CheckpointError: what cannot be read; a file in the way that is not a router.
-    """
-    from oryx_megatron import parallel
-    from oryx_megatron.checkpoint import find_checkpoint, read_manifest
-    from oryx_megatron.eval.perplexity import evaluate_checkpoint
-    from oryx_megatron.hf.plans_oryx import routed_share
-    from oryx_megatron.hf.router import router_of
-    from oryx_megatron.train.callbacks.metrics_file import MetricsFile
-    from oryx_megatron.train.metrics import NAME, read_lines
-
-    folder = find_checkpoint(run.output_dir)
-    if run.router is None or (iteration := read_manifest(folder).iteration) < run.train.iterations:
-        return
-    path = router_of(folder)
-    if there := _told_by_main(_serves(path, folder, run.router)):
-        log.info("router: %s is of this checkpoint already", shown(path))
-    else:
-        gc.collect()  # what the trained model held
-        parallel.release()
-        rows, _ = train_router(run.output_dir, run.router, overwrite=True)
-        for line in table(rows).splitlines():
-            log.info("router: %s", line)
-    plans = tuple(spec for spec in run.evaluation.plans if routed_share(spec) is not None)
-    metrics = Path(run.output_dir) / NAME
-    known = [
-        line["plan"] for line in read_lines(metrics) if line["kind"] == "evaluation" and line["iteration"] == iteration
-    ]
-    if not plans or (there and _told_by_main(set(plans) <= set(known))):
-        return
-    parallel.release()
-    train, stages = run.train, run.parallel.pipeline
-    samples = None if run.evaluation.batches is None else run.evaluation.batches * train.global_batch_size
-    results = evaluate_checkpoint(
-        run.output_dir,
-        plans,
-        batches=None if samples is None else max(1, samples // (train.micro_batch_size * layout.dp * stages)),
-        batch_size=train.micro_batch_size,
-        layout=run.parallel,
-        world_size=layout.world_size,
-    ).results
-    for result in results:
-        text = "%s under %s: loss %.4f, %.3f bits per byte, %.1f %% attention"
-        log.info(text, result.dataset, result.plan, result.loss, result.bits_per_byte, 100 * result.attention_share)
-    if parallel.is_main_rank():
-        file = MetricsFile(metrics)
-        file.on_start(run, iteration)
-        file.on_evaluation(iteration, results)
-        file.on_end()
-
-
-def _serves(path: Path, checkpoint: Path, options: RouterConfig) -> bool:
-    """Whether a router is of this checkpoint and was trained with these options."""
-    from oryx_megatron.hf.router import is_router, load_router
-
-    if not is_router(path) or path.stat().st_mtime < checkpoint.stat().st_mtime:
-        return False
-    about = load_router(path)[1]
-    return about.get("checkpoint") == checkpoint.name and about.get("options") == dataclasses.asdict(options)
-
-
-def _told_by_main(fact: bool) -> bool:
-    """What the main rank found, on all ranks: others may look at its files too late."""
-    import torch
-
-    facts = [fact]
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(facts)
-    return facts[0]
-
-
 def texts_of(model: LoadedModel, options: RouterConfig) -> Iterator[tuple[str, Any, int]]:
     """`train` and `valid`: this rank's stream of texts, and how many to take of it."""
-    from megatron.core import parallel_state
-
-    from oryx_megatron.data.loader import build_datasets
-    from oryx_megatron.data.stream import SampleStream
-    from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(model.run.data.tokenizer)
     check_tokenizer(tokenizer, model.manifest.tokenizer, str(model.folder))
@@ -252,9 +154,6 @@ def texts_of(model: LoadedModel, options: RouterConfig) -> Iterator[tuple[str, A
 
 def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
     """Both losses of so many texts."""
-    import torch
-
-    from oryx_megatron.modes import Mode, ModePlan
 
     batches = [stream.next_batches()[0] for _ in range(count)]
     tokens, labels, counted = (
@@ -267,7 +166,6 @@ def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
 
 def count_texts(router: OryxRouter, stream: Any, count: int) -> None:
     """Let a router count so many further texts of every rank: not those it learns from, which hold what it counts."""
-    import torch
 
     batch = 256
     for begin in range(0, count, batch):
@@ -282,10 +180,6 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | S
 
     Texts of different plans are read as isolated documents of one sequence.
     """
-    import numpy as np
-    import torch
-
-    from oryx_megatron.modes import ModePlan, Plan
 
     n, s = tokens.shape
     size, found = max(1, TOKENS // s), []
@@ -303,9 +197,6 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | S
 
 def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, documents: Tensor | None) -> Tensor:
     """Losses [b, s] by the step that training evaluates with, on the host."""
-    import torch
-
-    from oryx_megatron.train.step import Microbatch, OryxProgram
 
     program = OryxProgram(model.run.model)
     with torch.no_grad():
@@ -314,14 +205,11 @@ def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, docume
         return placed.info.restore(losses).float().cpu()
 
 
-def fit(router: OryxRouter, gains: Gains, options: RouterConfig, generator: Any) -> None:
+def fit(router: OryxRouter, gains: Gains, options: RouterConfig, generator: torch.Generator) -> None:
     """Train a router to predict gains: the mean of what is to come, by which a budget is spent best.
 
     All ranks hold equal weights and average their gradients.
     """
-    import torch
-
-    from oryx_megatron import platform
 
     device, count = platform.device(), len(gains.tokens)
     targets = gains.gains.clamp(-CLIP, CLIP)
@@ -353,9 +241,6 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains, scores: Ten
 
     `scores` [n, s]: the router's of these texts, on the host.
     """
-    import torch
-
-    from oryx_megatron.modes import ModePlan, parse_plan
 
     length = held_out.tokens.shape[1]
     plans: dict[str, list[ModePlan]] = {}
@@ -380,13 +265,11 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains, scores: Ten
 
 
 def _embedding(model: LoadedModel) -> Tensor:
-    from megatron.core.utils import unwrap_model
 
     return unwrap_model(model.chunk).embedding.word_embeddings.weight.detach().float().cpu()
 
 
 def _average(router: OryxRouter) -> None:
-    import torch
 
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for parameter in router.parameters():
@@ -396,9 +279,6 @@ def _average(router: OryxRouter) -> None:
 
 
 def _summed(values: Tensor) -> Tensor:
-    import torch
-
-    from oryx_megatron import platform
 
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return values
@@ -409,7 +289,6 @@ def _summed(values: Tensor) -> Tensor:
 
 def _everywhere(scores: Tensor) -> Tensor:
     """Scores of all ranks, each [n] of its own length."""
-    import torch
 
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return scores

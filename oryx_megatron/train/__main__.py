@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     launch = ranks.read()
     stop = StopRequest(main=launch is None or launch.rank == 0)
-    from oryx_megatron.eval.router_training import recipe
+    from oryx_megatron.eval.router_recipe import recipe
     from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
 
     return 0 if fit(run, layout, stop, recipe(run)) is None else exit_code()
@@ -82,7 +82,7 @@ def _dry_run(run: RunConfig, layout: Layout) -> None:
     from oryx_megatron import platform
 
     platform.install()
-    from oryx_megatron.eval.router_training import recipe
+    from oryx_megatron.eval.router_recipe import recipe
     from oryx_megatron.train import preflight, remote
 
     remote.check(run)

@@ -17,7 +17,7 @@ from oryx_megatron.checkpoint import find_checkpoint, read_manifest
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import ParallelConfig, RouterConfig
 from oryx_megatron.errors import CheckpointError, ConfigError, DataError
-from oryx_megatron.eval import router_training
+from oryx_megatron.eval import router_recipe, router_training
 from oryx_megatron.eval.routed import Plans
 from oryx_megatron.eval.text import load
 from oryx_megatron.hf.convert import export, import_
@@ -62,7 +62,7 @@ def train_again(run: Path) -> list[str]:
     config = read_manifest(find_checkpoint(run)).run()
     evaluation = dataclasses.replace(config.evaluation, plans=("recurrent", SPEC), batches=2)
     config = dataclasses.replace(config, output_dir=str(run), router=OPTIONS, evaluation=evaluation)
-    recipe = router_training.recipe(config)
+    recipe = router_recipe.recipe(config)
     assert recipe is not None
 
     def after(*about: Any) -> None:
@@ -155,11 +155,11 @@ def test_a_run_that_asks_for_a_router(
 
 def test_what_a_recipe_refuses(tmp_path: Path) -> None:
     config = load_run(RUNS / "quickstart.yaml", ["router={}", f"output_dir={tmp_path}"])
-    assert router_training.recipe(config) is not None
-    assert router_training.recipe(dataclasses.replace(config, router=None)) is None
+    assert router_recipe.recipe(config) is not None
+    assert router_recipe.recipe(dataclasses.replace(config, router=None)) is None
     (tmp_path / NAME).write_text("mine")
     with pytest.raises(DataError, match=f"{tmp_path}/{NAME} exists and is not an earlier output"):
-        router_training.recipe(config)  # before the run begins
+        router_recipe.recipe(config)  # before the run begins
 
 
 def test_one_pass_is_what_decoding_does(trained: tuple[Path, list[dict[str, Any]]]) -> None:
