@@ -18,6 +18,7 @@ from typing import Literal
 
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import ModelConfig, is_run, load_model, load_run
+from oryx_megatron.config.mixer_parts import conv_parts, decay_proj_parts, in_proj_parts
 from oryx_megatron.display import shown_lines
 from oryx_megatron.errors import ConfigError
 
@@ -143,23 +144,14 @@ def kinds(model: ModelConfig, layers: Sequence[int] | None = None, share: Share 
 
 def _projections(model: ModelConfig) -> dict[str, tuple[int, User, str]]:
     """Output widths of the mixer's input projections, their users and formulas; of layers of one kind."""
-    keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
-    queries = model.num_heads * model.qk_head_dim
-    both = model.modes == "both"
-    parts: dict[str, tuple[int, User, str]] = {
-        "in_proj.key": (keys, "shared", "G N d"),
-        "in_proj.value": (values, "shared", "G P d"),
+    users: dict[str, User] = {}
+    if model.modes == "both":
+        users = {"query_attention": "attention", "query_recurrent": "recurrent"}
+    formulas = {"key": "G N d", "value": "G P d", "output_gate": "H P d"}
+    return {
+        f"in_proj.{part}": (width, users.get(part, "shared"), formulas.get(part, "H N d"))
+        for part, width in in_proj_parts(model).items()
     }
-    if model.shared_query:
-        parts["in_proj.query"] = (queries, "shared", "H N d")
-    else:
-        if model.has_attention:
-            parts["in_proj.query_attention"] = (queries, "attention" if both else "shared", "H N d")
-        if model.has_recurrence:
-            parts["in_proj.query_recurrent"] = (queries, "recurrent" if both else "shared", "H N d")
-    if model.output_gate:
-        parts["in_proj.output_gate"] = (model.num_heads * model.v_head_dim, "shared", "H P d")
-    return parts
 
 
 def _mixer_parts(model: ModelConfig, layers: int) -> list[ModelPart]:
@@ -171,12 +163,14 @@ def _mixer_parts(model: ModelConfig, layers: int) -> list[ModelPart]:
     widths = _projections(model)
     parts = [ModelPart(name, layers * width * d, user, note) for name, (width, user, note) in widths.items()]
     if model.conv_width:
-        parts.append(ModelPart("conv", layers * model.kv_heads * (n + p) * model.conv_width, "shared", "G (N + P) w"))
+        channels = sum(conv_parts(model).values())
+        parts.append(ModelPart("conv", layers * channels * model.conv_width, "shared", "G (N + P) w"))
     if model.has_recurrence:
-        gates, scalars = (1, 3) if model.mixer == "mamba2" else (2, 2)
-        parts.append(ModelPart("decay_proj", layers * gates * heads * d, recurrent, "2 H d" if gates == 2 else "H d"))
-        names = "a_log, dt_bias, d" if model.mixer == "mamba2" else "a_log, dt_bias"
-        parts.append(ModelPart(names, layers * scalars * heads, recurrent, f"{scalars} H"))
+        mamba2, gates = model.mixer == "mamba2", sum(decay_proj_parts(model).values())
+        parts.append(ModelPart("decay_proj", layers * gates * d, recurrent, "H d" if mamba2 else "2 H d"))
+        scalars = ("a_log", "dt_bias", "d") if mamba2 else ("a_log", "dt_bias")
+        count = layers * len(scalars) * heads
+        parts.append(ModelPart(", ".join(scalars), count, recurrent, f"{len(scalars)} H"))
     if model.has_attention and model.qk_norm:
         parts.append(ModelPart("query_norm, key_norm", layers * 2 * n, attention, "2 N"))
     parts += [
@@ -301,12 +295,11 @@ def _mixer_flops(model: ModelConfig, sequence: int, attention_share: float) -> d
         used = {"in_proj.query_attention": attention_share, "in_proj.query_recurrent": 1 - attention_share}
         terms[name] = 2.0 * width * d * used.get(name, 1.0)
     if model.conv_width:
-        terms["conv"] = 2.0 * model.kv_heads * (n + p) * model.conv_width
+        terms["conv"] = 2.0 * sum(conv_parts(model).values()) * model.conv_width
     if model.has_attention:
         terms["attention"] = attention_share * heads * 2.0 * (n + p) * (sequence + 1) / 2
     if model.has_recurrence:
-        gates = 1 if model.mixer == "mamba2" else 2
-        terms["decay_proj"] = recurs * 2.0 * gates * heads * d
+        terms["decay_proj"] = recurs * 2.0 * sum(decay_proj_parts(model).values()) * d
         # Decay S: N P. Add k vᵀ: 2 N P. Gated DeltaNet first reads Sᵀ k: 2 N P more.
         update = 3.0 if model.mixer == "mamba2" else 5.0
         terms["recurrence update"] = recurs * heads * update * n * p

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.bounds import check_ranges
+from oryx_megatron.config.mixer_parts import in_proj_parts
 from oryx_megatron.config.schema import (
     BlendEntry,
     DataConfig,
@@ -353,14 +354,6 @@ def _alternatives(run: RunConfig, world_size: int) -> str:
     )
 
 
-def _input_widths(model: ModelConfig) -> list[int]:
-    """Widths of the mixer's input projection, by kind of layer."""
-    keys, values = model.kv_heads * model.qk_head_dim, model.kv_heads * model.v_head_dim
-    gate = model.num_heads * model.v_head_dim if model.output_gate else 0
-    queries = [1 if model.shared_query and kind == "both" else 1 + (kind == "both") for kind in sorted(model.kinds)]
-    return [keys + values + gate + count * model.num_heads * model.qk_head_dim for count in queries]
-
-
 def multiple_of(precision: PrecisionConfig) -> int:
     """What every dimension of a product in this FP8 or FP4 recipe must be a multiple of; 1 in bf16 and fp32."""
     if precision.fp4 != "none" or precision.fp8 == "mxfp8":
@@ -394,10 +387,11 @@ def _check_precision(run: RunConfig) -> None:
             f"precision.bf16_first_layers {precision.bf16_first_layers} + bf16_last_layers "
             f"{precision.bf16_last_layers} leave none of the {model.num_layers} layers in {field.upper()}"
         )
+    inputs = [sum(in_proj_parts(model.with_modes(kind)).values()) for kind in sorted(model.kinds)]
     widths = {
         "model.hidden_size": model.hidden_size,
         f"model.ffn_hidden_size {model.ffn_hidden_size} / tensor {tp}": model.ffn_hidden_size // tp,
-        **{f"the mixer's input projection {inner} / tensor {tp}": inner // tp for inner in _input_widths(model)},
+        **{f"the mixer's input projection {inner} / tensor {tp}": inner // tp for inner in inputs},
         f"the mixer's output width {model.num_heads * model.v_head_dim} / tensor {tp}": (
             model.num_heads * model.v_head_dim // tp
         ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from oryx_megatron.config.mixer_parts import conv_parts, decay_proj_parts, in_proj_parts
 from oryx_megatron.config.schema import ModelConfig
 from oryx_megatron.errors import ConversionError
-from oryx_megatron.model.parts import conv_parts, decay_proj_parts, in_proj_parts
 
 
 @dataclass(frozen=True)

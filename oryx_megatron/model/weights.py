@@ -21,16 +21,10 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from oryx_megatron import compat, platform
+from oryx_megatron.config.mixer_parts import conv_parts, decay_proj_parts, in_proj_parts
 from oryx_megatron.config.pattern import Modes
 from oryx_megatron.model.config import OryxTransformerConfig
-from oryx_megatron.model.parts import (
-    ConvWeight,
-    HeadNorm,
-    OryxMixerSubmodules,
-    conv_parts,
-    decay_proj_parts,
-    in_proj_parts,
-)
+from oryx_megatron.model.parts import ConvWeight, HeadNorm, OryxMixerSubmodules
 from oryx_megatron.modes import Mode
 from oryx_megatron.ops import fused, rope_of
 
@@ -104,9 +98,8 @@ class MixerWeights(MegatronModule):
             tp_comm_buffer_name="proj",
             **(linear | {"skip_bias_add": True, "init_method": config.output_layer_init_method}),
         )
-        device = None if config.use_cpu_initialization else platform.device()
         if model.conv_width:
-            self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width, device)
+            self.conv = ConvWeight(config, sum(self.conv_parts.values()), model.conv_width)
         self.out_norm = HeadNorm(config, model.v_head_dim)
         if model.has_attention and model.qk_norm:
             self.query_norm = HeadNorm(config, model.qk_head_dim)
@@ -119,6 +112,7 @@ class MixerWeights(MegatronModule):
                 gather_output=False,
                 **linear,
             )
+            device = None if config.use_cpu_initialization else platform.device()
             # fp32 also in a bf16 model: exp(A_log) and softplus(dt_bias) decide how long the state remembers.
             names = ("a_log", "dt_bias", "d") if model.mixer == "mamba2" else ("a_log", "dt_bias")
             for name in names:
