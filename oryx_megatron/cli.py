@@ -85,9 +85,12 @@ def _open_closed() -> None:
 
 
 def text_of(path: Path, source: str) -> str:
-    """Text of a UTF-8 file, or of a pipe, that a command was given; ConfigError begins with `source`."""
+    """Text of a UTF-8 file, or of a pipe, that a command was given, without a byte order mark as training reads it.
+
+    ConfigError begins with `source`.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror}") from None
     except UnicodeDecodeError as error:

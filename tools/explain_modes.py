@@ -105,7 +105,7 @@ def explain(checkpoint: str, text: str, plan: str, tokens: int, tokenizer: str |
         raise ConfigError(f"{checkpoint}: no layer of the model reads a mode plan")
     spoken = load_tokenizer(tokenizer or model.run.data.tokenizer)
     check_tokenizer(spoken, model.manifest.tokenizer, str(model.folder))
-    ids = torch.tensor(spoken.encode(text)[:tokens])
+    ids = torch.tensor(spoken.encode_open(text)[:tokens])
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens; at least 2 are needed")
     length = len(ids)

@@ -107,6 +107,10 @@ class Tokenizer(ABC):
         """Token ids of one text, between the special tokens the tokenizer puts around every text (if any)."""
         return self.encode_batch([text])[0]
 
+    def encode_open(self, text: str) -> list[int]:
+        """Token ids of one text that continues: after the tokens before every text, without those after it."""
+        return [*self.before, *self.encode_plain([text])[0]]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [[*self.before, *ids, *self.after] for ids in self.encode_plain(texts)]

@@ -190,7 +190,9 @@ def _retrieval(arguments: argparse.Namespace) -> int:
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
     """Prediction function, codec, vocabulary, plans and name of the model asked for."""
     from oryx_megatron.checkpoint.remote import fetch_model
+    from oryx_megatron.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
     from oryx_megatron.eval.grid import predict_with_checkpoint, predict_with_export
+    from oryx_megatron.eval.retrieval import Pieces
     from oryx_megatron.eval.routed import Plans
 
     folder = fetch_model(arguments.model) if is_url(arguments.model) else Path(arguments.model)
@@ -199,17 +201,17 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, int, Plans, str]:
 
         if arguments.weights != "trained":
             raise ConfigError(f"--weights: {arguments.model} is an export, which holds one kind of weights; remove it")
-        model, codec = load_export(folder, arguments.tokenizer)
+        model, own = load_export(folder, arguments.tokenizer)
+        codec = Pieces(own) if isinstance(own, Tokenizer) else own
         plans = Plans.of_export(model)
         return predict_with_export(model), codec, model.config.vocab_size, plans, folder.resolve().name
-    from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
     from oryx_megatron.eval.generation import load_for_inference
 
     loaded = load_for_inference(arguments.model, tensor=ranks.world_size(), weights=arguments.weights)
-    codec = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
-    check_tokenizer(codec, loaded.manifest.tokenizer, str(loaded.folder))
+    spoken = load_tokenizer(arguments.tokenizer or loaded.run.data.tokenizer)
+    check_tokenizer(spoken, loaded.manifest.tokenizer, str(loaded.folder))
     model, plans = loaded.run.model, loaded.plans(*arguments.plans)
-    return predict_with_checkpoint(loaded), codec, model.vocab_size, plans, model.name
+    return predict_with_checkpoint(loaded), Pieces(spoken), model.vocab_size, plans, model.name
 
 
 if __name__ == "__main__":

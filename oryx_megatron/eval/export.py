@@ -8,23 +8,25 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oryx_megatron import platform
-from oryx_megatron.data.tokenizer import load_tokenizer
+from oryx_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from oryx_megatron.errors import ConversionError, OryxError, first_line
-from oryx_megatron.eval.retrieval import Codec
 from oryx_megatron.hf.configuration_oryx import OryxConfig
 from oryx_megatron.hf.folders import check_export, recognised
 from oryx_megatron.hf.modeling_oryx import OryxForCausalLM
 
 
-class _ExportCodec:
+class ExportCodec:
+    """The tokenizer of an export for pieces of text, without the special tokens that stand around a whole one."""
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a piece."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[Any, Codec]:
+def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[Any, ExportCodec | Tokenizer]:
     """Model in eval mode on this machine's device, and its tokenizer (or the one of a tokenizer folder).
 
     Runs no code of the folder: an export is read by this project's own classes, and fetches none.
@@ -41,7 +43,7 @@ def load_export(folder: str | Path, tokenizer: str | Path | None = None) -> tupl
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto")
         if tokenizer is not None:
             return model.to(platform.device()).eval(), load_tokenizer(tokenizer)  # type: ignore[arg-type]
-        codec = _ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        codec = ExportCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except OryxError:
         raise
     except Exception as error:  # of many kinds: what transformers, tokenizers and safetensors raise on damaged files

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oryx_megatron.data.tokenizer import Tokenizer
 from oryx_megatron.errors import ConfigError
 
 IGNORED = -100
@@ -91,13 +92,32 @@ class RetrievalTask(Protocol):
 
 
 class Codec(Protocol):
-    """Text to token ids, as tokenizers of this project do it."""
+    """Pieces of text to token ids."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a piece of text."""
         ...
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tokenizer that reads pieces of a text: without the special tokens that it puts around a whole one."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece."""
+        return self.tokenizer.encode_plain([text])[0]
 
 
 class ByteCodec:

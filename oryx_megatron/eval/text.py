@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oryx_megatron.config.schema import WeightsKind
-from oryx_megatron.data.tokenizer import check_tokenizer, load_tokenizer
+from oryx_megatron.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import Decoder, Follow, Step, follow, generate, load_for_inference, plan_of
 from oryx_megatron.eval.routed import Plans
@@ -26,8 +26,8 @@ class TextCodec(Protocol):
     def eod_id(self) -> int:
         """The token that ends a document."""
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without one that ends it."""
+    def encode_open(self, text: str) -> list[int]:
+        """Tokens of a text that continues: after those that stand before every text, without one that ends it."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens."""
@@ -135,7 +135,7 @@ class Model:
                 "temperature should not be negative, and top_p should be above 0 and at most 1; "
                 f"they are {temperature:g} and {top_p:g}"
             )
-        tokens = self.tokenizer.encode(prompt) or [self.tokenizer.eod_id]
+        tokens = self.tokenizer.encode_open(prompt) or [self.tokenizer.eod_id]
         parts, known = self._parts(prompt, tokens, new_tokens, plan)
         read: list[bool] = []
 
@@ -199,24 +199,33 @@ def _load_export(path: str | Path, tokenizer: str | Path | None, tensor: int) ->
     model, codec = load_export(path, tokenizer)
     if not isinstance(model.config, OryxConfig):
         raise ConfigError(f"{path} holds a {model.config.model_type} model, which has no modes; give an Oryx export")
-    text_codec: TextCodec = codec if tokenizer is not None else _PlainTextCodec(codec.tokenizer, model)  # type: ignore
-    return Model(_Exported(model, str(path)), text_codec, model.config.default_plan)
+    sentencepiece = (Path(path) / "tokenizer.model").is_file()
+    spoken = codec if isinstance(codec, Tokenizer) else _PlainTextCodec(codec.tokenizer, model, split=sentencepiece)
+    return Model(_Exported(model, str(path)), spoken, model.config.default_plan)
 
 
 class _PlainTextCodec:
-    """The tokenizer of an export, reading texts as training did: special tokens in them are text."""
+    """The tokenizer of an export, reading texts as training did: where that was SentencePiece, special tokens in a text
+    are text.
+    """
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, model: Any, *, split: bool) -> None:
+        self.tokenizer, self.split = tokenizer, split
+        plain, whole = (self._ids("a", special) for special in (False, True))
+        starts = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+        self.before = whole[: next(starts, 0)]
         self.eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special, split_special_tokens=self.split).input_ids
+
+    def encode_open(self, text: str) -> list[int]:
         """See TextCodec."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return [*self.before, *self._ids(text, False)]
 
     def decode(self, ids: list[int]) -> str:
         """See TextCodec."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from transformers import AutoTokenizer
 
+from oryx_megatron.data.tokenizer import write_manifest
 from oryx_megatron.errors import ConfigError
+from oryx_megatron.eval.export import ExportCodec
 from oryx_megatron.eval.grid import plot_cells, run_grid, write_cells
 from oryx_megatron.eval.retrieval import (
     IGNORED,
@@ -18,11 +23,14 @@ from oryx_megatron.eval.retrieval import (
     ByteCodec,
     Needle,
     PhoneBook,
+    Pieces,
     RetrievalBatch,
     WordCodec,
     retrieval_task,
     score,
 )
+from oryx_megatron.eval.text import _PlainTextCodec
+from oryx_megatron.hf.tokenizer import export_tokenizer
 from oryx_megatron.modes import ModePlan
 
 TASKS = [AssociativeRecall(vocab_size=64, pairs=6), Needle(ByteCodec()), PhoneBook(ByteCodec())]
@@ -209,3 +217,32 @@ def test_bad_input_gets_one_line(call, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A </s>", "<s> $A </s>", "$A"])
+def test_a_text_that_continues_is_not_ended(tmp_path: Path, template: str) -> None:
+    """Begun as in training, by a run's tokenizer and by an export's; pieces of a text are neither begun nor ended."""
+    ends = ["<s>", "</s>"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=ends, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([], trainer)
+    around = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = around
+    (tmp_path / "t").mkdir()
+    (tmp_path / "hf").mkdir()
+    backend.save(str(tmp_path / "t" / "tokenizer.json"))
+    tokenizer = write_manifest(tmp_path / "t", eod="</s>", source="a test")
+    export_tokenizer(tokenizer, tmp_path / "hf", 64)
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=1))
+    exported = _PlainTextCodec(AutoTokenizer.from_pretrained(tmp_path / "hf"), model, split=False)
+    for text, letters in (("", []), ("an é", ["a", "n", "Ġ", "Ã", "©"]), ("<s>x</s>", ["<s>", "x", "</s>"])):
+        plain = [backend.token_to_id(letter) for letter in letters]
+        assert Pieces(tokenizer).encode(text) == plain
+        assert ExportCodec(exported.tokenizer).encode(text) == plain
+        begun = [0, *plain] if template.startswith("<s>") else plain
+        for codec in (tokenizer, exported):
+            assert codec.encode_open(text) == begun
+            assert codec.decode([*begun, 1]) == text.replace("<s>", "").replace("</s>", "")
