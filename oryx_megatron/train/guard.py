@@ -83,11 +83,14 @@ class Guard:
 
 
 class Prolonged(Blend):
-    """A blend that begins again at its end: who skips `skipped` samples needs as many more."""
+    """A blend whose last stage begins again at its end: who skips `skipped` samples needs as many more."""
 
     def __init__(self, blend: Blend, skipped: int) -> None:
         super().__init__(blend.name, blend.datasets, blend.order, len(blend) + skipped, blend.parts, blend.identity)
         self._length = len(blend)
+        self._start = int(blend.identity["stages"][-1]["start"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return super().__getitem__(index % self._length)
+        if index >= self._length:
+            index = self._start + (index - self._length) % (self._length - self._start)
+        return super().__getitem__(index)

@@ -20,6 +20,7 @@ from oryx_megatron.display import shown
 from oryx_megatron.errors import CheckpointError, DataError
 from oryx_megatron.paths import expand_arguments
 from oryx_megatron.reading import parse_json, read_text, reason
+from oryx_megatron.train.history import read_events
 from oryx_megatron.train.records import is_number, is_text, is_whole
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+OTHER_SAMPLES = "  not as in the run: it rolled back since, to a checkpoint that is gone"
+"""Of steps before the recorded one."""
 _LARGEST = 1 << 28
 """Bytes of a record: some thousand ranks with their microbatches."""
 
@@ -107,7 +110,10 @@ def replay(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint is left from before the step with the data that the run then read.
     """
-    goal = record["iteration"] - 1
+    from oryx_megatron.train.remote import run_folder
+
+    goal, start = record["iteration"] - 1, trainer.iteration
+    other = _other_samples(run_folder(trainer.run), record, start, trainer.guard.skipped)
     if trainer.guard.skipped != record["skipped_samples"]:
         trainer.guard.skipped = record["skipped_samples"]  # the run had rolled back since that checkpoint
         trainer.stream.close()
@@ -129,13 +135,28 @@ def replay(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": done.grad_norm,
         "reason": details["reason"] if done.skipped else None,
         "details": details,
+        "start": start,
+        "other_samples": other,
     }
+
+
+def _other_samples(folder: Path, record: dict[str, Any], start: int, skipped: int) -> bool:
+    """Whether steps after `start` read other samples than in the run: it rolled back to a checkpoint that is gone.
+
+    `skipped`: samples that the run had skipped when it saved the one of `start`.
+    """
+    if skipped == record["skipped_samples"]:
+        return False
+    there = [event for event in read_events(folder) if event["event"] in ("rollback", "return")]
+    return start not in [event.get("to") for event in there if event.get("samples") == record["skipped_samples"]][-1:]
 
 
 def report(record: dict[str, Any], again: dict[str, Any]) -> list[str]:
     """Lines for a terminal of 80 columns."""
     lines = [
         f"step {record['iteration']}, {record['samples']} samples from {record['consumed_samples']} on",
+        f"  from {'the checkpoint of step ' + str(again['start']) if again['start'] else 'the beginning of the run'}",
+        *([OTHER_SAMPLES] if again["other_samples"] else []),
         f"  recorded  loss {_number(record['loss'])}  grad norm {_number(record['grad_norm'])}",
         f"            {record['reason']}",
         f"  replayed  loss {_number(again['loss'])}  grad norm {_number(again['grad_norm'])}",

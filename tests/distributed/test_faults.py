@@ -25,12 +25,13 @@ from oryx_megatron.checkpoint import list_checkpoints, read_manifest, safe, stor
 from oryx_megatron.checkpoint.manifest import file_digest, write_manifest
 from oryx_megatron.config import load_run, validate
 from oryx_megatron.config.schema import FaultsConfig
+from oryx_megatron.data.loader import Blend
 from oryx_megatron.errors import CheckpointError, ConfigError, TrainingError
 from oryx_megatron.testing import run_distributed
 from oryx_megatron.train import lock, signals
 from oryx_megatron.train.bad_steps import record_path
 from oryx_megatron.train.callbacks import Callback, StepRecord
-from oryx_megatron.train.guard import Guard
+from oryx_megatron.train.guard import Guard, Prolonged
 from oryx_megatron.train.history import read_events
 from oryx_megatron.train.replay import read_record, replay, report
 from oryx_megatron.train.schedule import learning_rate
@@ -106,6 +107,8 @@ def test_one_bad_gradient(trainer: Callable[..., Trainer], tmp_path: Path) -> No
     assert again["loss"] == record["loss"]  # same weights, samples and plan
     assert again["reason"] is None
     assert "good step" in "\n".join(report(record, again))
+    assert "from the checkpoint of step 2\n" in "\n".join(report(record, again))
+    assert not again["other_samples"]
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
 
@@ -138,6 +141,26 @@ def test_rollback(trainer: Callable[..., Trainer], tmp_path: Path, caplog: pytes
     assert steps(tmp_path, "loss") == losses
     # The samples that the run skipped are missing at its end: the first ones are read once more.
     assert torch.equal(resumed.open_stream().dataset[18]["tokens"], resumed.datasets["train"][0]["tokens"])
+    record = read_record(record_path(tmp_path, 5))  # of the first time, from the checkpoint that is to blame itself
+    again = replay(trainer(*settings, before=5, reports=False), record)
+    assert (again["start"], again["other_samples"]) == (4, True)
+    assert "not as in the run: it rolled back since" in "\n".join(report(record, again))
+
+
+def test_samples_for_skipped_ones_are_of_the_last_stage() -> None:
+    """A run that skipped some ends its last stage with samples of that stage, not of the first."""
+
+    class Numbers(Blend):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"tokens": torch.tensor(index)}
+
+    class Longer(Prolonged, Numbers):
+        pass
+
+    stages = [{"start": 0, "stop": 7}, {"start": 7, "stop": 10}]
+    for found, last in ((stages, [7, 8, 9, 7, 8]), (stages[:1], [0, 1, 2, 3, 4])):
+        longer = Longer(Numbers("train", [], None, 10, (), {"stages": found}), 5)
+        assert [int(longer[i]["tokens"]) for i in range(len(longer))] == [*range(10), *last]
 
 
 def test_giving_up(trainer: Callable[..., Trainer]) -> None:
