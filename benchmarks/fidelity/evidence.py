@@ -46,12 +46,12 @@ from oryx_megatron.config import load_run, to_yaml
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.data.files import replacing
 from oryx_megatron.errors import ConfigError, OryxError
-from oryx_megatron.eval.router_training import TOKENS
+from oryx_megatron.eval.router_training import tokens_at_once
 
 HERE = Path(__file__).resolve().parent
 SUMMARY_SECONDS = 35.0
 """Kept at the end for tables and plots."""
-ROUTER_SECONDS = 75.0
+ROUTER_SECONDS = 150.0
 """A router and its first comparisons take about so long; an Oryx training that leaves less is not begun."""
 POLICY_SECONDS = 120.0
 SHORTEST = 45.0
@@ -60,14 +60,10 @@ ENDING = 6.0
 """Seconds in which what is ended may still save."""
 WARMING = 100
 """Seconds after which trainings begin whether or not their kernels are compiled."""
-READING = [
-    "data.documents=isolated", f"data.sequence_length={TOKENS}", "train.global_batch_size=1", "train.micro_batch_size=1"
-]  # fmt: skip
-"""Changes of a run for kernels that compile for texts of plans of their own: isolated documents of one sequence."""
 LAST_LINES = 20
 """Of a failed job's log, printed."""
-ROUTER = {"texts": 3072, "held_out": 128, "epochs": 4, "batch_size": 16}
-"""Options of `oryx router` here."""
+ROUTER = {"counted": 1, "held_out": 128, "epochs": 3, "batch_size": 64}
+"""Options of `oryx router` here. It learns from half of the texts that its model read, and counts the other half."""
 
 
 @main_guard
@@ -327,7 +323,7 @@ def language_jobs(
             config = Path(run.output_dir) / "run.yaml"
             warm.append(f"kernels-{model}")
             read[model] = f"reading-{model}"
-            for name, changes in ((warm[-1], []), (read[model], READING)):
+            for name, changes in ((warm[-1], []), (read[model], _reading(run))):
                 mark = work / name
                 ended = f'timeout {WARMING} "$0" "$@"; touch {shlex.quote(str(mark))}'  # whatever came of it
                 command = [sys.executable, "-W", "ignore", "-m", "oryx_megatron.warmup", str(config), *changes]
@@ -345,11 +341,19 @@ def language_jobs(
         yield Job(f"language-{name}", "train", command, done, ("texts", *warm), leaves, environment, on_gpu=True)
         if run.model.takes_plans:
             result = arguments.out / "routing" / f"{name}.json"
-            options = [f"{key}={value}" for key, value in ROUTER.items()] + arguments.router
+            texts = run.train.iterations * run.train.global_batch_size // 2
+            options = [f"{key}={value}" for key, value in (ROUTER | {"texts": texts}).items()] + arguments.router
             command = _python("routing.py", folder, "--out", result, "--texts", arguments.texts, "--router", *options)
             done = lambda result=result: _finished(result)  # noqa: E731
             after = (f"language-{name}", *([read[run.model.name]] if schedule.gpus else []))
             yield Job(f"routing-{name}", "router", command, done, after, 0.0, environment, on_gpu=True)
+
+
+def _reading(run: RunConfig) -> list[str]:
+    """Changes of a run for kernels that compile for texts of plans of their own: isolated documents of one sequence."""
+    length = tokens_at_once(run.model.vocab_size)
+    batch = ["train.global_batch_size=1", "train.micro_batch_size=1"]
+    return ["data.documents=isolated", f"data.sequence_length={length}", *batch]
 
 
 def retrieval_jobs(arguments: argparse.Namespace, schedule: Schedule) -> Iterator[Job]:

@@ -20,7 +20,7 @@ from oryx_megatron.data.loader import build_datasets
 from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.eval.generation import LoadedModel
-from oryx_megatron.eval.router_training import CLIP, TOKENS, losses_of
+from oryx_megatron.eval.router_training import CLIP, losses_of, tokens_at_once
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.model import SequenceInfo
 from oryx_megatron.modes import Mode, ModePlan, parse_plan
@@ -91,7 +91,7 @@ class Sets:
     @torch.no_grad()
     def _entropies(self, tokens: Tensor, plan: ModePlan) -> Tensor:
         """[n, s] of the predictions under one plan."""
-        found, size = [], max(1, TOKENS // tokens.shape[1])
+        found, size = [], max(1, tokens_at_once(self.model.run.model.vocab_size) // tokens.shape[1])
         info = SequenceInfo.build(plan, device=platform.device())
         for part in tokens.split(size):
             part = platform.to_device(part)

@@ -34,8 +34,8 @@ CLIP = 8.0
 """Nats: a gain beyond this says no more about where to attend."""
 SHARES = (0.02, 0.05, 0.1, 0.25)
 """Of attention tokens, in the table at the end."""
-TOKENS = 8192
-"""About so many are read in one forward pass."""
+LOGITS = 1 << 29
+"""Most that a forward pass makes: 2 GiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,11 @@ def count_texts(router: OryxRouter, stream: Any, count: int) -> None:
     router.singles.copy_(_summed(router.singles))
 
 
+def tokens_at_once(vocab_size: int) -> int:
+    """About how many tokens are read in one forward pass. A GPU takes more: its kernels hold no scores of attention."""
+    return min(32768 if platform.has_gpu() else 8192, max(1, LOGITS // vocab_size))
+
+
 def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | Sequence[ModePlan]) -> Tensor:
     """Nats per token [n, s] of texts under a plan, or each under its own, on the host.
 
@@ -182,7 +187,7 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | S
     """
 
     n, s = tokens.shape
-    size, found = max(1, TOKENS // s), []
+    size, found = max(1, tokens_at_once(model.run.model.vocab_size) // s), []
     for rows in torch.arange(n).split(size):
         if isinstance(plan, Plan):
             found.append(_pass(model, tokens[rows], labels[rows], plan, None))
