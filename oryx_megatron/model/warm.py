@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oryx_megatron import compat, ops, parallel, platform
+from oryx_megatron import compat, parallel, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.model.mixer import FusedSteps, OryxMixer, Parts
 from oryx_megatron.modes import parse_plan
-from oryx_megatron.ops import TokenLayout, fused
+from oryx_megatron.ops import TokenLayout, fused, scans
 
 PLANS = {"both": ("recurrent", "ratio:0.5", "attention"), "attention": ("attention",), "recurrent": ("recurrent",)}
 """The plans that meet every kernel of a layer, those with most to compile first."""
@@ -35,8 +35,9 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
     if platform.has_gpu() and run.model.mixer == "gdn":
         with compat.tilelang.side_by_side():
             for mixer in _kinds(chunks):
-                if mixer.model.has_recurrence:
-                    _scan(mixer, run.data.sequence_length, run.train.micro_batch_size)
+                if (model := mixer.model).has_recurrence:  # its backward pass compiles for longer than all else
+                    shape = run.train.micro_batch_size, run.data.sequence_length, mixer.heads, mixer.groups
+                    scans.rehearse(*shape, (model.qk_head_dim, model.v_head_dim), mixer.config.params_dtype)
             _call_each(run, chunks)
     _call_each(run, chunks)
     return time.perf_counter() - begun
@@ -84,15 +85,6 @@ def _kinds(chunks: list[Any]) -> list[OryxMixer]:
     """The first fused mixer of each kind of layer."""
     mixers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, OryxMixer) and m.config.fused_mixer]
     return list({mixer.model.modes: mixer for mixer in reversed(mixers)}.values())
-
-
-def _scan(mixer: OryxMixer, length: int, batch: int) -> None:
-    """The gated delta rule alone: its backward pass compiles for longer than all else, and begins first."""
-    heads, groups, model = mixer.heads, mixer.groups, mixer.model
-    shapes = (heads, model.qk_head_dim), (groups, model.qk_head_dim), (groups, model.v_head_dim)
-    q, k, v = (_random(batch, length, *shape, like=mixer) for shape in shapes)
-    gates = [torch.zeros(batch, length, heads, device=platform.device(), requires_grad=True) for _ in range(2)]
-    _backward(ops.delta_scan(q, k, v, *gates)[0], [q, k, v, *gates])
 
 
 def _step(mixer: OryxMixer, layout: TokenLayout, batch: int) -> None:

@@ -56,6 +56,21 @@ def delta_scan(
     return o[:, :, :heads], None if state is None else state[:, :heads]
 
 
+def rehearse(batch: int, length: int, heads: int, groups: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """`delta_scan` of this shape once, forward and backward, on random q, k (first of `widths`) and v (second).
+
+    Meets every kernel that it needs; inside `compat.tilelang.side_by_side` they are compiled.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, length, *shape, dtype=dtype, device=platform.device(), requires_grad=True)
+
+    q, k, v = random(heads, widths[0]), random(groups, widths[0]), random(groups, widths[1])
+    gates = [torch.zeros(batch, length, heads, device=platform.device(), requires_grad=True) for _ in range(2)]
+    o, _ = delta_scan(q, k, v, *gates)
+    torch.autograd.grad(o, [q, k, v, *gates], torch.ones_like(o))  # no other tensor gets a gradient
+
+
 def _leaves_gpu_idle(q: Tensor, v: Tensor) -> bool:
     """Whether flash_qla computes these, and has too few sequences and heads: a program each, on half of the GPU.
 

@@ -149,6 +149,12 @@ KERNEL_CACHES = {
 """Environment variables of the compilers that kernels are written for, and a folder for each."""
 
 
+@cache
+def _say_not_used(folder: str, why: str | None) -> None:
+    """Once: a command may ask for its cache again."""
+    log.warning("kernels.cache_dir %s is not used: %s", folder, why)
+
+
 def use_kernel_cache(folder: str | None) -> None:
     """Let every kernel compiler keep its results under `folder`; before any of them is imported.
 
@@ -163,7 +169,7 @@ def use_kernel_cache(folder: str | None) -> None:
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            log.warning("kernels.cache_dir %s is not used: %s", folder, error.strerror)
+            _say_not_used(folder, error.strerror)
             return
         for variable, name in KERNEL_CACHES.items():
             os.environ.setdefault(variable, str(Path(folder).resolve() / name))

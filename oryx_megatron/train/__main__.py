@@ -25,6 +25,7 @@ from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.display import log_lines, number_of, shown
+from oryx_megatron.train import ahead
 from oryx_megatron.train.signals import StopRequest, exit_code
 
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             _dry_run(run, layout)
         return 0
     _quiet()
+    ahead.begin(run)
     launch = ranks.read()
     stop = StopRequest(main=launch is None or launch.rank == 0)
     from oryx_megatron.eval.router_recipe import recipe

@@ -27,6 +27,7 @@ from oryx_megatron.model import build_model
 from oryx_megatron.model.experts import routers
 from oryx_megatron.model.warm import compile_in_turn
 from oryx_megatron.paths import is_url
+from oryx_megatron.train import ahead
 from oryx_megatron.train.ema import WeightAverage
 from oryx_megatron.train.freeze import freeze
 from oryx_megatron.train.graphs import MicrobatchGraphs
@@ -297,3 +298,4 @@ def warm(run: RunConfig, chunks: list[Any]) -> None:
     """Compile the kernels of this run's model, where kernels are compiled."""
     if platform.has_gpu():
         log.info("kernels ready after %.0f s", compile_in_turn(run, chunks))
+        ahead.end()

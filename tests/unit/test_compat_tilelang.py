@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,51 @@ def test_one_at_a_time() -> None:
             assert JITImpl.compile is first
         assert JITImpl.compile is first
     assert JITImpl.compile is original
+
+
+def test_what_another_process_compiles_is_waited_for(compiled: list[int], tmp_path: Any) -> None:
+    """Of two that meet a kernel at once one compiles it; a process that dies in its turn leaves it to the other."""
+    turns = os.memfd_create("turns")
+    log = tmp_path / "log"
+    add = adder()
+    here, original = os.getpid(), JITKernel._compile_and_create_adapter
+
+    def slow(kernel: JITKernel, program: Any, out_idx: Any) -> Any:
+        with log.open("a") as file:
+            file.write(f"{'run' if os.getppid() == here else 'ahead'}\n")
+        time.sleep(1)
+        if os.getppid() != here and int(program.buffer_map[program.params[0]].shape[0]) == SIZES[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(kernel, program, out_idx)
+
+    begun, begin = os.pipe()
+    ahead = os.fork()
+    JITKernel._compile_and_create_adapter = slow
+    try:
+        compat.tilelang.take_turns(turns)
+        if ahead == 0:
+            with compat.tilelang.side_by_side() as failed:
+                for size in SIZES[:2]:
+                    add(size)(torch.zeros(size), torch.zeros(size))
+                while not log.exists() or len(log.read_text().split()) < 2:
+                    time.sleep(0.01)
+                os.write(begin, b"!")
+            os._exit(len(failed))
+        os.read(begun, 1)
+        with compat.tilelang.side_by_side() as failed:
+            for size in SIZES[:2]:
+                add(size)(torch.zeros(size), torch.zeros(size))
+    finally:
+        JITKernel._compile_and_create_adapter = original
+        compat.tilelang.take_turns(None)
+    assert failed == []
+    assert os.waitstatus_to_exitcode(os.waitpid(ahead, 0)[1]) == 1
+    assert log.read_text().split() == ["ahead", "ahead", "run"]
+    for size in SIZES[:2]:
+        b = torch.zeros(size)
+        add(size)(torch.zeros(size), b)
+        assert torch.equal(b, torch.ones(size))
+    assert not compiled
 
 
 def test_its_compiler_still_takes_kernels_in_turn() -> None:
