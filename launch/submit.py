@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         evaluate=a.evaluate,
         convert=a.convert,
     )
+    if not a.no_train:
+        _check_after(run, a.evaluate, [] if a.convert is None else [a.convert])
     if not jobs:
         raise ConfigError("--no-train: leaves nothing to submit; add --preprocess, --evaluate or --convert")
     if a.print:
@@ -524,6 +526,16 @@ def _option(name: str, value: object) -> str:
 def _escaped(path: str) -> str:
     """A path in which Slurm replaces nothing."""
     return path.replace("%", "%%")
+
+
+def _check_after(run: RunConfig, evaluate: Sequence[str], convert: Sequence[str]) -> None:
+    """Raise ConfigError where what is to follow a run would fail when that has been trained."""
+    modules = {"--evaluate": "oryx_megatron.eval.__main__", "--convert": "oryx_megatron.tools.convert_to_hf"}
+    for option, text in [*(("--evaluate", text) for text in evaluate), *(("--convert", text) for text in convert)]:
+        try:
+            importlib.import_module(modules[option]).check(_split(option, text), run)
+        except ConfigError as error:
+            raise ConfigError(f"{option}: `{text}`: {error}") from None
 
 
 def _split(option: str, text: str) -> list[str]:

@@ -17,11 +17,13 @@ import argparse
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from oryx_megatron import storage
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config.plans import HELP as PLAN
+from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -52,18 +54,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(arguments: Sequence[str], run: RunConfig) -> None:
+    """Hold arguments without the checkpoint against the config of a run that is not trained yet.
+
+    Raises:
+        ConfigError: the conversion of such a run fails: an option, a mode plan, no average.
+    """
+    from oryx_megatron.config.plans import layer_plans, parse_runs, read_plan
+    from oryx_megatron.hf.plans_oryx import routed_share
+
+    output = [] if arguments and not arguments[0].startswith("-") else [f"{run.output_dir}/hf"]
+    parsed = _parser().parse_args([run.output_dir, *output, *arguments])
+    _check_options(parsed)
+    if parsed.weights == "ema" and run.train.ema is None:
+        raise ConfigError("--weights: ema, but the run keeps no average; set train.ema")
+    if parsed.mode_plan is not None and routed_share(plan := read_plan(parsed.mode_plan)) is None:
+        for part in layer_plans(plan, run.model.num_layers) or (plan,):
+            parse_runs(part, 0, chunk=1, prompt=0, shorter=True)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if not arguments.shard_gb > 0:
+        raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
+    if arguments.private and arguments.push is None:
+        raise ConfigError("--private: has no effect without --push")
+    if arguments.push is not None and is_url(arguments.output):
+        raise ConfigError(f"--push: OUTPUT {arguments.output} is no local folder; export to one")
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, verify, report."""
     arguments = _parser().parse_args(argv)
     expand_arguments(arguments, "checkpoint", "output", urls=True)
     expand_arguments(arguments, "--tokenizer")
-    if arguments.shard_gb <= 0:
-        raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} should be above 0")
-    if arguments.private and arguments.push is None:
-        raise ConfigError("--private: has no effect without --push")
-    if arguments.push is not None and is_url(arguments.output):
-        raise ConfigError(f"--push: OUTPUT {arguments.output} is no local folder; export to one")
+    _check_options(arguments)
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     if arguments.push is not None:
         from oryx_megatron.hf.hub import check_push

@@ -12,13 +12,14 @@ import argparse
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config.plans import HELP as PLAN
-from oryx_megatron.config.schema import ParallelConfig
+from oryx_megatron.config.schema import ModesConfig, ParallelConfig, RunConfig
 from oryx_megatron.display import log_lines, shown
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -92,6 +93,38 @@ def main(argv: list[str] | None = None) -> int:
         return _perplexity(arguments) if arguments.command == "perplexity" else _retrieval(arguments)
     finally:
         parallel.destroy()
+
+
+def check(arguments: Sequence[str], run: RunConfig) -> None:
+    """Hold arguments without the model against the config of a run that is not trained yet.
+
+    Raises:
+        ConfigError: the evaluation of such a run fails: an option, a number, a task, a mode plan, no average.
+    """
+    from oryx_megatron.config.plans import layer_plans, parse_runs
+    from oryx_megatron.config.validate_modes import check_modes
+    from oryx_megatron.hf.plans_oryx import routed_share
+
+    command, *options = arguments
+    parsed = _parser().parse_args([command, run.output_dir, *options])
+    _check_sizes(parsed)
+    if parsed.weights == "ema" and run.train.ema is None:
+        raise ConfigError("--weights: ema, but the run keeps no average; set train.ema")
+    if command == "perplexity":
+        plans = tuple(run.evaluation.plans if parsed.plans is None else parsed.plans)
+        length = run.data.sequence_length if parsed.sequence_length is None else parsed.sequence_length
+        data = dataclasses.replace(run.data, sequence_length=length)
+        modes = ModesConfig(chunk=run.modes.chunk, fixed=run.model.single_mode)
+        evaluation = dataclasses.replace(run.evaluation, plans=plans)
+        check_modes(dataclasses.replace(run, data=data, modes=modes, evaluation=evaluation))
+        return
+    if unknown := [task for task in parsed.tasks if task not in TASKS]:
+        raise ConfigError(f"--tasks: {unknown[0]} is unknown; known: {', '.join(TASKS)}")
+    for spec in parsed.plans:
+        if routed_share(spec) is None:
+            for part in layer_plans(spec, run.model.num_layers) or (spec,):
+                for length in parsed.lengths:
+                    parse_runs(part, length, chunk=run.modes.chunk)
 
 
 def _check_sizes(arguments: argparse.Namespace) -> None:
