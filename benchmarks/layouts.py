@@ -83,12 +83,11 @@ def planned(case: Case, run: RunConfig, *, graphs: bool) -> tuple[Estimate, str]
     name_of_card = torch.cuda.get_device_name() if platform.has_gpu() else ""
     card = next((card for card in MEMORY_GIB if card.upper() in name_of_card), "h200")
     plan = parse_plan(case.plan, case.sequence, chunk=case.chunk)
-    work = Work(case.sequence, case.batch, 1.0 if case.model in PEERS else plan.attention_share)
+    share = 1.0 if case.model in PEERS else plan.attention_share
+    work = Work(case.sequence, case.batch, share, cpu_offload=case.cpu_offload, graphs=graphs, fp8=case.fp8)
     split = layout_of(run.model, work, run.parallel, case.micro, case.gpus)
     recompute, cluster = run.parallel.recompute, Cluster.of(card, case.gpus)
-    found = estimate(
-        run.model, cluster, work, split, case.micro, recompute, case.cpu_offload, graphs=graphs, fp8=case.fp8
-    )
+    found = estimate(run.model, cluster, work, split, case.micro, recompute)
     return found, card
 
 

@@ -66,13 +66,13 @@ class Measured:
     @cached_property
     def _asked(self) -> tuple[Any, ...]:
         model, parallel = load_model(PEERS.get(self.model, self.model)), parse_layout(self.layout, self.gpus)
-        work = Work(self.sequence, self.batch, self.share)
+        work = Work(self.sequence, self.batch, self.share, graphs=self.graphs, fp8=self.fp8)
         split = layout_of(model, work, parallel, self.micro, self.gpus)
         return model, Cluster.of(self.card, self.gpus), work, split, self.micro, parallel.recompute
 
     def planned(self, costs: Costs = COSTS) -> Estimate:
         """What the planner says."""
-        return estimate(*self._asked, graphs=self.graphs, fp8=self.fp8, costs=costs)
+        return estimate(*self._asked, costs=costs)
 
     def error(self, costs: Costs = COSTS) -> float:
         """Of the planned speed, relative to the measured one."""

@@ -146,6 +146,27 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+def positive(text: str) -> int:
+    """An argument's type: a number above 0. argparse names it by this function's name where it refuses."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """An argument's type: 0 or a number above it."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def share(text: str) -> float:
+    """An argument's type: from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """For descriptions that are docstrings: text is filled to the terminal's width, indented lines are commands.
 

@@ -60,17 +60,17 @@ def main(argv: list[str] | None = None, out: TextIO = sys.stdout) -> int:
             out.flush()
             server.serve_forever()
     followed = [Followed(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    shown: list[str] = []
+    told: list[str] = []
     while True:
         for copy in copies.values():
             copy.look()
         for run in followed:
             run.look()
         lines = table(followed, time.time())
-        if lines != shown or out.isatty():
+        if lines != told or out.isatty():
             out.write((CLEAR if out.isatty() and not arguments.once else "") + "".join(f"{x}\n" for x in lines))
             out.flush()
-        shown = lines
+        told = lines
         if arguments.once:
             return 0
         time.sleep(arguments.interval)

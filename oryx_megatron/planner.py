@@ -70,7 +70,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step trains on."""
+    """What a step trains on, and how."""
 
     sequence: int
     batch: int
@@ -83,6 +83,12 @@ class Work:
     """Whether an average of the weights is kept (train.ema)."""
     muon: bool = False
     """Whether Muon updates the matrices (optimizer.name); their state has one number where AdamW's has two."""
+    cpu_offload: bool = False
+    """Whether the optimizer's state is on the host (optimizer.cpu_offload)."""
+    graphs: bool = True
+    """Whether microbatches are replayed as CUDA graphs where they can be (kernels.graphs)."""
+    fp8: str = "none"
+    """precision.fp8"""
 
 
 @dataclass(frozen=True)
@@ -279,20 +285,10 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 
 def memory_bytes(
-    model: ModelConfig,
-    layout: Layout,
-    work: Work,
-    micro_batch: int,
-    recompute: Recompute,
-    stage: int,
-    cpu_offload: bool = False,
-    *,
-    fp8: bool = False,
+    model: ModelConfig, layout: Layout, work: Work, micro_batch: int, recompute: Recompute, stage: int
 ) -> dict[str, float]:
     """Memory of a GPU of this pipeline stage by item: bf16 weights, fp32 gradients, sharded AdamW unless offloaded,
-    or Muon.
-
-    With `fp8` beside them the weights of products and their transposes in FP8.
+    or Muon; with FP8 beside them the weights of products and their transposes in FP8.
     """
     parameters, experts = parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
@@ -301,11 +297,11 @@ def memory_bytes(
     items = {
         "parameters": 2 * (parameters + experts),
         "gradients": 4 * (parameters + experts),
-        "optimizer": 0.0 if cpu_offload else 12 * _owned(parameters, experts, layout),
+        "optimizer": 0.0 if work.cpu_offload else 12 * _owned(parameters, experts, layout),
     }
     if work.muon:
         items["optimizer"] = _muon_bytes(model, layout, stage, parameters, experts)
-    if fp8:
+    if work.fp8 != "none":
         items["fp8 weights"] = 2 * (parameters + experts)
     if work.ema:
         items["average of weights"] = 4 * _owned(parameters, experts, layout)
@@ -384,24 +380,12 @@ def estimate(
     layout: Layout,
     micro_batch: int,
     recompute: Recompute,
-    cpu_offload: bool = False,
     *,
-    graphs: bool = True,
-    fp8: str = "none",
     costs: Costs = COSTS,
 ) -> Estimate:
-    """Memory, traffic and time of one layout.
-
-    Args:
-        model, cluster, work, layout, micro_batch, recompute, cpu_offload: What is trained, on what and how.
-        graphs: Microbatches are replayed as CUDA graphs where they can be.
-        fp8: precision.fp8.
-        costs: Constants of speed.
-    """
-    captured = model.moe is None and fp8 != "mxfp8"  # engine.why_launched
-    graphs = graphs and captured
+    """Memory, traffic and time of one layout, by these constants of speed."""
     stages = [
-        memory_bytes(model, layout, work, micro_batch, recompute, stage, cpu_offload, fp8=fp8 != "none")
+        memory_bytes(model, layout, work, micro_batch, recompute, stage)
         for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})  # an uneven first stage may be the smaller one
     ]
     traffic = traffic_bytes(model, layout, work, micro_batch, recompute)
@@ -412,7 +396,7 @@ def estimate(
 
     # Of a microbatch on the slowest stage: what the GPU computes and sends, and what the host launches meanwhile.
     passes = max(layout.stage_layers)
-    compute = _compute_seconds(model, cluster, work, layout, micro_batch, recompute, fp8, costs)
+    compute = _compute_seconds(model, cluster, work, layout, micro_batch, recompute, costs)
     steps = layout.microbatches
     tensor, context = traffic["tensor"] / link(layout.tp), traffic["context"] / link(layout.tp * layout.cp)
     collectives = _collectives(recompute) * passes if layout.tp > 1 else 0
@@ -422,9 +406,9 @@ def estimate(
     expert = traffic["expert"] / link(layout.tp * layout.cp if layout.ep <= layout.tp * layout.cp else layout.ep)
     gpu = compute + (tensor + context + expert) / steps
     host = 0.0
-    if not graphs:
+    if not work.graphs or model.moe is not None or work.fp8 == "mxfp8":  # as engine.why_launched says
         again = 1 + costs.launch_again * {"none": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
-        host = passes * _launch_seconds(model, costs) * again * (1.0 if fp8 == "none" else costs.launch_fp8)
+        host = passes * _launch_seconds(model, costs) * again * (1.0 if work.fp8 == "none" else costs.launch_fp8)
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
     bubble = (layout.pp - 1) / (steps * layout.vpp)
@@ -435,7 +419,9 @@ def estimate(
         _owned(parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage), layout)
         for stage in range(layout.pp)
     )
-    update = costs.offload_seconds * owned if cpu_offload else costs.update_bytes * owned / cluster.copy_tbps / 1e12
+    update = costs.update_bytes * owned / cluster.copy_tbps / 1e12
+    if work.cpu_offload:
+        update = costs.offload_seconds * owned
     return Estimate(
         layout=layout,
         micro_batch=micro_batch,
@@ -455,7 +441,7 @@ def estimate(
         },
         bubble=bubble / (1 + bubble),
         tokens=work.sequence * work.batch,
-        host=OFFLOAD_BYTES * owned if cpu_offload else 0.0,
+        host=OFFLOAD_BYTES * owned if work.cpu_offload else 0.0,
     )
 
 
@@ -466,7 +452,6 @@ def _compute_seconds(
     layout: Layout,
     micro_batch: int,
     recompute: Recompute,
-    fp8: str,
     costs: Costs,
 ) -> float:
     """Of a microbatch, forward and backward, on the slowest pipeline stage; nothing is sent or waited for."""
@@ -475,7 +460,7 @@ def _compute_seconds(
     scan = {"recurrence update", "recurrence read"}
     linear = sum(value for name, value in flops.items() if name not in scan | {"attention", "conv", "output_layer"})
     product = costs.linear_share * PEAK
-    forward = linear / product * costs.fp8[fp8] + flops.get("attention", 0.0) / (costs.attention_share * PEAK)
+    forward = linear / product * costs.fp8[work.fp8] + flops.get("attention", 0.0) / (costs.attention_share * PEAK)
     backward = 2 * forward
     if recurrent := _recurrent_layers(model, share):
         area = model.qk_head_dim * model.v_head_dim / 128**2
@@ -551,15 +536,7 @@ def _expert_sizes(experts: int, ranks: int) -> tuple[int, ...]:
     return tuple(size for size in divisors(experts) if ranks % size == 0)
 
 
-def plan(
-    model: ModelConfig,
-    cluster: Cluster,
-    work: Work,
-    cpu_offload: bool = False,
-    *,
-    graphs: bool = True,
-    fp8: str = "none",
-) -> list[Estimate]:
+def plan(model: ModelConfig, cluster: Cluster, work: Work) -> list[Estimate]:
     """Layouts that fit in memory, fastest first; of each layout and micro batch the least recompute that fits.
 
     ConfigError when none fits, with the one that comes nearest.
@@ -569,7 +546,7 @@ def plan(
     for layout, micro_batch in layouts(model, cluster, work):
         modes: tuple[Recompute, ...] = ("none", "mixer", "full")
         for recompute in modes:
-            found = estimate(model, cluster, work, layout, micro_batch, recompute, cpu_offload, graphs=graphs, fp8=fp8)
+            found = estimate(model, cluster, work, layout, micro_batch, recompute)
             if found.gib <= USABLE * cluster.memory_gib:
                 fitting.append(found)
                 break
@@ -584,10 +561,10 @@ def plan(
             f"{model.num_layers} layers, {work.sequence} tokens and a batch of {batch}; change the batch first"
         )
     hint = ""
-    if not cpu_offload:
-        leanest = (nearest.layout, nearest.micro_batch, nearest.recompute)
-        leaner = estimate(model, cluster, work, *leanest, True, graphs=graphs, fp8=fp8).gib
-        hint = f", with optimizer.cpu_offload (--cpu-offload) {leaner:.0f} GiB"
+    if not (work.cpu_offload or work.muon):  # Muon's state is not offloaded
+        offloading = dataclasses.replace(work, cpu_offload=True)
+        leaner = estimate(model, cluster, offloading, nearest.layout, nearest.micro_batch, nearest.recompute)
+        hint = f", with optimizer.cpu_offload (--cpu-offload) {leaner.gib:.0f} GiB"
     raise ConfigError(
         f"model {model.name} does not fit on {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB, of which "
         f"{USABLE * cluster.memory_gib:.0f} are usable: the leanest layout, {nearest.name()} with full recompute, "

@@ -28,7 +28,6 @@ import math
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from oryx_megatron.arch import Share, layer_shares, muon_line
 from oryx_megatron.cli import Parser, main_guard
@@ -126,9 +125,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("--price needs --tokens, or a run's YAML")
     memory = MEMORY_GIB[a.card] if a.memory is None else a.memory
     cluster = Cluster(a.gpus, memory, a.gpus_per_node, a.nvlink, a.network, a.tflops, COPY_TERABYTES[a.card])
-    how: dict[str, Any] = {"graphs": not a.launched, "fp8": a.fp8 or "none"}
     work = Work(
-        a.sequence, a.batch[-1], _share(model, a.attention_share), tuple(dict.fromkeys(a.batch[:-1])), a.ema, a.muon
+        a.sequence,
+        a.batch[-1],
+        _share(model, a.attention_share),
+        ramp=tuple(dict.fromkeys(a.batch[:-1])),
+        ema=a.ema,
+        muon=a.muon,
+        cpu_offload=a.cpu_offload,
+        graphs=not a.launched,
+        fp8=a.fp8 or "none",
     )
     if a.muon and a.cpu_offload:
         raise ConfigError("--muon: not with --cpu-offload; use AdamW")
@@ -141,12 +147,12 @@ def main(argv: list[str] | None = None) -> int:
             "model.moe: experts are launched, and what the host needs for them is not counted: speeds are too high;\n"
             "measure with benchmarks/layouts.py (docs/performance.md)\n"
         )
-    found = plan(model, cluster, work, a.cpu_offload, **how)
+    found = plan(model, cluster, work)
     if a.json:
         plain = [_plain(e, work) | _bill(e, cluster, work, a.tokens, a.price) for e in found[: a.top]]
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
     else:
-        ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0], a.cpu_offload, **how)
+        ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0])
         bill = _bill_lines(_bill(found[0], cluster, work, a.tokens, a.price), cluster, a.price)
         sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, [*ramp, *bill])))
     if a.picture:
@@ -259,15 +265,13 @@ def _settings(e: Estimate, *, muon: bool) -> list[str]:
     ]
 
 
-def ramp_lines(
-    model: ModelConfig, cluster: Cluster, work: Work, best: Estimate, cpu_offload: bool, **how: Any
-) -> list[str]:
+def ramp_lines(model: ModelConfig, cluster: Cluster, work: Work, best: Estimate) -> list[str]:
     """A layout's step at every size of a ramp: the pipeline idles more with fewer microbatches."""
     lines = ["", "batch    m  step s  tokens/s  bubble"]
     for size in (*work.ramp, work.batch):
         layout = dataclasses.replace(best.layout, microbatches=size // (best.micro_batch * best.layout.dp))
         then = dataclasses.replace(work, batch=size)
-        e = estimate(model, cluster, then, layout, best.micro_batch, best.recompute, cpu_offload, **how)
+        e = estimate(model, cluster, then, layout, best.micro_batch, best.recompute)
         rate = f"{e.tokens_per_second:,.0f}"
         lines.append(f"{size:>5}{layout.microbatches:>5}{e.step_seconds:>8.3g}{rate:>10}{e.bubble:>8.1%}")
     return lines

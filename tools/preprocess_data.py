@@ -25,7 +25,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.cli import Parser, main_guard, positive, share
 from oryx_megatron.display import left_out_lines, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
@@ -161,18 +161,6 @@ def summarize(prefix: str, manifest: dict, seconds: float) -> str:
 def shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     return int(number), int(count)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.cli import Parser, main_guard, positive, share, whole
 from oryx_megatron.data.corpus import SKIPPED, STDLIB, ReadOptions
 from oryx_megatron.data.tokenizer import MODEL_FILES, write_manifest
 from oryx_megatron.display import left_out_lines, shown, shown_lines
@@ -139,24 +139,6 @@ def report(found: dict) -> str:
     if found["divided"]:
         lines.append(f"  in several tokens  {', '.join(found['divided'])}")
     return "\n".join(lines)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def whole(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -248,12 +248,9 @@ def test_what_is_launched_is_planned_so(
         parallel=given,
         precision=PrecisionConfig(dtype="bf16", fp8=fp8),
     )
-    work = Work(2048, 8, 0.5)
-    layout = layout_of(run.model, work, given, 1, context)
-    asked, launched = (
-        estimate(run.model, Cluster(context), work, layout, 1, "none", graphs=graphs, fp8=fp8)
-        for graphs in (True, False)
-    )
+    works = [Work(2048, 8, 0.5, graphs=graphs, fp8=fp8) for graphs in (True, False)]
+    layout = layout_of(run.model, works[0], given, 1, context)
+    asked, launched = (estimate(run.model, Cluster(context), work, layout, 1, "none") for work in works)
     assert (asked == launched) == (why_launched(run) is not None)
 
 
