@@ -95,12 +95,17 @@ def read_documents(source: str, *, text_key: str = "text") -> Iterator[Text]:
         for item in read(unit, options):
             if isinstance(item, Text):
                 yield item
-            elif item.reason != "empty" and not may_skip(item, [source]):
+            elif not may_skip(item, [source]):
                 raise DataError(describe(item))
 
 
 def may_skip(bad: Bad, inputs: Sequence[str]) -> bool:
-    """The standard library has a few files in other encodings, on purpose: tests of Python's parser."""
+    """Whether bad input is left out even where bad input stops: an empty document, or a file that is bad on purpose.
+
+    The standard library has a few in other encodings: tests of Python's parser.
+    """
+    if bad.reason == "empty":
+        return True
     return bad.reason == "not UTF-8" and STDLIB in inputs and bad.place.startswith(sysconfig.get_path("stdlib"))
 
 

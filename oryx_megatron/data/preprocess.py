@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -334,7 +333,7 @@ def _run(
                 part.max_token,
             )
             log.write(part_file(folder, number, "bad").read_bytes())
-            _add(totals, part)
+            totals.add(part)
             merged += 1
             _check_share(job, totals, progress.total, folder)
             tell()
@@ -396,20 +395,6 @@ def _reading(job: Job, units: list[tuple[Segment, ...]]) -> dict[str, Any]:
         "formats": sorted({segment.format for unit in units for segment in unit if segment.problem is None}),
         **options,
     }
-
-
-def _add(totals: Piece, part: Piece) -> None:
-    totals.documents += part.documents
-    totals.tokens += part.tokens
-    totals.text_bytes += part.text_bytes
-    totals.dropped = dict(Counter(totals.dropped) + Counter(part.dropped))
-    totals.unread += part.unread
-    totals.max_token = max(totals.max_token, part.max_token)
-    totals.paths = dict(Counter(totals.paths) + Counter(part.paths))
-    totals.lost = dict(Counter(totals.lost) + Counter(part.lost))
-    totals.lost_documents += part.lost_documents
-    totals.unknown += part.unknown
-    totals.bad = dict(Counter(totals.bad) + Counter(part.bad))
 
 
 def _check_share(job: Job, totals: Piece, input_bytes: int, folder: Path, *, final: bool = False) -> None:

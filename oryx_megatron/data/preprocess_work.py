@@ -100,6 +100,20 @@ class Piece:
     stop: str | None = None
     """The line to stop with."""
 
+    def add(self, part: Piece) -> None:
+        """Count another piece of work, which did not stop."""
+        self.documents += part.documents
+        self.tokens += part.tokens
+        self.text_bytes += part.text_bytes
+        self.max_token = max(self.max_token, part.max_token)
+        self.dropped = dict(Counter(self.dropped) + Counter(part.dropped))
+        self.paths = dict(Counter(self.paths) + Counter(part.paths))
+        self.lost = dict(Counter(self.lost) + Counter(part.lost))
+        self.lost_documents += part.lost_documents
+        self.unknown += part.unknown
+        self.bad = dict(Counter(self.bad) + Counter(part.bad))
+        self.unread += part.unread
+
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
@@ -261,8 +275,7 @@ class _Worker:
         size = 0
         for item in read(unit, self.job.read, reading):
             if isinstance(item, Bad):
-                skippable = item.reason == "empty" or may_skip(item, self.job.inputs)
-                if self.job.on_error == "stop" and not skippable:
+                if self.job.on_error == "stop" and not may_skip(item, self.job.inputs):
                     part.stop = f"{describe(item)}; --on-error skip leaves such input out"
                     return
                 part.bad[item.reason] = part.bad.get(item.reason, 0) + 1

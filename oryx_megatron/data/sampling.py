@@ -74,7 +74,7 @@ class TrainingText:
             number = ordinal
             for item in read([segment], self.options, reading):
                 if isinstance(item, Bad):
-                    if self.on_error == "stop" and item.reason != "empty" and not may_skip(item, self.inputs):
+                    if self.on_error == "stop" and not may_skip(item, self.inputs):
                         raise DataError(f"{describe(item)}; --on-error skip leaves such input out")
                     bad.append(item)
                     unread += item.unread
