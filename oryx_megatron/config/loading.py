@@ -48,6 +48,8 @@ def config_text(path: Path) -> str:
     try:
         return read_text(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(f"{path}: is a link to {path.readlink()}, which does not exist") from None
         raise ConfigError(f"{path}: no such config file{_near_file(path)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; give a config file (YAML)") from None

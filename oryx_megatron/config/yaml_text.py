@@ -18,6 +18,7 @@ UNQUOTED = re.compile(r"(?:^|[\[{,:-])\s*[*!]")
 """A pattern where YAML reads an alias (`*`) or a tag (`!`)."""
 OCTAL = re.compile(r"[-+]?0[0-9_]*[1-9][0-9_]*")
 """What YAML 1.1 reads in base 8."""
+MERGE = "tag:yaml.org,2002:merge"
 MARKS = ("alphabetic or numeric character", "expected ',' or ']'", "for the tag", "undefined alias")
 """In errors that such a pattern gives."""
 
@@ -28,6 +29,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == MERGE:  # `<<: *name`: keys beside it hold in place of those that it brings
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a name", key_node.start_mark)

@@ -80,6 +80,20 @@ def test_aliases_that_do_not_multiply() -> None:
     assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {d: *a}", "f") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
 
 
+def test_merged_keys_give_way_to_those_beside_them() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {y: 4, <<: [*a, {z: 5}]}"
+    assert parse_yaml(text, "f") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 4, "z": 5}}
+    for wrong in ("b: {<<: 3}", "b: {<<: [3]}", "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "a: &a {<<: *a}"):
+        with pytest.raises(ConfigError, match=r"^f, line"):
+            parse_yaml(wrong, "f")
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").symlink_to("gone.yaml")
+    with pytest.raises(ConfigError, match=r"run.yaml: is a link to gone.yaml, which does not exist$"):
+        load_run(tmp_path / "run.yaml")
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "run": load_run,
     "model": lambda path: load_model(str(path)),
