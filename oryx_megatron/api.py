@@ -5,6 +5,7 @@ Everything heavy is imported at the first call. Errors of the user are `oryx_meg
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,13 @@ def export(source: str | Path, target: str | Path, **options: Any) -> Conversion
     """Write a run or a checkpoint as a folder for transformers; options of `oryx_megatron.hf.convert.export`.
 
     Raises:
-        CheckpointError, DataError, ConversionError: see there; nothing is written.
+        ConfigError, CheckpointError, DataError, ConversionError: see there; nothing is written.
     """
+    from oryx_megatron.errors import ConfigError
     from oryx_megatron.hf.convert import export as write
 
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(f"export: expected the folder of a run or a checkpoint, got {type(source).__name__}")
     return write(source, target, **options)
 
 
@@ -161,6 +165,7 @@ class Dataset:
         """
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
+        number = operator.index(number)
         if not -len(self) <= number < len(self):
             raise IndexError(f"document {number} of {len(self)}")
         return self._opened.document(number % len(self))

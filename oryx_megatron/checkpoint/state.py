@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from megatron.core import dist_checkpointing
@@ -23,7 +23,7 @@ from oryx_megatron.checkpoint import average, safe, scales, shards, whole
 from oryx_megatron.checkpoint.manifest import Manifest
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.config.schema import WeightsKind
-from oryx_megatron.errors import CheckpointError
+from oryx_megatron.errors import CheckpointError, ConfigError
 from oryx_megatron.parallel.wait import on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,14 @@ def gather_weights(chunks: list[Any], *, always: bool = False) -> None:
 
 
 def load_model_weights(folder: Path, chunks: list[Any], weights: WeightsKind = "trained") -> None:
-    """Fill the model only, for evaluation, generation and conversion; CheckpointError: it has no average."""
+    """Fill the model only, for evaluation, generation and conversion.
+
+    Raises:
+        CheckpointError: it has no average.
+        ConfigError: no such kind of weights.
+    """
+    if weights not in (known := get_args(WeightsKind)):
+        raise ConfigError(f"weights: {weights!r} is none of {', '.join(known)}")
     load_sharded_state(folder, chunks, None, weights=weights)
 
 

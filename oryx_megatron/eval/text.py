@@ -128,6 +128,12 @@ class Model:
         Raises:
             ConfigError: a value out of range; no plan, or none for this text or model.
         """
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt: expected text, got {type(prompt).__name__}; call generate for each text")
+        if not isinstance(plan, str | None):
+            raise ConfigError(f"plan: expected text such as `ratio:0.25`, got {type(plan).__name__}")
+        if not isinstance(new_tokens, int):
+            raise ConfigError(f"new tokens: {new_tokens!r} is no whole number")
         if new_tokens < 1:
             raise ConfigError(f"new tokens: {new_tokens} should be at least 1")
         if not (temperature >= 0 and 0 < top_p <= 1):

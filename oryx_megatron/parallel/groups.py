@@ -17,7 +17,8 @@ from oryx_megatron.errors import ConfigError, first_line
 def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     """Join the process group described by torchrun's environment and build megatron-core's groups.
 
-    Without torchrun's environment this process becomes the only rank. Random states are seeded per megatron-core's
+    Without torchrun's environment this process becomes the only rank. Groups of the same sizes that are there already
+    stay, for models that use them; of other sizes, they are given up. Random states are seeded per megatron-core's
     rules: equal on data-parallel ranks, distinct on tensor- and pipeline-parallel ranks.
 
     Raises:
@@ -34,6 +35,18 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
             torch.distributed.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
         else:
             _join(launch, timeout)
+    if exist():
+        if _sizes() == (
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual_pipeline,
+            parallel.context,
+            parallel.expert,
+        ):
+            compat.megatron.forget_models()
+            tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.has_gpu())
+            return
+        release()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -47,6 +60,27 @@ def initialize(parallel: ParallelConfig, *, seed: int) -> None:
     )
     # A generator whose state a CUDA graph can hold; megatron-core forks it around dropout even where there is none.
     tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.has_gpu())
+
+
+def exist() -> bool:
+    """Whether megatron-core's groups are there."""
+    if not torch.distributed.is_initialized():
+        return False
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()
+
+
+def _sizes() -> tuple[int, int, int, int, int]:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
 
 
 def _join(launch: ranks.Launch, timeout: timedelta) -> None:

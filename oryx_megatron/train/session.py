@@ -31,6 +31,7 @@ def fit(
     """
     platform.use_kernel_cache(run.kernels.cache_dir)
     platform.install()
+    held = parallel.exist()  # by a model that was loaded before
     try:
         parallel.initialize(run.parallel, seed=run.seed)
         if stop is not None:
@@ -51,6 +52,7 @@ def fit(
                 after(run, layout)
         return stopped
     finally:
-        parallel.destroy()
+        if not held:
+            parallel.destroy()
         if stop is not None:
             stop.restore()
