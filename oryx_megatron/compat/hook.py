@@ -21,16 +21,26 @@ Around = Callable[[ModuleType], contextlib.AbstractContextManager[None]]
 
 
 class StandIn(ModuleType):
-    """Stands for a module while another imports names of it; what it cannot stand for it takes from the original."""
+    """Stands for a module while another imports names of it; what it cannot stand for it takes from the original.
 
-    def __init__(self, name: str, offered: Callable[[str], Any]) -> None:
+    For a package only where it `is_package`: importing a module of it asks `offered` for its `__path__`.
+    """
+
+    def __init__(self, name: str, offered: Callable[[str], Any], *, is_package: bool = False) -> None:
         super().__init__(name)
-        self._offered = offered
+        self._offered, self._is_package = offered, is_package
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and not (name == "__path__" and self._is_package):
             raise AttributeError(name)
         return self._offered(name)
+
+
+def original(name: str) -> ModuleType:
+    """Module `name` itself, imported if it is not; no stand-in."""
+    if isinstance(sys.modules.get(name), StandIn):
+        del sys.modules[name]
+    return importlib.import_module(name)
 
 
 def late(name: str) -> ModuleType:

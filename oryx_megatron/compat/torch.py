@@ -9,6 +9,7 @@
 | `late_builder`: torch's C++ builder loads setuptools | put off to a build |
 | `late_compile`: `@torch.compile` loads dynamo and inductor where it is written | put off to the function's first call |
 | `late_disable`: so does `@torch.compiler.disable` dynamo | nothing traces where dynamo is not loaded |
+| `without_dynamo`: TransformerEngine loads it to say what it must not trace | said when something else loads it |
 | `never_restart` | torchrun's agent restarts ranks whatever they exited with, and reports each of their ends in some 30 lines |
 | `store_of_start` | torchrun's agent keeps one store over all restarts (PyTorch issue 135712) |
 
@@ -27,13 +28,15 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from oryx_megatron.compat.hook import Around, StandIn, instead, made_on_first_use
+from oryx_megatron.compat.hook import Around, StandIn, instead, made_on_first_use, original
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from torch.distributed import Store
 
+DYNAMO = "torch._dynamo"
+COMPTIME = "torch._dynamo.comptime"
 SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
 BUILDER = "torch.utils.cpp_extension"
 FACTORIES = (
@@ -213,7 +216,8 @@ def _with_the_originals(module: ModuleType) -> Iterator[None]:
     """Once symbolic_shapes is loaded, whoever has a stand-in gets the original."""
     yield
     ours = {id(stand_in): name for name, stand_in in _stand_ins.items()}
-    for user in [user for name, user in sys.modules.items() if name.startswith("torch.distributed.")]:
+    theirs = ("torch.distributed.", "transformer_engine.")
+    for user in [user for name, user in sys.modules.items() if name.startswith(theirs)]:
         for key, value in list(vars(user).items()):
             if id(value) in ours:
                 setattr(user, key, getattr(module, ours[id(value)]))
@@ -250,35 +254,97 @@ def late_compile(module: ModuleType) -> Iterator[None]:
         torch.compile = original
 
 
-@contextlib.contextmanager
-def late_disable(module: ModuleType) -> Iterator[None]:
-    """`@torch.compiler.disable` in the module, and in those that it imports, keeps from dynamo once there is one."""
-    import torch
+def _has_dynamo() -> bool:
+    module = sys.modules.get(DYNAMO)
+    return module is not None and not isinstance(module, StandIn)
 
-    original = torch.compiler.disable
+
+def _disabled_late(from_dynamo: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable` whose functions are those `from_dynamo` once there is one, and themselves until then."""
 
     def disable(function: Any = None, *args: Any, **options: Any) -> Any:
         if function is None:
             return lambda function: disable(function, *args, **options)
         if not isinstance(function, FunctionType):
-            return original(function, *args, **options)
+            return from_dynamo(function, *args, **options)
         made: list[Callable[..., Any]] = []
 
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
+            if not _has_dynamo():
                 return function(*given, **named)
             if not made:
-                made.append(original(function, *args, **options))
+                made.append(from_dynamo(function, *args, **options))
             return made[0](*given, **named)
 
         return call
 
-    torch.compiler.disable = disable  # type: ignore[assignment]
+    return disable
+
+
+@contextlib.contextmanager
+def late_disable(module: ModuleType) -> Iterator[None]:
+    """`@torch.compiler.disable` in the module, and in those that it imports, keeps from dynamo once there is one."""
+    import torch
+
+    own = torch.compiler.disable
+    torch.compiler.disable = _disabled_late(own)
     try:
         yield
     finally:
-        torch.compiler.disable = original
+        torch.compiler.disable = own
+
+
+class _Settings:
+    """Stands for `torch._dynamo.config`: what is set here is set there when dynamo is loaded."""
+
+
+_settings = _Settings()
+_constant: list[Callable[..., Any]] = []
+
+
+def _dynamo(name: str) -> Any:
+    """What a module asks of dynamo when it is imported; for all else dynamo is loaded."""
+    if name == "config":
+        return _settings
+    if name == "disable":
+        return _disabled_late(lambda *args, **options: _load_dynamo().disable(*args, **options))
+    if name == "assume_constant_result":
+        return _remember_constant
+    return getattr(_load_dynamo(), name)
+
+
+def _remember_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    _constant.append(function)
+    return function
+
+
+def _load_dynamo() -> ModuleType:
+    for name in (COMPTIME, SYMBOLIC_SHAPES):  # it takes from them itself
+        if sys.modules.get(name) is None or isinstance(sys.modules[name], StandIn):
+            sys.modules.pop(name, None)
+    return original(DYNAMO)
+
+
+@contextlib.contextmanager
+def without_dynamo(module: ModuleType) -> Iterator[None]:
+    """Around modules that load dynamo only to say what it must not trace, and sympy for sizes that it does not know."""
+    with contextlib.ExitStack() as around:
+        if DYNAMO not in sys.modules:
+            around.enter_context(instead(COMPTIME, None))
+            around.enter_context(instead(DYNAMO, StandIn(DYNAMO, _dynamo, is_package=True)))
+            around.enter_context(_without_sympy(module))
+        around.enter_context(late_disable(module))
+        yield
+
+
+@contextlib.contextmanager
+def _with_what_was_said(module: ModuleType) -> Iterator[None]:
+    yield
+    for name, value in vars(_settings).items():
+        setattr(module.config, name, value)
+    for function in _constant:
+        module.assume_constant_result(function)
 
 
 @contextlib.contextmanager
@@ -312,7 +378,7 @@ def _untraced(method: Callable[..., Any]) -> None:
         return
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
+        if DYNAMO not in sys.modules:
             return function(*args, **kwargs)
         if getattr(function, "__dynamo_disable", None) is call:
             delattr(function, "__dynamo_disable")  # torch makes its own from now on
@@ -326,7 +392,7 @@ def _unbroken(step: Any) -> Callable[..., Any]:
 
     @functools.wraps(step.__wrapped__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:
+        if DYNAMO in sys.modules:
             return step(self, *args, **kwargs)
         import torch
 
@@ -340,6 +406,7 @@ AROUND: dict[str, Around] = {
     "torch.distributed.tensor": _without_sympy,
     SYMBOLIC_SHAPES: _with_the_originals,
     "torch.optim": _with_untraced_optimizers,
+    DYNAMO: _with_what_was_said,
 }
 
 # ----------------------------------------------------------------------------------------------------------- torchrun

@@ -7,17 +7,20 @@
 | `begin_at` | masters of weights in FP8 begin at what its own initialisation drew, which is off here: at whatever memory held |
 | `accumulate_into_main_gradients` | megatron-core's `gradient_accumulation_fusion` needs an apex extension for its own linears |
 | `plain_weight_gradients` | without megatron-core's wrapper there is no fp32 buffer to add to |
+| `AROUND`: its import loads dynamo (compat/torch.py), and onnxscript with sympy | of no use to a run: half of the import's time |
 | `AROUND`: not importable where torch sees no GPU | megatron-core takes its optimizers and norms wherever it is installed; on a CPU they fail in the first step, or at import |
 """  # noqa: E501
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from oryx_megatron.compat.hook import Around
+from oryx_megatron.compat.hook import Around, StandIn, instead
+from oryx_megatron.compat.torch import without_dynamo
 
 PARTS = {
     "scale_fwd": ("scaling_fwd", "scale"),
@@ -92,4 +95,27 @@ def _with_a_gpu(module: ModuleType) -> Iterator[None]:
     yield
 
 
-AROUND: dict[str, Around] = {"transformer_engine": _with_a_gpu}
+@contextlib.contextmanager
+def _with_late_exporter(module: ModuleType) -> Iterator[None]:
+    """What it takes from the exporter to ONNX is taken when it is asked for."""
+    exporter = f"{module.__name__.rpartition('.')[0]}.onnx_extensions"
+    later = object()
+    with instead(exporter, StandIn(exporter, lambda name: later)):
+        yield
+    names = [name for name, value in vars(module).items() if value is later]
+    for name in names:
+        delattr(module, name)
+
+    def of_exporter(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(exporter), name)
+
+    module.__getattr__ = of_exporter  # type: ignore[method-assign]
+
+
+AROUND: dict[str, Around] = {
+    "transformer_engine": _with_a_gpu,
+    "transformer_engine.pytorch": without_dynamo,
+    "transformer_engine.pytorch.export": _with_late_exporter,
+}

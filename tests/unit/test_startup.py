@@ -274,3 +274,102 @@ assert traced == [1, 1, 1, 1], traced  # what stands before and after them
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_transformer_engine_comes_without_dynamo(tmp_path: Path) -> None:
+    """And without its exporter; what it says to dynamo is said when something else loads that."""
+    files = {
+        "__init__.py": "import transformer_engine.pytorch\n",
+        "pytorch/__init__.py": """
+import torch
+from transformer_engine.pytorch import export, jit, linear
+torch._dynamo.config.error_on_nested_jit_trace = False
+""",
+        "pytorch/export.py": """
+import torch
+from .onnx_extensions import onnx_gemm, te_translation_table
+def is_in_onnx_export_mode():
+    return False
+""",
+        "pytorch/onnx_extensions.py": "te_translation_table = {1: 2}\ndef onnx_gemm():\n    return 'gemm'\n",
+        "pytorch/jit.py": """
+import torch
+try:
+    from torch._dynamo.comptime import comptime
+except ImportError:
+    comptime = None
+import torch._dynamo
+def no_torch_dynamo(function):
+    return torch._dynamo.disable(function, recursive=True)
+@torch.compiler.assume_constant_result
+def supported():
+    return True
+""",
+        "pytorch/linear.py": """
+import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+from .jit import no_torch_dynamo
+@no_torch_dynamo
+def forward(x):
+    return x + 1
+class Linear:
+    @torch._dynamo.disable
+    def forward(self, x):
+        return x + 1
+""",
+    }
+    for name, text in files.items():
+        (tmp_path / "transformer_engine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "transformer_engine" / name).write_text(text)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import oryx_megatron.platform
+import torch
+torch.cuda.is_available = lambda: True
+import transformer_engine.pytorch as te
+torch.cuda.is_available = lambda: False
+x = torch.zeros(2)
+assert te.linear.forward(x).equal(x + 1) and te.linear.Linear().forward(x).equal(x + 1)
+assert te.jit.supported() and not te.export.is_in_onnx_export_mode()
+for name in ("torch._dynamo", "torch._dynamo.comptime", "sympy", "transformer_engine.pytorch.onnx_extensions"):
+    assert name not in sys.modules, name
+assert not hasattr(te.export, "nothing")
+from transformer_engine.pytorch.export import onnx_gemm
+assert onnx_gemm() == "gemm" and te.export.te_translation_table == {{1: 2}}
+
+assert te.linear.guard_scalar(3) == 3
+from torch.fx.experimental import symbolic_shapes
+assert te.linear.guard_scalar is symbolic_shapes.guard_scalar
+import torch._dynamo
+assert torch._dynamo.config.error_on_nested_jit_trace is False
+assert te.jit.supported._dynamo_marked_constant
+for kept in (te.linear.forward, te.linear.Linear().forward):
+    assert torch.compile(lambda y: kept(y * 3) * 5, backend="eager")(x).equal(x * 15 + 5)
+    try:
+        torch.compile(lambda y: kept(y * 3) * 5, backend="eager", fullgraph=True)(x)
+    except torch._dynamo.exc.Unsupported:
+        continue
+    raise SystemExit("traced")
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_dynamo_is_loaded_for_what_it_cannot_be_stood_for(tmp_path: Path) -> None:
+    """While TransformerEngine is imported as well, and modules of dynamo."""
+    for name, line in (("asks", "explain = torch._dynamo.explain"), ("imports", "import torch._dynamo.utils")):
+        folder = tmp_path / name / "transformer_engine" / "pytorch"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        (folder / "__init__.py").write_text(f"import torch\n{line}\n")
+        code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / name)!r})
+import oryx_megatron.platform
+import torch
+torch.cuda.is_available = lambda: True
+import transformer_engine.pytorch
+assert sys.modules["torch._dynamo"].__file__ and torch._dynamo.utils and torch._dynamo.explain
+"""
+        assert loaded(code, ("torch._dynamo.comptime", "sympy")) == ["torch._dynamo.comptime", "sympy"]
