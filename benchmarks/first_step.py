@@ -32,8 +32,14 @@ from oryx_megatron.platform import KERNEL_CACHES
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER, VOCABULARY = ROOT / "tokenizers" / "stdlib-8k", 8192
-MOMENTS = {"graphs: (?:off|microbatches)": "model built", "kernels ready": "kernels ready", r"^ *1/\d": "first step"}
-"""What a line of the log says → how it is called here; in that order."""
+MOMENTS = {
+    "TileLang begins to compile": "compiling",
+    "graphs: (?:off|microbatches)": "model built",
+    "TileLang completes to compile kernel `tilelang_fused_chunk_gdr_bwd": "longest kernel compiled",
+    "kernels ready": "kernels ready",
+    r"^ *1/\d": "first step",
+}
+"""What a line of the log says → how it is called here. The last one ends the run."""
 
 
 @main_guard
