@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,23 @@ def test_what_fails_is_no_matter_of_the_run(
     ahead.begin(load_run(str(RUN)))
     ahead.end()
     assert {record.levelname for record in caplog.records} == {"DEBUG"}
+
+
+@pytest.mark.skipif(ahead._sees_gpus(), reason="for machines without a GPU")
+def test_without_cuda_it_ends(
+    started: list[list[str]], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `begin` starts is a command that runs, and says nothing."""
+    ahead.begin(load_run(str(RUN)))
+    ahead.end()
+    monkeypatch.undo()
+    turns = os.memfd_create("turns")
+    done = subprocess.run(
+        [sys.executable, *started[0][1:-1], re.sub(r"\((\d+), (\d+)", f"({os.getpid()}, {turns}", started[0][-1])],
+        **{"pass_fds": (turns,), "start_new_session": True, "timeout": 100},
+    )
+    assert done.returncode == 1
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("compiles", ["True", "False", "1 / 0"])
