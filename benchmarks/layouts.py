@@ -219,17 +219,11 @@ def work_through(cases: list[Case], report: Path, profiles: Path | None) -> None
     except Exception as error:  # noqa: BLE001 - whatever it was: the list says it in a line and continues
         line = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         traceback.print_exc()
-        report.with_suffix(f".{own_rank()}.error").write_text(json.dumps(line))
+        report.with_suffix(f".{ranks.rank()}.error").write_text(json.dumps(line))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # leaving NCCL's groups would wait for the others
     parallel.destroy()
-
-
-def own_rank() -> int:
-    """Of this process; 0 where it is the only one."""
-    launch = ranks.read()
-    return 0 if launch is None else launch.rank
 
 
 def share_of(case: Case) -> RunConfig:

@@ -43,7 +43,7 @@ from cluster import Profile, Side, load_profile, one_line
 from oryx_megatron.cli import Parser, main_guard
 from oryx_megatron.config import load_run, told_with_place, validate
 from oryx_megatron.config.schema import RunConfig
-from oryx_megatron.data.files import read_json, replacing, write_json
+from oryx_megatron.data.files import read_json, replacing, shard_prefix, write_json
 from oryx_megatron.errors import ConfigError, DataError
 from oryx_megatron.paths import expand_arguments, is_url
 
@@ -142,7 +142,6 @@ def missing_shards(prefix: Path, shards: int, parsed: argparse.Namespace) -> lis
         ConfigError: a shard is there that is damaged, or of another corpus or tokenizer.
     """
     from oryx_megatron.data.indexed import file_of, open_dataset
-    from oryx_megatron.data.preprocess import shard_prefix
 
     if parsed.overwrite or parsed.restart:
         return list(range(1, shards + 1))
@@ -325,8 +324,7 @@ class _Scripts:
             {"nodes": 1, "array": tasks, "requeue": True},
             [_ONE_THREAD, _words(["shard", str(shards), *arguments])],
         )
-        # As data.preprocess.shard_prefix names them.
-        parts = [f"{known.output}-{shard:05d}-of-{shards:05d}" for shard in range(1, shards + 1)]
+        parts = [str(shard_prefix(known.output, (shard, shards))) for shard in range(1, shards + 1)]
         replace = ["--overwrite"] if "--overwrite" in arguments else []
         merge = self._script(
             "merge",

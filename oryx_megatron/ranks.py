@@ -53,6 +53,12 @@ def read() -> Launch | None:
     return Launch(rank, size, local_rank or 0)
 
 
+def rank() -> int:
+    """Number of this rank; ConfigError as `read`."""
+    launch = read()
+    return 0 if launch is None else launch.rank
+
+
 def world_size() -> int:
     """Number of ranks of this launch; ConfigError as `read`."""
     launch = read()

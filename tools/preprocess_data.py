@@ -26,6 +26,7 @@ import time
 from typing import TYPE_CHECKING
 
 from oryx_megatron.cli import Parser, main_guard, positive, share
+from oryx_megatron.data.files import shard_prefix
 from oryx_megatron.display import left_out_lines, shown_lines
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int | None:
     expand_arguments(args, "--tokenizer", "--output")
     from oryx_megatron.data.corpus import ReadOptions
     from oryx_megatron.data.indexed import output_prefix
-    from oryx_megatron.data.preprocess import Job, preprocess, shard_prefix
+    from oryx_megatron.data.preprocess import Job, preprocess
 
     job = Job(
         inputs=tuple(args.input),

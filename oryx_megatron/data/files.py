@@ -57,6 +57,12 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:
+    """Name of a shard's dataset."""
+    number, count = shard
+    return Path(prefix) if count == 1 else Path(f"{prefix}-{number:05d}-of-{count:05d}")
+
+
 def same_file(left: str | Path, right: str | Path) -> bool:
     """Whether two names are of one file: through links, hard links, and letter case where that does not count."""
     try:

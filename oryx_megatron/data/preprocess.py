@@ -177,12 +177,6 @@ def _shard(units: list[tuple[Segment, ...]], shard: tuple[int, int]) -> list[tup
     return units[edges[number - 1] : edges[number]]
 
 
-def shard_prefix(prefix: str | Path, shard: tuple[int, int]) -> Path:
-    """Name of a shard's dataset."""
-    number, count = shard
-    return Path(prefix) if count == 1 else Path(f"{prefix}-{number:05d}-of-{count:05d}")
-
-
 def _corpus(units: list[tuple[Segment, ...]]) -> str:
     """What is the same for all shards of a corpus: its pieces, by names of files that hold wherever it is mounted."""
     pieces = [[asdict(segment) | {"path": segment.path.rpartition("/")[2]} for segment in unit] for unit in units]

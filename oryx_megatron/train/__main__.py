@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _quiet()
     ahead.begin(run)
-    launch = ranks.read()
-    stop = StopRequest(main=launch is None or launch.rank == 0)
+    stop = StopRequest(main=ranks.rank() == 0)
     from oryx_megatron.eval.router_recipe import recipe
     from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
 
@@ -103,10 +102,8 @@ def _dry_run(run: RunConfig, layout: Layout) -> None:
 
 def _quiet() -> None:
     """Log our own messages, from rank 0; leave out warnings about optional packages, which start-up reports itself."""
-    launch = ranks.read()
-    main_rank = launch is None or launch.rank == 0
     log_lines()
-    logging.getLogger("oryx_megatron").setLevel(logging.INFO if main_rank else logging.ERROR)
+    logging.getLogger("oryx_megatron").setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
 

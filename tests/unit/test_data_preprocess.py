@@ -25,8 +25,9 @@ from oryx_megatron.data import corpus
 from oryx_megatron.data import preprocess as preprocess_module
 from oryx_megatron.data.corpus import ReadOptions
 from oryx_megatron.data.datasets import merge
+from oryx_megatron.data.files import shard_prefix
 from oryx_megatron.data.indexed import open_dataset
-from oryx_megatron.data.preprocess import Job, preprocess, shard_prefix
+from oryx_megatron.data.preprocess import Job, preprocess
 from oryx_megatron.data.tokenizer import load_tokenizer, write_manifest
 from oryx_megatron.errors import DataError
 
