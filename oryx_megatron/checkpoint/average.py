@@ -8,34 +8,18 @@ weights of the model, and an export finds each.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor
 
-from oryx_megatron import compat
-from oryx_megatron.checkpoint import shards, whole
+from oryx_megatron.checkpoint import shards
+from oryx_megatron.checkpoint.optimizers import AVERAGE, HeldPart, Kind
 
-PREFIX = "ema."
+PREFIX = f"{AVERAGE}."
 NO_AVERAGE = "holds no average of the weights (train.ema)"
-
-
-@dataclass(frozen=True)
-class HeldPart:
-    """What a rank holds of one weight's average."""
-
-    weight: Tensor
-    """The model's."""
-    start: int
-    """First element of it, flat, that this rank holds."""
-    stop: int
-    master: Tensor
-    """These elements as the optimizer updates them, fp32: flat, or of the weight's shape where all are held."""
-    average: Tensor
-    """Of them, fp32, of the same shape."""
 
 
 class Averages(Protocol):
@@ -48,66 +32,33 @@ class Averages(Protocol):
         """Told after a load of step `iteration`: whether the checkpoint had an average, which then is in `parts`."""
 
 
-def parts(optimizer: Any) -> list[HeldPart]:
-    """One for every master on this rank, with an average that is not filled."""
-    found = []
-    if singles := shards.own_shards(optimizer):
-        for single in singles:
-            for weight, start, stop in shards.owned_ranges(single):
-                # Not by _get_main_param_and_optimizer_states, which leaves an empty state where there is none yet.
-                group, place = single.model_param_group_index_map[weight]
-                master = single.optimizer.param_groups[group]["params"][place].detach()
-                found.append(HeldPart(weight, start, stop, master, torch.empty_like(master)))
-        return found
-    for single in compat.megatron.singles(optimizer):
-        for own, master in whole.masters(single):
-            found.append(HeldPart(own, 0, own.numel(), master.detach(), torch.empty_like(master.detach())))
-    return found
-
-
 def has_average(written: Iterable[str]) -> bool:
     """Whether the names in a checkpoint are of one with an average."""
     return any(name.startswith(PREFIX) for name in written)
 
 
 def sharded_average(
-    held: list[HeldPart], optimizer: Any, models: list[Any], model_states: list[dict[str, Any]]
+    held: list[HeldPart], kind: Kind, models: list[Any], model_states: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Sharded averages of `parts`, and of the weights that do not train.
+    """Sharded averages, and those of the weights that do not train.
 
     Args:
         held: The parts of this rank.
-        optimizer: What they were made of.
+        kind: Of the optimizer that they were made of.
         models: The model chunks of this rank.
         model_states: Their sharded state.
     """
     sharded: dict[Tensor, Any] = {}
     for state in model_states:
         sharded |= shards.by_parameter(state)
-    singles = shards.own_shards(optimizer)
-    instance = singles[0].distributed_optimizer_instance_id if singles else None
-    found: dict[str, Any] = {}
-    for number, part in enumerate(held):
-        found[str(number)] = _entry(sharded[part.weight], part, bool(singles), instance)
-        if whole.owns_whole(optimizer):
-            found[str(number)] = whole.owned(found[str(number)])
+    found = {str(number): kind.sharded_average(sharded[part.weight], part) for number, part in enumerate(held)}
     for model in models:
         for weight in model.parameters():
             if not weight.requires_grad:
                 values = weight.detach().float()
-                same = HeldPart(weight, 0, weight.numel(), values, values.flatten() if singles else values)
-                found[f"frozen {len(found)}"] = _entry(sharded[weight], same, bool(singles), None)
+                same = HeldPart(weight, 0, weight.numel(), values, values)
+                found[f"frozen {len(found)}"] = kind.sharded_average(sharded[weight], same, trained=False)
     return found
-
-
-def _entry(sharded: Any, part: HeldPart, in_ranges: bool, instance: int | None) -> Any:
-    if not in_ranges:
-        return make_sharded_optimizer_tensor(sharded, part.average, PREFIX[:-1])
-    pieces = shards.rectangles(sharded, part.weight, part.start, part.stop, instance)
-    return {
-        str(j): replace(piece, key=PREFIX + piece.key, data=part.average[first:last].view(piece.local_shape))
-        for j, (piece, first, last) in enumerate(pieces)
-    }
 
 
 @torch.no_grad()

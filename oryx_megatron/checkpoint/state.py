@@ -19,8 +19,9 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oryx_megatron import compat, platform
-from oryx_megatron.checkpoint import average, safe, scales, shards, whole
+from oryx_megatron.checkpoint import average, safe, scales, shards
 from oryx_megatron.checkpoint.manifest import Manifest
+from oryx_megatron.checkpoint.optimizers import HeldPart, kind_of
 from oryx_megatron.checkpoint.store import check_files, check_format
 from oryx_megatron.config.schema import WeightsKind
 from oryx_megatron.errors import CheckpointError, ConfigError
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 
 EMA = "ema"
 """Part of a sharded state."""
-# Flattened optimizer ranges in a form that any other layout can read.
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": shards.FORM, "chained_optim_avoid_prefix": True}
 
 
 def sharded_state(
@@ -39,7 +38,7 @@ def sharded_state(
     optimizer: MegatronOptimizer | None,
     *,
     loading: bool = False,
-    averages: list[average.HeldPart] | None = None,
+    averages: list[HeldPart] | None = None,
 ) -> dict[str, Any]:
     """Sharded state of all model chunks of this rank and, if given, of the optimizer and of the average of weights."""
     models = [unwrap_model(chunk) for chunk in chunks]
@@ -49,31 +48,14 @@ def sharded_state(
     if optimizer is not None:
         model_state = state if len(models) > 1 else state[_name(0)]
         step = shards.common_step(optimizer)  # rank 0 writes it for all
-        if singles := shards.own_shards(optimizer):
-            parts = [
-                shards.sharded_optimizer_state(single, model_state, step=step, loading=loading) for single in singles
-            ]
-            state["optimizer"] = parts[0] if len(parts) == 1 else dict(enumerate(parts))
-        elif whole.owns_whole(optimizer):
-            state["optimizer"] = whole.sharded_optimizer_state(optimizer, model_state, step)
-        else:
-            with compat.megatron.numbering_all_parameters(optimizer):
-                own = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
-            for part, single in zip(_parts(own), compat.megatron.singles(optimizer), strict=True):
-                compat.megatron.keep_groups(part)
-                compat.megatron.note_step(part, single, step)
-            state["optimizer"] = compat.megatron.without_classes(own)
+        kind = kind_of(optimizer)
+        state["optimizer"] = kind.sharded_state(model_state, step, loading=loading)
         model_states = [state[_name(i)] for i in range(len(models))]
         if models[0].config.freezes:
-            state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=bool(singles))
+            state["frozen"] = shards.frozen_layers(state["optimizer"], models, model_states, in_ranges=kind.in_ranges)
         if averages is not None:
-            state[EMA] = average.sharded_average(averages, optimizer, models, model_states)
+            state[EMA] = average.sharded_average(averages, kind, models, model_states)
     return state
-
-
-def _parts(state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Of an optimizer's state: itself, or by number that of the dense part and that of the experts."""
-    return [state[i] for i in sorted(state)] if 0 in state else [state]
 
 
 def load_sharded_state(
@@ -82,7 +64,7 @@ def load_sharded_state(
     optimizer: MegatronOptimizer | None,
     *,
     weights_only: bool = False,
-    averages: list[average.HeldPart] | None = None,
+    averages: list[HeldPart] | None = None,
     weights: WeightsKind = "trained",
     new_heads: bool = False,
 ) -> bool:
@@ -140,7 +122,8 @@ def load_sharded_state(
         scales.restore(model, own, folder)
         model.load_state_dict(own, strict=True)
     if kept is not None:
-        _load_optimizer(kept, loaded["optimizer"])
+        with own_settings(*_inner(kept)):
+            kind_of(kept).load(loaded["optimizer"])
         # In fp32 each rank's share of the weights are its masters, which a run in bf16 wrote with more digits.
         gather_weights(chunks, always=True)
     elif optimizer is not None:
@@ -162,9 +145,15 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
 
 
+def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that update this rank's parameters."""
+    singles = compat.megatron.singles(optimizer)
+    return [single.optimizer for single in singles if single.optimizer is not None]
+
+
 def has_stepped(optimizer: MegatronOptimizer) -> bool:
     """Whether an optimizer holds state on any rank; collective."""
-    own = any(single.optimizer.state for single in compat.megatron.singles(optimizer) if single.optimizer is not None)
+    own = any(inner.state for inner in _inner(optimizer))
     stepped = platform.to_device(torch.tensor(float(own)))
     torch.distributed.all_reduce(stepped, torch.distributed.ReduceOp.MAX)
     return stepped.item() > 0
@@ -236,29 +225,6 @@ def own_settings(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)  # new ones, in the same order
     for group, own in zip(groups, settings, strict=True):
         group.update(own)
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    singles = compat.megatron.singles(optimizer)
-    with own_settings(*(single.optimizer for single in singles if single.optimizer is not None)):
-        _load_optimizer_state(optimizer, state)
-
-
-def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    if whole.owns_whole(optimizer):
-        whole.fill(optimizer, state)
-        return
-    singles = shards.own_shards(optimizer)
-    if not singles:
-        for part in _parts(state):
-            compat.megatron.lists_of_groups(part)
-        optimizer.load_state_dict(state)
-        return
-    for single, part in zip(singles, _parts(state), strict=True):
-        # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
-        single.load_state_dict({name: value for name, value in part.items() if name != "param_state"})
-        compat.megatron.own_steps(single.optimizer)
-        shards.fill(single, part)
 
 
 def _name(chunk: int) -> str:

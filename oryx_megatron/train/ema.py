@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oryx_megatron.checkpoint import average, shards, whole
+from oryx_megatron.checkpoint.optimizers import kind_of
 from oryx_megatron.checkpoint.state import gather_weights
 from oryx_megatron.config.schema import EmaConfig
 
@@ -28,8 +28,9 @@ class WeightAverage:
     """
 
     def __init__(self, settings: EmaConfig, chunks: list[Any], optimizer: Any) -> None:
-        self.settings, self.chunks, self.optimizer = settings, chunks, optimizer
-        self.parts = average.parts(optimizer)
+        self.settings, self.chunks = settings, chunks
+        self._kind = kind_of(optimizer)
+        self.parts = self._kind.held_parts()
         self._averages = [part.average for part in self.parts]
         self._masters = [part.master for part in self.parts]
         self.begun = False
@@ -82,8 +83,4 @@ class WeightAverage:
         """Bring the averages into the model, on all ranks."""
         for part in self.parts:
             part.weight.view(-1)[part.start : part.stop].copy_(part.average.view(-1))
-        if shards.own_shards(self.optimizer):
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
-        elif whole.owns_whole(self.optimizer):
-            self.optimizer.allgather_params()
+        self._kind.share_weights(self.chunks)
