@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
 from oryx_megatron.checkpoint import shards
-from oryx_megatron.checkpoint.optimizers import AVERAGE, HeldPart, Kind
+from oryx_megatron.checkpoint.optimizers import AVERAGE, HeldPart, StateKind
 
 PREFIX = f"{AVERAGE}."
 NO_AVERAGE = "holds no average of the weights (train.ema)"
@@ -38,7 +38,7 @@ def has_average(written: Iterable[str]) -> bool:
 
 
 def sharded_average(
-    held: list[HeldPart], kind: Kind, models: list[Any], model_states: list[dict[str, Any]]
+    held: list[HeldPart], kind: StateKind, models: list[Any], model_states: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Sharded averages, and those of the weights that do not train.
 

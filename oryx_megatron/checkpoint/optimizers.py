@@ -35,7 +35,7 @@ class HeldPart:
     """Of them, fp32, of the same shape."""
 
 
-class Kind(ABC):
+class StateKind(ABC):
     """What is asked of every optimizer; what is not abstract here is for those that hold whole weights."""
 
     in_ranges = False
@@ -73,20 +73,20 @@ class Kind(ABC):
         """Bring what each rank wrote into its part of the model's weights to all ranks; collective."""
 
 
-class InRanges(Kind):
+class InRanges(StateKind):
     """Each rank a flat range of every buffer: megatron-core's distributed optimizer."""
 
     in_ranges = True
 
     def sharded_state(self, model_state: dict[str, Any], step: int, *, loading: bool) -> dict[Any, Any]:
-        """See Kind."""
+        """See StateKind."""
         found = [
             shards.sharded_optimizer_state(single, model_state, step=step, loading=loading) for single in self.singles
         ]
         return found[0] if len(found) == 1 else dict(enumerate(found))
 
     def load(self, state: dict[Any, Any]) -> None:
-        """See Kind."""
+        """See StateKind."""
         for single, part in zip(self.singles, _by_single(state), strict=True):
             # Without the tensors, which megatron-core would take for whole ones: steps and the groups' settings.
             single.load_state_dict({name: value for name, value in part.items() if name != "param_state"})
@@ -94,7 +94,7 @@ class InRanges(Kind):
             shards.fill(single, part)
 
     def held_parts(self) -> list[HeldPart]:
-        """See Kind."""
+        """See StateKind."""
         found = []
         for single in self.singles:
             for weight, start, stop in shards.owned_ranges(single):
@@ -105,7 +105,7 @@ class InRanges(Kind):
         return found
 
     def sharded_average(self, sharded: Any, part: HeldPart, *, trained: bool = True) -> Any:
-        """See Kind."""
+        """See StateKind."""
         instance = self.singles[0].distributed_optimizer_instance_id if trained else None
         average = part.average.flatten()
         return {
@@ -116,40 +116,40 @@ class InRanges(Kind):
         }
 
     def share_weights(self, chunks: list[Any]) -> None:
-        """See Kind."""
+        """See StateKind."""
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
 
 
-class InWholes(Kind):
+class InWholes(StateKind):
     """Each rank whole parameters: train/layerwise.py."""
 
     def sharded_state(self, model_state: dict[str, Any], step: int, *, loading: bool) -> dict[Any, Any]:
-        """See Kind."""
+        """See StateKind."""
         return whole.sharded_optimizer_state(self.optimizer, model_state, step)
 
     def load(self, state: dict[Any, Any]) -> None:
-        """See Kind."""
+        """See StateKind."""
         whole.fill(self.optimizer, state)
 
     def sharded_average(self, sharded: Any, part: HeldPart, *, trained: bool = True) -> Any:
-        """See Kind."""
+        """See StateKind."""
         entry = super().sharded_average(sharded, part, trained=trained)
         return whole.owned(entry) if trained else entry
 
     def share_weights(self, chunks: list[Any]) -> None:
-        """See Kind."""
+        """See StateKind."""
         self.optimizer.allgather_params()
 
 
-class AsMegatron(Kind):
+class AsMegatron(StateKind):
     """Every rank all of it, or an optimizer whose ranges megatron-core alone describes."""
 
     # Flattened ranges in a form that any other layout can read.
     metadata = {"distrib_optim_sharding_type": shards.FORM, "chained_optim_avoid_prefix": True}  # noqa: RUF012
 
     def sharded_state(self, model_state: dict[str, Any], step: int, *, loading: bool) -> dict[Any, Any]:
-        """See Kind."""
+        """See StateKind."""
         with compat.megatron.numbering_all_parameters(self.optimizer):
             own = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(self.metadata))
         for part, single in zip(_by_single(own), self.singles, strict=True):
@@ -158,16 +158,16 @@ class AsMegatron(Kind):
         return compat.megatron.without_classes(own)
 
     def load(self, state: dict[Any, Any]) -> None:
-        """See Kind."""
+        """See StateKind."""
         for part in _by_single(state):
             compat.megatron.lists_of_groups(part)
         self.optimizer.load_state_dict(state)
 
     def share_weights(self, chunks: list[Any]) -> None:
-        """See Kind; nothing to do: every rank wrote all of them."""
+        """See StateKind; nothing to do: every rank wrote all of them."""
 
 
-def kind_of(optimizer: Any) -> Kind:
+def kind_of(optimizer: Any) -> StateKind:
     """The kind of an optimizer."""
     if shards.own_shards(optimizer):
         return InRanges(optimizer)

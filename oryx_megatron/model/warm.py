@@ -33,6 +33,7 @@ def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
     """
     begun = time.perf_counter()
     if platform.has_gpu() and run.model.mixer == "gdn":
+        # Kernels of tilelang compute nothing inside and are compiled together at its end: all is called again below.
         with compat.tilelang.side_by_side():
             for mixer in _kinds(chunks):
                 if (model := mixer.model).has_recurrence:  # its backward pass compiles for longer than all else
