@@ -17,6 +17,7 @@ import resource
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ class _Source:
         """Paths of its datasets, each once."""
         return list(dict.fromkeys(entry.path for stage in self.stages for entry in stage.blend))
 
+    @cached_property
+    def sequences(self) -> dict[str, tuple[int, int]]:
+        """First and last + 1 sequence of the split in each dataset, rounded as megatron-core's builder does."""
+        edges = np.concatenate([[0.0], np.cumsum(np.array(self.share) / sum(self.share))])
+        begin, end = float(edges[self.split.value]), float(edges[self.split.value + 1])
+        counts = {path: len(self.opened[path].index.lengths) for path in self.paths}
+        return {path: (round(begin * count), round(end * count)) for path, count in counts.items()}
+
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of the split in each dataset."""
+        return {
+            path: int(self.opened[path].index.lengths[first:stop].sum(dtype=np.int64))
+            for path, (first, stop) in self.sequences.items()
+        }
+
 
 EVERY = 0
 """Instead of a number of samples: all of a validation set, each once."""
@@ -214,9 +231,9 @@ def _build(
     count: SampleCount,
     expected: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Blend]:
-    """Blends by name. `expected`: identities that rank 0 found; None on rank 0, which alone may build and checks more.
+    """Blends by name.
 
-    The first rank of a node compares the content of its files too: they may be a copy of their own.
+    `expected`: identities that rank 0 found; None on rank 0, which alone may build and checks more.
     """
     blends = {}
     for source in _sources(run, tokenizer, samples, count, expected):
@@ -240,7 +257,7 @@ def preview_datasets(run: RunConfig, tokenizer: Tokenizer, count: SampleCount) -
             for entry in stage.blend:
                 part = (stage.stop - stage.start) * (entry.weight / whole if len(stage.blend) > 1 else 1.0)
                 wanted[entry.path] = wanted.get(entry.path, 0.0) + part
-        _, tokens = _parts(source)
+        tokens = source.tokens
         if name != "train" and stages[-1].stop == EVERY:
             wanted = {path: float(_held(tokens[path], run)) for path in wanted}
         parts = (
@@ -258,7 +275,10 @@ def _sources(
     count: SampleCount,
     expected: dict[str, dict[str, Any]] | None,
 ) -> Iterator[_Source]:
-    """What each split and validation set is read from, once all its checks have passed."""
+    """What each split and validation set is read from, once all its checks have passed; `expected` as for `_build`.
+
+    The first rank of a node compares the content of its files too: they may be a copy of their own.
+    """
     first = expected is None
     content = first or platform.local_rank() == 0
     known = {file["path"]: data for identity in (expected or {}).values() for data, file in identity["files"].items()}
@@ -302,6 +322,7 @@ def _sources(
             _check_weights(stages)
             _check_names(source)
             _check_ends(name, [opened[entry.path] for stage in stages for entry in stage.blend], tokenizer)
+        _check_tokens(source)
         yield source
 
 
@@ -384,11 +405,21 @@ def _check_names(source: _Source) -> None:
             )
 
 
+def _check_tokens(source: _Source) -> None:
+    """Refuse a dataset of which the split has nothing."""
+    for path, (first, stop) in source.sequences.items():
+        if source.tokens[path] == 0:
+            raise DataError(
+                f"dataset {path}: its {source.split.name} part is empty ({stop - first} of "
+                f"{source.opened[path].documents} documents); use more documents or change data.split"
+            )
+
+
 def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) -> Blend:
     """The samples of a source in the order of the run; `once`: each is read at most once (see `build_datasets`)."""
     paths, size = source.paths, source.stages[-1].stop
     identity = _identity(run, tokenizer, source)
-    sequences, tokens = _parts(source)
+    tokens = source.tokens
     held = [_held(tokens[path], run) for path in paths]
     every = once and size == EVERY
     size = counted = sum(held) if every else size
@@ -408,7 +439,7 @@ def _blend(run: RunConfig, tokenizer: Tokenizer, source: _Source, once: bool) ->
                 source.opened[path],
                 split=source.split,
                 share=source.share,
-                sequences=sequences[path],
+                sequences=source.sequences[path],
                 count=counts[path],
             )
         )
@@ -458,20 +489,6 @@ def _identity(run: RunConfig, tokenizer: Tokenizer, source: _Source) -> dict[str
     }
 
 
-def _parts(source: _Source) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """First and last + 1 sequence of a split in each dataset, and its tokens; DataError when one has none."""
-    paths, opened, share, split = source.paths, source.opened, source.share, source.split
-    bounds = {path: _bounds(share, split, len(opened[path].index.lengths)) for path in paths}
-    tokens = {path: int(opened[path].index.lengths[slice(*bounds[path])].sum(dtype=np.int64)) for path in paths}
-    for path in paths:
-        if tokens[path] == 0:
-            raise DataError(
-                f"dataset {path}: its {split.name} part is empty ({bounds[path][1] - bounds[path][0]} of "
-                f"{opened[path].documents} documents); use more documents or change data.split"
-            )
-    return bounds, tokens
-
-
 def _read_once(
     name: str, paths: list[str], order: Order | None, held: list[int], size: int
 ) -> tuple[Order | None, int]:
@@ -495,13 +512,6 @@ def _read_once(
 def _held(tokens: int, run: RunConfig) -> int:
     """Samples in so many tokens."""
     return max((tokens - 1) // run.data.sequence_length, 1)
-
-
-def _bounds(share: tuple[float, float, float], split: Split, sequences: int) -> tuple[int, int]:
-    """First and last + 1 sequence of a split, rounded as megatron-core's builder does."""
-    edges = np.concatenate([[0.0], np.cumsum(np.array(share) / sum(share))])
-    begin, end = edges[split.value], edges[split.value + 1]
-    return round(float(begin) * sequences), round(float(end) * sequences)
 
 
 def _write_order(target: Path, stages: tuple[_Stage, ...], paths: list[str]) -> None:
