@@ -160,6 +160,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """An argument's type: what random generators begin with."""
+    if not 0 <= int(text) < 1 << 63:
+        raise ValueError
+    return int(text)
+
+
 def share(text: str) -> float:
     """An argument's type: from 0 to 1."""
     if not 0 <= float(text) <= 1:

@@ -22,7 +22,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.cli import Parser, main_guard, seed
 from oryx_megatron.display import shown
 from oryx_megatron.errors import ConfigError, ConversionError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("gdn", "mamba2"),
         help="recurrence of a Llama start (default: that of --run)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the new gates of a Llama start (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the new gates of a Llama start (default: %(default)s)")
     parser.add_argument(
         "--verify", action="store_true", help="compare logits of both sides; OUTPUT appears when they agree"
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import Parser, main_guard, text_of
+from oryx_megatron.cli import Parser, main_guard, seed, text_of
 from oryx_megatron.config.plans import HELP as PLANS
 from oryx_megatron.paths import expand_arguments
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=100, help="most tokens to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: most likely token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus of the sampling (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the run's)")
     parser.add_argument("--weights", choices=("trained", "ema"), default="trained", help="ema: their average")
     parser.add_argument(

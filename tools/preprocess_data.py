@@ -161,6 +161,8 @@ def summarize(prefix: str, manifest: dict, seconds: float) -> str:
 
 def shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
+    if int(count) < 1:
+        raise ValueError
     return int(number), int(count)
 
 

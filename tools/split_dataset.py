@@ -13,7 +13,7 @@ if __name__ == "__main__" and not __package__:
 
 import sys
 
-from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.cli import Parser, main_guard, seed
 from oryx_megatron.display import shown
 from oryx_megatron.errors import DataError
 from oryx_megatron.paths import expand_arguments, is_url
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = Parser(description=__doc__)
     parser.add_argument("dataset", metavar="PREFIX")
     parser.add_argument("parts", nargs="+", metavar="NAME=SHARE", help="names and relative sizes of the parts")
-    parser.add_argument("--seed", type=int, help="assign documents at random; default: parts follow each other")
+    parser.add_argument("--seed", type=seed, help="assign documents at random; default: parts follow each other")
     parser.add_argument("--output", metavar="OUTPUT", help="default: PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace existing datasets")
     args = parser.parse_args(argv)

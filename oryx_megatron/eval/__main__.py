@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oryx_megatron import ranks
-from oryx_megatron.cli import Parser, main_guard
+from oryx_megatron.cli import Parser, main_guard, seed
 from oryx_megatron.config.plans import HELP as PLAN
 from oryx_megatron.config.schema import ModesConfig, ParallelConfig, RunConfig
 from oryx_megatron.display import log_lines, shown
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("--plans", nargs="+", default=PLANS, help=f"{PLAN} (default: {' '.join(PLANS)})")
     retrieval.add_argument("--examples", type=int, default=64, help="texts per task and length (default: 64)")
     retrieval.add_argument("--batch-size", type=int, default=16, help="texts per pass (default: 16)")
-    retrieval.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")
+    retrieval.add_argument("--seed", type=seed, default=0, help="of the texts (default: 0)")
     for command in (perplexity, retrieval):
         command.add_argument(
             "--weights", choices=("trained", "ema"), default="trained", help="of a checkpoint; ema: their average"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from oryx_megatron.__main__ import main as oryx
 from oryx_megatron.cli import HelpFormatter, main_guard
 
 DOC = """One line that is a good deal longer than the forty columns of this terminal.
@@ -59,3 +60,22 @@ def test_commands_work_with_closed_streams(tmp_path: Path, closed: str) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_text() == "kept"
     assert ("said" in done.stdout, "warned" in done.stderr) == (">&-" not in closed.split(), "2>&-" not in closed)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "split", "d", "a=1", "b=1", "--seed", "-1"],
+        ["generate", "r", "--prompt", "x", "--seed", str(1 << 64)],
+        ["eval", "retrieval", "r", "--seed", "-1"],
+        ["convert", "from-hf", "e", "r", "--seed", "one"],
+        ["data", "preprocess", "--input", "a", "--tokenizer", "t", "--output", "p", "--shard", "1/0"],
+        ["data", "preprocess", "--input", "a", "--tokenizer", "t", "--output", "p", "--shard", "1"],
+    ],
+)
+def test_numbers_out_of_range_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert oryx(words) == 2
+    told = capsys.readouterr().err
+    option = words[-2]
+    assert told.startswith(f"error: argument {option}: invalid {option.removeprefix('--')} value: '{words[-1]}'; see ")
+    assert told.count("\n") == 1
