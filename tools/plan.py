@@ -218,7 +218,8 @@ def _share(model: ModelConfig, asked: Share | None) -> Share:
     if asked is None:
         return 0.5 if own is None else own
     if isinstance(asked, float) and (not 0 <= asked <= 1 or (own is not None and asked != own)):
-        raise ConfigError(f"--attention-share: {asked} is not a share that a model with modes={single} can have")
+        can = "should be from 0 to 1" if own is None else f"is not {own:g}, that of a model with {single} mode only"
+        raise ConfigError(f"--attention-share: {asked:g} {can}")
     return asked
 
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from oryx_megatron.data.tokenizer import Tokenizer
 
 
+COVERAGE = 0.9999
+"""Share of the characters of a text that become pieces of a SentencePiece model, unless --character-coverage says."""
+
+
 @main_guard
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
@@ -49,6 +53,7 @@ def main(argv: list[str] | None = None) -> int | None:
         train_sentencepiece,
     )
 
+    _check_options(args)
     if args.adopt:
         kind = next((kind for kind, name in MODEL_FILES.items() if name == args.file), None)
         tokenizer = write_manifest(args.adopt, source=f"adopted from {args.adopt}", eod=args.eod, kind=kind)
@@ -101,6 +106,27 @@ def main(argv: list[str] | None = None) -> int | None:
     elif args.held_out != 0:
         print(f"  held out           none: of every {args.held_out} documents the last is, and there are fewer")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise DataError where an option is wrong, or has no effect beside the others."""
+    sentencepiece = {
+        "--no-byte-fallback": args.no_byte_fallback,
+        "--character-coverage": args.character_coverage != COVERAGE,
+    }
+    adopt = {"--file": args.file is not None, "--eod": args.eod is not None}
+    given = {"--output": args.output is not None}
+    for beside, options in (
+        ("with --kind byte-level", sentencepiece if args.kind == "byte-level" and not args.adopt else {}),
+        ("without --adopt", {} if args.adopt else adopt),
+        ("with --adopt, which writes into its FOLDER", given if args.adopt else {}),
+    ):
+        if wrong := [name for name, is_given in options.items() if is_given]:
+            raise DataError(f"{wrong[0]}: has no effect {beside}; remove it")
+    if not 0.98 <= args.character_coverage <= 1:  # what SentencePiece takes
+        raise DataError(f"--character-coverage: {args.character_coverage:g} should be from 0.98 to 1")
+    if args.held_out == 1:
+        raise DataError("--held-out: 1 keeps every document from training; use 2 or more, or 0 for none")
 
 
 def progress(text: TrainingText, what: str, *, held_out: bool) -> Iterator[str]:
@@ -161,7 +187,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
     parser.add_argument("--join-digits", action="store_true", help="let numbers be tokens; default: single digits")
-    parser.add_argument("--character-coverage", type=float, default=0.9999, metavar="SHARE", help="default: 0.9999")
+    parser.add_argument(
+        "--character-coverage", type=float, default=COVERAGE, metavar="SHARE", help=f"default: {COVERAGE}"
+    )
     parser.add_argument(
         "--sample-bytes", type=positive, metavar="N", help="train on this much text at most, spread over all inputs"
     )

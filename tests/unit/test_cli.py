@@ -79,3 +79,26 @@ def test_numbers_out_of_range_are_one_line(words: list[str], capsys: pytest.Capt
     option = words[-2]
     assert told.startswith(f"error: argument {option}: invalid {option.removeprefix('--')} value: '{words[-1]}'; see ")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tokenizer", "--eod", "</s>"], "--eod: has no effect without --adopt; remove it"),
+        (["tokenizer", "--file", "tokenizer.json"], "--file: has no effect without --adopt; remove it"),
+        (["tokenizer", "--adopt", "t", "--output", "u"], "--output: has no effect with --adopt, which writes"),
+        (["tokenizer", "--kind", "byte-level", "--no-byte-fallback"], "--no-byte-fallback: has no effect with --kind"),
+        (["tokenizer", "--kind", "byte-level", "--character-coverage", "1"], "--character-coverage: has no effect"),
+        (["tokenizer", "--character-coverage", "2"], "--character-coverage: 2 should be from 0.98 to 1"),
+        (["tokenizer", "--held-out", "1"], "--held-out: 1 keeps every document from training; use 2"),
+        (["plan", "tiny-gdn", "--gpus", "2", "--sequence", "64", "--batch", "8", "--attention-share", "2"],
+         "--attention-share: 2 should be from 0 to 1"),
+        (["plan", "tiny-gdn-only", "--gpus", "2", "--sequence", "64", "--batch", "8", "--attention-share", "1"],
+         "--attention-share: 1 is not 0, that of a model with recurrent mode only"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert oryx(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {said}")
+    assert told.count("\n") == 1
