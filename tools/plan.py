@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(plain, indent=1) + "\n")
     else:
         ramp = [] if not work.ramp else ramp_lines(model, cluster, work, found[0])
-        bill = _bill_lines(_bill(found[0], cluster, work, a.tokens, a.price), cluster, a.price)
+        bill = _bill_lines(_bill(found[0], cluster, work, a.tokens, a.price), a.price)
         sys.stdout.write(shown_lines(_report(model, cluster, work, found, a.top, [*ramp, *bill])))
     if a.picture:
         draw(found[0], a.picture)
@@ -200,7 +200,7 @@ def _bill(e: Estimate, cluster: Cluster, work: Work, tokens: float | None, price
     return bill if price is None else bill | {"cost": bill["gpu_hours"] * price}
 
 
-def _bill_lines(bill: dict[str, float], cluster: Cluster, price: float | None) -> list[str]:
+def _bill_lines(bill: dict[str, float], price: float | None) -> list[str]:
     if not bill:
         return []
     lines = [

@@ -208,39 +208,15 @@ class OryxModel(OryxPreTrainedModel, Routed):
             cache = OryxCache(self.config)
         cache = OryxCache.of(cache, self.config)
 
-        past, slots = 0, None
-        static = cache is not None and cache.layers[0].is_compileable
-        if cache is not None and cache.started:
-            past = cache.get_seq_length()
-        if static:
-            # A tensor on the device; reading it on the host is left to calls of several tokens.
-            past = int(past) if s > 1 else past
-            slots = torch.arange(s, device=x.device) + past
-            limit = cache.get_max_length()
-            if limit >= 0 and isinstance(past, int) and past + s > limit:
-                raise ValueError(f"the static cache has room for {limit} tokens, not for {past} + {s}")
+        past, slots = _places(cache, s, x.device)
         mask, valid = _padding(attention_mask, b, s, past, slots, cache)
         if position_ids is None:
-            if mask is None:
-                position_ids = (torch.arange(s, device=x.device) + past)[None]
-            else:
-                count = mask.long().cumsum(1) - 1
-                position_ids = (count[:, -s:] if slots is None else count[:, slots]).clamp(min=0)
+            position_ids = _positions(mask, past, slots, s, x.device)
         if mode_plan is None and attention_mask is None and b > 1 and s > 1 and not self.training:
-            plan = self.config.default_plan
-            parts, _ = distinct_plans(plan, len(self.layers))
-            found = (re.match(r"\s*(prompt:)?\s*last:", part) for part in parts)
-            if (counted := next((match for match in found if match is not None), None)) is not None:
-                why = (
-                    f"mode plan `{plan}` counts from the end of each text, and no attention_mask says where the {b} "
-                    "texts of this batch end; give one, or one text per call (lm-eval: --batch_size 1)"
-                )
-                if counted[1] is None:  # lm-eval scores so: modes, and scores, would depend on the batch size
-                    raise ValueError(why)
-                logger.warning_once(why)
+            self._check_ends_known(b)
         if (share := self.routed_share(mode_plan)) is not None:
             mode_plan = self.route(share, input_ids, valid, cache)
-        modes = self._modes(mode_plan, mask, valid, past, slots, b, s, x.device)
+        modes = self._modes(mode_plan, mask, past, slots, b, s, x.device)
         keys, of_layers = self._of_layers(modes, s)
         attends, recurs = (any(values) for values in zip(*((m.runs, m.recurs) for m in of_layers.values())))
         if attends and cache is not None and not cache.keep_kv and cache.started:
@@ -260,13 +236,27 @@ class OryxModel(OryxPreTrainedModel, Routed):
             )
             output_attentions = False
         contexts = self.contexts(
-            of_layers, position_ids, past, x, mask, slots, cache, valid, output_attentions=bool(output_attentions)
+            of_layers, position_ids, past, x, mask, cache, valid, output_attentions=bool(output_attentions)
         )
         for i, layer in enumerate(self.layers):
             memory, context = None if cache is None else cache.layers[i], contexts[keys[i]]
             # One compiled block serves all layers of the same modes: nothing in it depends on which layer it is.
             x = layer(x, context, memory) if not self.compiled else compiled_block()(layer, x, context, memory)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache if use_cache else None})
+
+    def _check_ends_known(self, b: int) -> None:
+        """Refuse, or warn of, a default plan that counts from the end of each of b texts that may be padded."""
+        plan = self.config.default_plan
+        parts, _ = distinct_plans(plan, len(self.layers))
+        found = (re.match(r"\s*(prompt:)?\s*last:", part) for part in parts)
+        if (counted := next((match for match in found if match is not None), None)) is not None:
+            why = (
+                f"mode plan `{plan}` counts from the end of each text, and no attention_mask says where the {b} "
+                "texts of this batch end; give one, or one text per call (lm-eval: --batch_size 1)"
+            )
+            if counted[1] is None:  # lm-eval scores so: modes, and scores, would depend on the batch size
+                raise ValueError(why)
+            logger.warning_once(why)
 
     def contexts(
         self,
@@ -275,7 +265,6 @@ class OryxModel(OryxPreTrainedModel, Routed):
         past: int | Tensor,
         x: Tensor,
         mask: Tensor | None = None,
-        slots: Tensor | None = None,
         cache: Cache | None = None,
         valid: Tensor | None = None,
         *,
@@ -290,7 +279,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
                 rotary_recurrent = rope.tables(position_ids, width, wide(x.dtype), attention=False)
         found: dict[int | str, OryxContext] = {}
         for kind, own in of_layers.items():
-            masks, key_counts = self._masks(own, mask, past, slots, cache, x)
+            masks, key_counts = self._masks(own, mask, past, cache, x)
             found[kind] = OryxContext(own, masks, key_counts, rotary, rotary_recurrent, valid, output_attentions)
         return found
 
@@ -350,7 +339,6 @@ class OryxModel(OryxPreTrainedModel, Routed):
         self,
         plan: ModePlan | TokenModes | LayerModes | None,
         mask: Tensor | None,
-        valid: Tensor | None,
         past: int | Tensor,
         slots: Tensor | None,
         b: int,
@@ -367,7 +355,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
             plans, of_layer = distinct_plans(plan, len(self.layers))
             plan = plan if of_layer is None else LayerModes(tuple(plans), of_layer)
         if isinstance(plan, LayerModes):
-            given = (mask, valid, past, slots, b, s, device, by_default)
+            given = (mask, past, slots, b, s, device, by_default)
             return LayerModes(tuple(self._modes(own, *given) for own in plan.distinct), plan.of_layer)
         if by_default and isinstance(plan, str) and plan.startswith("prompt:"):
             check_default_plan(self.config)  # it may have been set since
@@ -387,7 +375,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
             modes = TokenModes.from_mask(rows, device)
         elif (rows := self._token_mask(plan, b, s)).dim() == 3:
             plan = LayerModes.from_masks(rows, device)
-            return self._modes(plan, mask, valid, past, slots, b, s, device)
+            return self._modes(plan, mask, past, slots, b, s, device)
         else:
             modes = TokenModes.from_mask(rows, device)
         if modes.runs and not self.config.has_attention:
@@ -397,13 +385,7 @@ class OryxModel(OryxPreTrainedModel, Routed):
         return modes
 
     def _masks(
-        self,
-        modes: TokenModes,
-        mask: Tensor | None,
-        past: int | Tensor,
-        slots: Tensor | None,
-        cache: Cache | None,
-        x: Tensor,
+        self, modes: TokenModes, mask: Tensor | None, past: int | Tensor, cache: Cache | None, x: Tensor
     ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
         """Attention mask of each run, and how many keys it is over."""
         name = self.config._attn_implementation
@@ -451,6 +433,27 @@ def _rows_of(plan: ModePlan, mask: Tensor | None, past: int | Tensor, s: int, *,
     tables = {n: plan_mask(plan, n, chunk=chunk, shorter=shorter) for n in set(lengths) if n}
     tables[0] = torch.zeros(1, dtype=torch.bool)
     return torch.stack([tables[n][i] for n, i in zip(lengths, index)])
+
+
+def _places(cache: Cache | None, s: int, device: torch.device) -> tuple[int | Tensor, Tensor | None]:
+    """How many tokens are cached, and the slots of this call's s tokens in a static cache; None in another."""
+    past = cache.get_seq_length() if cache is not None and cache.started else 0
+    if cache is None or not cache.layers[0].is_compileable:
+        return past, None
+    # A tensor on the device; reading it on the host is left to calls of several tokens.
+    past = int(past) if s > 1 else past
+    limit = cache.get_max_length()
+    if limit >= 0 and isinstance(past, int) and past + s > limit:
+        raise ValueError(f"the static cache has room for {limit} tokens, not for {past} + {s}")
+    return past, torch.arange(s, device=device) + past
+
+
+def _positions(mask: Tensor | None, past: int | Tensor, slots: Tensor | None, s: int, device: torch.device) -> Tensor:
+    """Positions [1 or b, s] of this call's tokens in their texts, where padding counts for nothing."""
+    if mask is None:
+        return (torch.arange(s, device=device) + past)[None]
+    count = mask.long().cumsum(1) - 1
+    return (count[:, -s:] if slots is None else count[:, slots]).clamp(min=0)
 
 
 def _padding(

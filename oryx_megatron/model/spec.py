@@ -45,7 +45,6 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **
         if gathers_once(config):
             linears["in_proj"] = LocalLinear
     return _layer_spec(
-        config,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         params=mixer,
@@ -73,7 +72,6 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
 
     gathers = gathers_once(config)
     return _layer_spec(
-        config,
         input_layernorm=TENorm if gathers else IdentityOp,
         pre_mlp_layernorm=TENorm if experts else IdentityOp,
         params=mixer,
@@ -99,7 +97,6 @@ def gathers_once(config: OryxTransformerConfig) -> bool:
 
 
 def _layer_spec(
-    config: OryxTransformerConfig,
     *,
     input_layernorm: type,
     pre_mlp_layernorm: type,
