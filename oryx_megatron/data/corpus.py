@@ -517,6 +517,7 @@ def _read_parquet(segment: Segment, options: ReadOptions, reading: Reading) -> I
                 for part in table.iter_batches(batch_size=batch, row_groups=[group], columns=[column]):
                     for value in part.column(0):
                         row += 1
+                        value = getattr(value, "value", value)  # of a column with a dictionary, as pandas' categories
                         yield from _row(value, f"{segment.path}:row {row}", options)
             except broken as error:
                 yield Bad(f"{segment.path}:row group {group}", "unreadable file", line_of(error), segment.size)
@@ -531,9 +532,10 @@ def _column_problem(schema: Any, column: str) -> tuple[str, str] | None:
     if (number := schema.names.count(column)) > 1:
         detail = f"{number} columns are named {column!r}; rename them, or name another one with --text-key"
         return "ambiguous key", detail
-    kind = str(schema.field(column).type)
+    field = schema.field(column).type
+    kind = str(getattr(field, "value_type", None) if str(field).startswith("dictionary") else field)
     if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
-        return "wrong type", f"column {column!r} holds {kind}, not text"
+        return "wrong type", f"column {column!r} holds {field}, not text"
     return None
 
 

@@ -209,6 +209,20 @@ def test_truncated_archives(tmp_path: Path, ending: str) -> None:
     assert bad(tmp_path)[0].startswith(f"{tmp_path}/a.jsonl{ending}: unreadable file")
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
+def test_parquet_with_a_dictionary(tmp_path: Path, kind: pa.DataType) -> None:
+    """As pandas writes categories, and other tools columns with few values."""
+    column = pa.array([*TEXTS, *TEXTS[:2]], pa.string()).dictionary_encode()
+    column = pa.DictionaryArray.from_arrays(column.indices, column.dictionary.cast(kind))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=3)
+    assert texts(tmp_path / "a.parquet", unit_bytes=1) == [*TEXTS, *TEXTS[:2]]
+    pq.write_table(pa.table({"text": pa.array(["a", None]).dictionary_encode()}), tmp_path / "a.parquet")
+    assert bad(tmp_path) == [f"{tmp_path}/a.parquet:row 2: missing key (the row is null)"]
+    pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "a.parquet")
+    (told,) = bad(tmp_path)
+    assert "wrong type (column 'text' holds int64, not text)" in told
+
+
 def test_truncated_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS * 50}), tmp_path / "a.parquet")
     data = (tmp_path / "a.parquet").read_bytes()
