@@ -58,65 +58,9 @@ PICTURE_MICROBATCHES = 16
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse, plan and print; see --help."""
-    parser = Parser(description=__doc__)
-    defaults = Cluster(1)
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="preset, model YAML, or run YAML (RUN.yaml)")
-    parser.add_argument("--gpus", type=int, required=True, help="of the cluster")
-    parser.add_argument("--sequence", type=int, help="tokens per sample (default: the run's)")
-    parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N",
-        help="samples per step over all GPUs (default: the run's); of a ramp all its sizes: layouts take all, and are "
-        "compared at the last",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokens", type=float, metavar="N", help="to train on, as 29e9: adds hours and GPU-hours (default: the run's)"
-    )
-    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour: adds the cost, in the same currency")
-    parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
-    parser.add_argument("--card", choices=sorted(MEMORY_GIB), default="h200", help="memory and its speed")
-    parser.add_argument("--memory", type=float, help="GiB per GPU (default: the card's)")
-    parser.add_argument("--gpus-per-node", type=int, default=defaults.gpus_per_node)
-    parser.add_argument(
-        "--nvlink", type=float, default=defaults.node_gbps, help="GB/s that NCCL sends per GPU inside a node"
-    )
-    parser.add_argument(
-        "--network", type=float, default=defaults.network_gbps, help="GB/s that NCCL sends per GPU between nodes"
-    )
-    parser.add_argument("--tflops", type=float, default=defaults.tflops, help="peak of a GPU in bf16")
-    parser.add_argument(
-        "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
-    )
-    parser.add_argument("--ema", action="store_true", help="as with train.ema: an fp32 average of the weights")
-    parser.add_argument("--muon", action="store_true", help="as with optimizer.name muon: its memory, AdamW's time")
-    parser.add_argument("--fp8", choices=sorted(COSTS.fp8), help="precision.fp8 (default: the run's, else none)")
-    parser.add_argument("--launched", action="store_true", help="as with kernels.graphs off: the host may be the limit")
-    parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
-    parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
-    parser.add_argument("--json", action="store_true", help="print the layouts as JSON")
-    a = parser.parse_args(argv)
+    a = _parser().parse_args(argv)
     expand_arguments(a, "--picture")
-    for name in (
-        "gpus",
-        "sequence",
-        "batch",
-        "memory",
-        "gpus_per_node",
-        "nvlink",
-        "network",
-        "tflops",
-        "top",
-        "tokens",
-        "price",
-    ):
-        value = getattr(a, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not 0 < number < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')}: {number} should be above 0")
-    if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
-        raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
-    if a.picture:
-        check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
+    _check(a)
     model = _of_run(a) if is_run(a.model) else load_model(a.model)
     for name in ("sequence", "batch"):
         if getattr(a, name) is None:
@@ -159,6 +103,71 @@ def main(argv: list[str] | None = None) -> int:
         draw(found[0], a.picture)
         sys.stderr.write(f"wrote {shown(a.picture)}\n")
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
+    defaults = Cluster(1)
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="preset, model YAML, or run YAML (RUN.yaml)")
+    parser.add_argument("--gpus", type=int, required=True, help="of the cluster")
+    parser.add_argument("--sequence", type=int, help="tokens per sample (default: the run's)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", metavar="N",
+        help="samples per step over all GPUs (default: the run's); of a ramp all its sizes: layouts take all, and are "
+        "compared at the last",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=float, metavar="N", help="to train on, as 29e9: adds hours and GPU-hours (default: the run's)"
+    )
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour: adds the cost, in the same currency")
+    parser.add_argument("--attention-share", type=float, help="of the tokens (default: 0.5, or what the model has)")
+    parser.add_argument("--card", choices=sorted(MEMORY_GIB), default="h200", help="memory and its speed")
+    parser.add_argument("--memory", type=float, help="GiB per GPU (default: the card's)")
+    parser.add_argument("--gpus-per-node", type=int, default=defaults.gpus_per_node)
+    parser.add_argument(
+        "--nvlink", type=float, default=defaults.node_gbps, help="GB/s that NCCL sends per GPU inside a node"
+    )
+    parser.add_argument(
+        "--network", type=float, default=defaults.network_gbps, help="GB/s that NCCL sends per GPU between nodes"
+    )
+    parser.add_argument("--tflops", type=float, default=defaults.tflops, help="peak of a GPU in bf16")
+    parser.add_argument(
+        "--cpu-offload", action="store_true", help="as with optimizer.cpu_offload: its state on the host"
+    )
+    parser.add_argument("--ema", action="store_true", help="as with train.ema: an fp32 average of the weights")
+    parser.add_argument("--muon", action="store_true", help="as with optimizer.name muon: its memory, AdamW's time")
+    parser.add_argument("--fp8", choices=sorted(COSTS.fp8), help="precision.fp8 (default: the run's, else none)")
+    parser.add_argument("--launched", action="store_true", help="as with kernels.graphs off: the host may be the limit")
+    parser.add_argument("--top", type=int, default=10, help="layouts to list (default %(default)s)")
+    parser.add_argument("--picture", type=Path, help="PNG of the best layout's pipeline schedule")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier --picture")
+    parser.add_argument("--json", action="store_true", help="print the layouts as JSON")
+    return parser
+
+
+def _check(a: argparse.Namespace) -> None:
+    """Refuse numbers that are none of anything, and a picture that cannot be written."""
+    for name in (
+        "gpus",
+        "sequence",
+        "batch",
+        "memory",
+        "gpus_per_node",
+        "nvlink",
+        "network",
+        "tflops",
+        "top",
+        "tokens",
+        "price",
+    ):
+        value = getattr(a, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not 0 < number < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')}: {number} should be above 0")
+    if a.picture and (a.picture.is_dir() or not a.picture.absolute().parent.is_dir()):
+        raise ConfigError(f"--picture {a.picture}: should name a file in a folder that exists")
+    if a.picture:
+        check_output(a.picture, ours=is_marked, overwrite=a.overwrite, inputs=[a.model])
 
 
 def _of_run(a: argparse.Namespace) -> ModelConfig:
