@@ -130,6 +130,10 @@ def find_checkpoint(path: str | Path, *, only: Collection[str] | None = None) ->
         raise CheckpointError(f"{path} does not exist; give a checkpoint or a run folder")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the folder of a checkpoint or a run")
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a folder of transformers, and a checkpoint is needed; make one: oryx convert from-hf {path} OUT"
+        )
     raise CheckpointError(f"{path} holds no complete checkpoint (no {PREFIX}*/{NAME})")
 
 

@@ -111,6 +111,12 @@ def test_retention_of_renamed_ones(tmp_path: Path) -> None:
     assert names(tmp_path) == [f"iteration_{number:07d}" for number in (0, 4, 5, 30)]
 
 
+def test_an_export_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a folder of transformers.*make one: oryx convert from-hf"):
+        store.find_checkpoint(tmp_path)
+
+
 def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not damaged: a run that skipped the checkpoint would do its steps again, and replace it."""
     folder = checkpoint(tmp_path, 1)
