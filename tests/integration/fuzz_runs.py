@@ -249,7 +249,7 @@ def _resume(folder: Path) -> None:
 
 def _replay(folder: Path) -> None:
     record = read_record(folder / "faults" / "batch-0000005.json")
-    report(record, {"loss": 1.0, "grad_norm": 1.0, "reason": None})
+    report(record, {"loss": 1.0, "grad_norm": 1.0, "reason": None, "start": 0, "other_samples": False})
     load_run(folder / "config.yaml")
 
 
