@@ -416,7 +416,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if folder.is_file():
         raise DataError(f"tokenizer {folder} is a file; give its folder {folder.parent}")
     if not folder.is_dir():
-        raise DataError(f"tokenizer folder {folder} does not exist; make one with `oryx tokenizer`")
+        near = Path("tokenizers", folder)
+        instead = f"did you mean {near}?" if shipped(near).is_dir() else "make one with `oryx tokenizer`"
+        raise DataError(f"tokenizer folder {folder} does not exist; {instead}")
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} has no {MANIFEST}; write one with `oryx tokenizer --adopt {folder}`")
     manifest = _read_manifest(folder)

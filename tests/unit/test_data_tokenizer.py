@@ -131,3 +131,11 @@ def test_fingerprint_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(STDLIB_8K, tmp_path / "other"))
     assert load_tokenizer(copy).fingerprint == load_tokenizer(STDLIB_8K).fingerprint
     assert load_tokenizer(copy).token_bytes().dtype == np.int32
+
+
+def test_a_tokenizer_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"stdlib-8k does not exist; did you mean tokenizers/stdlib-8k\?$"):
+        load_tokenizer("stdlib-8k")
+    with pytest.raises(DataError, match=r"mine does not exist; make one with `oryx tokenizer`$"):
+        load_tokenizer(tmp_path / "mine")
