@@ -11,6 +11,7 @@ Each kernel is traced and compiled in a process of its own, which leaves it in t
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import logging
 import os
@@ -110,8 +111,6 @@ def _name(kernel: Any) -> str:
 def _one_at_a_time(what: str) -> Iterator[None]:
     """Alone with `what` among the processes that take turns; a process that ends, however it does, leaves its turn."""
     if _turns is not None:
-        import fcntl
-
         with contextlib.suppress(OSError):  # without locks in this file system each compiles, as without turns
             fcntl.lockf(_turns, fcntl.LOCK_EX, 1, zlib.crc32(what.encode()))
     yield

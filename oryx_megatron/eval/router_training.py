@@ -84,7 +84,6 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
         ConfigError: a model with one mode only.
         DataError, CheckpointError: what cannot be read; a file in the way that is not a router.
     """
-
     path = router_of(find_checkpoint(run))
     check_output(path, ours=is_router, overwrite=overwrite)
     model = load_for_inference(run)
@@ -125,7 +124,6 @@ def train_router(run: str | Path, options: RouterConfig, *, overwrite: bool = Fa
 
 def texts_of(model: LoadedModel, options: RouterConfig) -> Iterator[tuple[str, Any, int]]:
     """`train` and `valid`: this rank's stream of texts, and how many to take of it."""
-
     tokenizer = load_tokenizer(model.run.data.tokenizer)
     check_tokenizer(tokenizer, model.manifest.tokenizer, str(model.folder))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -154,7 +152,6 @@ def texts_of(model: LoadedModel, options: RouterConfig) -> Iterator[tuple[str, A
 
 def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
     """Both losses of so many texts."""
-
     batches = [stream.next_batches()[0] for _ in range(count)]
     tokens, labels, counted = (
         torch.cat([batch[name] for batch in batches]) for name in ("tokens", "labels", "loss_mask")
@@ -166,7 +163,6 @@ def collect(model: LoadedModel, stream: Any, count: int) -> Gains:
 
 def count_texts(router: OryxRouter, stream: Any, count: int) -> None:
     """Let a router count so many further texts of every rank: not those it learns from, which hold what it counts."""
-
     batch = 256
     for begin in range(0, count, batch):
         texts = [stream.next_batches()[0]["tokens"] for _ in range(min(batch, count - begin))]
@@ -185,7 +181,6 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | S
 
     Texts of different plans are read as isolated documents of one sequence.
     """
-
     n, s = tokens.shape
     size, found = max(1, tokens_at_once(model.run.model.vocab_size) // s), []
     for rows in torch.arange(n).split(size):
@@ -202,7 +197,6 @@ def losses_of(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan | S
 
 def _pass(model: LoadedModel, tokens: Tensor, labels: Tensor, plan: Plan, documents: Tensor | None) -> Tensor:
     """Losses [b, s] by the step that training evaluates with, on the host."""
-
     program = OryxProgram(model.run.model)
     with torch.no_grad():
         placed = program.place(Microbatch(tokens, labels, torch.ones(tokens.shape), plan, documents), model.chunk)
@@ -215,7 +209,6 @@ def fit(router: OryxRouter, gains: Gains, options: RouterConfig, generator: torc
 
     All ranks hold equal weights and average their gradients.
     """
-
     device, count = platform.device(), len(gains.tokens)
     targets = gains.gains.clamp(-CLIP, CLIP)
     steps = options.epochs * -(-count // options.batch_size)
@@ -246,7 +239,6 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains, scores: Ten
 
     `scores` [n, s]: the router's of these texts, on the host.
     """
-
     length = held_out.tokens.shape[1]
     plans: dict[str, list[ModePlan]] = {}
     for share in SHARES:
@@ -270,12 +262,10 @@ def compare(model: LoadedModel, router: OryxRouter, held_out: Gains, scores: Ten
 
 
 def _embedding(model: LoadedModel) -> Tensor:
-
     return unwrap_model(model.chunk).embedding.word_embeddings.weight.detach().float().cpu()
 
 
 def _average(router: OryxRouter) -> None:
-
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for parameter in router.parameters():
             assert parameter.grad is not None  # every part of a router takes part in every score
@@ -284,7 +274,6 @@ def _average(router: OryxRouter) -> None:
 
 
 def _summed(values: Tensor) -> Tensor:
-
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return values
     there = values.to(platform.device())
@@ -294,7 +283,6 @@ def _summed(values: Tensor) -> Tensor:
 
 def _everywhere(scores: Tensor) -> Tensor:
     """Scores of all ranks, each [n] of its own length."""
-
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return scores
     parts: list[Any] = [None] * torch.distributed.get_world_size()

@@ -27,8 +27,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> int
     """Write tokenizer.json and tokenizer_config.json (and keep the original model file and chat template beside them).
 
     Special tokens in a text become their ids, as fine-tuning needs them and a Hugging Face tokenizer does in training,
-    where to SentencePiece they are text. Padding is another
-    token than the end of a text where the vocabulary has one that no text holds. Returns its id.
+    where to SentencePiece they are text. Padding is another token than the end of a text where the vocabulary has one
+    that no text holds. Returns its id.
 
     Raises ConversionError when the written tokenizer gives other ids than the run's on sample texts.
     """
