@@ -29,9 +29,16 @@ TAPS = 4
 RESET = 80.0
 """Taken off the log decay where a document opens: e⁻⁸⁰ of the old state is none in fp32."""
 _TILE = {"BLOCK": 16, "num_warps": 4}
-_WALK = {"BLOCK": 64, "num_warps": 1}
+_WALK = {"BLOCK": 64, "AHEAD": 2, "num_warps": 1}
+_WALK_BACK = {"BLOCK": 64, "AHEAD": 2, "num_warps": 1}
+_NORM = {"BLOCK": 16, "num_warps": 4}
+_NORM_BACK = {"BLOCK": 16, "num_warps": 4}
 _GATES = {"BLOCK": 32, "num_warps": 4}
 _SWIGLU = {"BLOCK": 1024, "num_warps": 4}
+_ALL = slice(None)
+_FEW = 1024
+_SHARES = {True: {"ROWS": 1024, "COLS": 8, "num_warps": 8}, False: {"ROWS": 128, "COLS": 64, "num_warps": 8}}
+"""By whether a weight has a few numbers, as norms and gates have: then wide columns would leave most programs none."""
 
 
 def missing() -> str | None:
@@ -134,6 +141,7 @@ class _KeysValues(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(projected, conv, key_norm)
         ctx.groups, ctx.widths, ctx.layout, ctx.steps = groups, widths, layout, steps
+        ctx.weights = conv, key_norm  # themselves: `main_grad` is an attribute
         ctx.set_materialize_grads(False)
         attends, recurs = layout.attention > 0, layout.recurrent > 0
         batch = projected.shape[1]
@@ -159,20 +167,21 @@ class _KeysValues(torch.autograd.Function):
         dx = around(gate, projected.shape) if gate is not None else torch.empty_like(projected)
         if gate is None:
             dx[..., end:] = 0
-        shares = []
+        trains = ctx.needs_input_grad[1:3]
+        of_taps, dnorm = list[tuple[slice, Tensor | None]](), None
         for channels, norm, grad_a, grad_r, own in (
             (slice(0, split), key_norm, key_a, key_r, steps),
             (slice(split, end), None, value_a, value_r, steps.of_values),
         ):
             taps = None if conv is None else conv[channels]
-            shares.append(
-                _heads_backward(
-                    projected[..., channels], layout.rows, 0, taps, norm, layout, layout.identity, own,
-                    grad_a, grad_r, dx[..., channels], 1.0,
-                )
+            shares, norm_shares = _heads_backward(
+                projected[..., channels], layout.rows, 0, taps, norm, layout, layout.identity, own,
+                grad_a, grad_r, dx[..., channels], 1.0,
             )  # fmt: skip
-        dconv = None if conv is None else torch.cat([share[0] for share in shares]).to(conv.dtype)  # type: ignore[misc]
-        dnorm = None if key_norm is None else _zero_if_none(shares[0][1], key_norm)
+            of_taps.append((channels, shares))
+            if norm is not None:
+                dnorm = _weight_gradient(ctx.weights[1], [(_ALL, norm_shares)], trains=trains[1])
+        dconv = None if conv is None else _weight_gradient(ctx.weights[0], of_taps, trains=trains[0])
         return dx, dconv, dnorm, None, None, None, None, None
 
 
@@ -200,7 +209,7 @@ class _Query(torch.autograd.Function):
         mode: Literal["attention", "recurrent"],
     ) -> Tensor:
         ctx.save_for_backward(projected, norm)
-        ctx.layout, ctx.steps, ctx.mode = layout, steps, mode
+        ctx.layout, ctx.steps, ctx.mode, ctx.norm = layout, steps, mode, norm
         rows, batch, channels = projected.shape
         heads = channels // width
         if mode == "attention":
@@ -226,8 +235,9 @@ class _Query(torch.autograd.Function):
             place, offset = _recurrent_rows(layout, projected.shape[0])
             angles, a, r = layout.identity, None, grads[0]
         scale = 1.0 if r is None else r.shape[-1] ** -0.5
-        _, dnorm = _heads_backward(projected, place, offset, None, norm, layout, angles, steps, a, r, dx, scale)
-        return dx, None if norm is None else _zero_if_none(dnorm, norm), None, None, None, None
+        _, shares = _heads_backward(projected, place, offset, None, norm, layout, angles, steps, a, r, dx, scale)
+        dnorm = None if norm is None else _weight_gradient(ctx.norm, [(_ALL, shares)], trains=ctx.needs_input_grad[1])
+        return dx, dnorm, None, None, None, None
 
 
 def _recurrent_rows(layout: TokenLayout, rows: int) -> tuple[Tensor, int]:
@@ -303,12 +313,12 @@ def _heads_backward(
     dx: Tensor,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fill dx, of x's shape; returns the gradients of taps and norm."""
+    """Fill dx, of x's shape; returns the programs' shares [n, …] in the gradients of taps and norm, fp32."""
     kernels, _ = _kernels()
     grad = grad_a if grad_a is not None else grad_r
     if grad is None:  # nothing was read
         dx.zero_()
-        return None if taps is None else torch.zeros_like(taps), None
+        return None, None
     batch, entries, heads, width = grad.shape
     grad_a, grad_r = (None if g is None else g.contiguous() for g in (grad_a, grad_r))
     flags = _steps_used(steps, grad_a, grad_r)
@@ -325,7 +335,7 @@ def _heads_backward(
                 steps.epsilon, NORM_EPSILON, scale, HALF=width // 2, **flags, **_TILE,
             )  # fmt: skip
     else:
-        blocks = -(-entries // _WALK["BLOCK"])
+        blocks = -(-entries // _WALK_BACK["BLOCK"])
         dtaps = x.new_empty(blocks * batch, heads * width, TAPS, dtype=torch.float32)
         if flags["NORM"]:
             dnorm = x.new_empty(blocks * batch * heads, width, dtype=torch.float32)
@@ -333,14 +343,34 @@ def _heads_backward(
             x, rows, layout.starts, taps, norm, cos, sin, grad_a, grad_r, dx, dtaps, dnorm,
             entries, heads, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
             steps.epsilon, NORM_EPSILON, scale, DOCUMENTS=layout.isolated, SILU=steps.silu, HALF=width // 2,
-            **flags, **_WALK,
+            **flags, **_WALK_BACK,
         )  # fmt: skip
-        dtaps = dtaps.sum(0)
-    return dtaps, None if dnorm is None else dnorm.sum(0)
+    return dtaps, dnorm
 
 
-def _zero_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+def _weight_gradient(weight: Any, pieces: list[tuple[slice, Tensor | None]], *, trains: bool) -> Tensor | None:
+    """Gradient of a weight, from the shares [n, …] of n programs in each piece of its rows (None: zeros).
+
+    Shares may be wider than their piece. A weight with megatron-core's fp32 buffer gets them there in the same pass.
+    """
+    if not trains:
+        return None
+    total = getattr(weight, "main_grad", None)
+    if total is None or not hasattr(weight, "grad_added_to_main_grad"):
+        gradient = torch.empty_like(weight)
+        for rows, shares in pieces:
+            gradient[rows] = 0.0 if shares is None else shares.sum(0)[: gradient[rows].shape[0]]
+        return gradient
+    _, kernels = _kernels()
+    for rows, shares in pieces:
+        if shares is not None:
+            width = (piece := total[rows]).numel()
+            sizes = _SHARES[width <= _FEW]
+            grid = (-(-width // sizes["COLS"]),)
+            kernels.add_shares[grid](shares, piece, len(shares), width, shares[0].numel(), **sizes)
+    # megatron-core's hook drops the gradient of a weight with this mark, but waits for one.
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def gated_norm(
@@ -407,15 +437,15 @@ class _GatedNorm(torch.autograd.Function):
         _, kernels = _kernels()
         o_a, o_r = (None if o is None else o.contiguous() for o in (o_a, o_r))
         ctx.save_for_backward(o_a, o_r, gate, weight)
-        ctx.layout, ctx.epsilon = layout, epsilon
+        ctx.layout, ctx.epsilon, ctx.weight = layout, epsilon, weight
         some = o_a if o_a is not None else o_r
         assert some is not None
         batch, _, heads, width = some.shape
         y = some.new_empty(layout.length, batch, heads * width)
         strides = (0, 0) if gate is None else gate.stride()[:2]
-        kernels.gated_norm_forward[(-(-layout.length // _TILE["BLOCK"]), batch)](
+        kernels.gated_norm_forward[(-(-layout.length // _NORM["BLOCK"]), batch)](
             o_a, o_r, gate, weight, layout.tokens, y, layout.length, layout.attention, heads, *strides, epsilon,
-            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_TILE,
+            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_NORM,
         )  # fmt: skip
         return y
 
@@ -433,14 +463,15 @@ class _GatedNorm(torch.autograd.Function):
             if gate.stride(1) > gate.shape[2]:  # the last columns of a projection: see `around`
                 dgate = gate.new_empty(*gate.shape[:2], gate.stride(1))[..., -gate.shape[2] :]
             strides = (*gate.stride()[:2], *dgate.stride()[:2])
-        blocks = -(-layout.length // _TILE["BLOCK"])
+        blocks = -(-layout.length // _NORM_BACK["BLOCK"])
         dweight = weight.new_empty(blocks * batch, width, dtype=torch.float32)
         kernels.gated_norm_backward[(blocks, batch)](
             o_a, o_r, gate, weight, layout.tokens, dy, do_a, do_r, dgate, dweight,
             layout.length, layout.attention, heads, *strides, ctx.epsilon,
-            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_TILE,
+            HAS_A=o_a is not None, HAS_R=o_r is not None, GATE=gate is not None, P=width, **_NORM_BACK,
         )  # fmt: skip
-        return do_a, do_r, dgate, dweight.sum(0).to(weight.dtype), None, None
+        dweight = _weight_gradient(ctx.weight, [(_ALL, dweight)], trains=ctx.needs_input_grad[3])
+        return do_a, do_r, dgate, dweight, None, None
 
 
 def gates(
@@ -458,7 +489,7 @@ class _Gates(torch.autograd.Function):
         _, kernels = _kernels()
         logits = logits.contiguous()
         ctx.save_for_backward(logits, a_log, dt_bias)
-        ctx.layout, ctx.delta = layout, delta
+        ctx.layout, ctx.delta, ctx.weights = layout, delta, (a_log, dt_bias)
         heads, batch = a_log.shape[0], logits.shape[1]
         decay = logits.new_empty(batch, layout.length, heads, dtype=torch.float32)
         rate = torch.empty_like(decay)
@@ -483,7 +514,10 @@ class _Gates(torch.autograd.Function):
             logits, ctx.layout.rows, a_log, dt_bias, d_decay, d_rate, d_logits, d_a_log, d_bias, length, heads,
             DELTA=ctx.delta, HEADS=padded, **_GATES,
         )  # fmt: skip
-        d_a, d_b = (share.sum(0)[:heads].to(a_log.dtype) for share in (d_a_log, d_bias))
+        d_a, d_b = (
+            _weight_gradient(weight, [(_ALL, shares)], trains=trains)
+            for weight, shares, trains in zip(ctx.weights, (d_a_log, d_bias), ctx.needs_input_grad[1:3])
+        )
         return d_logits, d_a, d_b, None, None
 
 

@@ -44,8 +44,12 @@ ROPE = Rope(rope_theta=100.0)
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs for a few rows."""
-    for sizes, block in ((fused._WALK, 4), (fused._TILE, 8), (fused._GATES, 8), (fused._SWIGLU, 16)):
-        monkeypatch.setitem(sizes, "BLOCK", block)
+    for sizes in (fused._WALK, fused._WALK_BACK):
+        monkeypatch.setitem(sizes, "BLOCK", 4)
+    for sizes in (fused._TILE, fused._NORM, fused._NORM_BACK, fused._GATES):
+        monkeypatch.setitem(sizes, "BLOCK", 8)
+    monkeypatch.setitem(fused._SWIGLU, "BLOCK", 16)
+    monkeypatch.setattr(fused, "_SHARES", {few: {"ROWS": 4, "COLS": 8} for few in (True, False)})
 
 
 def layout_of(plan: str, isolated: bool) -> TokenLayout:
@@ -221,6 +225,52 @@ def kernels() -> Iterator[str]:
                 yield f"{path.stem}.{node.name}"
 
 
+def with_main_grad(weight: Tensor, begin: float) -> torch.nn.Parameter:
+    """As megatron-core's data parallelism has them."""
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.main_grad = torch.full_like(weight, begin)
+    parameter.grad_added_to_main_grad = False
+    return parameter
+
+
+def test_weight_gradients_are_added_to_their_fp32_buffers():
+    """Twice, to what is there; frozen weights get none."""
+    layout, steps = layout_of(PLANS[2], True), steps_of()
+    projected = random(LENGTH, BATCH, GROUPS * (N + P), seed=0)
+    logits, outputs = random(LENGTH, BATCH, 6, seed=6), random(BATCH, LENGTH, 3, P, seed=7)
+    weights = {
+        "conv": random(GROUPS * (N + P), fused.TAPS, seed=1),
+        "key_norm": random(N, seed=2),
+        "query_norm": random(N, seed=3),
+        "a_log": random(3, seed=4),
+        "dt_bias": random(3, seed=5),
+        "out_norm": random(P, seed=8),
+    }
+
+    def loss(conv, key_norm, query_norm, a_log, dt_bias, out_norm):
+        read = fused.keys_values(projected, GROUPS, (N, P), conv, key_norm, layout, steps, gated=False)
+        queries = projected[: layout.attention, :, :N].contiguous()
+        found = [
+            *(x for x in read if x is not None),
+            fused.attention_query(queries, N, query_norm, layout, steps),
+            *fused.gates(logits, a_log, dt_bias, layout, "gdn"),
+            fused.gated_norm(outputs[:, : layout.attention].contiguous(), outputs, None, out_norm, layout, 1e-5),
+        ]
+        return sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in found)
+
+    plain = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    wanted = dict(zip(plain, torch.autograd.grad(loss(**plain), list(plain.values()))))
+    given = {name: with_main_grad(weight, 0.5) for name, weight in weights.items()}
+    given["key_norm"].requires_grad_(False)
+    for _ in range(2):
+        loss(**given).backward()
+    for name, weight in given.items():
+        assert weight.grad_added_to_main_grad == weight.requires_grad, name
+        assert (weight.grad is None) == (not weight.requires_grad), name  # what megatron-core's hook waits for
+        share = 2 * wanted[name] if weight.requires_grad else torch.zeros_like(weight)
+        torch.testing.assert_close(weight.main_grad, 0.5 + share, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_no_kernel_is_left_out(monkeypatch):
     """A new kernel without a test here is named."""
     from oryx_megatron.ops.triton import heads, rows, ssd
@@ -244,5 +294,6 @@ def test_no_kernel_is_left_out(monkeypatch):
     test_rows_of_both_modes(PLANS[2])
     test_gates("gdn", False)
     test_swiglu()
+    test_weight_gradients_are_added_to_their_fp32_buffers()
     test_ssd_scan(2)
     assert launched == set(kernels())

@@ -86,20 +86,46 @@ def forward(
 
 
 @triton.jit
-def _token(p, row, x_row, ok, cols, HALF: tl.constexpr):
-    """Both halves of one head at one row, in the tensor's own format; zero where not ok."""
-    at = p + row.to(tl.int64) * x_row + cols
-    return tl.load(at, mask=ok, other=0.0), tl.load(at + HALF, mask=ok, other=0.0)
+def _halves(p, at, ok, cols, HALF: tl.constexpr):
+    """Both halves of one head from `at`, in the tensor's own format; zero where not ok."""
+    return tl.load(p + at + cols, mask=ok, other=0.0), tl.load(p + at + HALF + cols, mask=ok, other=0.0)
 
 
 @triton.jit
-def _seen(x1, x2, x3, t, start, DOCUMENTS: tl.constexpr):
-    """The three inputs before token t, zero from before its document; before the sequence they are zero already."""
-    if DOCUMENTS:
+def _within(t, length):
+    return (t >= 0) & (t < length)
+
+
+@triton.jit
+def _angles(cos, sin, t, ok, cols, ROTARY: tl.constexpr, HALF: tl.constexpr):
+    c, s = 0.0, 0.0
+    if ROTARY:
+        c = tl.load(cos + t * HALF + cols, mask=ok, other=0.0)
+        s = tl.load(sin + t * HALF + cols, mask=ok, other=0.0)
+    return c, s
+
+
+@triton.jit
+def _taps_of(taps, head, cols, HALF: tl.constexpr):
+    """The four taps of one head's channels, each as two halves."""
+    at = taps + (head * (2 * HALF) + cols) * 4
+    found = ()
+    for i in tl.static_range(4):
+        found = found + ((tl.load(at + i).to(tl.float32), tl.load(at + HALF * 4 + i).to(tl.float32)),)
+    return found
+
+
+@triton.jit
+def _convolved(taps, xs, t, start, half: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """z of one half at token t, of the inputs at t, t − 1, t − 2 and t − 3, and these in fp32."""
+    x0, x1 = xs[0][half].to(tl.float32), xs[1][half].to(tl.float32)
+    x2, x3 = xs[2][half].to(tl.float32), xs[3][half].to(tl.float32)
+    if DOCUMENTS:  # nothing from before the token's document; before the sequence they are zero already
         x1 = tl.where(t - 1 >= start, x1, 0.0)
         x2 = tl.where(t - 2 >= start, x2, 0.0)
         x3 = tl.where(t - 3 >= start, x3, 0.0)
-    return x1, x2, x3
+    z = taps[3][half] * x0 + taps[2][half] * x1 + taps[1][half] * x2 + taps[0][half] * x3
+    return z, (x0, x1, x2, x3)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -107,71 +133,60 @@ def forward_taps(
     x, rows, starts, taps, norm, cos, sin, out_a, out_r,
     length, heads, x_row, x_batch, epsilon, l2_epsilon, scale,
     DOCUMENTS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, L2: tl.constexpr,
-    OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """With four taps: grid (blocks of BLOCK tokens, b · heads).
 
-    A program walks its tokens with the last inputs in registers, so that each is read once, and reads one token ahead:
-    the walk would otherwise wait for memory at every step.
+    A program walks its tokens with the last inputs in registers, so that each is read once. What it reads lies in
+    queues, AHEAD tokens long: one warp that waited for memory at every token would leave most of the bandwidth idle.
     """
     begin = tl.program_id(0) * BLOCK
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     cols = tl.arange(0, HALF)
     x += batch * x_batch + head * (2 * HALF)
-    w = taps + (head * (2 * HALF) + cols) * 4
-    u = w + HALF * 4
-    w0_lo, w1_lo = tl.load(w).to(tl.float32), tl.load(w + 1).to(tl.float32)
-    w2_lo, w3_lo = tl.load(w + 2).to(tl.float32), tl.load(w + 3).to(tl.float32)
-    w0_hi, w1_hi = tl.load(u).to(tl.float32), tl.load(u + 1).to(tl.float32)
-    w2_hi, w3_hi = tl.load(u + 2).to(tl.float32), tl.load(u + 3).to(tl.float32)
-    c, s, norm_lo, norm_hi = 0.0, 0.0, 0.0, 0.0
+    w = _taps_of(taps, head, cols, HALF)
+    norm_lo, norm_hi = 0.0, 0.0
     if NORM:
         norm_lo = tl.load(norm + cols).to(tl.float32)
         norm_hi = tl.load(norm + HALF + cols).to(tl.float32)
     t = begin
-    x3_lo, x3_hi = _token(x, _row(rows, t - 3, 0, t >= 3), x_row, t >= 3, cols, HALF)
-    x2_lo, x2_hi = _token(x, _row(rows, t - 2, 0, t >= 2), x_row, t >= 2, cols, HALF)
-    x1_lo, x1_hi = _token(x, _row(rows, t - 1, 0, t >= 1), x_row, t >= 1, cols, HALF)
-    x0_lo, x0_hi = _token(x, _row(rows, t, 0, t < length), x_row, t < length, cols, HALF)
-    row = _row(rows, t + 1, 0, t + 1 < length)
+    # Inputs of t − 3, t − 2, t − 1, and of the AHEAD tokens from t on; rows and angles of the next two to be read.
+    xs, places, angles = (), (), ()
+    for i in tl.static_range(3 + AHEAD):
+        ok = _within(t - 3 + i, length)
+        xs = xs + (_halves(x, _row(rows, t - 3 + i, 0, ok).to(tl.int64) * x_row, ok, cols, HALF),)
+    for i in tl.static_range(2):
+        places = places + (_row(rows, t + AHEAD + i, 0, t + AHEAD + i < length),)
+        angles = angles + (_angles(cos, sin, t + i, t + i < length, cols, ROTARY, HALF),)
     start = 0
     if DOCUMENTS:
         start = tl.load(starts + t, mask=t < length, other=0)
-    if ROTARY:
-        c = tl.load(cos + t * HALF + cols, mask=t < length, other=0.0)
-        s = tl.load(sin + t * HALF + cols, mask=t < length, other=0.0)
     out = ((batch * length + t) * heads + head) * (2 * HALF) + cols
     for _ in range(BLOCK // 4):
         for _ in tl.static_range(4):
-            known, more = t < length, t + 1 < length
-            next_lo, next_hi = _token(x, row, x_row, more, cols, HALF)
-            row = _row(rows, t + 2, 0, t + 2 < length)
-            if ROTARY:
-                next_c = tl.load(cos + (t + 1) * HALF + cols, mask=more, other=0.0)
-                next_s = tl.load(sin + (t + 1) * HALF + cols, mask=more, other=0.0)
-            b1_lo, b2_lo, b3_lo = _seen(x1_lo, x2_lo, x3_lo, t, start, DOCUMENTS)
-            b1_hi, b2_hi, b3_hi = _seen(x1_hi, x2_hi, x3_hi, t, start, DOCUMENTS)
-            lo = w3_lo * x0_lo + w2_lo * b1_lo + w1_lo * b2_lo + w0_lo * b3_lo
-            hi = w3_hi * x0_hi + w2_hi * b1_hi + w1_hi * b2_hi + w0_hi * b3_hi
+            xs = xs + (_halves(x, places[0].to(tl.int64) * x_row, t + AHEAD < length, cols, HALF),)
+            places = places[1:] + (_row(rows, t + AHEAD + 2, 0, t + AHEAD + 2 < length),)
+            angles = angles + (_angles(cos, sin, t + 2, t + 2 < length, cols, ROTARY, HALF),)
+            seen = (xs[3], xs[2], xs[1], xs[0])
+            lo, _ = _convolved(w, seen, t, start, 0, DOCUMENTS)
+            hi, _ = _convolved(w, seen, t, start, 1, DOCUMENTS)
             if SILU:
                 lo *= tl.sigmoid(lo)
                 hi *= tl.sigmoid(hi)
             a_lo, a_hi, r_lo, r_hi = _finish(
-                lo, hi, c, s, norm_lo, norm_hi, epsilon, l2_epsilon, scale, 0, NORM, ROTARY, L2, HALF
-            )
+                lo, hi, angles[0][0], angles[0][1], norm_lo, norm_hi, epsilon, l2_epsilon, scale, 0,
+                NORM, ROTARY, L2, HALF,
+            )  # fmt: skip
             if OUT_A:
-                tl.store(out_a + out, a_lo.to(out_a.dtype.element_ty), mask=known)
-                tl.store(out_a + out + HALF, a_hi.to(out_a.dtype.element_ty), mask=known)
+                tl.store(out_a + out, a_lo.to(out_a.dtype.element_ty), mask=t < length)
+                tl.store(out_a + out + HALF, a_hi.to(out_a.dtype.element_ty), mask=t < length)
             if OUT_R:
-                tl.store(out_r + out, r_lo.to(out_r.dtype.element_ty), mask=known)
-                tl.store(out_r + out + HALF, r_hi.to(out_r.dtype.element_ty), mask=known)
-            x3_lo, x3_hi, x2_lo, x2_hi, x1_lo, x1_hi = x2_lo, x2_hi, x1_lo, x1_hi, x0_lo, x0_hi
-            x0_lo, x0_hi = next_lo, next_hi
+                tl.store(out_r + out, r_lo.to(out_r.dtype.element_ty), mask=t < length)
+                tl.store(out_r + out + HALF, r_hi.to(out_r.dtype.element_ty), mask=t < length)
+            xs, angles = xs[1:], angles[1:]
             if DOCUMENTS:
-                start = tl.load(starts + t + 1, mask=more, other=0)
-            if ROTARY:
-                c, s = next_c, next_s
+                start = tl.load(starts + t + 1, mask=t + 1 < length, other=0)
             out += heads * (2 * HALF)
             t += 1
 
@@ -264,11 +279,80 @@ def backward(
 
 
 @triton.jit
-def _grads(grad, at, ok, none, USED: tl.constexpr, HALF: tl.constexpr):
-    lo, hi = none, none
-    if USED:
-        lo, hi = tl.load(grad + at, mask=ok, other=0.0), tl.load(grad + at + HALF, mask=ok, other=0.0)
-    return lo, hi
+def _grads(grad_a, grad_r, at, ok, cols, OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr):
+    """What came back for both uses of one head at one token."""
+    a, r = (0.0, 0.0), (0.0, 0.0)
+    if OUT_A:
+        a = _halves(grad_a, at, ok, cols, HALF)
+    if OUT_R:
+        r = _halves(grad_r, at, ok, cols, HALF)
+    return a, r
+
+
+@triton.jit
+def _input_grad(w, d, later, starts_later, t, half: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Gradient of one half's input at token t, of z's gradients at t and at the three tokens after it."""
+    g = w[3][half] * d
+    for i in tl.static_range(3):
+        share = w[2 - i][half] * later[i][half]
+        if DOCUMENTS:
+            share = tl.where(t >= starts_later[i], share, 0.0)
+        g += share
+    return g
+
+
+@triton.jit
+def _step_back(
+    x, rows, starts, w, norm_lo, norm_hi, cos, sin, grad_a, grad_r, dx,
+    t, at, places, xs, grads, angles, start, later, starts_later, sums,
+    own, length, step, x_row, dx_row, cols, epsilon, l2_epsilon, scale,
+    DOCUMENTS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, L2: tl.constexpr,
+    OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Token t of `backward_taps`; returns what the queues hold after it. own: it lies in the program's block."""
+    ok = _within(t - 3 - AHEAD, length)
+    xs = xs + (_halves(x, places[3 + AHEAD].to(tl.int64) * x_row, ok, cols, HALF),)
+    places = places + (_row(rows, t - 5 - AHEAD, 0, _within(t - 5 - AHEAD, length)),)
+    ok = _within(t - AHEAD, length)
+    grads = grads + (_grads(grad_a, grad_r, at - AHEAD * step, ok, cols, OUT_A, OUT_R, HALF),)
+    angles = angles + (_angles(cos, sin, t - 1, _within(t - 1, length), cols, ROTARY, HALF),)
+    z_lo, in_lo = _convolved(w, xs, t, start, 0, DOCUMENTS)
+    z_hi, in_hi = _convolved(w, xs, t, start, 1, DOCUMENTS)
+    y_lo, y_hi = z_lo, z_hi
+    if SILU:
+        gate_lo, gate_hi = tl.sigmoid(z_lo), tl.sigmoid(z_hi)
+        y_lo, y_hi = z_lo * gate_lo, z_hi * gate_hi
+    a, r = grads[0]
+    a_lo, a_hi, r_lo, r_hi = y_lo, y_hi, y_lo, y_hi
+    if OUT_A:
+        a_lo, a_hi = a[0].to(tl.float32), a[1].to(tl.float32)
+    if OUT_R:
+        r_lo, r_hi = r[0].to(tl.float32), r[1].to(tl.float32)
+    d_lo, d_hi, w_lo, w_hi = _through_norms(
+        y_lo, y_hi, a_lo, a_hi, r_lo, r_hi, angles[0][0], angles[0][1], norm_lo, norm_hi, epsilon, l2_epsilon, scale, 0,
+        NORM, ROTARY, L2, OUT_A, OUT_R, HALF,
+    )  # fmt: skip
+    if SILU:
+        d_lo *= gate_lo * (1.0 + z_lo * (1.0 - gate_lo))
+        d_hi *= gate_hi * (1.0 + z_hi * (1.0 - gate_hi))
+    e_lo, e_hi = tl.where(own, d_lo, 0.0), tl.where(own, d_hi, 0.0)
+    added = ()
+    for i in tl.static_range(4):
+        added = added + ((sums[i][0] + e_lo * in_lo[3 - i], sums[i][1] + e_hi * in_hi[3 - i]),)
+    if NORM:
+        added = added + ((sums[4][0] + tl.where(own, w_lo, 0.0), sums[4][1] + tl.where(own, w_hi, 0.0)),)
+    else:
+        added = added + (sums[4],)
+    to = dx + places[0].to(tl.int64) * dx_row + cols
+    g_lo = _input_grad(w, d_lo, later, starts_later, t, 0, DOCUMENTS)
+    g_hi = _input_grad(w, d_hi, later, starts_later, t, 1, DOCUMENTS)
+    tl.store(to, g_lo.to(dx.dtype.element_ty), mask=own)
+    tl.store(to + HALF, g_hi.to(dx.dtype.element_ty), mask=own)
+    later = ((d_lo, d_hi), later[0], later[1])
+    if DOCUMENTS:
+        starts_later = (start, starts_later[0], starts_later[1])
+        start = tl.load(starts + t - 1, mask=_within(t - 1, length), other=length)
+    return places[1:], xs[1:], grads[1:], angles[1:], start, later, starts_later, added
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -276,13 +360,14 @@ def backward_taps(
     x, rows, starts, taps, norm, cos, sin, grad_a, grad_r, dx, dtaps, dnorm,
     length, heads, x_row, x_batch, dx_row, dx_batch, epsilon, l2_epsilon, scale,
     DOCUMENTS: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, L2: tl.constexpr,
-    OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    OUT_A: tl.constexpr, OUT_R: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Backward of `forward_taps`: grid (blocks of BLOCK tokens, b · heads).
 
     A program walks its tokens from the last to the first and keeps in registers the four inputs and four gradients that
-    the taps join, so that everything is read once, one token ahead. It begins three tokens late, whose gradients reach
-    back into its block. dtaps [blocks · b, heads · N, 4] and dnorm [blocks · b · heads, N] take each program's share.
+    the taps join, so that everything is read once, AHEAD tokens before it is used. It begins three tokens late, whose
+    gradients reach back into its block. dtaps [blocks · b, heads · N, 4] and dnorm [blocks · b · heads, N] take each
+    program's share.
     """
     begin = tl.program_id(0) * BLOCK
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -290,126 +375,52 @@ def backward_taps(
     cols = tl.arange(0, HALF)
     x += batch * x_batch + head * (2 * HALF)
     dx += batch * dx_batch + head * (2 * HALF)
-    w = taps + (head * (2 * HALF) + cols) * 4
-    u = w + HALF * 4
-    w0_lo, w1_lo = tl.load(w).to(tl.float32), tl.load(w + 1).to(tl.float32)
-    w2_lo, w3_lo = tl.load(w + 2).to(tl.float32), tl.load(w + 3).to(tl.float32)
-    w0_hi, w1_hi = tl.load(u).to(tl.float32), tl.load(u + 1).to(tl.float32)
-    w2_hi, w3_hi = tl.load(u + 2).to(tl.float32), tl.load(u + 3).to(tl.float32)
+    w = _taps_of(taps, head, cols, HALF)
     norm_lo, norm_hi = 0.0, 0.0
     if NORM:
         norm_lo = tl.load(norm + cols).to(tl.float32)
         norm_hi = tl.load(norm + HALF + cols).to(tl.float32)
-    # At token t: rows and inputs of t, t − 1, t − 2, t − 3. One token later than needed, for a multiple of four.
+    # One token later than needed, for a multiple of four.
     t = begin + BLOCK + 3
-    row0, row1 = _row(rows, t, 0, t < length), _row(rows, t - 1, 0, t - 1 < length)
-    row2, row3 = _row(rows, t - 2, 0, t - 2 < length), _row(rows, t - 3, 0, t - 3 < length)
-    x0_lo, x0_hi = _token(x, row0, x_row, t < length, cols, HALF)
-    x1_lo, x1_hi = _token(x, row1, x_row, t - 1 < length, cols, HALF)
-    x2_lo, x2_hi = _token(x, row2, x_row, t - 2 < length, cols, HALF)
-    x3_lo, x3_hi = _token(x, row3, x_row, t - 3 < length, cols, HALF)
-    row4 = _row(rows, t - 4, 0, t - 4 < length)
+    step = heads * (2 * HALF)
+    at = ((batch * length + t) * heads + head) * (2 * HALF)
+    # From token t back: rows, inputs, and gradients of the outputs, as far as they have been read.
+    places, xs, grads = (), (), ()
+    for i in tl.static_range(5 + AHEAD):
+        places = places + (_row(rows, t - i, 0, _within(t - i, length)),)
+    for i in tl.static_range(3 + AHEAD):
+        xs = xs + (_halves(x, places[i].to(tl.int64) * x_row, _within(t - i, length), cols, HALF),)
+    for i in tl.static_range(AHEAD):
+        grads = grads + (_grads(grad_a, grad_r, at - i * step, _within(t - i, length), cols, OUT_A, OUT_R, HALF),)
+    angles = (_angles(cos, sin, t, t < length, cols, ROTARY, HALF),)
     start = 0
     if DOCUMENTS:
         start = tl.load(starts + t, mask=t < length, other=length)
-    at = ((batch * length + t) * heads + head) * (2 * HALF) + cols
-    none = tl.zeros([HALF], x.dtype.element_ty)
-    a_lo, a_hi = _grads(grad_a, at, t < length, none, OUT_A, HALF)
-    r_lo, r_hi = _grads(grad_r, at, t < length, none, OUT_R, HALF)
-    c, s = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    if ROTARY:
-        c = tl.load(cos + t * HALF + cols, mask=t < length, other=0.0)
-        s = tl.load(sin + t * HALF + cols, mask=t < length, other=0.0)
-    # Gradients of z at the three tokens after t, and where their documents start. Each name needs a value of its own:
-    # Triton takes names of one value for one variable, and a shift between them for none.
-    z1_lo, z1_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    z2_lo, z2_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    z3_lo, z3_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    s1, s2, s3 = length, length + 1, length + 2
-    sum0_lo, sum0_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    sum1_lo, sum1_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    sum2_lo, sum2_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    sum3_lo, sum3_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    sumn_lo, sumn_hi = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    for _ in range((BLOCK + 4) // 4):
+    # Gradients of z at the three tokens after t, and where their documents start.
+    later, starts_later, sums = (), (), ()
+    for i in tl.static_range(3):
+        later = later + ((tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)),)
+        starts_later = starts_later + (length + i,)
+    for _ in tl.static_range(5):
+        sums = sums + ((tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)),)
+    for _ in range(BLOCK // 4 + 1):
         for _ in tl.static_range(4):
-            # for the next token, t − 1
-            at -= heads * (2 * HALF)
-            coming = (t >= 1) & (t - 1 < length)
-            early = (t >= 4) & (t - 4 < length)
-            x4_lo, x4_hi = _token(x, row4, x_row, early, cols, HALF)
-            row5 = _row(rows, t - 5, 0, (t >= 5) & (t - 5 < length))
-            next_a_lo, next_a_hi = _grads(grad_a, at, coming, none, OUT_A, HALF)
-            next_r_lo, next_r_hi = _grads(grad_r, at, coming, none, OUT_R, HALF)
-            if ROTARY:
-                next_c = tl.load(cos + (t - 1) * HALF + cols, mask=coming, other=0.0)
-                next_s = tl.load(sin + (t - 1) * HALF + cols, mask=coming, other=0.0)
-            # for this one
-            known = t < length
-            b1_lo, b2_lo, b3_lo = _seen(x1_lo.to(tl.float32), x2_lo, x3_lo, t, start, DOCUMENTS)
-            b1_hi, b2_hi, b3_hi = _seen(x1_hi.to(tl.float32), x2_hi, x3_hi, t, start, DOCUMENTS)
-            z_lo = w3_lo * x0_lo + w2_lo * b1_lo + w1_lo * b2_lo + w0_lo * b3_lo
-            z_hi = w3_hi * x0_hi + w2_hi * b1_hi + w1_hi * b2_hi + w0_hi * b3_hi
-            y_lo, y_hi = z_lo, z_hi
-            if SILU:
-                gate_lo, gate_hi = tl.sigmoid(z_lo), tl.sigmoid(z_hi)
-                y_lo, y_hi = z_lo * gate_lo, z_hi * gate_hi
-            d_lo, d_hi, wn_lo, wn_hi = _through_norms(
-                y_lo, y_hi, a_lo.to(tl.float32), a_hi.to(tl.float32), r_lo.to(tl.float32), r_hi.to(tl.float32),
-                c, s, norm_lo, norm_hi, epsilon, l2_epsilon, scale, 0, NORM, ROTARY, L2, OUT_A, OUT_R, HALF,
+            places, xs, grads, angles, start, later, starts_later, sums = _step_back(
+                x, rows, starts, w, norm_lo, norm_hi, cos, sin, grad_a, grad_r, dx,
+                t, at, places, xs, grads, angles, start, later, starts_later, sums,
+                (t < begin + BLOCK) & (t < length), length, step, x_row, dx_row, cols, epsilon, l2_epsilon, scale,
+                DOCUMENTS, SILU, NORM, ROTARY, L2, OUT_A, OUT_R, HALF, AHEAD,
             )  # fmt: skip
-            if SILU:
-                d_lo *= gate_lo * (1.0 + z_lo * (1.0 - gate_lo))
-                d_hi *= gate_hi * (1.0 + z_hi * (1.0 - gate_hi))
-            if t < begin + BLOCK:
-                sum3_lo += d_lo * x0_lo
-                sum3_hi += d_hi * x0_hi
-                sum2_lo += d_lo * b1_lo
-                sum2_hi += d_hi * b1_hi
-                sum1_lo += d_lo * b2_lo
-                sum1_hi += d_hi * b2_hi
-                sum0_lo += d_lo * b3_lo
-                sum0_hi += d_hi * b3_hi
-                if NORM:
-                    sumn_lo += wn_lo
-                    sumn_hi += wn_hi
-                if DOCUMENTS:
-                    later1, later2, later3 = t >= s1, t >= s2, t >= s3
-                    g_lo = w3_lo * d_lo + tl.where(later1, w2_lo * z1_lo, 0.0)
-                    g_lo += tl.where(later2, w1_lo * z2_lo, 0.0) + tl.where(later3, w0_lo * z3_lo, 0.0)
-                    g_hi = w3_hi * d_hi + tl.where(later1, w2_hi * z1_hi, 0.0)
-                    g_hi += tl.where(later2, w1_hi * z2_hi, 0.0) + tl.where(later3, w0_hi * z3_hi, 0.0)
-                else:
-                    g_lo = w3_lo * d_lo + w2_lo * z1_lo + w1_lo * z2_lo + w0_lo * z3_lo
-                    g_hi = w3_hi * d_hi + w2_hi * z1_hi + w1_hi * z2_hi + w0_hi * z3_hi
-                to = row0.to(tl.int64) * dx_row + cols
-                tl.store(dx + to, g_lo.to(dx.dtype.element_ty), mask=known)
-                tl.store(dx + to + HALF, g_hi.to(dx.dtype.element_ty), mask=known)
-            x0_lo, x0_hi, x1_lo, x1_hi, x2_lo, x2_hi = x1_lo, x1_hi, x2_lo, x2_hi, x3_lo, x3_hi
-            x3_lo, x3_hi, row0, row1, row2, row3, row4 = x4_lo, x4_hi, row1, row2, row3, row4, row5
-            z3_lo, z3_hi, z2_lo, z2_hi, z1_lo, z1_hi = z2_lo, z2_hi, z1_lo, z1_hi, d_lo, d_hi
-            if DOCUMENTS:
-                s3, s2, s1 = s2, s1, start
-                start = tl.load(starts + t - 1, mask=coming, other=length)
-            if OUT_A:
-                a_lo, a_hi = next_a_lo, next_a_hi
-            if OUT_R:
-                r_lo, r_hi = next_r_lo, next_r_hi
-            if ROTARY:
-                c, s = next_c, next_s
             t -= 1
+            at -= step
     program = batch * tl.num_programs(0) + tl.program_id(0)
     place = dtaps + ((program * heads + head) * (2 * HALF) + cols) * 4
-    tl.store(place, sum0_lo)
-    tl.store(place + 1, sum1_lo)
-    tl.store(place + 2, sum2_lo)
-    tl.store(place + 3, sum3_lo)
-    place += HALF * 4
-    tl.store(place, sum0_hi)
-    tl.store(place + 1, sum1_hi)
-    tl.store(place + 2, sum2_hi)
-    tl.store(place + 3, sum3_hi)
+    for i in tl.static_range(4):
+        lo, hi = sums[i]
+        tl.store(place + i, lo)
+        tl.store(place + HALF * 4 + i, hi)
     if NORM:
         place = dnorm + (program * heads + head) * (2 * HALF) + cols
-        tl.store(place, sumn_lo)
-        tl.store(place + HALF, sumn_hi)
+        lo, hi = sums[4]
+        tl.store(place, lo)
+        tl.store(place + HALF, hi)

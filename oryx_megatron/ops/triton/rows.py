@@ -199,6 +199,20 @@ def gates_backward(
     tl.store(d_a_log + place, tl.sum(tl.where(inside, -a * _softplus(x) * dd, 0.0), axis=0))
 
 
+@triton.jit(do_not_specialize=["count"])
+def add_shares(shares, total, count, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """total [width] += the sum of the first columns of shares [count, stride], all fp32; grid (blocks of COLS)."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    inside = cols < width
+    found = tl.zeros([ROWS, COLS], tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * stride + cols[None, :]
+        found += tl.load(shares + at, mask=(row < count)[:, None] & inside[None, :], other=0.0)
+    before = tl.load(total + cols, mask=inside, other=0.0)
+    tl.store(total + cols, before + tl.sum(found, axis=0), mask=inside)
+
+
 @triton.jit
 def swiglu_forward(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """y [rows, WIDTH] = silu(gate) · up for x [rows, gate │ up]; grid (rows, blocks of WIDTH)."""
