@@ -26,8 +26,8 @@ PLANS = {"both": ("recurrent", "ratio:0.5", "attention"), "attention": ("attenti
 def compile_kernels(run: RunConfig, chunks: list[Any]) -> float:
     """Run a fused mixer of each kind of layer of `chunks`, and SwiGLU, forward and backward, under each kind of plan.
 
-    No parameter gets a gradient, beyond what its kernels add to fp32 buffers, which every step zeroes first; and no other
-    rank takes part. Chunks without a fused mixer have nothing to compile.
+    No parameter gets a gradient, beyond what kernels add to its fp32 buffer, which every step zeroes first; and no
+    other rank takes part. Chunks without a fused mixer have nothing to compile.
 
     Returns:
         Seconds it took.

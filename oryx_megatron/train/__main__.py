@@ -25,7 +25,7 @@ from oryx_megatron.config.batch_sizes import SampleCount
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
 from oryx_megatron.display import log_lines, number_of, shown
-from oryx_megatron.train import ahead
+from oryx_megatron.train import ahead, collector
 from oryx_megatron.train.signals import StopRequest, exit_code
 
 
@@ -71,10 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     ahead.begin(run)
     stop = StopRequest(main=ranks.rank() == 0)
-    from oryx_megatron.eval.router_recipe import recipe
-    from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
+    with collector.put_off():
+        from oryx_megatron.eval.router_recipe import recipe
+        from oryx_megatron.train.session import fit  # needs torch and megatron-core: a config error costs no import
 
-    return 0 if fit(run, layout, stop, recipe(run)) is None else exit_code()
+        return 0 if fit(run, layout, stop, recipe(run)) is None else exit_code()
 
 
 def _dry_run(run: RunConfig, layout: Layout) -> None:

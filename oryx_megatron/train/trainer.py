@@ -21,7 +21,7 @@ from oryx_megatron.data.tokenizer import load_tokenizer
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.ops import backends
 from oryx_megatron.platform import memory
-from oryx_megatron.train import banner, init_from, manifests, remote, resume, signals
+from oryx_megatron.train import banner, collector, init_from, manifests, remote, resume, signals
 from oryx_megatron.train.agreement import Agreement
 from oryx_megatron.train.bad_steps import BadSteps
 from oryx_megatron.train.batches import next_samples, open_stream, training_batches
@@ -92,6 +92,7 @@ class Trainer:
         if self.main and len(self.datasets) == 1:
             log.warning("data.split %s and data.validation leave nothing to evaluate", list(run.data.split))
         self.engine = build_engine(run, layout)
+        collector.settle()
         self.chunks = self.engine.chunks
         self.checkpoints = self.engine.checkpoints(self.folder / "checkpoints")
         self.clock, self.updates = Clock(), Updates()
