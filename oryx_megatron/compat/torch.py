@@ -6,6 +6,7 @@
 | `torch.cuda.is_available` is False there | with PYTORCH_NVML_BASED_CUDA_CHECK, which DeepSpeed sets, a CUDA build of torch takes the single device that `install_cpu` counts for a GPU |
 | `AROUND`: torch.distributed.tensor loads sympy for five names of symbolic_shapes | put off to a tensor of unknown shape |
 | `AROUND`: torch.optim loads dynamo (and inductor) to say what it must not trace | nothing traces where dynamo is not loaded |
+| `run_backward`: `torch.autograd.grad` and `.backward` load sympy to compare the shape of a gradient that is given | this does not compare |
 | `late_builder`: torch's C++ builder loads setuptools | put off to a build |
 | `late_compile`: `@torch.compile` loads dynamo and inductor where it is written | put off to the function's first call |
 | `late_disable`: so does `@torch.compiler.disable` dynamo | nothing traces where dynamo is not loaded |
@@ -24,7 +25,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from oryx_megatron.compat.hook import Around, StandIn, instead, made_on_first_us
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from torch import Tensor
     from torch.distributed import Store
 
 DYNAMO = "torch._dynamo"
@@ -252,6 +254,16 @@ def late_compile(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         torch.compile = original
+
+
+def run_backward(output: Tensor, gradient: Tensor, inputs: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
+    """The backward pass of `output` with a gradient of its shape; into `.grad`, or for `inputs` alone as the result."""
+    import torch
+
+    engine = torch.autograd.Variable._execution_engine
+    return engine.run_backward(
+        (output,), (gradient,), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=not inputs
+    )
 
 
 def _has_dynamo() -> bool:

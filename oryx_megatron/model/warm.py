@@ -121,4 +121,4 @@ def _random(*shape: int, like: OryxMixer) -> Tensor:
 
 def _backward(output: Tensor, inputs: list[Tensor]) -> None:
     # Gradients of the inputs alone: those of parameters would start the data-parallel reduction.
-    torch.autograd.grad(output, inputs, torch.ones_like(output))
+    compat.torch.run_backward(output, torch.ones_like(output), inputs)

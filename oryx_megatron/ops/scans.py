@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.hf.recurrences_oryx import STEPWISE, delta_gates, segments, ssd_gates, unit
 from oryx_megatron.ops import backends
 from oryx_megatron.ops.fused import RESET
@@ -68,7 +68,7 @@ def rehearse(batch: int, length: int, heads: int, groups: int, widths: tuple[int
     q, k, v = random(heads, widths[0]), random(groups, widths[0]), random(groups, widths[1])
     gates = [torch.zeros(batch, length, heads, device=platform.device(), requires_grad=True) for _ in range(2)]
     o, _ = delta_scan(q, k, v, *gates)
-    torch.autograd.grad(o, [q, k, v, *gates], torch.ones_like(o))  # no other tensor gets a gradient
+    compat.torch.run_backward(o, torch.ones_like(o), [q, k, v, *gates])  # no other tensor gets a gradient
 
 
 def _leaves_gpu_idle(q: Tensor, v: Tensor) -> bool:

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from oryx_megatron import parallel, platform
+from oryx_megatron import compat, parallel, platform
 from oryx_megatron.errors import first_line
 from oryx_megatron.train import overlap
 from oryx_megatron.train.step import Microbatch, Program, launch
@@ -217,7 +217,7 @@ class MicrobatchGraphs:
             for group in groups:
                 group.is_last_microbatch = reduces
             with torch.cuda.graph(backward, **how):
-                torch.autograd.backward(result, output_gradient)
+                compat.torch.run_backward(result, output_gradient)
                 _join(groups, "grad_reduce_handle")
                 gradient = None
                 if source is not None and source.grad is not None:

@@ -84,6 +84,26 @@ assert weight.requires_grad and torch.is_grad_enabled() and float(weight[0]) < 0
     assert loaded(muon, ("torch._dynamo", "torch._inductor")) == []
 
 
+def test_a_backward_pass_from_a_gradient_loads_nothing_unused() -> None:
+    """As kernels are warmed and graphs captured; the same gradients as torch.autograd's."""
+    code = """
+from oryx_megatron import compat
+import torch
+a, b, unused = (torch.randn(3, 5, requires_grad=True) for _ in range(3))
+y, seed = (a * b).sin(), torch.randn(3, 5)
+found = compat.torch.run_backward(y, seed, [a, unused])
+assert b.grad is None and a.grad is None and found[1] is None
+compat.torch.run_backward((a * b).sin(), seed)
+wanted = seed * (a * b).cos()
+assert torch.allclose(found[0], wanted * b) and torch.allclose(b.grad, wanted * a) and torch.equal(found[0], a.grad)
+"""
+    assert loaded(code, ("torch._dynamo", "sympy")) == []
+    as_torch_does = code.replace(
+        "compat.torch.run_backward(y, seed, [a, unused])", "(*torch.autograd.grad(y, a, seed), None)"
+    )
+    assert loaded(as_torch_does, ("sympy",)) == ["sympy"]  # else this is no longer needed
+
+
 def test_what_is_put_off_works_when_it_is_used() -> None:
     """The original names come back with symbolic_shapes; fused functions compile at the first call beside a GPU."""
     code = """
