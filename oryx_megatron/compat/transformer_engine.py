@@ -6,6 +6,7 @@
 | `own_rows` | a "duplicated" linear marks its weight as the same on all tensor-parallel ranks |
 | `begin_at` | masters of weights in FP8 begin at what its own initialisation drew, which is off here: at whatever memory held |
 | `accumulate_into_main_gradients` | megatron-core's `gradient_accumulation_fusion` needs an apex extension for its own linears |
+| `add_weight_gradient` | the product of its linears for that buffer, for weights that no module of its own reads (model/projections.py) |
 | `plain_weight_gradients` | without megatron-core's wrapper there is no fp32 buffer to add to |
 | `AROUND`: its import loads dynamo (compat/torch.py), and onnxscript with sympy | of no use to a run: half of the import's time |
 | `AROUND`: not importable where torch sees no GPU | megatron-core takes its optimizers and norms wherever it is installed; on a CPU they fail in the first step, or at import |
@@ -76,6 +77,29 @@ def accumulate_into_main_gradients(chunk: Any) -> None:
     for module in chunk.modules():
         if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+def add_weight_gradient(main_grad: Any, gradient: Any, x: Any) -> None:
+    """main_grad [width, d] += gradientᵀ x, in the product, for gradient [n, width] and x [n, d], both contiguous.
+
+    As the backward pass of its Linear calls it with `fuse_wgrad_accumulation`, in every version from 2.11 to 2.20. On a
+    CPU, where it is not, in the precision of main_grad.
+    """
+    if not main_grad.is_cuda:
+        main_grad.addmm_(gradient.t().to(main_grad.dtype), x.to(main_grad.dtype))
+        return
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(
+        x,
+        gradient,
+        out_dtype=main_grad.dtype,
+        accumulate=True,
+        layout="NT",
+        out=main_grad,
+        use_split_accumulator=True,
+        grad=True,
+    )
 
 
 def plain_weight_gradients(model: Any) -> None:

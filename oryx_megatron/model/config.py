@@ -35,6 +35,11 @@ class OryxTransformerConfig(TransformerConfig):
     row_multiple: int = 1
     """Of the rows of a product: 16 in FP8, 32 in mxfp8 and nvfp4."""
 
+    @property
+    def quantized(self) -> bool:
+        """Products are in FP8 or FP4, at least in some layers."""
+        return bool(self.fp8 or self.fp4)
+
 
 def transformer_config(
     model: ModelConfig,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from oryx_megatron import ops
 from oryx_megatron.model.parts import Rows, WithZeroGradients
+from oryx_megatron.model.projections import Read, project
 from oryx_megatron.model.sequence import LayerState, SequenceInfo
 from oryx_megatron.model.weights import MixerWeights
 from oryx_megatron.modes import Mode
@@ -307,9 +308,10 @@ class FusedSteps:
                     ├─ query_recurrent ──► q_r                            the last s − n rows alone
                     └─ decay_proj ──► logits of the gates                 all rows, when some token recurs
 
-    and every step in between is a kernel of ops/fused.py. Context parallelism splits the rows: a rank holds s/c
-    consecutive ones, projects one query for each, and the exchange brings all rows of its heads together in the order
-    of the layout. No host code here branches on more than `TokenLayout.shape_of`: CUDA graphs capture it.
+    in one autograd function (projections.py; in FP8 and FP4 by TransformerEngine's modules). Every step in between is
+    a kernel of ops/fused.py. Context parallelism splits the rows: a rank holds s/c consecutive ones, projects one query
+    for each, and the exchange brings all rows of its heads together in the order of the layout. No host code here
+    branches on more than `TokenLayout.shape_of`: CUDA graphs capture it.
     """
 
     def __init__(self, mixer: MixerWeights, layout: TokenLayout) -> None:
@@ -322,6 +324,23 @@ class FusedSteps:
 
     def project(self, hidden_states: Tensor) -> Parts:
         """See Steps."""
+        mixer = self.mixer
+        if mixer.config.quantized:
+            return self._project_each(hidden_states)
+        # No module is called: the mixer has waited for all of its weights (train/overlap.py).
+        normed = mixer.gathered(hidden_states)
+        reads = {"keys_values": Read(mixer.in_proj.weight, 0, self.rows)}
+        if self.own > 0:
+            reads["query_attention"] = Read(mixer.query_attention.weight, 0, self.own)
+        if self.own < self.rows:
+            reads["query_recurrent"] = Read(mixer.query_recurrent.weight, self.own, self.rows)
+        if self.layout.recurrent > 0:
+            reads["logits"] = Read(mixer.decay_proj.weight, 0, self.rows)
+        into = mixer.in_proj.fuse_wgrad_accumulation
+        return Parts(**dict(zip(reads, project(normed, list(reads.values()), into_main_grad=into))))
+
+    def _project_each(self, hidden_states: Tensor) -> Parts:
+        """`project` by the modules that hold the weights: FP8 and FP4 are theirs."""
         mixer = self.mixer
         projected, normed = mixer.input(hidden_states)
         first, last = self._query_rows(*normed.shape[:2])
@@ -336,7 +355,7 @@ class FusedSteps:
     def _query_rows(self, length: int, batch: int) -> tuple[int, int]:
         """How many of the first rows need an attention query, and from which on a recurrent one is needed.
 
-        In FP8 and FP4 both counts are rounded outwards to what their products take.
+        Both counts are rounded outwards to what the products of FP8 and FP4 take.
         """
         rows = self.mixer.config.row_multiple
         multiple = rows // math.gcd(rows, batch)

@@ -95,6 +95,7 @@ class LocalLinear(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
+        self.fuse_wgrad_accumulation = False  # as TransformerEngine's have it
         self.tp_group = tp_group
         shape = (output_size // tp_group.size(), input_size)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=_device(config)))

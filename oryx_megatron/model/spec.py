@@ -41,9 +41,7 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **
     """
     linears: dict[str, Any] = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     if config.fused_mixer:
-        linears["query_proj"] = LocalLinear
-        if gathers_once(config):
-            linears["in_proj"] = LocalLinear
+        linears["in_proj"] = linears["query_proj"] = LocalLinear
     return _layer_spec(
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
@@ -58,8 +56,8 @@ def local_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **
 def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: bool = False, **mixer: Any) -> ModuleSpec:
     """A layer of TransformerEngine's linears, each norm inside the projection that reads it.
 
-    Norms with several readers are modules of their own: before experts, whose router reads it too, and under tensor
-    parallelism before the mixer (`gathers_once`). `mixer` as in `local_layer_spec`.
+    Norms with several readers are modules of their own: before experts, whose router reads it too, and before the mixer
+    (but `holds_norm`). `mixer` as in `local_layer_spec`.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -70,13 +68,13 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
 
     from oryx_megatron.model.te import TELocalLinear
 
-    gathers = gathers_once(config)
+    inside = holds_norm(config)
     return _layer_spec(
-        input_layernorm=TENorm if gathers else IdentityOp,
+        input_layernorm=IdentityOp if inside else TENorm,
         pre_mlp_layernorm=TENorm if experts else IdentityOp,
         params=mixer,
         mixer={
-            "in_proj": TELocalLinear if gathers else TELayerNormColumnParallelLinear,
+            "in_proj": TELayerNormColumnParallelLinear if inside else TELocalLinear,
             "out_proj": TERowParallelLinear,
             "query_proj": TELocalLinear,
         },
@@ -87,13 +85,14 @@ def transformer_engine_layer_spec(config: OryxTransformerConfig, *, experts: boo
     )
 
 
-def gathers_once(config: OryxTransformerConfig) -> bool:
-    """Whether a mixer with separate queries gathers its normed input itself, once for all of its projections.
+def holds_norm(config: OryxTransformerConfig) -> bool:
+    """Whether TransformerEngine's in_proj holds the norm before it: in FP8 and FP4, without tensor parallelism.
 
-    A column-parallel in_proj would gather it for itself, forward and again in its backward pass, and reduce a gradient
-    of its own.
+    In bf16 all projections of the normed input are one function (projections.py). Under tensor parallelism the mixer
+    gathers that input once for all of them: a column-parallel in_proj would gather it for itself, forward and again in
+    its backward pass, and reduce a gradient of its own.
     """
-    return config.tensor_model_parallel_size > 1
+    return config.quantized and config.tensor_model_parallel_size == 1
 
 
 def _layer_spec(

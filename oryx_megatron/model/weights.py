@@ -167,19 +167,23 @@ class MixerWeights(MegatronModule):
             weight: Any = linear.weight
             yield weight, {part: weight.shape[0]}
 
+    def gathered(self, hidden_states: Tensor) -> Tensor:
+        """What the projections of a mixer with separate queries read: the normed input of all tokens [s, b, d], from
+        this tensor-parallel rank's tokens or whole; its gradient is summed over the ranks, which hold some rows of
+        each weight."""
+        if self.tp_group.size() == 1:
+            return hidden_states
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+
     def input(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """in_proj's parts [s, b, rows], and what the other projections read: with separate queries the normed input of
-        all tokens [s, b, d]."""
+        """in_proj's parts [s, b, rows], and what the other projections read."""
         if not self.separate_queries:
             return self.in_proj(hidden_states)[0], hidden_states
-        if self.tp_group.size() == 1:
-            projected, _ = self.in_proj(hidden_states)
-            return projected if isinstance(projected, tuple) else (projected, hidden_states)
-        if self.config.sequence_parallel:
-            normed = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
-        else:
-            normed = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
-        return self.in_proj(normed)[0], normed
+        normed = self.gathered(hidden_states)
+        projected, _ = self.in_proj(normed)
+        return projected if isinstance(projected, tuple) else (projected, normed)
 
     def own(self, per_head: Tensor) -> Tensor:
         """What belongs to the heads that this context-parallel rank holds inside the mixer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from oryx_megatron import ops, parallel, planner, platform
 from oryx_megatron.config.schema import ModelConfig, MTPConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.model import SequenceInfo, sequence
 from oryx_megatron.model.build import build_chunk
-from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import initialize_weights
 from oryx_megatron.model.sequence import regroup
 from oryx_megatron.modes import parse_plan, plan_for
@@ -75,9 +76,14 @@ def gradients(
     length: int = LENGTH,
     context: int = 1,
     sort: bool | None = None,
+    **fields: Any,
 ) -> dict[str, Tensor]:
-    """Loss and gradients by parameter name, queries under the names that both mixers share."""
+    """Loss and gradients by parameter name, queries under the names that both mixers share.
+
+    `fields`: further ones of the config.
+    """
     extra = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False} if fused else {}
+    extra |= fields
     chunk = build_chunk(
         transformer_config(model, ParallelConfig(context=context), PrecisionConfig(dtype="fp32"), **extra)
     )
@@ -148,6 +154,18 @@ def test_fused_equals_separate(changes, plan):
         for name, want in separate.items():
             error = (fused[name] - want).norm() / want.norm().clamp(min=1e-3)
             assert error < 2e-4, (name, error)
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "runs:a0-4,r4-37", "runs:a0-33,r33-37"])
+def test_projections_by_modules(plan, monkeypatch):
+    """As in FP8, where TransformerEngine's modules multiply multiples of 16 rows."""
+    separate = gradients(config(), plan, fused=False, documents=None)
+    monkeypatch.setattr(OryxTransformerConfig, "quantized", True)
+    for multiple in (1, 8):
+        found = gradients(config(), plan, fused=True, documents=None, row_multiple=multiple)
+        assert found.keys() == separate.keys()
+        for name, want in separate.items():
+            assert (found[name] - want).norm() / want.norm().clamp(min=1e-3) < 2e-4, name
 
 
 @pytest.mark.parametrize(
