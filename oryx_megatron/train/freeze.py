@@ -29,6 +29,7 @@ from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.tables import layers_differ, weight_rules
 from oryx_megatron.model.mixer import OryxMixer
 from oryx_megatron.model.mtp import blocks
+from oryx_megatron.model.spec import NORM_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -211,14 +212,15 @@ def named_parts(model: Any, *, tied: bool) -> list[Named]:
     names: dict[int, str] = {}
     parts: dict[int, dict[str, int]] = {}
     for _, prefix, layer in blocks(model):
-        names |= {id(parameter): prefix + name for name, parameter in layer.named_parameters()}
+        named = layer.named_parameters()
+        names |= {id(parameter): prefix + NORM_NAMES.get(name, name) for name, parameter in named}
         mixer: OryxMixer = layer.self_attention
         for weight, rows_of in mixer.in_proj_weights():
             names[id(weight)] = f"{prefix}self_attention.in_proj.weight"
             parts[id(weight)] = rows_of
         if (convolution := getattr(mixer, "conv", None)) is not None and mixer.conv_parts:
             parts[id(convolution.weight)] = mixer.conv_parts
-    named = []
+    found = []
     for name, parameter in model.named_parameters():
         own = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
         own = _of_experts(names.get(id(parameter), own), model)
@@ -226,8 +228,8 @@ def named_parts(model: Any, *, tied: bool) -> list[Named]:
         for part, count in parts.get(id(parameter), {}).items():
             rows[f"{own}.{part}"] = slice(start, start + count)
             start += count
-        named.append((parameter, rows or {own: ALL}))
-    return named
+        found.append((parameter, rows or {own: ALL}))
+    return found
 
 
 def _sizes(found: list[Named]) -> dict[str, int]:

@@ -43,6 +43,11 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "heads": ("heads gdn", 1, {}),
     "heads-tp2-cp2-recompute-full": ("heads gdn", 4, {"tensor": 2, "context": 2, "recompute": "full"}),
     "heads-pp2-cp2": ("heads gdn", 4, {"pipeline": 2, "context": 2, "overlap": True}),
+    "frozen": ("frozen gdn", 1, {}),
+    "frozen-tp2-recompute-full": ("frozen gdn", 2, {"tensor": 2, "recompute": "full"}),
+    "frozen-tp2-dp2": ("frozen gdn", 4, {"tensor": 2, "overlap": True}),
+    "tp2-dp2-whole-sequences": ("mamba2", 4, {"tensor": 2, "sequence": False, "overlap": True}),
+    "dp4": ("gdn", 4, {"overlap": True}),
     "cp2-dp2-recompute-full": ("gdn", 4, {"context": 2, "recompute": "full", "overlap": True}),
 }
 
@@ -52,6 +57,8 @@ EXPERTS = MoEConfig(experts=4, top_k=4, ffn_hidden_size=24, shared_ffn_hidden_si
 ROUTED = MoEConfig(experts=8, ffn_hidden_size=24, first_dense=1, frequency=2, aux_loss=0.1, z_loss=0.01)
 """A token goes to two. What differs is rounding: at a learning rate of 1e-2, weights changed by half a unit in the last
 place change the norm of the fourth step by up to 7e-4 under one layout, and layouts differ by up to 4e-4."""
+FROZEN = ("*in_proj.weight*", "!*query_recurrent", "decoder.layers.0.*", "embedding.*", "output_layer.*")
+"""In the first layer nothing trains, in the others one of the two queries alone, beside log-decays and MLPs."""
 PATTERNS = {
     "experts": ("both*2", "recurrent", "both"),
     "hybrid": ("recurrent*3", "attention"),
@@ -74,6 +81,8 @@ def _run(name: str, layout: dict[str, Any], documents: str):
         # Every layer draws a plan of its own in most microbatches.
         modes = ModesConfig(chunk=8, p_attention=0.1, p_recurrent=0.1, p_layers=0.8, layer_groups=4)
         fields["modes"] = modes
+    if kind == "frozen":  # separate steps hold trained and frozen rows in one weight, which gets no weight decay
+        fields |= {"train__freeze": FROZEN, "optimizer__weight_decay": 0.0}
     if kind == "yarn":  # documents are about as long as a quarter of a sequence
         fields["model__rope_scaling"] = RopeScalingConfig(
             rope_type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=1.0, beta_slow=0.01
@@ -84,7 +93,7 @@ def _run(name: str, layout: dict[str, Any], documents: str):
 def _losses() -> dict[str, list[tuple[float, float]]]:
     worlds, results = Worlds(), dict[str, list[tuple[float, float]]]()
     kinds = ("gdn", "mamba2", "hybrid gdn", "mixed mamba2", "experts gdn", "routed gdn", "yarn gdn", "layers gdn")
-    kinds = (*kinds, "heads gdn")
+    kinds = (*kinds, "heads gdn", "frozen gdn")
     for mixer, documents in worlds.share(1, [(m, d) for m in kinds for d in ("isolated", "joined")]):
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)

@@ -378,6 +378,8 @@ def test_transformer_engine() -> None:
 
     assert "pickle.dumps" in inspect.getsource(base.TransformerEngineBaseModule.get_extra_state), "scales"
     assert "fuse_wgrad_accumulation" in inspect.getsource(te.Linear), "accumulate_into_main_gradients"
+    given = {"out_dtype", "accumulate", "layout", "out", "use_split_accumulator", "grad"}
+    assert given <= inspect.signature(te.cpp_extensions.general_gemm).parameters.keys(), "add_weight_gradient"
     assert re.search(r'parallel_mode == "duplicated"', inspect.getsource(extensions.TELinear)), "own_rows"
 
 

@@ -9,12 +9,15 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.extensions import transformer_engine as extensions
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import load_model_weights
@@ -24,14 +27,15 @@ from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, 
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
-from oryx_megatron.model.config import transformer_config
+from oryx_megatron.model.config import OryxTransformerConfig, transformer_config
 from oryx_megatron.model.initialize import Slicer, normal_draw
+from oryx_megatron.model.parts import LocalLinear, RMSNorm
 from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, backends, fused, scans
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing.layouts import tiny_run
-from oryx_megatron.train.freeze import _grouped, divide
+from oryx_megatron.train.freeze import _grouped, divide, named_parts
 from oryx_megatron.train.optimizer import build_optimizer, wrap
 from oryx_megatron.train.step import Microbatch, OryxProgram
 from oryx_megatron.warmup import check, share_of
@@ -186,6 +190,59 @@ def test_weights_of_fused_blocks_load_into_the_others_and_back(tmp_path: Path, m
         for a, b in zip(written, _weights(target), strict=True):
             assert a.key == b.key
             assert torch.equal(a.data, b.data), a.key
+
+
+class NormLinear(ColumnParallelLinear):
+    """As TransformerEngine's, the norm inside."""
+
+    def __init__(self, width: int, *args: Any, config: Any, **more: Any) -> None:
+        super().__init__(width, *args, config=config, **more)
+        self.layer_norm_weight = torch.nn.Parameter(torch.empty(width))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerEngine's linears, replaced by those that hold the same on a CPU."""
+    linears = {"TEColumnParallelLinear": ColumnParallelLinear, "TERowParallelLinear": RowParallelLinear}
+    linears |= {"TELayerNormColumnParallelLinear": NormLinear, "TENorm": RMSNorm}
+    for name, stand_in in linears.items():
+        monkeypatch.setattr(extensions, name, stand_in)
+    local = ModuleType("oryx_megatron.model.te")
+    local.TELocalLinear = LocalLinear  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, local.__name__, local)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_norm_before_a_mixer_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FP8 in_proj holds it, in bf16 it is a module: each loads the other's weights, and is frozen by one name."""
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    model = load_model("tiny-gdn")
+    plain = chunk(model)
+
+    def built(*, quantized: bool) -> torch.nn.Module:
+        monkeypatch.setattr(OryxTransformerConfig, "quantized", quantized)
+        made = chunk(model, te_linears=True, **FUSED)
+        names = dict(made.decoder.layers[0].named_parameters())
+        assert ("self_attention.in_proj.layer_norm_weight" in names) == quantized
+        assert ("input_layernorm.weight" in names) == (not quantized)
+        return made
+
+    for quantized in (True, False):
+        source = built(quantized=quantized)
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.normal_()
+        folder = tmp_path / str(quantized)
+        folder.mkdir()
+        dist_checkpointing.save(sharded_state([source], None), str(folder))
+        frozen = [{name for _, parts in named_parts(m, tied=True) for name in parts} for m in (source, plain)]
+        assert {name for name in frozen[0] if "norm" in name} == {name for name in frozen[1] if "norm" in name}
+        target = built(quantized=not quantized)
+        for other in (target, plain):
+            load_model_weights(folder, [other])
+            for a, b in zip(_weights(source), _weights(other), strict=True):
+                assert a.key == b.key
+                assert torch.equal(a.data, b.data), a.key
 
 
 def _weights(source) -> list[ShardedTensor]:
