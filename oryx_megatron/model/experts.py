@@ -15,9 +15,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from oryx_megatron import compat
+from oryx_megatron import compat, platform
 from oryx_megatron.config.schema import ModelConfig, ParallelConfig
 
 SUMS = ("tokens", "dropped", "entropy", "z", "balance")
@@ -94,8 +95,12 @@ def moe_spec(fc1: type, fc2: type, activation: type | None, *, grouped: bool) ->
 class ExpertRouter(TopKRouter):
     """megatron-core's router, which adds up what it does in training for `take_sums`."""
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(self, config: TransformerConfig, *args: Any, **keywords: Any) -> None:
+        super().__init__(config, *args, **keywords)
+        # megatron-core makes its weight in host memory and moves it in the first forward pass. An optimizer without
+        # flat buffers of parameters (Muon, or AdamW that is not distributed) has refused it by then.
+        if not config.use_cpu_initialization:
+            self.to(platform.device())
         self.sums: Tensor | None = None
         """[E + 5] fp64 over the microbatches of this step: tokens that each expert took; tokens; those of their top k
         that no expert took; entropy in nats of the scores over all experts; squared logsumexp of the logits; and this

@@ -23,7 +23,7 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import load_model_weights
 from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig, MoEConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import ModelConfig, MoEConfig, MTPConfig, ParallelConfig, PrecisionConfig
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
@@ -381,6 +381,22 @@ def test_parameters_can_be_handed_to_another_optimizer() -> None:
     groups = optimizer.param_groups
     assert {parameter.dtype for group in groups for parameter in group["params"]} == {torch.float32}
     assert all(parameter.is_leaf for group in groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("overrides", [{}, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
+def test_every_weight_is_made_on_the_device(mixer: str, overrides: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer without flat buffers takes parameters as they lie, and refuses one in host memory."""
+    device = torch.device("meta")
+    monkeypatch.setattr(platform, "device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)  # where megatron-core makes its own
+    experts = MoEConfig(experts=4, top_k=2, ffn_hidden_size=8, shared_ffn_hidden_size=8, score="sigmoid")
+    for moe in (None, experts, dataclasses.replace(experts, aux_loss=0.0, bias_update_rate=0.1)):
+        changes: dict = {"mixer": mixer, "tie_embeddings": moe is None, "moe": moe, "mtp": MTPConfig(layers=1)}
+        built = chunk(dataclasses.replace(load_model("tiny-gdn"), **changes), "bf16", **overrides)
+        tensors = dict(built.named_parameters()) | dict(built.named_buffers())
+        assert moe is None or any(name.endswith("router.weight") for name in tensors)
+        assert not {name for name, tensor in tensors.items() if tensor.device != device}
 
 
 @pytest.fixture
