@@ -32,11 +32,13 @@ from oryx_megatron.planner import Cluster, Estimate, Work, estimate, layout_of
 from oryx_megatron.planner_costs import COSTS, MEMORY_GIB, Costs
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KEPT = (
+SWIGLU_AGAIN = (
     *("h100-graphs.json", "h100-graphs-more.json", "h100-launched.json", "h100x2-layouts.json"),
-    *("h200-throughput.json", "h200-throughput-quiet.json", "h200-mamba.json", "h200x2-layouts.json"),
+    *("h200-throughput.json", "h200-mamba.json", "h200x2-layouts.json"),
     *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json", "h100-long.json"),
 )
+"""Measured when ours always computed SwiGLU's output again in bf16: layouts of theirs without recompute are `swiglu`."""
+KEPT = (*SWIGLU_AGAIN, "h200-throughput-quiet.json")
 """What the planner is held to."""
 GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")
 """Measured when mixers gathered their input twice under tensor parallelism: those layouts of theirs are left out."""
@@ -68,7 +70,9 @@ class Measured:
         model, parallel = load_model(PEERS.get(self.model, self.model)), parse_layout(self.layout, self.gpus)
         work = Work(self.sequence, self.batch, self.share, graphs=self.graphs, fp8=self.fp8)
         split = layout_of(model, work, parallel, self.micro, self.gpus)
-        return model, Cluster.of(self.card, self.gpus), work, split, self.micro, parallel.recompute
+        again = parallel.recompute == "none" and self.model not in PEERS and self.source in SWIGLU_AGAIN
+        recompute = "swiglu" if again else parallel.recompute
+        return model, Cluster.of(self.card, self.gpus), work, split, self.micro, recompute
 
     def planned(self, costs: Costs = COSTS) -> Estimate:
         """What the planner says."""

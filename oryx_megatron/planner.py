@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from oryx_megatron.arch import Share, flops_per_token, kinds, mtp_flops_per_token, parameter_counts, share_of_heads
 from oryx_megatron.config.schema import (
@@ -27,6 +27,7 @@ from oryx_megatron.config.schema import (
     ModelConfig,
     ModesConfig,
     ParallelConfig,
+    Recompute,
     RunConfig,
     TrainConfig,
 )
@@ -34,7 +35,6 @@ from oryx_megatron.config.validate import Layout, divisors, layout_for, uneven_f
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.planner_costs import COPY_TERABYTES, COSTS, MEMORY_GIB, PEAK, Costs
 
-Recompute = Literal["none", "mixer", "full"]
 GIB = 2**30
 
 OFFLOAD_BYTES = 16
@@ -185,8 +185,8 @@ def _expert_layers(model: ModelConfig, layers: Iterable[int]) -> int:
 
 def _mlp_bytes(model: ModelConfig, layout: Layout, experts: float) -> dict[str, float]:
     """`activation_bytes` behind the mixer, where a share `experts` of the layers has experts."""
-    # Both halves of its input; the output of SwiGLU is computed again, not kept.
-    items = {"mlp": (1 - experts) * 4.0 * model.ffn_hidden_size / layout.tp}
+    width = (1 - experts) * 2.0 * model.ffn_hidden_size / layout.tp
+    items = {"mlp": 2 * width, "swiglu": width}  # both halves of its input, and its output
     if experts and (moe := model.moe) is not None:
         # A sorted copy of the input, one that arrives at the expert and its output; both halves and SwiGLU between.
         one = 2.0 * (3 * model.hidden_size + 3 * moe.ffn_hidden_size)
@@ -200,26 +200,31 @@ def _recurrence_bytes(model: ModelConfig) -> float:
     return model.num_heads * (2.0 * 64 + 8.0 if model.mixer == "gdn" else 8.0)
 
 
-KEPT: dict[Recompute, tuple[str, ...]] = {
-    "mixer": ("block inputs", "projections", "mixer output", "mlp", "experts"),
-    "full": (),
-}
-"""Items that stay when others are recomputed; `full` keeps the block's input alone."""
+IN_MIXER = ("keys and values", "attention", "recurrence", "context exchange")
+"""Items that `mixer` recomputes beside SwiGLU's output; `full` keeps the block's input alone."""
 
 
-def _layer_bytes(
-    model: ModelConfig, layout: Layout, share: Share, recompute: Recompute, stage: int
-) -> tuple[float, float]:
-    """Bytes kept per token and layer of a stage, and those of the one layer that is recomputed at a time."""
-    items = activation_bytes(model, layout, share, stage)
-    whole = sum(items.values())
-    if recompute == "none":
-        return whole, 0.0
+def _keeps_swiglu(work: Work, recompute: Recompute) -> bool:
+    """Whether SwiGLU's output stays for the backward pass; in FP8 its second product keeps a copy of its own."""
+    return recompute == "none" and work.fp8 == "none"
+
+
+def _kept(
+    model: ModelConfig, layout: Layout, work: Work, recompute: Recompute, stage: int
+) -> tuple[dict[str, float], float]:
+    """Bytes kept per token and layer of a stage, by item, and those of the one layer that is recomputed at a time.
+
+    One layer's output of SwiGLU is counted with the gradients beside it.
+    """
+    items = activation_bytes(model, layout, work.attention_share, stage)
+    if not _keeps_swiglu(work, recompute):
+        del items["swiglu"]
+    kept = items
     if recompute == "full":
-        kept = 2.0 * model.hidden_size / layout.tp
-    else:
-        kept = sum(size for name, size in items.items() if name in KEPT[recompute])
-    return kept, whole - kept
+        kept = {"block inputs": 2.0 * model.hidden_size / layout.tp}
+    elif recompute == "mixer":
+        kept = {name: size for name, size in items.items() if name not in IN_MIXER}
+    return kept, sum(items.values()) - sum(kept.values())
 
 
 def expert_parameters(model: ModelConfig, layout: Layout, stage: int) -> float:
@@ -292,7 +297,7 @@ def memory_bytes(
     """
     parameters, experts = parameters_per_gpu(model, layout, stage), expert_parameters(model, layout, stage)
     tokens = work.sequence // layout.cp * micro_batch
-    kept, once = _layer_bytes(model, layout, work.attention_share, recompute, stage)
+    kept, once = _kept(model, layout, work, recompute, stage)
     held = tokens * layout.stage_layers[stage] * in_flight(layout, stage)
     items = {
         "parameters": 2 * (parameters + experts),
@@ -305,19 +310,17 @@ def memory_bytes(
         items["fp8 weights"] = 2 * (parameters + experts)
     if work.ema:
         items["average of weights"] = 4 * _owned(parameters, experts, layout)
-    if recompute == "full":
-        items["activations: block inputs"] = kept * held
-    else:
-        for name, size in activation_bytes(model, layout, work.attention_share, stage).items():
-            if recompute == "none" or name in KEPT[recompute]:
-                items[f"activations: {name}"] = size * held
+    items |= {f"activations: {name}": size * held for name, size in kept.items()}
     if stage == layout.pp - 1:
         items["logits"] = 4.0 * model.vocab_size / layout.tp * tokens * (1 + model.mtp_layers)
         if model.mtp_layers:  # a layer each, and what their projections read
             one = dataclasses.replace(model.with_modes(model.mtp_modes), moe=None, mtp=None)
-            each = sum(activation_bytes(one, layout, share_of_heads(model, work.attention_share)).values())
-            each = 4.0 * model.hidden_size / layout.tp if recompute == "full" else each + 12.0 * model.hidden_size
-            items["activations: mtp heads"] = model.mtp_layers * each * tokens
+            each = activation_bytes(one, layout, share_of_heads(model, work.attention_share))
+            if not _keeps_swiglu(work, recompute):
+                del each["swiglu"]
+            size = sum(each.values()) + 12.0 * model.hidden_size
+            size = 4.0 * model.hidden_size / layout.tp if recompute == "full" else size
+            items["activations: mtp heads"] = model.mtp_layers * size * tokens
     # Gradients of the widest step of a block, and the layer being recomputed.
     widest = 8.0 * model.ffn_hidden_size / layout.tp + 4.0 * model.hidden_size
     items["workspace"] = (widest + once) * tokens + CONTEXT_GIB * GIB
@@ -334,7 +337,7 @@ def _collectives(recompute: Recompute) -> int:
 
 def _exchanges(recompute: Recompute) -> int:
     """How often a layer goes to heads and back under context parallelism."""
-    return 2 if recompute == "none" else 3
+    return 2 if recompute in ("none", "swiglu") else 3
 
 
 def _recurrent_layers(model: ModelConfig, attention_share: Share) -> int:
@@ -407,7 +410,7 @@ def estimate(
     gpu = compute + (tensor + context + expert) / steps
     host = 0.0
     if not work.graphs or model.moe is not None or work.fp8 == "mxfp8":  # as engine.why_launched says
-        again = 1 + costs.launch_again * {"none": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
+        again = 1 + costs.launch_again * {"none": 0.0, "swiglu": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
         host = passes * _launch_seconds(model, costs) * again * (1.0 if work.fp8 == "none" else costs.launch_fp8)
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
@@ -467,10 +470,13 @@ def _compute_seconds(
         scans = costs.recurrence_seconds[model.mixer] * model.num_heads * area * recurrent
         forward, backward = forward + 0.25 * scans, backward + 0.75 * scans
     # Norms, activations and copies: what is kept is written and read again.
-    kept = activation_bytes(model, dataclasses.replace(layout, tp=1), share)
-    moved = costs.passes * sum(kept.values()) * model.num_layers / (cluster.copy_tbps * 1e12)
+    kept, copied = activation_bytes(model, dataclasses.replace(layout, tp=1), share), cluster.copy_tbps * 1e12
+    swiglu = kept.pop("swiglu")
+    moved = costs.passes * sum(kept.values()) * model.num_layers / copied
     forward, backward = forward + moved / 3, backward + 2 * moved / 3
-    again = {"none": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
+    again = {"none": 0.0, "swiglu": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
+    if _keeps_swiglu(work, recompute):  # the passes that were fitted compute it again: both halves read, one written
+        again -= 3 * swiglu * model.num_layers / copied
     blocks = (forward + backward + again) / model.num_layers
     head = 3 * (flops["output_layer"] + mtp_flops_per_token(model, work.sequence, share)) / product
     slowest = max(blocks * max(layout.stage_layers), blocks * layout.stage_layers[-1] + head)
@@ -544,8 +550,7 @@ def plan(model: ModelConfig, cluster: Cluster, work: Work) -> list[Estimate]:
     fitting: list[Estimate] = []
     nearest: Estimate | None = None
     for layout, micro_batch in layouts(model, cluster, work):
-        modes: tuple[Recompute, ...] = ("none", "mixer", "full")
-        for recompute in modes:
+        for recompute in get_args(Recompute):
             found = estimate(model, cluster, work, layout, micro_batch, recompute)
             if found.gib <= USABLE * cluster.memory_gib:
                 fitting.append(found)

@@ -53,8 +53,22 @@ EFFECTS = (
 """Fields whose default says nothing. What a run may as well leave at zero or null is checked beside its own rules."""
 
 
+def _without_swiglu(run: RunConfig) -> str | None:
+    """Why no SwiGLU of this run can be computed again; None: one can, where its mixers are fused."""
+    if run.precision.fp8 != "none" or run.precision.fp4 != "none":
+        return f"with precision.{'fp8' if run.precision.fp8 != 'none' else 'fp4'}, which keeps a narrower copy of it"
+    if run.kernels.mixer == "reference":
+        return "with kernels.mixer reference"
+    moe = run.model.moe
+    if moe is not None and run.model.mtp is None and all(map(moe.in_layer, range(run.model.num_layers))):
+        return "with experts in every layer"
+    return None
+
+
 def check_effects(run: RunConfig) -> None:
     """Raise ConfigError where a field was changed from its default and has no effect."""
+    if run.parallel.recompute == "swiglu" and (why := _without_swiglu(run)) is not None:
+        raise ConfigError(f"parallel.recompute: swiglu has no effect {why}; set none, mixer or full")
     for name, has, why in EFFECTS:
         *sections, field = name.split(".")
         section: Any = run

@@ -24,6 +24,8 @@ class OryxTransformerConfig(TransformerConfig):
     oryx: ModelConfig | None = None
     recompute_mixer: bool = False
     """Recompute what happens between the mixer's projections in the backward pass."""
+    recompute_swiglu: bool = False
+    """Recompute what a fused SwiGLU put out in the backward pass."""
     fused_mixer: bool = False
     """Mixers are fused: tokens lie sorted by mode through the whole model (ops/layout.py)."""
     freezes: bool = False
@@ -95,6 +97,8 @@ def transformer_config(
         # Layers that differ lie apart in checkpoints, not stacked along one axis.
         "hetereogenous_dist_checkpoint": bool(model.pattern),
         "recompute_mixer": parallel.recompute == "mixer",
+        # In FP8 the second product of a SwiGLU keeps a narrower copy of its own.
+        "recompute_swiglu": parallel.recompute != "none" and precision.fp8 == "none" and precision.fp4 == "none",
         "fused_mixer": sorts,
         "te_linears": te_missing is None and dtype is torch.bfloat16,  # it would multiply fp32 in TF32
     }

@@ -89,7 +89,7 @@ def freeze(run: RunConfig, chunks: list[Any]) -> Frozen:
     wholly, partly = divide(found, patterns, [group for chunk in chunks for group in _grouped(unwrap_model(chunk))])
     for parameter in wholly:
         parameter.requires_grad_(False)
-    if run.parallel.recompute != "none":
+    if run.parallel.recompute in ("mixer", "full"):  # through torch's checkpoint
         for chunk in chunks:
             if (embedding := getattr(unwrap_model(chunk), "embedding", None)) is not None:
                 embedding.register_forward_hook(_track)

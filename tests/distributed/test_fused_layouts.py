@@ -18,9 +18,12 @@ RANKS, STEPS = 4, 3
 FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("gdn", 1, {}),
+    "one-recompute-swiglu": ("gdn", 1, {"recompute": "swiglu"}),
     "tp2": ("mamba2", 2, {"tensor": 2}),
+    "tp2-recompute-swiglu": ("mamba2", 2, {"tensor": 2, "recompute": "swiglu"}),
     "tp2-whole-sequences": ("gdn", 2, {"tensor": 2, "sequence": False}),
     "cp2": ("gdn", 2, {"context": 2}),
+    "cp2-recompute-swiglu": ("gdn", 2, {"context": 2, "recompute": "swiglu"}),
     "cp2-recompute-mixer": ("mamba2", 2, {"context": 2, "recompute": "mixer"}),
     "cp4": ("mamba2", 4, {"context": 4}),
     "tp2-cp2": ("gdn", 4, {"tensor": 2, "context": 2}),
@@ -41,6 +44,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "layers-tp2-cp2": ("layers gdn", 4, {"tensor": 2, "context": 2}),
     "layers-pp2-cp2-recompute-full": ("layers gdn", 4, {"pipeline": 2, "context": 2, "recompute": "full"}),
     "heads": ("heads gdn", 1, {}),
+    "heads-recompute-swiglu": ("heads gdn", 1, {"recompute": "swiglu"}),
     "heads-tp2-cp2-recompute-full": ("heads gdn", 4, {"tensor": 2, "context": 2, "recompute": "full"}),
     "heads-pp2-cp2": ("heads gdn", 4, {"pipeline": 2, "context": 2, "overlap": True}),
     "frozen": ("frozen gdn", 1, {}),
@@ -126,3 +130,12 @@ def test_losses_and_gradient_norms(name: str, documents: str, trained: dict[str,
     assert steps[0] == pytest.approx(wanted[0], rel=1e-6)  # of equal weights; later each update enlarges rounding
     for found, want in zip(steps, wanted, strict=True):
         assert found == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("documents", ["isolated", "joined"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.endswith("-recompute-swiglu")])
+def test_swiglu_again_is_equal_bit_by_bit(
+    name: str, documents: str, trained: dict[str, list[tuple[float, float]]]
+) -> None:
+    assert trained[f"{name} {documents}"] == trained[f"{name.removesuffix('-recompute-swiglu')} {documents}"]

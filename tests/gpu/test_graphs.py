@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "delayed": {"precision": PrecisionConfig(fp8="delayed")},
     "delayed, attention too": {"precision": PrecisionConfig(fp8="delayed", fp8_attention=True)},
     "blockwise": {"precision": PrecisionConfig(fp8="blockwise")},
+    "recompute swiglu": {"parallel": ParallelConfig(recompute="swiglu")},
     "recompute mixer": {"parallel": ParallelConfig(recompute="mixer")},
     "recompute full": {"parallel": ParallelConfig(recompute="full")},
     "isolated": {"data__documents": "isolated"},
@@ -93,6 +94,17 @@ def test_losses_of_changing_plans(name, mixer):
     assert [loss for loss, _ in replayed] == [loss for loss, _ in launched]
     apart = 0.1 if "precision" in SETTINGS[name] else 0.01
     assert [norm for _, norm in replayed] == pytest.approx([norm for _, norm in launched], rel=apart)
+
+
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+@pytest.mark.parametrize("mixer", ["gdn", "mamba2"])
+def test_swiglu_again_is_equal_bit_by_bit(mixer, graphs):
+    kept, again = (
+        curve(run_of(mixer, SETTINGS[name], graphs, modes=ModesConfig(chunk=64, fixed="recurrent")))
+        for name in ("bf16", "recompute swiglu")
+    )
+    assert again == kept
+    assert kept[0] != kept[-1]
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "mamba2"])

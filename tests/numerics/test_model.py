@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from oryx_megatron import arch, platform
 from oryx_megatron.config import load_model, preset_names
-from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recompute
 from oryx_megatron.model import SequenceInfo, build_meta, build_model
 from oryx_megatron.modes import LayerPlans, Mode, ModePlan, Plan
 
@@ -336,7 +337,7 @@ def test_recomputing_changes_nothing(variant: str) -> None:
     model = config(variant)
     tokens = random_tokens(24)
     results = []
-    for recompute in ("none", "mixer", "full"):
+    for recompute in get_args(Recompute):
         chunk = build(model, recompute=recompute).train()
         grads = []
         for plan in (ModePlan.uniform(Mode.ATTENTION, 24), random_plan(model, 24), layer_plan(model, 24)):

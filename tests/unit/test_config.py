@@ -620,6 +620,22 @@ def test_a_valid_layout_is_computed(run_file, world_size, overrides, layout):
             ["faults.bad_steps=0", "faults.max_rollbacks=1"],
             "faults.max_rollbacks: has no effect with faults.bad_steps 0",
         ),
+        (
+            ["parallel.recompute=swiglu", "precision.fp8=tensorwise"],
+            "parallel.recompute: swiglu has no effect with precision.fp8, which keeps a narrower copy of it; set none, m",
+        ),
+        (
+            ["parallel.recompute=swiglu", "precision.fp4=nvfp4"],
+            "parallel.recompute: swiglu has no effect with precision.fp4",
+        ),
+        (
+            ["parallel.recompute=swiglu", "kernels.mixer=reference"],
+            "parallel.recompute: swiglu has no effect with kernels.mixer reference",
+        ),
+        (
+            ["parallel.recompute=swiglu", "model.moe={experts: 4, ffn_hidden_size: 32}"],
+            "parallel.recompute: swiglu has no effect with experts in every layer",
+        ),
         (["logging.profile_ranks=[1]"], "logging.profile_ranks: has no effect without logging.profile; set that, or"),
         (
             ["model.moe={experts: 4, ffn_hidden_size: 32, aux_loss: 0, aux_loss_over: sequence}"],

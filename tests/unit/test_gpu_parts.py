@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,14 @@ from oryx_megatron import parallel, platform
 from oryx_megatron.checkpoint import load_model_weights
 from oryx_megatron.checkpoint.state import sharded_state
 from oryx_megatron.config import load_model
-from oryx_megatron.config.schema import ModelConfig, MoEConfig, MTPConfig, ParallelConfig, PrecisionConfig
+from oryx_megatron.config.schema import (
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Recompute,
+)
 from oryx_megatron.errors import ConfigError
 from oryx_megatron.hf.layers_oryx import eager_attention_forward
 from oryx_megatron.model.build import build_chunk, build_model
@@ -34,6 +41,7 @@ from oryx_megatron.model.warm import _random
 from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, backends, fused, scans
 from oryx_megatron.ops.scans import delta_scan
+from oryx_megatron.testing import fused_steps
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.freeze import _grouped, divide, named_parts
 from oryx_megatron.train.optimizer import build_optimizer, wrap
@@ -281,17 +289,43 @@ def test_fp8_attention_only_where_transformer_engine_has_it(monkeypatch) -> None
         transformer_config(load_model("tiny-gdn"), ParallelConfig(), precision)
 
 
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_what_a_fused_mlp_keeps(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name, step in fused_steps.replacements():
+        monkeypatch.setattr(owner, name, step)
+    model, layout = load_model("tiny-gdn"), ParallelConfig(recompute=recompute)
+    mlp = build_chunk(transformer_config(model, layout, PrecisionConfig(dtype="fp32"), **FUSED)).decoder.layers[0].mlp
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    outputs: list[torch.Tensor] = []
+    mlp.activation_func.register_forward_hook(lambda module, inputs, y: outputs.append(y))
+    x = torch.randn(5, 1, model.hidden_size, requires_grad=True)
+    output, _ = mlp(x)
+    with torch.no_grad():
+        mlp(x)
+    kept, evaluated = (y.untyped_storage().size() > 0 for y in outputs)
+    assert kept == (recompute == "none")
+    assert evaluated
+    output.square().sum().backward()
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_in_fp8_no_swiglu_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(platform, "transformer_engine_missing", lambda: None)
+    monkeypatch.setattr(platform, "capability", lambda: (9, 0))
+    monkeypatch.setattr(fused, "in_use", lambda: True)
+    for fp8, again in (("none", True), ("tensorwise", False)):
+        layout, precision = ParallelConfig(recompute="mixer"), PrecisionConfig(fp8=fp8)  # type: ignore[arg-type]
+        assert transformer_config(load_model("tiny-gdn"), layout, precision).recompute_swiglu == again
+
+
 def test_a_discarded_swiglu_is_gone_after_its_backward_pass(monkeypatch) -> None:
     """The loss of a microbatch, and with it its graph, lives until the next one has its own."""
-
-    def swiglu(x, y):
-        gate, up = x.chunk(2, -1)
-        y.data.copy_(torch.nn.functional.silu(gate) * up)  # as a kernel does: unseen by autograd
-
-    monkeypatch.setattr(fused, "_swiglu", swiglu)
+    monkeypatch.setattr(fused, "_swiglu", fused_steps.swiglu_into)
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     hidden, y = x * 1.0, torch.empty(5, 4, requires_grad=True) * 1.0
-    swiglu(hidden, y)
+    fused_steps.swiglu_into(hidden, y)
     (want,) = torch.autograd.grad((y @ weight).sum(), weight)
     output = y @ weight
     fused.discard_swiglu(y, hidden, output)
