@@ -37,7 +37,7 @@ SWIGLU_AGAIN = (
     *("h200-throughput.json", "h200-mamba.json", "h200x2-layouts.json"),
     *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json", "h100-long.json"),
 )
-"""Measured when ours always computed SwiGLU's output again in bf16: layouts of theirs without recompute are `swiglu`."""
+"""Measured when ours computed SwiGLU's output again in bf16: layouts of theirs without recompute are `swiglu`."""
 KEPT = (*SWIGLU_AGAIN, "h200-throughput-quiet.json")
 """What the planner is held to."""
 GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")

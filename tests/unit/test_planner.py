@@ -166,7 +166,7 @@ MEASURED = [
     ("1.4b-gdn", 32768, 1, 0.5, 0.5, 37_566, {"none": 100.6, "swiglu": 92.6}),
     ("1.4b-gdn", 32768, 1, 0.09, 0.09, 52_975, {"none": 98.2, "swiglu": 90.1}),
 ]
-"""Preset, shape, mean and (in the fullest step) largest attention share; tokens/s of one H200 and peak GiB by recompute.
+"""Preset, shape, mean and (in the fullest step) largest attention share; tokens/s of one H200, peak GiB by recompute.
 
 benchmarks/results, bf16, one microbatch: `none` on a quiet host (h200-throughput-quiet.json), which the speeds are of
 too; `swiglu` later (h200-throughput.json).
