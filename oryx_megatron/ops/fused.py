@@ -29,10 +29,10 @@ TAPS = 4
 RESET = 80.0
 """Taken off the log decay where a document opens: e⁻⁸⁰ of the old state is none in fp32."""
 _TILE = {"BLOCK": 16, "num_warps": 4}
-_WALK = {"BLOCK": 64, "AHEAD": 2, "num_warps": 1}
+_WALK = {"BLOCK": 32, "AHEAD": 6, "num_warps": 1}
 _WALK_BACK = {"BLOCK": 64, "AHEAD": 2, "num_warps": 1}
-_NORM = {"BLOCK": 16, "num_warps": 4}
-_NORM_BACK = {"BLOCK": 16, "num_warps": 4}
+_NORM = {"BLOCK": 2, "num_warps": 1}
+_NORM_BACK = {"BLOCK": 4, "num_warps": 2}
 _GATES = {"BLOCK": 32, "num_warps": 4}
 _SWIGLU = {"BLOCK": 1024, "num_warps": 4}
 _ALL = slice(None)

@@ -97,8 +97,10 @@ def test_one_function_gives_the_gradients_of_modules(plan: str, mixer: str, monk
         with monkeypatch.context() as patched:
             patched.setattr(OryxTransformerConfig, "quantized", True)  # the modules are there, and take bf16
             want = gradients(chunk, run, plan)
+    # What is a thousandth of the whole, `d` of mamba2, is a sum that nearly cancels: in bf16 its rounding is a fifth.
+    least = 1e-3 * torch.stack([gradient.norm() for gradient in want.values()]).norm()
     for name, gradient in want.items():
-        assert (found[name] - gradient).norm() <= 0.05 * gradient.norm().clamp(min=1e-6), name
+        assert (found[name] - gradient).norm() <= 0.05 * gradient.norm().clamp(min=least), name
 
 
 @pytest.mark.parametrize(("first", "second"), [("none", "tensorwise"), ("tensorwise", "none")])
