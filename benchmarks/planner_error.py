@@ -36,9 +36,10 @@ SWIGLU_AGAIN = (
     *("h100-graphs.json", "h100-graphs-more.json", "h100-launched.json", "h100x2-layouts.json"),
     *("h200-throughput.json", "h200-mamba.json", "h200x2-layouts.json"),
     *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json", "h100-long.json"),
+    *("h100x4-graphs.json", "h100x4-layouts.json", "h100-recompute.json"),
 )
 """Measured when ours computed SwiGLU's output again in bf16: layouts of theirs without recompute are `swiglu`."""
-KEPT = (*SWIGLU_AGAIN, "h200-throughput-quiet.json")
+KEPT = (*SWIGLU_AGAIN, "h200-throughput-quiet.json", "h200x2-tensor.json")
 """What the planner is held to."""
 GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")
 """Measured when mixers gathered their input twice under tensor parallelism: those layouts of theirs are left out."""
