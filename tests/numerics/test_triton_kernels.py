@@ -41,17 +41,6 @@ BORDERS = [("runs:a0-3,r3-9,a9-11", True), ("attention", False), ("recurrent", T
 ROPE = Rope(rope_theta=100.0)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several programs for a few rows."""
-    for sizes in (fused._WALK, fused._WALK_BACK):
-        monkeypatch.setitem(sizes, "BLOCK", 4)
-    for sizes in (fused._TILE, fused._NORM, fused._NORM_BACK, fused._GATES):
-        monkeypatch.setitem(sizes, "BLOCK", 8)
-    monkeypatch.setitem(fused._SWIGLU, "BLOCK", 16)
-    monkeypatch.setattr(fused, "_SHARES", {few: {"ROWS": 4, "COLS": 8} for few in (True, False)})
-
-
 def layout_of(plan: str, isolated: bool) -> TokenLayout:
     documents = torch.tensor(DOCUMENTS, dtype=torch.int32) if isolated else None
     return TokenLayout.of(parse_plan(plan, LENGTH, chunk=1), device=torch.device("cpu"), documents=documents)
