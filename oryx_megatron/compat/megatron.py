@@ -23,6 +23,7 @@ under both, and each reads the other's checkpoints (docs/architecture.md).
 | `without_gradients` | with them, views of fp32 parameters are no leaves, and the offloading optimizer takes no others |
 | `quiet` | it warns of an MLP of another class than its own for every layer, and (0.19) of every model that is no HybridModel |
 | `identify_groups` | 0.19 finds the optimizer's groups in a checkpoint by their learning rates, too: a run that resumes with another raises KeyError |
+| `main_grad_of`, `added_to_main_grad` | its hook adds every gradient to a weight's fp32 buffer in a pass of its own; what was added before must say so, and it waits for a gradient all the same |
 | `InOrder` | gradient buckets are reduced as they are complete, in an order that depends on the mode plan |
 | `forget_models` | a second model in a process adds its losses to those of the first, by layer: IndexError where it has more |
 | `destroy_groups` | process groups are only forgotten; each gloo group would keep its threads |
@@ -247,6 +248,17 @@ def identify_groups() -> None:
 def gradients_for_norm(optimizer: Any) -> list[Any]:
     """Gradients of a DistributedOptimizer that count for the norm."""
     return optimizer.get_grads_for_grad_norm() if since(0, 19) else optimizer.get_main_grads_for_grad_norm()
+
+
+def main_grad_of(weight: Any) -> Any | None:
+    """The fp32 buffer of a weight's gradient, of the weight's shape, where data parallelism has one."""
+    return getattr(weight, "main_grad", None) if hasattr(weight, "grad_added_to_main_grad") else None
+
+
+def added_to_main_grad(weight: Any) -> Any:
+    """Say that this gradient is in the buffer; what autograd is to be given in its place."""
+    weight.grad_added_to_main_grad = True
+    return weight.new_empty(weight.shape)
 
 
 def without_gradients() -> contextlib.AbstractContextManager[Any]:

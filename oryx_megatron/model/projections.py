@@ -67,13 +67,9 @@ class _Project(torch.autograd.Function):
         return total, None, None, *of_weights
 
 
-def _weight_gradient(weight: Any, x: Tensor, grad: Tensor, into_main_grad: bool) -> Tensor | None:
+def _weight_gradient(weight: Any, x: Tensor, grad: Tensor, into_main_grad: bool) -> Tensor:
     """gradᵀ x of rows x [n, d] and grad [n, width]; after it was added to `main_grad`, what autograd is to be given."""
     if not into_main_grad:
         return grad.t() @ x
     compat.transformer_engine.add_weight_gradient(weight.main_grad, grad, x)
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    # megatron-core's hook drops the gradient of a weight with this mark, but waits for one.
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    return compat.megatron.added_to_main_grad(weight)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from oryx_megatron import platform
+from oryx_megatron import compat, platform
 from oryx_megatron.hf.recurrences_oryx import NORM_EPSILON
 from oryx_megatron.hf.rotary_oryx import Rope
 from oryx_megatron.ops import backends
@@ -355,8 +355,8 @@ def _weight_gradient(weight: Any, pieces: list[tuple[slice, Tensor | None]], *, 
     """
     if not trains:
         return None
-    total = getattr(weight, "main_grad", None)
-    if total is None or not hasattr(weight, "grad_added_to_main_grad"):
+    total = compat.megatron.main_grad_of(weight)
+    if total is None:
         gradient = torch.empty_like(weight)
         for rows, shares in pieces:
             gradient[rows] = 0.0 if shares is None else shares.sum(0)[: gradient[rows].shape[0]]
@@ -368,9 +368,7 @@ def _weight_gradient(weight: Any, pieces: list[tuple[slice, Tensor | None]], *, 
             sizes = _SHARES[width <= _FEW]
             grid = (-(-width // sizes["COLS"]),)
             kernels.add_shares[grid](shares, piece, len(shares), width, shares[0].numel(), **sizes)
-    # megatron-core's hook drops the gradient of a weight with this mark, but waits for one.
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    return compat.megatron.added_to_main_grad(weight)
 
 
 def gated_norm(
