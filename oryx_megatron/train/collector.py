@@ -11,21 +11,40 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+_off = _frozen = False
+"""What was done here, and not by the caller of a command: that stays as it is."""
+
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
-    """Off inside, until `settle`; on at the end, and nothing frozen."""
+    """Off inside, until `settle`; as before at the end."""
+    global _off
+    _off = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
-        gc.enable()
+        thaw()
+        if _off:
+            gc.enable()
+        _off = False
 
 
 def settle() -> None:
     """Freeze what there is and turn the collector on, where it was put off; else nothing."""
-    if not gc.isenabled():
+    global _off, _frozen
+    if _off:
         gc.collect()
-        gc.freeze()
+        if not gc.get_freeze_count():  # else there would be no way back to what the caller froze
+            gc.freeze()
+            _frozen = True
         gc.enable()
+        _off = False
+
+
+def thaw() -> None:
+    """Let the collector look at everything again, as to free a model that has been trained."""
+    global _frozen
+    if _frozen:
+        gc.unfreeze()
+        _frozen = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from oryx_megatron.hf.router import NAME, load_router, save_router
 from oryx_megatron.hf.router_oryx import OryxRouter
 from oryx_megatron.router import main
 from oryx_megatron.testing import run_distributed
+from oryx_megatron.train import collector, trainer
 from oryx_megatron.train.session import fit
 from oryx_megatron.train.signals import MARKER
 
@@ -69,7 +72,21 @@ def train_again(run: Path) -> list[str]:
         kept.lines.append(f"marker: {(run / MARKER).is_file()}")
         recipe(*about)
 
-    assert fit(config, validate(config, 2), after=after) is None
+    built, train_router = weakref.WeakSet[Any](), router_training.train_router
+    build = trainer.build_engine
+
+    def build_engine(*about: Any) -> Any:
+        built.update([(engine := build(*about)).optimizer, *engine.chunks])
+        return engine
+
+    def train(*about: Any, **more: Any) -> Any:
+        kept.lines.append(f"left of the trained model: {len(built)}")
+        return train_router(*about, **more)
+
+    trainer.build_engine, router_training.train_router = build_engine, train
+    gc.unfreeze()  # this rank began with frozen imports
+    with collector.put_off():
+        assert fit(config, validate(config, 2), after=after) is None
     return kept.lines
 
 
@@ -141,6 +158,7 @@ def test_a_run_that_asks_for_a_router(
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), by_hand.state_dict().values()))
     assert about == of_hand
     assert sum("router: epoch 2 of 2" in line for line in lines) == 1
+    assert "left of the trained model: 0" in lines
     assert "marker: True" in lines  # killed then, a launch script starts it again
     assert not (run / MARKER).exists()
     assert sum(line.startswith("router: router:0.1 ") for line in lines) == 1
