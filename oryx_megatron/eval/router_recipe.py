@@ -47,7 +47,6 @@ def after_training(run: RunConfig, layout: Layout) -> None:
     from oryx_megatron.eval.router_training import table, train_router
     from oryx_megatron.hf.plans_oryx import routed_share
     from oryx_megatron.hf.router import router_of
-    from oryx_megatron.train import collector
     from oryx_megatron.train.callbacks.metrics_file import MetricsFile
     from oryx_megatron.train.metrics import NAME, read_lines
 
@@ -58,7 +57,6 @@ def after_training(run: RunConfig, layout: Layout) -> None:
     if there := _told_by_main(_serves(path, folder, run.router)):
         log.info("router: %s is of this checkpoint already", shown(path))
     else:
-        collector.thaw()
         gc.collect()  # what the trained model held
         parallel.release()
         rows, _ = train_router(run.output_dir, run.router, overwrite=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from oryx_megatron import parallel, platform
 from oryx_megatron.config.schema import RunConfig
 from oryx_megatron.config.validate import Layout
-from oryx_megatron.train import lock, signals
+from oryx_megatron.train import collector, lock, signals
 
 
 def fit(
@@ -42,6 +42,7 @@ def fit(
             stopped = Trainer(run, layout, stop=stop).fit()
         finally:
             lock.release()
+            collector.thaw()
         if stopped is None and after is not None:
             if stop is not None:
                 stop.restore()
