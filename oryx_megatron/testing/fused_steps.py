@@ -17,6 +17,9 @@ from oryx_megatron.hf.recurrences_oryx import delta_gates, delta_step, ssd_gates
 from oryx_megatron.ops import TokenLayout, fused
 from oryx_megatron.ops.fused import HeadSteps, KeysValues
 
+FUSED: dict[str, Any] = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
+"""Fields of `transformer_config` for fused mixers where the platform would not choose them."""
+
 
 def replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     """Owner, name and stand-in of every kernel."""

@@ -15,7 +15,6 @@ from oryx_megatron.testing import fused_steps, run_distributed
 from oryx_megatron.testing.layouts import Worlds, session, tiny_run
 
 RANKS, STEPS = 4, 3
-FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("gdn", 1, {}),
     "one-recompute-swiglu": ("gdn", 1, {"recompute": "swiglu"}),
@@ -102,7 +101,7 @@ def _losses() -> dict[str, list[tuple[float, float]]]:
         with worlds.of(1, f"{mixer} {documents}"), session(_run(mixer, {}, documents)) as opened:
             results[f"{mixer} {documents}"] = opened.steps(STEPS)
     fused_steps.install()
-    build.transformer_config = functools.partial(transformer_config, **FUSED)  # type: ignore[assignment]
+    build.transformer_config = functools.partial(transformer_config, **fused_steps.FUSED)  # type: ignore[assignment]
     for size in (1, 2, 4):
         cases = [(name, d) for name, case in LAYOUTS.items() if case[1] == size for d in ("isolated", "joined")]
         for name, documents in worlds.share(size, cases):

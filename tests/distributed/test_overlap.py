@@ -17,7 +17,6 @@ LAYOUTS = {
 CASES = [("plain", 0), ("overlap", 3000), ("overlap", 400), ("unsharded", 400)]
 
 
-FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 MIXERS = ["gdn", "mamba2", "fused gdn", "fused mamba2"]
 
 
@@ -31,7 +30,7 @@ def curves(mixer: str) -> tuple[list[list[tuple[float, float]]], list[int]]:
 
     if mixer.startswith("fused"):
         fused_steps.install()
-        build.transformer_config = functools.partial(transformer_config, **FUSED)  # type: ignore[assignment]
+        build.transformer_config = functools.partial(transformer_config, **fused_steps.FUSED)  # type: ignore[assignment]
     found, buckets = [], []
     for name, bucket in CASES:
         optimizer.BUCKET = bucket

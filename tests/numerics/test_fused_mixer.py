@@ -82,8 +82,7 @@ def gradients(
 
     `fields`: further ones of the config.
     """
-    extra = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False} if fused else {}
-    extra |= fields
+    extra = (fused_steps.FUSED if fused else {}) | fields
     chunk = build_chunk(
         transformer_config(model, ParallelConfig(context=context), PrecisionConfig(dtype="fp32"), **extra)
     )

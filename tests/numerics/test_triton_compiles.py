@@ -22,6 +22,7 @@ from oryx_megatron.model.build import build_chunk
 from oryx_megatron.model.config import transformer_config
 from oryx_megatron.model.warm import compile_kernels
 from oryx_megatron.ops import TokenLayout, backends, scans
+from oryx_megatron.testing.fused_steps import FUSED
 from oryx_megatron.testing.layouts import tiny_run
 
 pytestmark = [
@@ -36,7 +37,6 @@ SHARED_MEMORY = 232_448
 LEAST_SHARED_MEMORY = 99 << 10
 """The least of GPUs since Ampere (compute capabilities 8.6 and 8.9)."""
 HOPPER = ("cuda", 90, 32)
-FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 H100_MULTIPROCESSORS = 132
 
 

@@ -28,7 +28,6 @@ pytestmark = [
     ),
     pytest.mark.skipif(platform.has_gpu(), reason="tests/gpu runs the compiled kernels"),
 ]
-FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -54,7 +53,7 @@ def test_losses_and_gradient_norms(mixer: str, documents: str, monkeypatch: pyte
         wanted = opened.step()
     for name in ("ssd_scan", "delta_scan"):  # of other packages, and of a kernel that takes minutes here
         monkeypatch.setattr(ops, name, getattr(fused_steps, name.replace("_scan", "_by_steps")))
-    monkeypatch.setattr(build, "transformer_config", functools.partial(transformer_config, **FUSED))
+    monkeypatch.setattr(build, "transformer_config", functools.partial(transformer_config, **fused_steps.FUSED))
     added, whole = [], fused._weight_gradient
 
     def noted(weight, *shares, **more):

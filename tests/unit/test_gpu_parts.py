@@ -42,13 +42,12 @@ from oryx_megatron.modes import Mode, parse_plan, plan_for
 from oryx_megatron.ops import TokenLayout, backends, fused, scans
 from oryx_megatron.ops.scans import delta_scan
 from oryx_megatron.testing import fused_steps
+from oryx_megatron.testing.fused_steps import FUSED
 from oryx_megatron.testing.layouts import tiny_run
 from oryx_megatron.train.freeze import _grouped, divide, named_parts
 from oryx_megatron.train.optimizer import build_optimizer, wrap
 from oryx_megatron.train.step import Microbatch, OryxProgram
 from oryx_megatron.warmup import check, share_of
-
-FUSED = {"fused_mixer": True, "use_te_activation_func": True, "bias_activation_fusion": False}
 
 
 @pytest.fixture(scope="module", autouse=True)

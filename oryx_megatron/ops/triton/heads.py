@@ -323,7 +323,7 @@ def _step_back(
         gate_lo, gate_hi = tl.sigmoid(z_lo), tl.sigmoid(z_hi)
         y_lo, y_hi = z_lo * gate_lo, z_hi * gate_hi
     a, r = grads[0]
-    a_lo, a_hi, r_lo, r_hi = y_lo, y_hi, y_lo, y_hi
+    a_lo, a_hi, r_lo, r_hi = y_lo, y_hi, y_lo, y_hi  # not read where nothing comes back
     if OUT_A:
         a_lo, a_hi = a[0].to(tl.float32), a[1].to(tl.float32)
     if OUT_R:
