@@ -29,7 +29,8 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
     """megatron-core's fields of this model's experts; none for a dense model.
 
     Args:
-        grouped: Multiply all experts of a rank in one call of TransformerEngine.
+        grouped: Multiply all experts of a rank in one call of TransformerEngine, and permute and route the tokens by
+            its kernels. Unfused, megatron-core's permutation is a sixth of a step, and adds in no fixed order.
     """
     moe = model.moe
     if moe is None:
@@ -54,6 +55,8 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
         "moe_token_drop_policy": "probs",  # not by position: fused mixers sort the tokens by mode
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "moe_router_fusion": grouped,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
     }

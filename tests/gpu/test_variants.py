@@ -24,11 +24,13 @@ from oryx_megatron.train.freeze import is_frozen
 
 STEPS = 12
 EXPERTS = MoEConfig(experts=4, top_k=2, ffn_hidden_size=256, shared_ffn_hidden_size=256, first_dense=1)
+BALANCED = dataclasses.replace(EXPERTS, score="sigmoid", bias_update_rate=1e-3, z_loss=1e-3, capacity_factor=1.5)
 YARN = RopeScalingConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"model__pattern": ("recurrent*3", "attention")},
     "mixed": {"model__pattern": ("both", "recurrent", "attention", "both")},
     "experts": {"model__moe": EXPERTS},
+    "experts, sigmoid and capacity": {"model__moe": BALANCED},
     "experts, mixed": {"model__moe": EXPERTS, "model__pattern": ("both*2", "recurrent", "both")},
     "yarn": {"model__rope_scaling": YARN},
     "soft-cap and z-loss": {"model__logit_softcap": 20.0, "train__z_loss": 1e-3},
