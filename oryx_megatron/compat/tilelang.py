@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 600
 """Seconds after which a process that compiles a kernel is taken for stuck, and ends."""
+POLL = 0.02
 _ALONE = threading.Lock()
 _turns: int | None = None
 
@@ -133,8 +135,8 @@ def _in_a_process(work: Callable[[], Any]) -> int:
 
 
 def _settle(kernels: list[Any], failed: list[str]) -> None:
-    """Put what was compiled in the place of what stood for it."""
-    traced: list[tuple[Any, Any, _Pending, Any]] = []
+    """Put what was compiled in the place of what stood for it, each kernel as soon as its process ends."""
+    waiting: list[tuple[Any, Any, _Pending, Any]] = []
     for kernel in kernels:
         kernel._call_form_cache.clear()
         for key, pending in list(kernel._kernel_cache.items()):
@@ -143,15 +145,22 @@ def _settle(kernels: list[Any], failed: list[str]) -> None:
                 program = None
                 with contextlib.suppress(Exception):  # as in its process, whose status says so
                     program = pending.trace()  # while it compiles
-                traced.append((kernel, key, pending, program))
-    for kernel, key, pending, program in traced:
-        _, status = os.waitpid(pending.process, 0)
-        if status:
-            failed.append(_name(kernel))
-            log.debug("a kernel did not compile beside others: %s", failed[-1])
-            continue
-        try:
-            kernel._kernel_cache[key] = pending.compile(program)
-        except Exception:
-            failed.append(_name(kernel))
-            log.debug("a kernel that was compiled does not load: %s", failed[-1], exc_info=True)
+                waiting.append((kernel, key, pending, program))
+    while waiting:
+        still = []
+        for kernel, key, pending, program in waiting:
+            ended, status = os.waitpid(pending.process, os.WNOHANG)
+            if not ended:
+                still.append((kernel, key, pending, program))
+            elif status:
+                failed.append(_name(kernel))
+                log.debug("a kernel did not compile beside others: %s", failed[-1])
+            else:
+                try:
+                    kernel._kernel_cache[key] = pending.compile(program)
+                except Exception:
+                    failed.append(_name(kernel))
+                    log.debug("a kernel that was compiled does not load: %s", failed[-1], exc_info=True)
+        if len(still) == len(waiting):
+            time.sleep(POLL)
+        waiting = still
