@@ -27,7 +27,7 @@ import torch
 from layout_cases import PEERS, Case, Found, parse_layout, row, table
 from peers import ENGINES
 
-from oryx_megatron import parallel, platform, ranks, warmup
+from oryx_megatron import compat, parallel, platform, ranks, warmup
 from oryx_megatron.cli import HelpFormatter, main_guard
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import (
@@ -115,6 +115,7 @@ def measure(case: Case, profiles: Path | None = None) -> Found:
     """
     run = run_config(case)
     backends.select(run.kernels, backends.Workload(run.model, run.precision.dtype))
+    compat.torch.forget_compiled()  # of the model before, whose widths were others
     if platform.has_gpu():
         gc.collect()  # the model before is held by cycles until then, and would count
         torch.cuda.empty_cache()

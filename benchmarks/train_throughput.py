@@ -24,7 +24,7 @@ import torch
 from peers import gdn_chunks, gpt_chunks, hybrid_chunks, peer_engine
 from torch import Tensor
 
-from oryx_megatron import arch, parallel
+from oryx_megatron import arch, compat, parallel
 from oryx_megatron.config import load_model
 from oryx_megatron.config.schema import (
     DataConfig,
@@ -228,6 +228,7 @@ def measure(case: str, runner: Runner, precision: str, graphs: bool, steps: int,
     sequence, batch = runner.run.data.sequence_length, runner.run.train.micro_batch_size
     plans = plans_of(case.partition("/")[2], sequence)
     begun = time.perf_counter()
+    compat.torch.forget_compiled()  # of the shape before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     runner.use(graphs)

@@ -156,6 +156,24 @@ def two_models(forget: bool) -> str | None:
     return None
 
 
+def test_compiled_functions_forget_the_widths_that_they_met() -> None:
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        compiled.append(len(inputs))  # a width of any size is an input of its own
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+    for width in (4, 6):
+        twice(torch.ones(2, width))
+    compat.torch.forget_compiled()
+    twice(torch.ones(2, 8))
+    assert compiled == [1, 2, 1]
+
+
 def test_a_second_model_with_more_experts() -> None:
     assert run_distributed(two_models, 1, True) == [None]
     assert run_distributed(two_models, 1, False) == ["index 1 is out of bounds for dimension 0 with size 1"]
