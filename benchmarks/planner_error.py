@@ -35,13 +35,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SWIGLU_AGAIN = (
     *("h100-graphs.json", "h100-graphs-more.json", "h100-launched.json", "h100x2-layouts.json"),
     *("h200-throughput.json", "h200-mamba.json", "h200x2-layouts.json"),
-    *("h200-graphs.json", "h200x2-layouts-graphs.json", "h100x2-layouts-all.json", "h100-long.json"),
+    *("h100x2-layouts-all.json", "h100-long.json"),
     *("h100x4-graphs.json", "h100x4-layouts.json", "h100-recompute.json"),
 )
 """Measured when ours computed SwiGLU's output again in bf16: layouts of theirs without recompute are `swiglu`."""
-KEPT = (*SWIGLU_AGAIN, "h200-throughput-quiet.json", "h200x2-tensor.json")
+KEPT = (
+    *SWIGLU_AGAIN,
+    *("h200-throughput-quiet.json", "h200-graphs.json", "h200x2-layouts-graphs.json", "h200-recompute.json"),
+)
 """What the planner is held to."""
-GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json", "h200x2-layouts-graphs.json")
+GATHERED_TWICE = ("h100x2-layouts.json", "h200x2-layouts.json")
 """Measured when mixers gathered their input twice under tensor parallelism: those layouts of theirs are left out."""
 PEERS = {PEER: "1.4b-transformer"}
 SKIPPED = ("mamba", "hybrid", *HYBRIDS)
@@ -65,6 +68,8 @@ class Measured:
     graphs: bool
     fp8: str
     tokens_per_second: float
+    peak_gib: float | None
+    """What torch's allocator held, where that was measured."""
 
     @cached_property
     def _asked(self) -> tuple[Any, ...]:
@@ -117,7 +122,7 @@ def _row(source: str, card: str, r: dict[str, Any]) -> Measured | None:
         return Measured(
             source, card, which if which in PEERS else f"1.4b-{which}", "data=1", 1, r["sequence"], r["batch"],
             r["batch"], r["attention_share"], bool(r.get("graphs")),
-            "none" if r["precision"] == "bf16" else r["precision"], r["tokens_per_second"],
+            "none" if r["precision"] == "bf16" else r["precision"], r["tokens_per_second"], r.get("peak_gib"),
         )  # fmt: skip
     if r["model"] in SKIPPED:
         return None
@@ -126,7 +131,7 @@ def _row(source: str, card: str, r: dict[str, Any]) -> Measured | None:
     share = 1.0 if r["model"] in PEERS else attention_share(plan, sequence, chunk=256)
     return Measured(
         source, card, r["model"], r["layout"], r.get("gpus") or 2, sequence, r.get("batch") or 32, r["micro"], share,
-        r.get("graphs", False), r.get("fp8", "none"), r["tokens_per_second"],
+        r.get("graphs", False), r.get("fp8", "none"), r["tokens_per_second"], r.get("peak_gib"),
     )  # fmt: skip
 
 

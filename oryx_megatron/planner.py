@@ -43,6 +43,8 @@ USABLE = 0.95
 """Of a GPU's memory: the allocator needs some room."""
 CONTEXT_GIB = 2.0
 """Memory that CUDA, NCCL and kernels take outside of torch's allocator."""
+GRAPHS_GIB = 2.5
+"""What the pool of captured graphs holds beyond a launched microbatch: measured 1 to 4 GiB, 1.4 B on one GPU."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,13 @@ IN_MIXER = ("keys and values", "attention", "recurrence", "context exchange")
 
 
 def _keeps_swiglu(work: Work, recompute: Recompute) -> bool:
-    """Whether SwiGLU's output stays for the backward pass; in FP8 its second product keeps a copy of its own."""
-    return recompute == "none" and work.fp8 == "none"
+    """Whether SwiGLU's output stays for the backward pass; in FP8 as two narrow copies, whatever `recompute` says."""
+    return recompute == "none" or work.fp8 != "none"
+
+
+def _replays(model: ModelConfig, work: Work) -> bool:
+    """Whether microbatches are replayed as graphs, as engine.why_launched says."""
+    return work.graphs and model.moe is None and work.fp8 != "mxfp8"
 
 
 def _kept(
@@ -324,6 +331,8 @@ def memory_bytes(
     # Gradients of the widest step of a block, and the layer being recomputed.
     widest = 8.0 * model.ffn_hidden_size / layout.tp + 4.0 * model.hidden_size
     items["workspace"] = (widest + once) * tokens + CONTEXT_GIB * GIB
+    if _replays(model, work) and recompute != "full":
+        items["graphs"] = GRAPHS_GIB * GIB / layout.tp
     return items
 
 
@@ -409,7 +418,7 @@ def estimate(
     expert = traffic["expert"] / link(layout.tp * layout.cp if layout.ep <= layout.tp * layout.cp else layout.ep)
     gpu = compute + (tensor + context + expert) / steps
     host = 0.0
-    if not work.graphs or model.moe is not None or work.fp8 == "mxfp8":  # as engine.why_launched says
+    if not _replays(model, work):
         again = 1 + costs.launch_again * {"none": 0.0, "swiglu": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
         host = passes * _launch_seconds(model, costs) * again * (1.0 if work.fp8 == "none" else costs.launch_fp8)
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
@@ -475,7 +484,7 @@ def _compute_seconds(
     moved = costs.passes * sum(kept.values()) * model.num_layers / copied
     forward, backward = forward + moved / 3, backward + 2 * moved / 3
     again = {"none": 0.0, "swiglu": 0.0, "mixer": 0.12, "full": 1.0}[recompute] * forward
-    if _keeps_swiglu(work, recompute):  # the passes that were fitted compute it again: both halves read, one written
+    if recompute == "none" and work.fp8 == "none":  # the fitted passes compute it again: two halves read, one written
         again -= 3 * swiglu * model.num_layers / copied
     blocks = (forward + backward + again) / model.num_layers
     head = 3 * (flops["output_layer"] + mtp_flops_per_token(model, work.sequence, share)) / product
