@@ -420,7 +420,9 @@ def estimate(
     host = 0.0
     if not _replays(model, work):
         again = 1 + costs.launch_again * {"none": 0.0, "swiglu": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
-        host = passes * _launch_seconds(model, costs) * again * (1.0 if work.fp8 == "none" else costs.launch_fp8)
+        experts = max(_expert_layers(model, layout.layers(stage)) for stage in range(layout.pp))
+        host = (passes * _launch_seconds(model, costs) + experts * costs.launch_experts) * again
+        host *= 1.0 if work.fp8 == "none" else costs.launch_fp8
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
     bubble = (layout.pp - 1) / (steps * layout.vpp)

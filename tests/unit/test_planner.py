@@ -436,10 +436,19 @@ def test_recipes_without_a_measurement_say_so(field: str, told: str, tmp_path: P
     assert capsys.readouterr().err == told
 
 
-def test_experts_are_planned_without_the_host(capsys: Any) -> None:
+def test_experts_are_planned_with_a_warning(capsys: Any) -> None:
     arguments = ["tiny-gdn-moe", "--gpus", "1", "--sequence", "64", "--batch", "8", "--json"]
     assert plan_tool.main(arguments) == 0
-    assert capsys.readouterr().err.startswith("model.moe: experts are launched, and what the host needs for them is")
+    assert capsys.readouterr().err.startswith("model.moe: experts are launched, and their steps wait for the host")
+
+
+@pytest.mark.parametrize(
+    "row", planner_error.read(planner_error.RESULTS / "h200-experts.json"), ids=planner_error.Measured.name
+)
+def test_experts_wait_for_the_host(row: planner_error.Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # of the model's file
+    assert row.planned().seconds["host"] > 0
+    assert abs(row.error()) < 0.35
 
 
 def test_the_recipes_table(capsys: pytest.CaptureFixture[str]) -> None:
