@@ -2,6 +2,7 @@
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_triton_with_wrong_gradients(monkeypatch: pytest.MonkeyPatch, versions, 
     if finding is not None:
         assert "Triton 3.6.0" in finding.advice
         assert "tilelang" in finding.advice
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_modules_that_are_compiled_at_every_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool):
+    module = tmp_path / "tilelang.py"
+    module.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(platform, "installed", lambda package: package == "tilelang")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    if written:
+        py_compile.compile(str(module))
+    finding = doctor._bytecode()
+    assert (finding is None) == written
+    if finding is not None:
+        assert (finding.state, finding.found) == ("other", "none of tilelang")
+        assert "python -m compileall" in finding.advice
 
 
 def test_the_other_apex(monkeypatch: pytest.MonkeyPatch):
