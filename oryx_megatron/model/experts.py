@@ -29,8 +29,8 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
     """megatron-core's fields of this model's experts; none for a dense model.
 
     Args:
-        grouped: Multiply all experts of a rank in one call of TransformerEngine, and permute and route the tokens by
-            its kernels. Unfused, megatron-core's permutation is a sixth of a step, and adds in no fixed order.
+        grouped: Multiply all experts of a rank in one call of TransformerEngine, and permute the tokens by its
+            kernels. Unfused, megatron-core's permutation is a sixth of a step, and adds in no fixed order.
     """
     moe = model.moe
     if moe is None:
@@ -56,7 +56,8 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig, *, grouped: bool) -
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
         "moe_permute_fusion": grouped,
-        "moe_router_fusion": grouped,
+        # Not moe_router_fusion: TransformerEngine's top k gives a token whose logits are NaN one expert instead of k.
+        # The run would end on a wrong number of rows, where the step is one to skip.
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
     }

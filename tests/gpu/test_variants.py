@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -54,6 +55,20 @@ def test_losses_stay_beside_fp32(name: str, mixer: str) -> None:
     assert found == pytest.approx(want, rel=0.02)
     launched = losses(dataclasses.replace(run, kernels=KernelsConfig(graphs="off")), KernelsConfig(graphs="off"), STEPS)
     assert found == pytest.approx(launched, rel=5e-3)
+
+
+def test_tokens_that_are_not_numbers_give_a_loss_of_nan() -> None:
+    """A step to skip, not the end of the run: TransformerEngine's fused router would give them too few experts."""
+    if reason := platform.transformer_engine_missing():
+        pytest.skip(reason)
+    platform.install()
+    run = tiny_run("gdn", **(WIDE | {"model__moe": EXPERTS}), precision=PrecisionConfig())
+    backends.select(run.kernels, backends.Workload(run.model, "bf16"))
+    with session(run) as opened:
+        table = next(p for name, p in opened.chunks[0].named_parameters() if "word_embeddings" in name)
+        table.data[: len(table) // 2] = math.nan
+        loss, _ = opened.step()
+    assert math.isnan(loss)
 
 
 def test_frozen_experts_stay() -> None:

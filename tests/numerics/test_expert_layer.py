@@ -146,6 +146,17 @@ def test_bf16_is_near() -> None:
     assert off.median() < 0.02
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_token_that_is_not_a_number(score: str) -> None:
+    """It goes to as many experts as any other, so that the step ends, and its loss says that it is one to skip."""
+    model = model_of(score=score, top_k=3)
+    x = torch.randn(LENGTH, ROWS, model.hidden_size)
+    x[4, 1] = math.nan
+    output, _ = layer_of(model)(x)
+    assert output[4, 1].isnan().all()
+    assert output.isfinite().all(-1).sum() == LENGTH * ROWS - 1
+
+
 def test_figures_of_the_router() -> None:
     """What ExpertRouter adds up, and what the metrics make of it, against the same counted by hand."""
     model = model_of(z_loss=0.1, capacity_factor=0.6)
