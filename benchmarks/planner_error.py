@@ -115,6 +115,8 @@ def _row(source: str, card: str, r: dict[str, Any]) -> Measured | None:
     card = card_of(r.get("card") or card)
     if r.get("optimizer", "adamw") != "adamw":  # the planner's times are AdamW's
         return None
+    if r.get("compiled_for_any_width"):  # a fault of the benchmark: docs/performance.md
+        return None
     if "case" in r:  # train_throughput.py: one GPU, one microbatch
         which, _, _ = r["case"].partition("/")
         if which in SKIPPED:

@@ -6,7 +6,7 @@ docs/parallelism.md.
 
 Letters: d hidden size, f SwiGLU width, H query heads, G key/value heads, N key width, P value width, V vocabulary,
 t tensor-, c context-, p pipeline-, n data-parallel size, a share of attention tokens. Experts (E of width f, of which a
-token takes k) are not cut by t but shared out over e ranks of t c n; nothing of them was measured.
+token takes k) are not cut by t but shared out over e ranks of t c n; of them only what the host needs was fitted.
 """
 
 from __future__ import annotations
@@ -420,8 +420,8 @@ def estimate(
     host = 0.0
     if not _replays(model, work):
         again = 1 + costs.launch_again * {"none": 0.0, "swiglu": 0.0, "mixer": 0.3, "full": 1.0}[recompute]
-        experts = max(_expert_layers(model, layout.layers(stage)) for stage in range(layout.pp))
-        host = (passes * _launch_seconds(model, costs) + experts * costs.launch_experts) * again
+        host = passes * _launch_seconds(model, costs) * again
+        host += _launch_expert_seconds(model, layout, costs) * (again if recompute == "full" else 1.0)
         host *= 1.0 if work.fp8 == "none" else costs.launch_fp8
         host += costs.launched_collective * collectives + costs.launched_exchange * exchanges
     pipeline = traffic["pipeline"] / link(layout.world_size)
@@ -498,6 +498,14 @@ def _launch_seconds(model: ModelConfig, costs: Costs) -> float:
     """Of the host for a layer and microbatch, the mean over layers."""
     names = [(kind.layers, model.mixer if kind.model.has_recurrence else "attention") for kind in kinds(model)]
     return sum(layers * costs.launch_seconds[name] for layers, name in names) / model.num_layers
+
+
+def _launch_expert_seconds(model: ModelConfig, layout: Layout, costs: Costs) -> float:
+    """Of the host for the experts of a stage's layers and a microbatch."""
+    if model.moe is None:
+        return 0.0
+    layers = max(_expert_layers(model, layout.layers(stage)) for stage in range(layout.pp))
+    return layers * (costs.launch_experts + costs.launch_expert * model.moe.experts / layout.ep)
 
 
 def layout_of(model: ModelConfig, work: Work, parallel: ParallelConfig, micro_batch: int, gpus: int) -> Layout:

@@ -41,8 +41,10 @@ class Costs:
     )
     """What the host needs for a layer and microbatch, launched, forward and backward, by recurrence; without one:
     attention alone."""
-    launch_experts: float = 41e-3
-    """The same for the experts of a layer: 64 of them on one or two ranks, which take turns with the host."""
+    launch_experts: float = 36e-3
+    """The same for the experts of a layer: routing and exchange, which wait for the host in turns."""
+    launch_expert: float = 0.11e-3
+    """The same for each expert of a rank: six products."""
     launch_again: float = 0.5
     """Of that, once more for a layer that is recomputed."""
     launch_fp8: float = 1.7

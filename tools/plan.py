@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if model.moe is not None:
         sys.stderr.write(
             "model.moe: experts are launched, and their steps wait for the host. That was measured with 64 experts a\n"
-            "layer, and is right within a third: measure yours with benchmarks/layouts.py (docs/performance.md)\n"
+            "layer, and is right within 30 %: measure yours with benchmarks/layouts.py (docs/performance.md)\n"
         )
     found = plan(model, cluster, work)
     if a.json:

@@ -448,7 +448,7 @@ def test_experts_are_planned_with_a_warning(capsys: Any) -> None:
 def test_experts_wait_for_the_host(row: planner_error.Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # of the model's file
     assert row.planned().seconds["host"] > 0
-    assert abs(row.error()) < 0.35
+    assert abs(row.error()) < 0.30
 
 
 def test_the_recipes_table(capsys: pytest.CaptureFixture[str]) -> None:
