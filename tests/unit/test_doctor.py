@@ -70,12 +70,16 @@ def test_triton_with_wrong_gradients(monkeypatch: pytest.MonkeyPatch, versions, 
         assert "tilelang" in finding.advice
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_modules_that_are_compiled_at_every_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool):
+@pytest.mark.parametrize(("written", "writable"), [(True, True), (False, True), (False, False)])
+def test_modules_that_are_compiled_at_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool, writable: bool
+):
     module = tmp_path / "tilelang.py"
     module.write_text("")
+    monkeypatch.delitem(sys.modules, "tilelang", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(platform, "installed", lambda package: package == "tilelang")
+    monkeypatch.setattr(doctor, "_may_write", lambda path: writable)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     if written:
         py_compile.compile(str(module))
@@ -83,7 +87,14 @@ def test_modules_that_are_compiled_at_every_start(tmp_path: Path, monkeypatch: p
     assert (finding is None) == written
     if finding is not None:
         assert (finding.state, finding.found) == ("other", "none of tilelang")
-        assert "python -m compileall" in finding.advice
+        assert "unset PYTHONDONTWRITEBYTECODE" in finding.advice
+        assert ("PYTHONPYCACHEPREFIX" in finding.advice) != writable
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert (doctor._bytecode() is None) == (written or writable)
+
+
+def test_a_file_may_be_made_where_its_nearest_folder_takes_one(tmp_path: Path):
+    assert doctor._may_write(tmp_path / "__pycache__" / "module.pyc")
 
 
 def test_the_other_apex(monkeypatch: pytest.MonkeyPatch):
