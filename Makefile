@@ -47,7 +47,7 @@ hf-suite: $(READY)
 
 # The tests of the exported model under another version of transformers, installed beside the environment.
 $(ENDS:%=transformers-%): transformers-%: $(VENV)/transformers-%/.ready
-	PYTHONPATH=$(abspath $(VENV)/$@) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --no-header -p no:cacheprovider \
+	PYTHONPATH="$(abspath $(VENV)/$@)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --no-header -p no:cacheprovider \
 		tests/numerics/test_hf_model.py tests/numerics/test_hf_generate.py tests/numerics/test_hf_as_others.py tests/integration/test_hf_standalone.py
 
 $(VENV)/transformers-%/.ready: tests/transformers-%.txt $(READY)
