@@ -70,7 +70,7 @@ wheel: $(READY)
 
 # Strict: a link to a page, heading or file that is not there is an error (mkdocs.yml).
 docs: $(VENV)/docs/.ready
-	PYTHONPATH=$(abspath $(VENV)/docs) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	PYTHONPATH="$(abspath $(VENV)/docs)" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo 'site/index.html'
 
 $(VENV)/docs/.ready: requirements-docs.txt $(READY)
