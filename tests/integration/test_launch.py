@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -125,7 +126,7 @@ def test_container(capsys, config, tmp_path, runtime) -> None:
         assert f"'--container-image=/i m.sqsh' '--container-mounts=/data:/data,{REPOSITORY}:{REPOSITORY}," in text
         assert "INSIDE=()" in text
     else:
-        assert f"INSIDE=(apptainer exec --nv --bind=/data --bind={REPOSITORY} --bind=" in text
+        assert f"INSIDE=(apptainer exec --nv --bind=/data {shlex.quote(f'--bind={REPOSITORY}')} --bind=" in text
         assert "--x '/i m.sqsh')" in text
         assert "SRUN=()" in text
     assert "export ORYX_PYTHON=python3" in text
@@ -217,7 +218,7 @@ def test_preprocessing_alone(capsys, tmp_path, monkeypatch) -> None:
         assert f"#SBATCH --{line}\n" in array
     assert "export ORYX_REQUEUES=2\n" in array
     assert array.rstrip().splitlines()[-1] == (
-        f"shard 3 --input corpus --tokenizer {tokenizer} --output x --text-key body --processes=2"
+        f"shard 3 --input corpus --tokenizer {shlex.quote(str(tokenizer))} --output x --text-key body --processes=2"
     )
     assert found["merge"].rstrip().splitlines()[-1] == (
         "tool merge_datasets --output=x x-00001-of-00003 x-00002-of-00003 x-00003-of-00003"
