@@ -250,11 +250,11 @@ def _bytecode() -> Finding | None:
             slow[name] = cached
     if not slow:
         return None
-    advice = "unset PYTHONDONTWRITEBYTECODE"
+    advice = ["unset PYTHONDONTWRITEBYTECODE"] if sys.dont_write_bytecode else []
     if not all(map(_may_write, slow.values())):
-        advice += " and set PYTHONPYCACHEPREFIX to a folder on this machine's disk"
+        advice.append("set PYTHONPYCACHEPREFIX to a folder on this machine's disk")
     found = f"none of {', '.join(slow)}"
-    return Finding("other", "bytecode", found, f"Python compiles their modules anew at every start: {advice}")
+    return Finding("other", "bytecode", found, f"Python compiles their modules at every start: {' and '.join(advice)}")
 
 
 def _may_write(path: Path) -> bool:

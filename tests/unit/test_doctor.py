@@ -90,7 +90,11 @@ def test_modules_that_are_compiled_at_every_start(
         assert "unset PYTHONDONTWRITEBYTECODE" in finding.advice
         assert ("PYTHONPYCACHEPREFIX" in finding.advice) != writable
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    assert (doctor._bytecode() is None) == (written or writable)
+    finding = doctor._bytecode()
+    assert (finding is None) == (written or writable)
+    if finding is not None:
+        assert "PYTHONPYCACHEPREFIX" in finding.advice
+        assert "PYTHONDONTWRITEBYTECODE" not in finding.advice
 
 
 def test_a_file_may_be_made_where_its_nearest_folder_takes_one(tmp_path: Path):
