@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LONGEST = 600
 """Seconds after which a process that compiles a kernel is taken for stuck, and ends."""
 POLL = 0.02
+"""Seconds."""
 _ALONE = threading.Lock()
 _turns: int | None = None
 
@@ -136,7 +137,7 @@ def _in_a_process(work: Callable[[], Any]) -> int:
 
 def _settle(kernels: list[Any], failed: list[str]) -> None:
     """Put what was compiled in the place of what stood for it, each kernel as soon as its process ends."""
-    waiting: list[tuple[Any, Any, _Pending, Any]] = []
+    traced: list[tuple[Any, Any, _Pending, Any]] = []
     for kernel in kernels:
         kernel._call_form_cache.clear()
         for key, pending in list(kernel._kernel_cache.items()):
@@ -145,22 +146,29 @@ def _settle(kernels: list[Any], failed: list[str]) -> None:
                 program = None
                 with contextlib.suppress(Exception):  # as in its process, whose status says so
                     program = pending.trace()  # while it compiles
-                waiting.append((kernel, key, pending, program))
-    while waiting:
-        still = []
-        for kernel, key, pending, program in waiting:
+                traced.append((kernel, key, pending, program))
+    for kernel, key, pending, program, status in _as_they_end(traced):
+        if status:
+            failed.append(_name(kernel))
+            log.debug("a kernel did not compile beside others: %s", failed[-1])
+            continue
+        try:
+            kernel._kernel_cache[key] = pending.compile(program)
+        except Exception:
+            failed.append(_name(kernel))
+            log.debug("a kernel that was compiled does not load: %s", failed[-1], exc_info=True)
+
+
+def _as_they_end(traced: list[tuple[Any, Any, _Pending, Any]]) -> Iterator[tuple[Any, Any, _Pending, Any, int]]:
+    """The same with the status of the kernel's process, each once that has ended."""
+    while traced:
+        running = []
+        for kernel, key, pending, program in traced:
             ended, status = os.waitpid(pending.process, os.WNOHANG)
-            if not ended:
-                still.append((kernel, key, pending, program))
-            elif status:
-                failed.append(_name(kernel))
-                log.debug("a kernel did not compile beside others: %s", failed[-1])
+            if ended:
+                yield kernel, key, pending, program, status
             else:
-                try:
-                    kernel._kernel_cache[key] = pending.compile(program)
-                except Exception:
-                    failed.append(_name(kernel))
-                    log.debug("a kernel that was compiled does not load: %s", failed[-1], exc_info=True)
-        if len(still) == len(waiting):
+                running.append((kernel, key, pending, program))
+        if len(running) == len(traced):
             time.sleep(POLL)
-        waiting = still
+        traced = running

@@ -156,8 +156,6 @@ def test_speed_of_a_plain_gpt(sequence: int, batch: int, measured: float) -> Non
     assert found.tokens_per_second == pytest.approx(measured, rel=0.08)
 
 
-OURS = ("1.4b-gdn", "1.4b-mamba2", "1.4b-gdn-hybrid")
-
 MEASURED = [
     ("1.4b-gdn", 2048, 16, 0.56, 0.875, 59_071, {"none": 102.5, "swiglu": 94.5}),
     ("1.4b-gdn", 2048, 16, 1.0, 1.0, 58_760, {"none": 92.7, "swiglu": 84.6}),
@@ -220,7 +218,7 @@ def test_results_of_all_kinds_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [row for row in planner_error.kept() if row.graphs and row.peak_gib and row.model in OURS],
+    [row for row in planner_error.kept() if row.graphs and row.peak_gib and row.model not in planner_error.PEERS],
     ids=planner_error.Measured.name,
 )
 def test_measured_memory_of_graphs(row: planner_error.Measured) -> None:
